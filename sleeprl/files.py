@@ -1,0 +1,125 @@
+"""Files that are either whole or not there.
+
+Everything is written under a hidden sibling name (``.NAME.HEX.tmp``), flushed to
+disk and renamed, so a process killed at any instant leaves the old state readable
+and at worst a hidden leftover, which no reader of sleepRL looks at.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling to write; on success it replaces ``path``, on error it goes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(path)
+    try:
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(final_dir: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling directory to fill; on success it becomes ``final_dir``.
+
+    Raises FileExistsError when ``final_dir`` exists and ``overwrite`` is False. With
+    ``overwrite`` the old directory is moved aside first, so there is one instant
+    (between two renames) in which only the hidden sibling holds it.
+    """
+    final = Path(final_dir)
+
+    def refuse() -> None:
+        if final.exists() and not overwrite:
+            raise FileExistsError(f"{final} exists; remove it or choose another directory")
+
+    refuse()
+    temporary, old = _sibling(final), _sibling(final)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for entry in temporary.rglob("*"):
+            _fsync(entry)
+        _fsync(temporary)
+        refuse()  # someone may have been faster
+        if final.exists():
+            os.rename(final, old)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if old.exists():
+                os.rename(old, final)
+            raise
+        _fsync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write UTF-8 text; a reader sees the old text or the new one, never a part."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json_atomic(path: str | Path, value: Any) -> None:
+    """Write standard JSON. Paths become strings, numpy scalars numbers, and since JSON has
+    no NaN or infinity, those become null."""
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text_atomic(path, text + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "shape", None) == ():  # a numpy or torch scalar
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file ``path``; the system drops it if the process dies."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,210 @@
+"""Generations as directories: an ordinary Hugging Face checkpoint plus ``manifest.json``.
+
+    ROOT/<id>/…    one generation, never changed once it is there
+    ROOT/HEAD      the id of the generation that is the model now
+
+A generation is there whole or not at all. ``commit`` does not move HEAD: the switch
+from one model to another is the one atomic write of ``set_head``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sleeprl
+from sleeprl.files import (
+    atomic_directory,
+    locked,
+    sha256_file,
+    write_json_atomic,
+    write_text_atomic,
+)
+
+MANIFEST = "manifest.json"
+
+
+class LineageError(ValueError):
+    """A generation that is not there, not unique, or not intact."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known about a generation. ``id``, ``created`` and ``files`` are the store's."""
+
+    transaction: str
+    """The night that made it; committing the same transaction again changes nothing."""
+    base_model: str
+    parent: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved configuration."""
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """The summary: what was measured on it."""
+    slots: Mapping[str, Any] = field(default_factory=dict)
+    """Which memory slots are filled."""
+    note: str = ""
+    sleeprl_version: str = sleeprl.__version__
+    id: str = ""
+    created: str = ""
+    """ISO 8601, UTC."""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Relative path -> ``{"sha256": hex, "bytes": int}``; all files but the manifest."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(int(file["bytes"]) for file in self.files.values())
+
+
+@dataclass(frozen=True)
+class Node:
+    """A generation in the tree of generations."""
+
+    manifest: Manifest
+    is_head: bool
+    children: list[Node]
+
+
+class LineageStore:
+    """The generations under one directory. Ids may be given by a unique prefix, or as HEAD."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def commit(self, source: Path | Callable[[Path], object], manifest: Manifest) -> str:
+        """Make a generation of the files in directory ``source``; its id.
+
+        ``source`` may also be a function that writes the files into the directory it is
+        given. The id follows from ``manifest.transaction``: when that is committed already,
+        nothing is done. Killed on the way, nothing has been committed.
+        """
+        if not manifest.transaction:
+            raise LineageError("manifest.transaction must not be empty")
+        generation = hashlib.sha256(manifest.transaction.encode()).hexdigest()[:16]
+        with locked(self.root / ".lock"):
+            if (self.root / generation).exists():
+                return generation
+            for leftover in self.root.glob(".*.tmp/"):  # of a killed commit: we hold the lock
+                shutil.rmtree(leftover)
+            parent = None if manifest.parent is None else self.resolve(manifest.parent)
+            with atomic_directory(self.root / generation) as directory:
+                if callable(source):
+                    source(directory)
+                else:
+                    shutil.copytree(source, directory, dirs_exist_ok=True)
+                files = {
+                    name: {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+                    for name, file in _files(directory).items()
+                }
+                if not files:
+                    raise LineageError(f"no files to commit in {source}")
+                complete = replace(
+                    manifest,
+                    id=generation,
+                    parent=parent,
+                    created=datetime.now(UTC).isoformat(),
+                    files=files,
+                )
+                write_json_atomic(directory / MANIFEST, asdict(complete))
+        return generation
+
+    def list(self) -> Sequence[Manifest]:
+        """All generations, oldest first."""
+        directories = [file.parent.name for file in self.root.glob(f"[!.]*/{MANIFEST}")]
+        return sorted(map(self._manifest, directories), key=lambda m: (m.created, m.id))
+
+    def get(self, generation: str) -> Manifest:
+        """The manifest of a generation."""
+        return self._manifest(self.resolve(generation))
+
+    def path(self, generation: str) -> Path:
+        """The checkpoint directory of a generation; not to be written to."""
+        return self.root / self.resolve(generation)
+
+    def resolve(self, generation: str) -> str:
+        """The full id for a unique prefix or ``HEAD``."""
+        if generation == "HEAD":
+            head = self.head()
+            if head is None:
+                raise LineageError(f"{self.root} has no HEAD yet: nothing has been committed")
+            return head
+        ids = [manifest.id for manifest in self.list()]
+        matches = [i for i in ids if generation and i.startswith(generation)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise LineageError(f"generation {generation!r} could be any of {matches}")
+        known = f"it has {ids}" if ids else "it is empty"
+        raise LineageError(f"no generation {generation!r} in {self.root}; {known}")
+
+    def head(self) -> str | None:
+        """The id of the current generation; None before the first."""
+        pointer = self.root / "HEAD"
+        return pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+    def set_head(self, generation: str) -> str:
+        """Make a generation the current one; its id."""
+        generation = self.resolve(generation)
+        write_text_atomic(self.root / "HEAD", generation + "\n")
+        return generation
+
+    def rollback(self, generation: str) -> str:
+        """``set_head`` on a generation whose files are verified first. Nothing is deleted."""
+        if problems := self.verify(generation):
+            raise LineageError(
+                f"generation {generation} is not intact, HEAD stays: {'; '.join(problems)}"
+            )
+        return self.set_head(generation)
+
+    def verify(self, generation: str) -> Sequence[str]:
+        """What differs from the manifest; empty when every file is intact."""
+        expected = self.get(generation).files
+        found = _files(self.path(generation))
+        return (
+            [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+            + [f"{name} does not belong" for name in sorted(found.keys() - expected.keys())]
+            + [
+                f"{name} has changed"
+                for name in sorted(expected.keys() & found.keys())
+                if sha256_file(found[name]) != expected[name]["sha256"]
+            ]
+        )
+
+    def tree(self) -> Sequence[Node]:
+        """The generations without a (known) parent, with all that came of them."""
+        head = self.head()
+        nodes = {m.id: Node(m, m.id == head, []) for m in self.list()}
+        for node in nodes.values():
+            if node.manifest.parent in nodes:
+                nodes[node.manifest.parent].children.append(node)
+        return [node for node in nodes.values() if node.manifest.parent not in nodes]
+
+    def _manifest(self, generation: str) -> Manifest:
+        file = self.root / generation / MANIFEST
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            unknown = values.keys() - {f.name for f in fields(Manifest)}
+            if unknown:
+                raise ValueError(f"unknown fields {sorted(unknown)}, of a newer sleepRL?")
+            return Manifest(**values)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise LineageError(f"{file} cannot be read: {error}") from error
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """Relative name -> path of all files but the manifest; links have no place here."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_symlink():
+            raise LineageError(f"{name} is a symbolic link; a generation holds files only")
+        if path.is_file() and name != MANIFEST:
+            files[name] = path
+    return files

@@ -1,0 +1,1 @@
+"""The day: recording experience, and answering with it in the prompt."""
