@@ -1,0 +1,1 @@
+"""What a run tells its user: metrics, waits and idle time, live progress, the HTML report."""

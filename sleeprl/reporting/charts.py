@@ -1,0 +1,339 @@
+"""Hand-made SVG: small, no dependency, coloured by the page's CSS in light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from sleeprl.reporting.summary import Figure, percent, short
+
+MAX_POINTS = 400  # per curve; more is averaged, a page must stay light
+_Point = tuple[float, float]
+_Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
+@dataclass(frozen=True)
+class State:
+    """One model on the recall-retention map. ``key`` is also its CSS class."""
+
+    key: str
+    label: str
+    recall: Figure
+    retention: Figure | None
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric of one phase; values are finite or None, steps do not decrease."""
+
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float | None]
+
+    @property
+    def finite(self) -> list[_Point]:
+        pairs = zip(self.steps, self.values, strict=True)
+        return [(step, value) for step, value in pairs if value is not None]
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Maps data to pixels of the view box; y grows upwards in data."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def px(self, x: float) -> float:
+        return _interpolate(x, self.x, (self.left, self.right))
+
+    def py(self, y: float) -> float:
+        return _interpolate(y, self.y, (self.bottom, self.top))
+
+
+def tradeoff(states: Sequence[State], floor: float | None = None) -> Markup:
+    """Recall (x) against retention (y), each state with its 95 % intervals.
+
+    ``floor``: the lowest retention that the gate lets pass. A state without
+    retention is a vertical line at its recall.
+    """
+    shown = [s.retention for s in states if s.retention]
+    reach = [edge for f in shown for edge in (f.interval or (f.value, f.value))]
+    reach += [] if floor is None else [floor]
+    low, high = (min(reach), max(reach)) if reach else (0.0, 1.0)
+    margin = max(0.05 * (high - low), 0.03 - 0.5 * (high - low))  # not a picture of noise
+    ys = (max(0.0, low - margin), min(1.0, high + margin))
+    axes = _Axes((-0.03, 1.03), ys, left=54, top=30, right=446, bottom=370)
+    taken: list[_Box] = []
+    parts = [*_grid(axes, x_ticks=[0, 0.25, 0.5, 0.75, 1.0], y_ticks=ticks(*ys, count=5))]
+    if floor is not None:
+        y, middle = axes.py(floor), (axes.left + axes.right) / 2
+        taken.append((middle - 96, y + 4, middle + 96, y + 20))
+        parts.append(
+            f'<rect class="refused" x="{axes.left}" y="{y:.1f}" width="{axes.right - axes.left}" '
+            f'height="{max(0.0, axes.bottom - y):.1f}"/>'
+            f'<text class="faint" x="{middle}" y="{y + 16:.1f}" text-anchor="middle">'
+            f"the gate refuses below {percent(floor)}</text>"
+        )
+    parts += _night_arrow(axes, states, taken)
+    parts += [_state_marks(axes, state) for state in states]
+    parts += _labels(axes, states, taken)
+    parts.append(
+        f'<text class="axis" x="{(axes.left + axes.right) / 2}" y="406" text-anchor="middle">'
+        "recall of what was new →</text>"
+        '<text class="axis" x="4" y="15">↑ retention of what was known</text>'
+    )
+    told = "; ".join(
+        f"{s.label}: recall {percent(s.recall.value)}"
+        + (f", retention {percent(s.retention.value)}" if s.retention else "")
+        for s in states
+    )
+    return _svg(460, 410, "Recall against retention", told, parts)
+
+
+def curve(series: Series, *, large: bool) -> Markup:
+    """One metric over the steps: every value faint, and the moving mean where there are many."""
+    points = series.finite
+    (first_step, first), (last_step, last) = points[0], points[-1]
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or max(abs(high), 1.0) * 0.06
+    ys = (low - margin, high + margin)
+    width, height = (420, 190) if large else (230, 120)
+    xs = (first_step, last_step if last_step > first_step else first_step + 1)
+    axes = _Axes(xs, ys, left=52, top=8, right=width - 12, bottom=height - 24)
+    y_ticks = ticks(low, high, count=4 if large else 3)
+    parts = [*_grid(axes, x_ticks=[xs[0], xs[1]], y_ticks=y_ticks, rates=False)]
+    window = _window(series)
+    runs = _runs(series)
+    faint = "raw" if window > 1 else "line"
+    parts += [_path(axes, thin(run), faint) for run in runs]
+    if window > 1:
+        parts += [_path(axes, thin(_moving_mean(run, window)), "line") for run in runs]
+    if len(points) <= 12:
+        parts += [
+            f'<circle class="dot" cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" r="3"/>'
+            for x, y in points
+        ]
+    told = (
+        f"from {short(first)} at step {short(first_step)} to {short(last)} at step "
+        f"{short(last_step)}, lowest {short(low)}, highest {short(high)}"
+    )
+    return _svg(width, height, series.name, told, parts)
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round numbers within [low, high]."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / count
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def thin(points: Sequence[_Point]) -> list[_Point]:
+    """At most ``MAX_POINTS`` points: neighbours are averaged, the two ends kept."""
+    if len(points) <= MAX_POINTS:
+        return list(points)
+    size = math.ceil((len(points) - 2) / (MAX_POINTS - 2))
+    inner = [points[i : i + size] for i in range(1, len(points) - 1, size)]
+    inner[-1] = [point for point in inner[-1] if point is not points[-1]]
+    return [points[0], *(_mean(chunk) for chunk in inner if chunk), points[-1]]
+
+
+def _window(series: Series) -> int:
+    count = len(series.finite)
+    return max(1, count // 25) if count > 50 else 1
+
+
+def _moving_mean(points: Sequence[_Point], window: int) -> list[_Point]:
+    """Centred mean of ``window`` values, narrower at the ends; steps stay."""
+    half, means = window // 2, []
+    for i, (step, _) in enumerate(points):
+        near = points[max(0, i - half) : i + half + 1]
+        means.append((step, sum(value for _, value in near) / len(near)))
+    return means
+
+
+def _mean(points: Sequence[_Point]) -> _Point:
+    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+
+
+def _runs(series: Series) -> list[list[_Point]]:
+    """The stretches between values that were not finite: there the line breaks."""
+    runs: list[list[_Point]] = [[]]
+    for step, value in zip(series.steps, series.values, strict=True):
+        if value is not None:
+            runs[-1].append((step, value))
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _path(axes: _Axes, points: Sequence[_Point], css: str) -> str:
+    data = "L".join(f"{axes.px(x):.1f} {axes.py(y):.1f}" for x, y in points)
+    return f'<path class="{css}" d="M{data}"/>'
+
+
+def _grid(
+    axes: _Axes, x_ticks: Sequence[float], y_ticks: Sequence[float], rates: bool = True
+) -> list[str]:
+    lines = []
+    for tick, text in zip(y_ticks, _tick_texts(y_ticks, rates), strict=True):
+        y = axes.py(tick)
+        lines.append(
+            f'<line class="grid" x1="{axes.left}" x2="{axes.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{axes.left - 7}" y="{y + 4:.1f}" text-anchor="end">'
+            f"{text}</text>"
+        )
+    for tick in x_ticks:
+        x, last = axes.px(tick), tick == x_ticks[-1]
+        anchor = "middle" if rates else "end" if last else "start"
+        text = percent(tick, 0) if rates else f"{'step ' if last else ''}{tick:,.0f}"
+        lines.append(
+            f'<text class="tick" x="{x:.1f}" y="{axes.bottom + 17}" '
+            f'text-anchor="{anchor}">{text}</text>'
+        )
+    return lines
+
+
+def _tick_texts(values: Sequence[float], rates: bool) -> list[str]:
+    """As many digits as tell the ticks apart without rounding any."""
+    scale, unit = (100.0, " %") if rates else (1.0, "")
+    shown = [value * scale for value in values]
+    for digits in range(5):
+        if all(abs(value - round(value, digits)) < 1e-9 * max(map(abs, shown)) for value in shown):
+            return [f"{value:,.{digits}f}{unit}" for value in shown]
+    return [short(value) + unit for value in shown]
+
+
+def _night_arrow(axes: _Axes, states: Sequence[State], taken: list[_Box]) -> list[str]:
+    """What the night did: from before to after, stopping short of both marks.
+
+    Adds the places that it crosses to ``taken``.
+    """
+    found = {s.key: (s.recall.value, s.retention.value) for s in states if s.retention}
+    if "before" not in found or "after" not in found:
+        return []
+    (x0, y0), (x1, y1) = ((axes.px(x), axes.py(y)) for x, y in (found["before"], found["after"]))
+    length = math.hypot(x1 - x0, y1 - y0)
+    if length < 50:
+        return []
+    ux, uy = (x1 - x0) / length, (y1 - y0) / length
+    x0, y0, x1, y1 = x0 + 14 * ux, y0 + 14 * uy, x1 - 16 * ux, y1 - 16 * uy
+    head = (
+        f"M{x1 - 8 * ux + 4 * uy:.1f} {y1 - 8 * uy - 4 * ux:.1f}L{x1:.1f} {y1:.1f}"
+        f"L{x1 - 8 * ux - 4 * uy:.1f} {y1 - 8 * uy + 4 * ux:.1f}"
+    )
+    for part in range(33):
+        x, y = x0 + (x1 - x0) * part / 32, y0 + (y1 - y0) * part / 32
+        taken.append((x - 6, y - 3, x + 6, y + 3))
+    return [f'<path class="night" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}{head}"/>']
+
+
+def _state_marks(axes: _Axes, state: State) -> str:
+    x = axes.px(state.recall.value)
+    if state.retention is None:
+        return (
+            f'<line class="{state.key} ceiling" x1="{x:.1f}" x2="{x:.1f}" '
+            f'y1="{axes.top}" y2="{axes.bottom}"/>'
+        )
+    y, bars = axes.py(state.retention.value), ""
+    if state.recall.interval:
+        low, high = map(axes.px, state.recall.interval)
+        bars += f'<line class="bar" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    if state.retention.interval:
+        low, high = map(axes.py, state.retention.interval)
+        bars += f'<line class="bar" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+    return f'<g class="{state.key}">{bars}{_shape(state.key, x, y)}</g>'
+
+
+def _shape(key: str, x: float, y: float) -> str:
+    """A different shape for each state, so that colour is never needed to tell them apart."""
+    outlines = {
+        "before_with_context": [(0, -11), (11, 0), (0, 11), (-11, 0)],
+        "fine_tuned": [(0, -8), (8, 6), (-8, 6)],
+        "before": [(-6, -6), (6, -6), (6, 6), (-6, 6)],
+    }
+    if key not in outlines:
+        return f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="7"/>'
+    outline = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in outlines[key])
+    return f'<polygon class="mark" points="{outline}"/>'
+
+
+def _labels(axes: _Axes, states: Sequence[State], taken: Sequence[_Box]) -> list[str]:
+    """Each state's name next to its mark, where least is in the way."""
+    middle = (axes.top + axes.bottom) / 2
+    marks = [
+        (axes.px(s.recall.value), axes.py(s.retention.value) if s.retention else middle)
+        for s in states
+    ]
+    taken = [*taken, *((x - 10, y - 10, x + 10, y + 10) for x, y in marks)]
+    for state, (x, y) in zip(states, marks, strict=True):
+        if state.recall.interval and state.retention:
+            low, high = map(axes.px, state.recall.interval)
+            taken.append((low, y - 2, high, y + 2))
+        if state.retention and state.retention.interval:
+            low, high = map(axes.py, state.retention.interval)
+            taken.append((x - 2, high, x + 2, low))
+        if state.retention is None:
+            taken.append((x - 2, axes.top, x + 2, axes.bottom))
+    texts = []
+    for state, (x, y) in zip(states, marks, strict=True):
+        width = 8.6 * len(state.label)
+        places = [
+            (x0, y0, anchor)
+            for y0 in (y - 10, y + 20, y - 28, y + 38, y - 46, y + 56)
+            for x0, anchor in ((x + 13, "start"), (x - 13, "end"), (x, "middle"))
+        ]
+        boxes = {place: _text_box(*place, width) for place in places}
+        inside = [place for place in places if _inside(boxes[place], axes)] or places
+        place = min(inside, key=lambda p: sum(_overlap(boxes[p], other) for other in taken))
+        taken.append(boxes[place])
+        x0, y0, anchor = place
+        texts.append(
+            f'<text class="{state.key} label" x="{x0:.1f}" y="{y0:.1f}" '
+            f'text-anchor="{anchor}">{escape(state.label)}</text>'
+        )
+    return texts
+
+
+def _text_box(x: float, y: float, anchor: str, width: float) -> _Box:
+    left = x - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor]
+    return left, y - 12, left + width, y + 4
+
+
+def _inside(box: _Box, axes: _Axes) -> bool:
+    return (
+        box[0] >= axes.left
+        and box[2] <= axes.right + 10
+        and box[1] >= axes.top - 12
+        and box[3] <= axes.bottom
+    )
+
+
+def _overlap(a: _Box, b: _Box) -> float:
+    """Area shared by two boxes, in square pixels."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _interpolate(value: float, source: _Point, target: _Point) -> float:
+    share = (value - source[0]) / (source[1] - source[0])
+    return target[0] + share * (target[1] - target[0])
+
+
+def _svg(width: int, height: int, name: str, told: str, parts: Sequence[str]) -> Markup:
+    """``name`` and ``told`` are what a screen reader says instead of the picture."""
+    return Markup(
+        f'<svg viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(f"{name}: {told}")}">'
+        f"<title>{escape(name)}</title><desc>{escape(told)}</desc>{''.join(parts)}</svg>"
+    )

@@ -1,0 +1,237 @@
+"""The night as one self-contained HTML page: no network, no scripts, light and dark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from sleeprl.files import write_text_atomic
+from sleeprl.reporting import charts
+from sleeprl.reporting.charts import Series, State
+from sleeprl.reporting.metrics import read_metrics
+from sleeprl.reporting.summary import (
+    RATES,
+    STATES,
+    Summary,
+    comparison,
+    duration,
+    figure,
+    headline,
+    short,
+    title,
+)
+from sleeprl.reporting.waits import WAIT_KINDS
+
+# Parts of metric names that a reader wants to see first, the most wanted first.
+IMPORTANT = ("loss", "diverg", "jsd", "reward", "recall", "retention", "accuracy", "perplexity")
+MOST_LARGE = 6  # large charts per phase
+_NOT_METRICS = frozenset({"time", "phase", "step", "not_finite"})
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of a phase with its picture; ``svg`` is None where it never changed."""
+
+    series: Series
+    last: float
+    not_finite: int
+    svg: Markup | None
+
+
+@dataclass(frozen=True)
+class PhaseCurves:
+    key: str
+    large: list[Curve]
+    small: list[Curve]
+    constant: list[Curve]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A stretch of a timeline; ``start`` and ``width`` in percent of the whole row."""
+
+    label: str
+    css: str
+    start: float
+    width: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class IdleRow:
+    actor: str
+    seconds: float
+    bars: list[Bar]
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Render ``run_dir/report.html`` from config.yaml, metrics.jsonl and summary.json.
+
+    Each of the three may be missing or partial: an unfinished run is rendered with
+    what is there. Raises ``NotADirectoryError`` when there is no such run.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise NotADirectoryError(f"{run_dir} is not a run directory")
+    summary: Summary = json.loads(_text(run_dir / "summary.json") or "{}")
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    templates.filters |= {"duration": duration, "short": short, "title": title}
+    page = templates.get_template("report.html.j2").render(
+        name=summary.get("name") or run_dir.resolve().name,
+        facts=_facts(summary),
+        headline=headline(summary),
+        comparison=comparison(summary),
+        gate=summary.get("gate") or {},
+        generation=summary.get("generation"),
+        tradeoff=_tradeoff(summary),
+        table=_table(summary),
+        rate_names=RATES,
+        phases=phase_curves(rows),
+        timeline=_timeline(summary.get("seconds") or {}),
+        idle=_idle(summary.get("idle") or {}),
+        wait_kinds=WAIT_KINDS,
+        samples=summary.get("samples") or [],
+        environment=_flat(summary.get("environment") or {}),
+        config=_text(run_dir / "config.yaml"),
+    )
+    path = run_dir / "report.html"
+    write_text_atomic(path, page)
+    return path
+
+
+def phase_curves(rows: Sequence[Mapping[str, Any]]) -> list[PhaseCurves]:
+    """Every numeric metric of every phase, phases and metrics in order of appearance.
+
+    When a resumed run has recorded a step again, its last value counts.
+    """
+    values: dict[str, dict[str, dict[float, float | None]]] = {}
+    for row in rows:
+        lost = set(row.get("not_finite", ()))
+        of_phase = values.setdefault(str(row.get("phase", "run")), {})
+        for name, value in row.items():
+            numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name not in _NOT_METRICS and (numeric or name in lost):
+                of_phase.setdefault(name, {})[row.get("step", 0)] = value
+    return [_phase(key, metrics) for key, metrics in values.items() if metrics]
+
+
+def _phase(key: str, metrics: Mapping[str, Mapping[float, float | None]]) -> PhaseCurves:
+    all_series = []
+    for name, by_step in metrics.items():
+        steps = sorted(by_step)
+        all_series.append(Series(name, steps, [by_step[step] for step in steps]))
+    moving = [s for s in all_series if len({value for _, value in s.finite}) > 1]
+    still = [s for s in all_series if s not in moving]
+    large = sorted((s for s in moving if _rank(s.name) < len(IMPORTANT)), key=_by_rank)[:MOST_LARGE]
+    return PhaseCurves(
+        key,
+        large=[_curve(s, charts.curve(s, large=True)) for s in large],
+        small=[_curve(s, charts.curve(s, large=False)) for s in moving if s not in large],
+        constant=[_curve(s, None) for s in still],
+    )
+
+
+def _rank(name: str) -> int:
+    return next((i for i, part in enumerate(IMPORTANT) if part in name.lower()), len(IMPORTANT))
+
+
+def _by_rank(series: Series) -> int:
+    return _rank(series.name)
+
+
+def _curve(series: Series, svg: Markup | None) -> Curve:
+    finite = series.finite
+    last = finite[-1][1] if finite else float("nan")
+    return Curve(series, last, len(series.values) - len(finite), svg)
+
+
+def _tradeoff(summary: Summary) -> Markup | None:
+    states = [
+        State(key, label, recall, figure(summary, key, "retention"))
+        for key, label in STATES.items()
+        if (recall := figure(summary, key, "recall"))
+    ]
+    gate = summary.get("gate") or {}
+    floor = None
+    if gate.get("retention_before") is not None and gate.get("tolerance") is not None:
+        floor = gate["retention_before"] - gate["tolerance"]
+    return charts.tradeoff(states, floor) if states else None
+
+
+def _table(summary: Summary) -> list[dict[str, Any]]:
+    """Rows of the before/after table: the figures of each state that was measured."""
+    return [
+        {
+            "key": key,
+            "label": label,
+            "rates": {name: figure(summary, key, name) for name in RATES},
+            "perplexity": figure(summary, key, "perplexity"),
+        }
+        for key, label in STATES.items()
+        if summary.get(key)
+    ]
+
+
+def _timeline(seconds: Mapping[str, float | None]) -> list[Bar]:
+    """The phases one after the other, in the order in which they are listed."""
+    known = {key: s for key, s in seconds.items() if s is not None and key != "total"}
+    total = sum(known.values())
+    bars, began = [], 0.0
+    for key, length in known.items():
+        if total > 0:
+            bars.append(Bar(title(key), "phase", 100 * began / total, 100 * length / total, length))
+        began += length
+    return bars
+
+
+def _idle(idle: Mapping[str, Mapping[str, float]]) -> list[IdleRow]:
+    """Idle seconds by actor, the bars on one scale: the idlest actor fills its row."""
+    longest = max((sum(kinds.values()) for kinds in idle.values()), default=0.0)
+    rows = []
+    for actor, kinds in idle.items():
+        bars, began = [], 0.0
+        for kind, seconds in kinds.items():
+            if longest > 0 and seconds > 0:
+                share = 100 / longest
+                bars.append(Bar(kind, f"kind-{kind}", began * share, seconds * share, seconds))
+                began += seconds
+        rows.append(IdleRow(actor, began, bars))
+    return rows
+
+
+def _facts(summary: Summary) -> list[tuple[str, str]]:
+    """The small print under the title."""
+    facts = [
+        (name, str(summary[name])) for name in ("model", "seed") if summary.get(name) is not None
+    ]
+    seconds = summary.get("seconds") or {}
+    total = seconds.get("total") or sum(s for k, s in seconds.items() if s and k != "total")
+    return [*facts, ("time", duration(total))] if total else facts
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as ('a.b', 'value') lines."""
+    lines: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            lines += _flat(value, f"{prefix}{key}.")
+        else:
+            lines.append((f"{prefix}{key}", str(value)))
+    return lines
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
