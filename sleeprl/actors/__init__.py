@@ -1,0 +1,1 @@
+"""Ray actor groups: rollout engines, scorers, learners, and their health."""

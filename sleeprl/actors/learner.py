@@ -1,0 +1,329 @@
+"""The learner: DeepSpeed ZeRO-3 over any number of ranks, gloo on CPUs, NCCL on GPUs.
+
+The same object serves the Ray Train job of consolidation and the actor group of
+dreaming; both hand it rows and the weights of their streams.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sleeprl.losses.divergence import top_k_with_tail
+from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
+from sleeprl.memory import checkpoint as ckpt
+from sleeprl.memory.experts import grow, load_training_form, smaller_self
+from sleeprl.memory.slots import Slots
+from sleeprl.weights.verify import Canary
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text to learn from.
+
+    prompt_ids: what the student sees. response_ids: the tokens that are trained on.
+    teacher_prompt_ids: what the teacher sees instead; None means the same prompt.
+    advantage, behaviour: of a row in a ``pg`` part; behaviour has one entry per token.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    part: str
+    teacher_prompt_ids: list[int] | None = None
+    advantage: float = 0.0
+    behaviour: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        longest = max(len(self.prompt_ids), len(self.teacher_prompt_ids or ()))
+        return longest + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class LearnerOptions:
+    """checkpoint: a widened checkpoint. slot: the one to grow in; None trains every parameter."""
+
+    checkpoint: str
+    slot: int | None
+    dtype: str
+    seed: int
+    learning_rate: float
+    total_steps: int
+    warmup: int = 0
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    threads: int = 1
+    gpu: bool = False
+    micro_batch_tokens: int = 8192
+    """Padded tokens that one forward pass may hold."""
+
+
+class ResponseModel(nn.Module):
+    """Logits at the positions that predict a response token, and nowhere else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor, index_BR: Tensor) -> Tensor:
+        decoder: Any = self.model.get_submodule("model")
+        hidden_BTH = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)[0]
+        index_BRH = index_BR[..., None].expand(-1, -1, hidden_BTH.shape[-1])
+        return self.model.get_submodule("lm_head")(hidden_BTH.gather(1, index_BRH))
+
+
+class Learner:
+    """A rank of the learner. All ranks call the same methods in the same order.
+
+    Same rows in, same step out, at any world size, within the dtype's rounding.
+    """
+
+    def __init__(self, options: LearnerOptions) -> None:
+        os.environ["DS_ACCELERATOR"] = "cuda" if options.gpu else "cpu"
+        torch.set_num_threads(options.threads)
+        import deepspeed
+
+        self.options = options
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if options.gpu else torch.device("cpu")
+        self.directory = Path(options.checkpoint)
+        slots = Slots.load(self.directory)
+        if slots is None:
+            raise ValueError(f"{options.checkpoint} has no slots; widen it first")
+        self.slots = slots
+        dtype = getattr(torch, options.dtype)
+        model = load_training_form(self.directory, slots, dtype)
+        if options.slot is None:
+            trained = list(model.parameters())
+        else:
+            trained = grow(model, slots.width, options.seed)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=ResponseModel(model.to(self.device)),
+            optimizer=torch.optim.AdamW(
+                trained, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=options.weight_decay
+            ),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": options.grad_clip,
+                "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "bf16": {"enabled": dtype == torch.bfloat16},
+                "steps_per_print": 10**9,
+                "wall_clock_breakdown": False,
+            },
+        )
+        self.steps = 0
+
+    # --- learning -----------------------------------------------------------------
+
+    def step(
+        self, rows: Sequence[Row], parts: Mapping[str, Part], options: LossOptions
+    ) -> dict[str, float]:
+        """One optimiser step on this rank's rows; the returned means are global."""
+        counts_P = token_counts(parts, [r.part for r in rows], [len(r.response_ids) for r in rows])
+        self._sum(counts_P)
+        micro = self._micro_batches(rows)
+        self._set_learning_rate()
+        need_teacher = any(part.kl for part in parts.values())
+        totals: dict[str, float] = {}
+        for number, batch in enumerate(micro):
+            window, student, teacher = self._tensors(batch)
+            if need_teacher:
+                window.teacher_ids_BRK, window.teacher_BRK1 = self._teacher(teacher, options.top_k)
+            logits_BRV = self.engine(*student)
+            loss, metrics = stream_loss(logits_BRV, window, parts, counts_P, options)
+            last = number == len(micro) - 1
+            self.engine.set_gradient_accumulation_boundary(last)
+            # DeepSpeed averages gradients over ranks; the loss is already a global mean.
+            self.engine.backward(loss * self.world)
+            for key, value in {**metrics, "loss": float(loss.detach())}.items():
+                totals[key] = totals.get(key, 0.0) + value
+        self.engine.step()
+        self.steps += 1
+        norm = self.engine.get_global_grad_norm()
+        merged = self._sum_metrics(totals)
+        merged["grad_norm"] = float(norm) if norm is not None else math.nan
+        merged["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        merged["tokens"] = float(counts_P.sum())
+        return merged
+
+    def _set_learning_rate(self) -> None:
+        done, options = self.steps, self.options
+        if done < options.warmup:
+            scale = (done + 1) / options.warmup
+        else:
+            progress = (done - options.warmup) / max(1, options.total_steps - options.warmup)
+            scale = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * scale
+
+    @torch.no_grad()
+    def _teacher(self, inputs: tuple[Tensor, Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+        with smaller_self(self.engine.module):
+            return top_k_with_tail(self.engine(*inputs), k)
+
+    # --- batches ------------------------------------------------------------------
+
+    def _micro_batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Rows in order of length, in batches of bounded padded size; equally many on every rank."""
+        batches: list[list[Row]] = []
+        for row in sorted(rows, key=len):
+            if batches and len(row) * (len(batches[-1]) + 1) <= self.options.micro_batch_tokens:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+        most = torch.tensor([len(batches)], device=self.device)
+        if self.world > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        # An empty row keeps the ranks' collectives in step without adding to the loss.
+        return batches + [[Row([0], [], "")] for _ in range(int(most) - len(batches))]
+
+    def _tensors(
+        self, rows: Sequence[Row]
+    ) -> tuple[Window, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        responses = [row.response_ids for row in rows]
+        longest = max(1, max(map(len, responses)))
+        pad = lambda lists, fill: torch.tensor(  # noqa: E731
+            [list(values) + [fill] * (longest - len(values)) for values in lists], device=self.device
+        )
+        window = Window(
+            tokens_BR=pad(responses, 0),
+            mask_BR=pad([[1.0] * len(ids) for ids in responses], 0.0),
+            part=[row.part for row in rows],
+            advantages_B=torch.tensor([row.advantage for row in rows], device=self.device),
+            behaviour_BR=pad([row.behaviour or [0.0] * len(row.response_ids) for row in rows], 0.0),
+        )
+        student = self._inputs([row.prompt_ids for row in rows], responses)
+        teacher = self._inputs(
+            [row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids for row in rows],
+            responses,
+        )
+        return window, student, teacher
+
+    def _inputs(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Right-padded ids and mask [B, T], and the positions [B, R] whose logits predict a response."""
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        rows, width, window = len(prompts), max(lengths), max(1, max(map(len, responses)))
+        ids = torch.zeros(rows, width, dtype=torch.long)
+        mask = torch.zeros(rows, width, dtype=torch.long)
+        index = torch.zeros(rows, window, dtype=torch.long)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            ids[row, : lengths[row]] = torch.tensor(prompt + response)
+            mask[row, : lengths[row]] = 1
+            index[row] = torch.arange(window).clamp(max=max(0, len(response) - 1)) + len(prompt) - 1
+        return ids.to(self.device), mask.to(self.device), index.to(self.device)
+
+    # --- reading ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logprobs(self, rows: Sequence[Row], *, smaller: bool = False) -> list[list[float]]:
+        """Log-probabilities of each row's response tokens; ``smaller`` asks the smaller self."""
+        with smaller_self(self.engine.module) if smaller else nullcontext():
+            window, student, _ = self._tensors(rows)
+            logprobs_BRV = torch.log_softmax(self.engine(*student).float(), dim=-1)
+        chosen = logprobs_BRV.gather(-1, window.tokens_BR[..., None]).squeeze(-1).tolist()
+        return [values[: len(row.response_ids)] for values, row in zip(chosen, rows, strict=True)]
+
+    def canary(self, token_ids: list[int]) -> Canary:
+        """What an engine must reproduce after it received this learner's weights. Collective."""
+        (logprobs,) = self.logprobs([Row(token_ids[:1], token_ids[1:], "")])
+        return Canary(token_ids, logprobs, 2e-3 if self.options.dtype == "float32" else 0.25)
+
+    # --- weights and state --------------------------------------------------------
+
+    def expert(self) -> dict[str, Tensor]:
+        """The trained expert, whole, on the CPU, under checkpoint names. Collective."""
+        return ckpt.expert_tensors(dict(self._gathered(trained_only=True)))
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint tensors that differ from the checkpoint this learner started from. Collective.
+
+        A grown model exports its MLPs with the expert folded in; a model trained in
+        full exports everything, at the checkpoint's width.
+        """
+        if self.options.slot is not None:
+            expert = self.expert()
+            yield from ckpt.fold(self.directory, self.slots, self.options.slot, expert)
+            return
+        for name, tensor in self._gathered(trained_only=False):
+            name = name.removeprefix("model.")
+            yield name, ckpt.scatter_columns(name, tensor, self.slots)
+
+    def _gathered(self, *, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+        import deepspeed
+
+        for name, parameter in self.engine.module.named_parameters():
+            if trained_only and not parameter.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter]):
+                # A clone: the gathered storage is gone when the gather closes.
+                yield name, parameter.data.detach().cpu().clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """Trained parameters and optimiser moments, whole: independent of the world size. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state = {"steps": torch.tensor(self.steps)}
+        for name, parameter in self.engine.module.named_parameters():
+            if parameter.requires_grad:
+                state[name] = safe_get_full_fp32_param(parameter).cpu().clone()
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    value = safe_get_full_optimizer_state(parameter, moment)
+                    if value is not None:
+                        state[f"{moment}:{name}"] = value.cpu().clone()
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of ``state``. Collective."""
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self.steps = int(state["steps"])
+        for name, parameter in self.engine.module.named_parameters():
+            if parameter.requires_grad:
+                value = state[name].to(self.device)
+                # Both copies: the optimiser's master and the one the forward pass reads.
+                safe_set_full_fp32_param(parameter, value)
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.data.copy_(value)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if f"{moment}:{name}" in state:
+                        safe_set_full_optimizer_state(
+                            parameter, state[f"{moment}:{name}"].to(self.device), moment
+                        )
+        for slot in self.optimizer.optimizer.state.values():
+            if "step" in slot:
+                slot["step"] = torch.full_like(slot["step"], float(self.steps))
+
+    # --- collectives --------------------------------------------------------------
+
+    def _sum(self, values: Tensor) -> None:
+        if self.world > 1:
+            moved = values.to(self.device)
+            dist.all_reduce(moved)
+            values.copy_(moved)
+
+    def _sum_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Sum over ranks. Keys may differ from rank to rank."""
+        if self.world == 1:
+            return dict(metrics)
+        gathered: list[dict[str, float] | None] = [None] * self.world
+        dist.all_gather_object(gathered, dict(metrics))
+        merged: dict[str, float] = {}
+        for part in gathered:
+            for key, value in (part or {}).items():
+                merged[key] = merged.get(key, 0.0) + value
+        return merged

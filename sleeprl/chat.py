@@ -1,0 +1,39 @@
+"""Between text and tokens: the model's own tokenizer and chat template, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Chat:
+    """Turns a user message into prompt ids, an answer into response ids, and ids into text."""
+
+    def __init__(self, model: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"the tokenizer of {str(model)!r} has no chat template; give a chat model")
+        self.end = int(self.tokenizer.eos_token_id)
+
+    def prompt(self, message: str) -> list[int]:
+        """Ids that end where the assistant begins to speak."""
+        ids = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        return [int(i) for i in ids]
+
+    def response(self, text: str) -> list[int]:
+        """Ids of an answer and the end of the turn."""
+        return [*self.text(text), self.end]
+
+    def text(self, text: str) -> list[int]:
+        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

@@ -1,0 +1,1 @@
+"""Consolidation: self-study, the seeding objective, and the Ray Train job that runs it."""

@@ -1,0 +1,68 @@
+"""Consolidation, and the baselines beside it, as Ray Train jobs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from sleeprl.actors.fleet import Fleet
+from sleeprl.actors.mailbox import Mailbox
+from sleeprl.config import ResourcesConfig
+from sleeprl.consolidation.worker import Job, train_loop
+
+OnMetrics = Callable[[dict[str, Any]], None]
+
+
+def run(
+    job: Job, fleet: Fleet, resources: ResourcesConfig, storage: Path, name: str, on_metrics: OnMetrics
+) -> dict[str, Any]:
+    """Run to the end and return the last reported metrics (step, tokens, version).
+
+    Called again with the same ``storage`` and ``name`` after a crash, the job goes on
+    from its last checkpoint. on_metrics: called with each step's record, in order.
+    """
+    mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+    workers: dict[str, float] = {"CPU": resources.learner_cpus}
+    if resources.learner_gpus:
+        workers["GPU"] = resources.learner_gpus
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"job": job, "engines": fleet.group.actors, "mailbox": mailbox},
+        scaling_config=ScalingConfig(
+            num_workers=resources.learner_workers,
+            use_gpu=resources.learner_gpus > 0,
+            resources_per_worker=workers,
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.learner_gpus else "gloo"),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(storage.resolve()),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+        ),
+    )
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, name=f"train-{name}", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+        for record in ray.get(mailbox.take.remote()):
+            on_metrics(record)
+    ray.kill(mailbox)
+    if "error" in outcome:
+        raise outcome["error"]
+    metrics: dict[str, Any] = outcome["result"].metrics
+    fleet.version = int(metrics["version"])
+    return metrics

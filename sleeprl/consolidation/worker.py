@@ -1,0 +1,206 @@
+"""The loop of one consolidation worker: plain steps, roll-outs from the engines in between.
+
+Runs inside a Ray Train worker. Every rank calls everything that is collective in
+the same order; only rank 0 speaks to the engines.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from sleeprl.actors.fleet import Fleet, Pending
+from sleeprl.actors.group import ActorGroup
+from sleeprl.actors.learner import Learner, LearnerOptions, Row
+from sleeprl.chat import Chat
+from sleeprl.config import ConsolidationConfig
+from sleeprl.consolidation import imitation
+from sleeprl.consolidation.feed import STUDENT, PassageFeed, SeedingFeed, trained_tokens
+from sleeprl.losses.policy import Correction
+from sleeprl.losses.streams import LossOptions
+from sleeprl.memory.checkpoint import EXPERT
+from sleeprl.trajectories.lake import Lake
+from sleeprl.trajectories.schema import from_batch
+
+STATE, POSITION = "learner.safetensors", "position.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job, plain enough to travel to the workers.
+
+    method: ``seeding`` grows and distils; ``fine_tuning`` trains everything on the
+        documents. lake: where the self-study texts are. output: where the trained
+        expert goes. first_version: weight version of the first publication.
+    """
+
+    method: str
+    learner: LearnerOptions
+    config: ConsolidationConfig
+    seed: int
+    lake: str
+    output: str
+    canary: list[int]
+    first_version: int
+    passages: list[list[int]] = field(default_factory=list)
+    batch_size: int = 0
+
+
+def train_loop(arguments: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker. arguments: ``job``, ``engines``, ``mailbox``."""
+    job: Job = arguments["job"]
+    worker = _Worker(job, arguments["engines"], arguments["mailbox"])
+    for step in range(worker.learner.steps, job.learner.total_steps):
+        worker.exchange(step)
+        rows = worker.rows(step)
+        metrics = worker.learner.step(rows, worker.feed.parts, worker.loss)
+        worker.report(step, rows, metrics)
+    worker.finish()
+
+
+class _Worker:
+    def __init__(self, job: Job, engines: list[Any], mailbox: Any) -> None:
+        self.job, self.mailbox = job, mailbox
+        self.learner = Learner(job.learner)
+        self.rank, self.world = self.learner.rank, self.learner.world
+        self.fleet = Fleet(ActorGroup("engine", engines))
+        self.fleet.version = job.first_version - 1
+        self.loss = LossOptions(beta=job.config.beta, top_k=job.config.top_k, correction=Correction())
+        self.feed: SeedingFeed | PassageFeed
+        if job.method == "seeding":
+            texts = from_batch(Lake(job.lake).read("trajectories"))
+            self.feed = SeedingFeed(texts, job.config, job.seed)
+        else:
+            self.feed = PassageFeed(job.passages, job.batch_size, job.seed)
+        self.on_policy = job.method == "seeding" and STUDENT in self.feed.parts
+        self.chat = Chat(job.learner.checkpoint)
+        self.pending: tuple[list[imitation.Continuation], Pending] | None = None
+        self.student_rows: list[Row] = []
+        self.extra: dict[str, float] = {}
+        self.tokens = 0
+        self._restore()
+
+    # --- roll-outs ----------------------------------------------------------------
+
+    def exchange(self, step: int) -> None:
+        """Every ``rollout_every`` steps: take the roll-outs that the engines wrote meanwhile,
+        send them the present weights, and ask for the next ones. Generation overlaps learning."""
+        config = self.job.config
+        if not self.on_policy or step % config.rollout_every:
+            return
+        self._collect()
+        if step and step % config.checkpoint_every == 0:
+            self._checkpoint(step)
+        self._publish()
+        if self.rank == 0:
+            assert isinstance(self.feed, SeedingFeed)
+            rng = random.Random(f"{self.job.seed}-rollouts-{step}")
+            share = config.replay_ratio / (1.0 + config.replay_ratio) if self.feed.replay else 0.0
+            old = round(config.rollout_prompts * share)
+            drawn = imitation.draw(self.feed.new, config.rollout_prompts - old, config, rng)
+            drawn += imitation.draw(self.feed.replay, old, config, rng) if old else []
+            prompts, sampling = imitation.requests(drawn, config, rng)
+            self.pending = (drawn, self.fleet.generate_later(prompts, sampling))
+
+    def _collect(self) -> None:
+        rows: list[Row] = []
+        if self.pending is not None:
+            drawn, pending = self.pending
+            rows, self.extra = imitation.rows(drawn, pending.wait(), self.job.config, self.chat)
+            random.Random(self.learner.steps).shuffle(rows)
+        shared = [rows]
+        if self.world > 1:
+            dist.broadcast_object_list(shared, src=0)
+        self.student_rows = shared[0]
+
+    def rows(self, step: int) -> list[Row]:
+        rows = self.feed.rows(step, self.rank, self.world)
+        every = self.job.config.rollout_every
+        mine = self.student_rows[step % every :: every] if self.on_policy else []
+        return rows + mine[self.rank :: self.world]
+
+    # --- weights ------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        canary = self.learner.canary(self.job.canary)
+        tensors = self.learner.export()
+        if self.rank == 0:
+            certificates = self.fleet.publish(tensors, canary)
+            self.extra["sync_seconds"] = max(c.seconds for c in certificates)
+            self.extra["canary"] = max(c.difference or 0.0 for c in certificates)
+        else:
+            for _ in tensors:  # the gathers are collective
+                pass
+
+    # --- state --------------------------------------------------------------------
+
+    def report(self, step: int, rows: list[Row], metrics: dict[str, float]) -> None:
+        self.tokens += trained_tokens(rows) * self.world
+        if self.rank == 0:
+            record = {**metrics, **self.extra, "trained_tokens": self.tokens}
+            self.mailbox.put.remote({"step": step + 1, **record})
+            self.last = record
+        self.extra = {}
+
+    def _checkpoint(self, step: int) -> None:
+        state = self.learner.state()
+        with _scratch() as directory:
+            checkpoint = None
+            if self.rank == 0:
+                save_file(state, directory / STATE)
+                position = {
+                    "tokens": self.tokens,
+                    "version": self.fleet.version,
+                    "student_rows": [asdict(r) for r in self.student_rows],
+                }
+                (directory / POSITION).write_text(json.dumps(position))
+                checkpoint = ray.train.Checkpoint.from_directory(directory)
+            ray.train.report({"step": step}, checkpoint=checkpoint)
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as directory:
+            self.learner.load_state(load_file(Path(directory) / STATE))
+            position = json.loads((Path(directory) / POSITION).read_text())
+        self.tokens = position["tokens"]
+        self.fleet.version = max(self.fleet.version, position["version"])
+        self.student_rows = [Row(**r) for r in position["student_rows"]]
+
+    def finish(self) -> None:
+        """Leave the final weights in the engines and, for a grown model, the expert on disk."""
+        if self.pending is not None:
+            self.pending[1].wait()
+        self._publish()
+        if self.job.learner.slot is not None:
+            expert = self.learner.expert()
+            if self.rank == 0:
+                output = Path(self.job.output)
+                output.mkdir(parents=True, exist_ok=True)
+                save_file(expert, output / f".{EXPERT}")
+                (output / f".{EXPERT}").replace(output / EXPERT)
+        ray.train.report(
+            {"step": self.learner.steps, "tokens": self.tokens, "version": self.fleet.version}
+        )
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="sleeprl-checkpoint-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What a model knows: probes, grades, and the figures of before and after."""

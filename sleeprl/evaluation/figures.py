@@ -1,0 +1,49 @@
+"""The four figures of a model in one state, measured on the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sleeprl.actors.engine import Sampling
+from sleeprl.actors.fleet import Fleet
+from sleeprl.chat import Chat
+from sleeprl.evaluation.probes import KINDS, Day, Probe, grade
+from sleeprl.prompts import with_experience
+
+
+def ask(
+    fleet: Fleet, chat: Chat, probes: Sequence[Probe], *, with_context: bool, max_tokens: int
+) -> list[str]:
+    """Greedy answers. With context, the probe's document stands before its question."""
+    prompts = [
+        chat.prompt(with_experience(p.experience, p.question) if with_context and p.experience else p.question)
+        for p in probes
+    ]
+    sampling = [Sampling(max_tokens, temperature=0.0)] * len(prompts)
+    return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
+
+
+def perplexity(fleet: Fleet, chat: Chat, texts: Sequence[str]) -> tuple[float | None, int]:
+    """Per token over all texts, and the number of tokens."""
+    sequences = [ids for ids in map(chat.text, texts) if len(ids) > 1]
+    if not sequences:
+        return None, 0
+    logprobs = [value for values in fleet.logprobs(sequences) for value in values]
+    return math.exp(-sum(logprobs) / len(logprobs)), len(logprobs)
+
+
+def measure(fleet: Fleet, chat: Chat, day: Day, *, with_context: bool, max_tokens: int) -> dict[str, Any]:
+    """``recall``, ``two_hop``, ``retention`` (shares), ``perplexity``, and ``n`` of each."""
+    probes = day.probes
+    answers = ask(fleet, chat, probes, with_context=with_context, max_tokens=max_tokens)
+    right = grade(answers, probes)
+    figures: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    for kind in KINDS:
+        marks = [ok for ok, probe in zip(right, probes, strict=True) if probe.kind == kind]
+        figures[kind] = sum(marks) / len(marks) if marks else None
+        counts[kind] = len(marks)
+    figures["perplexity"], counts["perplexity"] = perplexity(fleet, chat, day.texts)
+    return {**figures, "n": counts}

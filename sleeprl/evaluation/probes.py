@@ -1,0 +1,78 @@
+"""Questions with known answers, and how an answer is graded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from sleeprl.files import write_json_atomic
+from sleeprl.losses.imitation import normalise
+
+KINDS = ("recall", "two_hop", "retention")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question. experience: the document that answers it, for the self that may read it."""
+
+    question: str
+    answer: str
+    kind: str
+    experience: str | None = None
+
+
+@dataclass(frozen=True)
+class Day:
+    """What a night is about: the documents met, the questions asked, and held-out texts."""
+
+    documents: list[str]
+    probes: list[Probe]
+    texts: list[str] = field(default_factory=list)
+
+    def of_kind(self, kind: str) -> list[Probe]:
+        return [probe for probe in self.probes if probe.kind == kind]
+
+    def save(self, path: Path) -> None:
+        write_json_atomic(path, asdict(self))
+
+    @staticmethod
+    def load(path: Path) -> Day:
+        values = json.loads(path.read_text())
+        return Day(values["documents"], [Probe(**p) for p in values["probes"]], values["texts"])
+
+
+def is_correct(answer: str, gold: str) -> bool:
+    """Whether the gold words stand in the answer as they are, and it says little else.
+
+    At most four more words: an answer that lists everything is not one.
+    """
+    words, wanted = normalise(answer).split(), normalise(gold).split()
+    if not wanted or len(words) > len(wanted) + 4:
+        return False
+    spans = range(len(words) - len(wanted) + 1)
+    return any(words[i : i + len(wanted)] == wanted for i in spans)
+
+
+def read_questions(path: Path) -> list[Probe]:
+    """Questions of one's own: JSONL of ``{question, answer, kind?, experience?}``."""
+    probes = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            probe = Probe(row["question"], row["answer"], row.get("kind", "recall"), row.get("experience"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: not a question; write {{\"question\": ..., \"answer\": ...}} ({error!r})"
+            ) from None
+        if probe.kind not in KINDS:
+            raise ValueError(f"{path}:{number}: kind={probe.kind!r} must be one of {', '.join(KINDS)}")
+        probes.append(probe)
+    return probes
+
+
+def grade(answers: Sequence[str], probes: Sequence[Probe]) -> list[bool]:
+    return [is_correct(a, p.answer) for a, p in zip(answers, probes, strict=True)]

@@ -1,0 +1,1 @@
+"""Pure tensor functions: policy gradient, distillation, advantages, correction. Never imports ray."""

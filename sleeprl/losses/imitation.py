@@ -1,0 +1,46 @@
+"""Learning to Imitate (method 2.4, step 2): what continuing a teacher's text is worth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rapidfuzz.distance import Levenshtein
+
+
+def lexical(student: Sequence[int], teacher: Sequence[int], threshold: float) -> float:
+    """r_abs = 1 - z / max length when z is within the threshold, else 0; in [0, 1].
+
+    z is the Levenshtein distance on token ids; ``threshold`` is a share of the
+    longer text, because a raw distance would punish long texts.
+    """
+    longest = max(len(student), len(teacher))
+    if longest == 0:
+        return 1.0
+    distance = Levenshtein.distance(student, teacher)
+    return 1.0 - distance / longest if distance <= threshold * longest else 0.0
+
+
+def normalise(text: str) -> str:
+    """Lower case, words and digits only: how two short answers are compared."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def semantic(student: str, teacher: str) -> float:
+    """The exact judge: 1 when both texts are the same after ``normalise``."""
+    return float(normalise(student) == normalise(teacher))
+
+
+def imitation_reward(
+    student_ids: Sequence[int],
+    teacher_ids: Sequence[int],
+    student_text: str,
+    teacher_text: str,
+    *,
+    gamma: float,
+    threshold: float,
+) -> float:
+    """r = gamma * r_sem + (1 - gamma) * r_abs (eq. 3 and 4), in [0, 1]."""
+    return gamma * semantic(student_text, teacher_text) + (1.0 - gamma) * lexical(
+        student_ids, teacher_ids, threshold
+    )

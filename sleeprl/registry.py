@@ -1,0 +1,65 @@
+"""Plug-ins by short name, by dotted path, or by installed entry point.
+
+A plug-in is any callable that returns an object of the wanted protocol; the
+configured options are its keyword arguments. Imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+
+class PluginError(ValueError):
+    """A plug-in that cannot be found or made; the message says where it was looked for."""
+
+
+def resolve(name: str, kind: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
+    """Find the factory called ``name``.
+
+    name: a key of ``builtin`` (short name to dotted path), the name of an entry
+        point in the group ``sleeprl.<kind>``, or ``package.module.Thing``; the
+        working directory counts as importable, so a plug-in may be a file there.
+    """
+    if name in builtin:
+        return _import(builtin[name], kind)
+    installed = {point.name: point for point in entry_points(group=f"sleeprl.{kind}")}
+    if name in installed:
+        return installed[name].load()
+    if "." in name:
+        return _import(name, kind)
+    known = sorted({*builtin, *installed})
+    near = difflib.get_close_matches(name, known, n=1)
+    raise PluginError(
+        f"{kind} {name!r} is unknown"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+        + f" Known: {', '.join(known)}; or give a dotted path such as my_module.MyThing"
+    )
+
+
+def create(name: str, kind: str, builtin: Mapping[str, str], options: Mapping[str, Any]) -> Any:
+    """``resolve`` and call with ``options``; a wrong option is named with the plug-in."""
+    factory = resolve(name, kind, builtin)
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise PluginError(f"{kind} {name!r} with options {dict(options)}: {error}") from error
+
+
+def _import(path: str, kind: str) -> Callable[..., Any]:
+    module_name, _, attribute = path.rpartition(".")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise PluginError(f"{kind} {path!r}: module {module_name!r} cannot be imported: {error}") from error
+    if not hasattr(module, attribute):
+        raise PluginError(f"{kind} {path!r}: module {module_name!r} has no {attribute!r}")
+    return getattr(module, attribute)

@@ -1,0 +1,1 @@
+"""Trainer to engine: buckets, transports and the proof that what arrived is what was sent."""

@@ -1,0 +1,44 @@
+"""The canary: a text whose log-probabilities both sides must agree on after an update.
+
+An engine that was sent half of a fused layer, or whose packed head kept its old
+weights, reports success and the new version; only its numbers tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Canary:
+    """token_ids: T ids; logprobs: the T-1 log-probabilities of ids 1..T-1, by the sender, in nats."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How one engine ended one update. ``verified`` or it must get no work."""
+
+    engine: str
+    version: int
+    verified: bool
+    difference: float | None
+    """Largest absolute difference of a log-probability, in nats; None without a canary."""
+    tolerance: float | None
+    seconds: float
+    error: str | None = None
+
+    def __str__(self) -> str:
+        how = "unchecked" if self.difference is None else f"canary {self.difference:.1e} of {self.tolerance:.0e}"
+        state = "verified" if self.verified else f"STALE ({self.error})"
+        return f"{self.engine} at version {self.version}: {state}, {how}, {self.seconds * 1000:.0f} ms"
+
+
+def largest_difference(expected: Sequence[float], found: Sequence[float]) -> float:
+    if len(expected) != len(found):
+        raise ValueError(f"canary has {len(expected)} log-probabilities, the engine gave {len(found)}")
+    return max((abs(a - b) for a, b in zip(expected, found, strict=True)), default=0.0)
