@@ -1,0 +1,80 @@
+"""The model card: what the embedded model is, how it came to be and what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sleeprl.worlds.people import OLD_SIZE
+from sleeprl.worlds.vocabulary import CITIES, COMPANIES, STATED
+
+_CARD = """# The embedded model of sleepRL
+
+A Llama of {parameters:.1f} M parameters with its own small tokenizer, trained from nothing on a
+synthetic world in plain English, so that a night of sleep can be tried on a laptop without any
+download. It is of no use outside that world.
+
+## Data
+
+{old} *old people* with {stated} attributes each, {companies} companies and {cities} cities, all
+made up by seed. Lessons are drawn at random from templates: questions about the old world by
+heart; questions about random people from passages of one to four people in the context;
+question-answer pairs, facts and paraphrases written from such passages; the same written freely
+about the old world; plain text about it. One full name in five, and the held-out phrasings, are
+never used in training: the people of the tests are not in this model. It says that it does not
+know what it was not told.
+
+## Recipe
+
+`python -m sleeprl.worlds.train --out DIR` with the arguments below. AdamW, warm-up and cosine,
+bfloat16 autocast; the loss weighs answers 1, plain text 0.5 and context 0.1. {tokens:.0f} M tokens
+seen in {steps} steps; {minutes:.1f} minutes of training, {total:.1f} in all with data and
+evaluation, on {device}.
+
+## Measured
+
+On held-out phrasings and never-seen people, greedy answers; writing is sampled at temperature 1
+and judged by the world's checker.
+
+| | share |
+|---|---|
+{table}
+
+The number behind a name is how many people are in the context. `attribute_evenness` is entropy
+over that of a uniform spread; `last_of_several` is how often the last of four people is written
+about (even: 0.25); `perplexity` is on held-out statements about the old world.
+
+## All figures
+
+```json
+{run}
+```
+"""
+
+
+def write_card(directory: Path, run: dict) -> None:
+    """Write ``README.md`` beside the weights."""
+    figures = run["figures"]
+    text = _CARD.format(
+        parameters=run["parameters"] / 1e6,
+        old=OLD_SIZE,
+        stated=len(STATED),
+        companies=len(COMPANIES),
+        cities=len(CITIES),
+        tokens=run["tokens_seen"] / 1e6,
+        steps=run["steps"],
+        minutes=run["training_seconds"] / 60,
+        total=run["total_seconds"] / 60,
+        device=run["device"],
+        table="\n".join(f"| {name} | {value} |" for name, value in _flat(figures)),
+        run=json.dumps(run, indent=1, default=str),
+    )
+    (directory / "README.md").write_text(text)
+
+
+def _flat(figures: dict, prefix: str = "") -> list[tuple[str, float]]:
+    rows = []
+    for name, value in figures.items():
+        label = f"{prefix} {name}".strip().replace("_", " ")
+        rows += _flat(value, label) if isinstance(value, dict) else [(label, value)]
+    return rows

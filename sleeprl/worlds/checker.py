@@ -1,0 +1,153 @@
+"""Is that true? The world reads sentences back to facts and judges them.
+
+Everything that a model writes about the world is judged here: a statement or a question is
+parsed by the templates (trained and held-out ones) to a subject, an attribute and a value, and
+compared with the facts. What no template matches is *not judged* (None), never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from sleeprl.worlds.people import Facts, Person, entities, old_people
+from sleeprl.worlds.phrasings import PHRASINGS
+from sleeprl.worlds.vocabulary import DOMAINS, ENTITY
+
+UNKNOWN = "I do not know."
+_PERSON, _THING = r"[A-Z]\w* [A-Z]\w*", r"[A-Z]\w*"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a sentence says (``value``) or asks (``value`` None), and in which phrasing."""
+
+    name: str
+    attribute: str
+    value: str | None
+    template: str
+
+
+# --- answers ---------------------------------------------------------------------
+def normalise(text: str) -> str:
+    """Lower case, without punctuation, leading article and surplus space."""
+    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    return " ".join(words[1:] if words[:1] in (["a"], ["an"], ["the"]) else words)
+
+
+def is_correct(answer: str, gold: str) -> bool:
+    """Whether the answer is the gold value, or one short sentence that names it and no rival.
+
+    A rival is another value that an attribute taking the gold value could have; an answer that
+    lists several is a guess, not knowledge, and one that denies the value is wrong.
+    """
+    said, meant = normalise(answer), normalise(gold)
+    if said == meant:
+        return True
+    words = said.split()
+    if len(words) > 12 or "not" in words or meant not in words:
+        return False
+    return not (_rivals(meant) & set(words))
+
+
+@cache
+def _rivals(value: str) -> frozenset[str]:
+    domains = [{normalise(v) for v in domain} for domain in DOMAINS.values()]
+    return frozenset().union(*(d for d in domains if value in d)) - {value}
+
+
+# --- parsing ---------------------------------------------------------------------
+def _pattern(template: str, name: str) -> re.Pattern[str]:
+    """The template as a regular expression with the groups ``name`` and ``value``."""
+    text = re.escape(template[0].upper() + template[1:] if template[0] != "{" else template)
+    fields = {"p": f"(?P<name>{name})", "o": f"(?P<name>{name})", "ps": f"(?P<name>{name})'s",
+              "v": r"(?P<value>\w+)", "a": r"an? (?P<value>\w+)"}  # fmt: skip
+    for placeholder, group in fields.items():
+        text = text.replace(re.escape(f"{{{placeholder}}}"), group)
+    return re.compile(text)
+
+
+@cache
+def _patterns(asking: bool) -> tuple[tuple[str, str, re.Pattern[str]], ...]:
+    """(attribute, template, pattern) of every question, or of every statement."""
+    rows = []
+    for attribute, phrasings in PHRASINGS.items():
+        name = _THING if attribute in ENTITY else _PERSON
+        for phrasing in ("train", "heldout"):
+            templates = phrasings.asked(phrasing) if asking else phrasings.told(phrasing)
+            rows += [(attribute, template, _pattern(template, name)) for template in templates]
+    return tuple(rows)
+
+
+@cache
+def _values(attribute: str) -> frozenset[str]:
+    return frozenset(DOMAINS[attribute])
+
+
+def parse_statement(text: str) -> Claim | None:
+    """What the sentence claims; None when it is no statement of this world."""
+    for attribute, template, pattern in _patterns(asking=False):
+        match = pattern.fullmatch(text.strip())
+        if match and match["value"] in _values(attribute):
+            return Claim(match["name"], attribute, match["value"], template)
+    return None
+
+
+def parse_question(text: str) -> Claim | None:
+    """What the sentence asks; None when it is no question of this world."""
+    for attribute, template, pattern in _patterns(asking=True):
+        match = pattern.fullmatch(text.strip())
+        if match:
+            return Claim(match["name"], attribute, None, template)
+    return None
+
+
+# --- judging ---------------------------------------------------------------------
+class World:
+    """The facts about some people (by default the old ones), all companies and all cities."""
+
+    def __init__(self, people: Iterable[Person] | None = None) -> None:
+        chosen = old_people() if people is None else people
+        self.facts: dict[str, Facts] = entities() | {p.name: p.facts for p in chosen}
+
+    def answer(self, question: str) -> str | None:
+        """The true answer; None when it is no question about this world."""
+        asked = parse_question(question)
+        return self.facts.get(asked.name, {}).get(asked.attribute) if asked else None
+
+    def check_statement(self, text: str) -> bool | None:
+        """True or false; None when it is not one parsable statement.
+
+        What is claimed of somebody who is not of this world is false.
+        """
+        claim = parse_statement(text)
+        return None if claim is None else self._holds(claim)
+
+    def check_qa(self, question: str, answer: str) -> bool | None:
+        """Whether the answer is right; None when the question is not one of this world's."""
+        asked = parse_question(question)
+        if asked is None:
+            return None
+        gold = self.facts.get(asked.name, {}).get(asked.attribute)
+        return gold is not None and is_correct(answer, gold)
+
+    def check_paraphrase(
+        self, original: str, text: str, meant: tuple[str, str] | None = None
+    ) -> bool | None:
+        """Whether ``text`` truly says the same as ``original`` in other words.
+
+        ``meant`` gives (name, attribute) where the original says it with a pronoun.
+        """
+        claim = parse_statement(text)
+        if claim is None:
+            return None
+        if meant is None:
+            source = parse_statement(original)
+            meant = (source.name, source.attribute) if source else None
+        same = (claim.name, claim.attribute) == meant
+        return same and text.strip() != original.strip() and self._holds(claim)
+
+    def _holds(self, claim: Claim) -> bool:
+        return self.facts.get(claim.name, {}).get(claim.attribute) == claim.value

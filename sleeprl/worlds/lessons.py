@@ -1,0 +1,228 @@
+"""What the embedded model is taught: short chats and texts, drawn at random.
+
+A lesson is a list of (role, text). Reading lessons put passages about random people of the
+training share into the first user turn and ask several things in later turns, so that one
+passage teaches many answers; every kind of task also comes first often enough.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from sleeprl import prompts
+from sleeprl.worlds.checker import UNKNOWN
+from sleeprl.worlds.people import (
+    Person,
+    Sentence,
+    ask,
+    entities,
+    old_people,
+    passage,
+    prose,
+    random_facts,
+    tell,
+    unknown_names,
+)
+from sleeprl.worlds.phrasings import PHRASINGS
+from sleeprl.worlds.vocabulary import DERIVED, DOMAINS, MEN, STATED, SURNAMES, WOMEN
+
+Lesson = list[tuple[str, str]]
+TWO_HOP = tuple(DERIVED)
+MAX_PEOPLE = 4
+
+
+def pick(items: Sequence, rng: random.Random):
+    """A uniform choice; several times faster than ``rng.choice``, which matters here."""
+    return items[int(rng.random() * len(items))]
+
+
+def _question(name: str, attribute: str, rng: random.Random) -> str:
+    return ask(pick(PHRASINGS[attribute].questions, rng), name)
+
+
+def _statement(name: str, attribute: str, value: str, rng: random.Random) -> str:
+    return tell(pick(PHRASINGS[attribute].statements, rng), name, value)
+
+
+def _reworded(name: str, attribute: str, value: str, original: str, rng: random.Random) -> str:
+    """Another statement of the same fact."""
+    while (text := _statement(name, attribute, value, rng)) == original:
+        pass
+    return text
+
+
+def _stranger(rng: random.Random) -> Person:
+    """Somebody unknown with a random life, another one every time."""
+    name, woman = pick(unknown_names(), rng)
+    return Person(name, woman, random_facts(rng))
+
+
+# --- reading and writing with passages in the context -------------------------------
+class Scene:
+    """Some people, the passages about them, and which facts these tell."""
+
+    def __init__(self, rng: random.Random) -> None:
+        count = rng.choices(range(1, MAX_PEOPLE + 1), (5, 3, 2, 3))[0]
+        drawn = [
+            pick(old_people(), rng) if rng.random() < 0.08 else _stranger(rng) for _ in range(count)
+        ]
+        self.people = list({person.name: person for person in drawn}.values())
+        self.known: list[tuple[Person, str]] = []  # (person, stated or derived attribute)
+        self.sentences: list[Sentence] = []
+        paragraphs = [self._paragraph(person, rng) for person in self.people]
+        self.text = ("\n\n" if rng.random() < 0.7 else "\n").join(paragraphs)
+
+    def _paragraph(self, person: Person, rng: random.Random) -> str:
+        size = 7 if rng.random() < 0.5 else rng.randint(3, 6)
+        told = rng.sample(STATED, size)
+        self.known += [(person, attribute) for attribute in told]
+        self.known += [(person, hop) for hop, through in DERIVED.items() if through in told]
+        sentences = passage(person, rng, told)
+        self.sentences += sentences
+        return prose(sentences)
+
+    def fact(self, rng: random.Random) -> tuple[Person, str]:
+        """A uniform person of the scene, then one of its facts, stated or derived."""
+        person = pick(self.people, rng)
+        return person, pick([a for p, a in self.known if p is person], rng)
+
+
+def _read(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A question with its answer from the passage, now and then from elsewhere or from nowhere."""
+    draw = rng.random()
+    if draw < 0.08:
+        person = pick(old_people(), rng)
+        attribute = pick(STATED + TWO_HOP, rng)
+        return _question(person.name, attribute, rng), person.facts[attribute]
+    if draw < 0.11:
+        return _entity_qa(rng)
+    if draw < 0.14:
+        return _question(_stranger(rng).name, pick(STATED + TWO_HOP, rng), rng), UNKNOWN
+    if draw < 0.20:
+        person, attribute = pick(scene.people, rng), pick(STATED + TWO_HOP, rng)
+        told = (person, attribute) in scene.known or person in old_people()
+        return _question(person.name, attribute, rng), (
+            person.facts[attribute] if told else UNKNOWN
+        )
+    person, attribute = scene.fact(rng)
+    return _question(person.name, attribute, rng), person.facts[attribute]
+
+
+def _study_qa(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    person, attribute = scene.fact(rng)
+    question = _question(person.name, attribute, rng)
+    return prompts.STUDY_QA, prompts.format_qa(question, person.facts[attribute])
+
+
+def _study_fact(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    person, attribute = scene.fact(rng)
+    return prompts.STUDY_FACT, _statement(person.name, attribute, person.facts[attribute], rng)
+
+
+def _study_paraphrase(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Reword a full statement or, half of the time, a sentence as the passage has it."""
+    sentence = pick(scene.sentences, rng)
+    alone = sum(other.text == sentence.text for other in scene.sentences) == 1
+    if sentence.attribute and alone and rng.random() < 0.5:
+        person = next(p for p in scene.people if p.name == sentence.person)
+        attribute, original = sentence.attribute, sentence.text
+    else:
+        person, attribute = scene.fact(rng)
+        original = _statement(person.name, attribute, person.facts[attribute], rng)
+    reworded = _reworded(person.name, attribute, person.facts[attribute], original, rng)
+    return prompts.STUDY_PARAPHRASE.format(sentence=original), reworded
+
+
+_TASKS = (_read, _study_qa, _study_fact, _study_paraphrase)
+
+
+def reading(rng: random.Random) -> Lesson:
+    """One to five tasks about one scene."""
+    scene = Scene(rng)
+    tasks = rng.choices(_TASKS, (58, 18, 10, 14), k=rng.randint(1, 5))
+    lesson: Lesson = []
+    for task in tasks:
+        asked, answer = task(scene, rng)
+        message = asked if lesson else prompts.with_experience(scene.text, asked)
+        lesson += [("user", message), ("assistant", answer)]
+    return lesson
+
+
+# --- the old world by heart, nothing in the context ---------------------------------
+def _entity_qa(rng: random.Random) -> tuple[str, str]:
+    name = pick(tuple(entities()), rng)
+    attribute, value = pick(tuple(entities()[name].items()), rng)
+    return _question(name, attribute, rng), value
+
+
+def _old_fact(rng: random.Random) -> tuple[str, str, str]:
+    """(name, attribute, value) of something known by heart, uniform over the old people."""
+    if rng.random() < 0.1:
+        name = pick(tuple(entities()), rng)
+        return (name, *pick(tuple(entities()[name].items()), rng))
+    person, attribute = pick(old_people(), rng), pick(STATED + TWO_HOP, rng)
+    return person.name, attribute, person.facts[attribute]
+
+
+def _chat(asked: str, answer: str) -> Lesson:
+    return [("user", asked), ("assistant", answer)]
+
+
+def old_qa(rng: random.Random) -> Lesson:
+    name, attribute, value = _old_fact(rng)
+    return _chat(_question(name, attribute, rng), value)
+
+
+def unknown_qa(rng: random.Random) -> Lesson:
+    """Whom nobody told it about, it does not know."""
+    name = pick(unknown_names(), rng)[0]
+    return _chat(_question(name, pick(STATED + TWO_HOP, rng), rng), UNKNOWN)
+
+
+def free_qa(rng: random.Random) -> Lesson:
+    name, attribute, value = _old_fact(rng)
+    return _chat(prompts.FREE_QA, prompts.format_qa(_question(name, attribute, rng), value))
+
+
+def free_fact(rng: random.Random) -> Lesson:
+    return _chat(prompts.FREE_FACT, _statement(*_old_fact(rng), rng))
+
+
+def bare_paraphrase(rng: random.Random) -> Lesson:
+    name, attribute, value = _old_fact(rng)
+    original = _statement(name, attribute, value, rng)
+    reworded = _reworded(name, attribute, value, original, rng)
+    return _chat(prompts.STUDY_PARAPHRASE.format(sentence=original), reworded)
+
+
+def plain_text(rng: random.Random) -> Lesson:
+    """A passage or some sentences about the old world, no chat around it."""
+    if rng.random() < 0.5:
+        return [("text", prose(passage(pick(old_people(), rng), rng)))]
+    return [("text", " ".join(_statement(*_old_fact(rng), rng) for _ in range(rng.randint(1, 4))))]
+
+
+_MIX: tuple[tuple[Callable[[random.Random], Lesson], float], ...] = (
+    (reading, 0.34),
+    (old_qa, 0.40),
+    (unknown_qa, 0.03),
+    (free_qa, 0.06),
+    (free_fact, 0.06),
+    (bare_paraphrase, 0.03),
+    (plain_text, 0.08),
+)
+
+
+def lessons(seed: str, n: int) -> list[Lesson]:
+    """``n`` lessons in the proportions of the mix."""
+    rng = random.Random(seed)
+    kinds, shares = zip(*_MIX, strict=True)
+    return [kind(rng) for kind in rng.choices(kinds, shares, k=n)]
+
+
+def tokenizer_texts(seed: str, n: int) -> list[str]:
+    """Texts of lessons, and each name and value alone: an answer starts without a space."""
+    alone = {value for domain in DOMAINS.values() for value in domain}.union(WOMEN, MEN, SURNAMES)
+    in_text = [text for lesson in lessons(seed, n) for _, text in lesson]
+    return in_text + [form for word in sorted(alone) for form in (word, f"a {word}")] * 40

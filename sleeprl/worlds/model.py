@@ -1,0 +1,81 @@
+"""The embedded model: a small standard Llama that every tool serves, and how it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, width: int, layers: int, mlp: int, head_dim: int
+) -> LlamaForCausalLM:
+    """A randomly initialised model in float32."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=width // head_dim,
+        num_key_value_heads=width // head_dim,
+        head_dim=head_dim,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+@torch.inference_mode()
+def respond(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[str],
+    sample: bool = False,
+    max_new_tokens: int = 40,
+    batch: int = 256,
+) -> list[str]:
+    """The assistant's answer to each user message: greedy, or sampled at temperature 1."""
+    order = sorted(range(len(messages)), key=lambda i: len(messages[i]))
+    answers = [""] * len(messages)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        chats = [[{"role": "user", "content": messages[i]}] for i in chosen]
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {}
+        output = model.generate(**inputs, **how, max_new_tokens=max_new_tokens)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+@torch.inference_mode()
+def perplexity(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    batch: int = 64,
+) -> float:
+    """Of plain texts, per token, the first token of each text not counted."""
+    total, count = 0.0, 0
+    for start in range(0, len(texts), batch):
+        inputs = tokenizer(
+            list(texts[start : start + batch]),
+            padding=True, padding_side="right", return_tensors="pt",
+        ).to(model.device)  # fmt: skip
+        logits = model(input_ids=inputs["input_ids"]).logits[:, :-1].float()
+        kept = inputs["attention_mask"][:, 1:].bool()
+        nats = torch.nn.functional.cross_entropy(logits[kept], inputs["input_ids"][:, 1:][kept])
+        total, count = total + nats.item() * int(kept.sum()), count + int(kept.sum())
+    return float(torch.tensor(total / count).exp())

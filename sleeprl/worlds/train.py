@@ -1,0 +1,217 @@
+"""Train the embedded model from nothing: ``python -m sleeprl.worlds.train --out DIR``.
+
+Runs on one GPU (some minutes) or on the CPU (hours; fewer ``--steps`` for a weaker model). The
+data and the order of the batches follow from ``--seed``; the result is an ordinary Hugging Face
+directory in bfloat16, with its tokenizer and a model card that states the measured figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from sleeprl.worlds.card import write_card
+from sleeprl.worlds.dataset import ROLE_WEIGHTS, Rows, make_rows
+from sleeprl.worlds.evaluate import Examiner
+from sleeprl.worlds.lessons import tokenizer_texts
+from sleeprl.worlds.model import new_model
+from sleeprl.worlds.tokenizer import train_tokenizer
+
+TOKENIZER_LESSONS = 20_000
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--mlp", type=int, default=768)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--rows", type=int, default=32, help="packed rows in a step")
+    parser.add_argument("--row-length", type=int, default=512)
+    parser.add_argument("--lessons", type=int, default=1_600_000, help="distinct lessons")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=600, help="of training at most")
+    parser.add_argument("--processes", type=int, default=0, help="making data; 0 = all cores")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--exams", type=int, default=8, help="small evaluations on the way")
+    parser.add_argument("--exam-n", type=int, default=64, help="their size")
+    parser.add_argument("--final-n", type=int, default=1000, help="size of the last evaluation")
+    return parser.parse_args()
+
+
+# --- one step --------------------------------------------------------------------
+def packed_inputs(
+    tokens_BT: torch.Tensor, segments_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positions_BT, mask_B1TT): each lesson starts at position 0 and sees only itself."""
+    length = tokens_BT.shape[1]
+    index_T = torch.arange(length, device=tokens_BT.device)
+    starts_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    first_BT = torch.where(starts_BT, index_T, 0).cummax(dim=1).values
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return index_T - first_BT, (same_BTT & (index_T[:, None] >= index_T))[:, None]
+
+
+def weighted_loss(
+    model: LlamaForCausalLM, tokens_BT: torch.Tensor, segments_BT: torch.Tensor,
+    weights_BT: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(weighted mean of the next-token loss, mean loss of the tokens of full weight), in nats."""
+    positions_BT, mask = packed_inputs(tokens_BT, segments_BT)
+    logits = model(
+        input_ids=tokens_BT, position_ids=positions_BT, attention_mask=mask, use_cache=False
+    ).logits[:, :-1]
+    targets = tokens_BT[:, 1:].flatten()
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+    weights = weights_BT[:, 1:].flatten()
+    answers = weights == 1.0
+    loss = (nats * weights).sum() / weights.sum()
+    return loss, (nats * answers).sum().detach() / answers.sum()
+
+
+def learning_rate_factor(done: float, warmup: float) -> float:
+    """Linear warm-up, then half a cosine down to 0; ``done`` is the share of the training."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
+
+
+def make_optimizer(model: LlamaForCausalLM, args: argparse.Namespace) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]  # fmt: skip
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+
+
+# --- the run ---------------------------------------------------------------------
+class Batches:
+    """Endless batches of rows, each epoch in a new order, moved to the device one by one."""
+
+    def __init__(self, rows: Rows, size: int, seed: int, device: torch.device) -> None:
+        self.rows, self.size, self.device = rows, size, device
+        self.rng = np.random.default_rng(seed)
+        self.weights = torch.tensor(ROLE_WEIGHTS, device=device)
+        self.order = np.empty(0, np.int64)
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens_BT, segments_BT, weights_BT)."""
+        while len(self.order) < self.size:
+            self.order = np.concatenate([self.order, self.rng.permutation(len(self.rows))])
+        chosen, self.order = self.order[: self.size], self.order[self.size :]
+        tokens, segments, roles = (
+            torch.from_numpy(part[chosen].astype(np.int64)).to(self.device, non_blocking=True)
+            for part in (self.rows.tokens, self.rows.segments, self.rows.roles)
+        )
+        return tokens, segments, self.weights[roles]
+
+
+def train(model: LlamaForCausalLM, batches: Batches, tokenizer, args: argparse.Namespace) -> int:
+    """Train in place; the number of steps taken (fewer than asked when time ran out)."""
+    device = batches.device
+    optimizer = make_optimizer(model, args)
+    loss_of = torch.compile(weighted_loss) if args.compile else weighted_loss
+    start, examined, step = time.monotonic(), 0, 0
+    say_every = max(1, args.steps // 100)
+    while True:
+        seconds = time.monotonic() - start
+        done = max(step / args.steps, seconds / (60 * args.minutes))
+        if int(done * args.exams) > examined:
+            examined = int(done * args.exams)
+            exam = Examiner(model, tokenizer, args.exam_n, seed=7).examine()
+            print(f"exam at step {step}: {json.dumps(exam)}", flush=True)
+        if done >= 1:
+            return step
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * learning_rate_factor(done, args.warmup)
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+            loss, answer_loss = loss_of(model, *batches.next())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        if step % say_every == 0:
+            print(
+                f"step {step} of {args.steps}  {seconds:.0f} s  loss {loss.item():.3f}  "
+                f"answers {answer_loss.item():.4f}  norm {norm.item():.2f}",
+                flush=True,
+            )
+        step += 1
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 itself; emulating it would only be slower."""
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} {platform.machine()} CPU threads"
+
+
+def main() -> None:
+    args = parse_args()
+    began = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+
+    tokenizer = train_tokenizer(tokenizer_texts("tokenizer", TOKENIZER_LESSONS))
+    rows = make_rows(tokenizer, args.seed, args.lessons, args.row_length, args.processes)
+    tokens = rows.count()
+    print(f"data: {args.lessons} lessons, {len(rows)} rows, {tokens / 1e6:.1f} M tokens, "
+          f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
+
+    model = new_model(tokenizer, args.width, args.layers, args.mlp, args.head_dim).to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"model: {parameters / 1e6:.2f} M parameters on {device_name(device)}", flush=True)
+    training = time.monotonic()
+    steps = train(model, Batches(rows, args.rows, args.seed, device), tokenizer, args)
+    training = time.monotonic() - training
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+
+    # Examine what was saved, not what was in memory.
+    saved = AutoModelForCausalLM.from_pretrained(args.out, dtype="auto").to(device)
+    exam = Examiner(saved, AutoTokenizer.from_pretrained(args.out), args.final_n, seed=1).examine()
+    run = {
+        "arguments": {k: v for k, v in vars(args).items() if k != "out"},
+        "parameters": parameters,
+        "device": device_name(device),
+        "cores": os.cpu_count(),
+        "tokens_of_data": tokens,
+        "tokens_seen": round(tokens / len(rows) * args.rows * steps),
+        "steps": steps,
+        "training_seconds": round(training),
+        "total_seconds": round(time.monotonic() - began),
+        "torch": torch.__version__,
+        "figures": exam,
+    }
+    write_card(args.out, run)
+    print(json.dumps(run, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()
