@@ -1,0 +1,97 @@
+# sleepRL. `make` alone lists what there is.
+
+PYTHON ?= python3
+# Where torch's CPU build is looked for when pip's own sources lack it (PyPI has the CUDA build only).
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# cpu or cuda: which torch and vLLM are installed.
+ifeq ($(ACCELERATOR),)
+ACCELERATOR := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
+endif
+ARGS ?=
+PYTEST_ARGS ?=
+
+VENV_PYTHON := .venv/bin/python
+
+.PHONY: help
+help:
+	@echo "sleepRL: a language model that sleeps"
+	@echo
+	@echo "  make night           install if need be, then one night on the embedded model"
+	@echo "  make test            install if need be, then all tests but the slow scenarios"
+	@echo
+	@echo "  make ci              lint, types, all tests: what has to be green"
+	@echo "  make lint            ruff: rules and format        make format   let ruff rewrite"
+	@echo "  make types           mypy over sleeprl/"
+	@echo "  make test-slow       the slow scenarios alone"
+	@echo "  make embedded-model  train the embedded model from nothing"
+	@echo "  make install         only .venv                    make lock     resolve the pins again"
+	@echo "  make clean           caches, build/                make distclean  and .venv"
+	@echo
+	@echo "  Settings:  make night ARGS='my.yaml seed=1'      what follows 'sleeprl night'"
+	@echo "             make test PYTEST_ARGS='-k losses'     what follows 'pytest'"
+	@echo "             make night ACCELERATOR=cpu            cpu or cuda, here: $(ACCELERATOR)"
+	@echo "             make night PYTHON=python3.12          makes .venv, here: $(PYTHON)"
+
+# --- set-up ----------------------------------------------------------------------------------------
+
+# Quick, and silent, when nothing is to be done.
+.PHONY: install
+install:
+	@PYTHON='$(PYTHON)' TORCH_CPU_INDEX='$(TORCH_CPU_INDEX)' tools/install.sh '$(ACCELERATOR)'
+
+.PHONY: lock
+lock: install
+	@tools/lock.sh
+
+# --- use -------------------------------------------------------------------------------------------
+
+.PHONY: night
+night: install
+	@.venv/bin/sleeprl night $(ARGS)
+
+.PHONY: embedded-model
+embedded-model: install
+	@$(VENV_PYTHON) -m sleeprl.worlds.train --out sleeprl/worlds/embedded $(ARGS)
+
+# --- checks ----------------------------------------------------------------------------------------
+
+.PHONY: test
+test: install
+	@$(VENV_PYTHON) -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+# pytest's exit status 5 is "no test selected".
+.PHONY: test-slow
+test-slow: install
+	@$(VENV_PYTHON) -m pytest -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+.PHONY: lint
+lint: install
+	@$(VENV_PYTHON) -m ruff check --output-format=concise
+	@$(VENV_PYTHON) -m ruff format --check
+
+.PHONY: format
+format: install
+	@$(VENV_PYTHON) -m ruff check --fix --exit-zero
+	@$(VENV_PYTHON) -m ruff format
+
+.PHONY: types
+types: install
+	@$(VENV_PYTHON) -m mypy
+
+.PHONY: ci
+ci:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-slow
+
+# --- tidying; runs/ and generations/ are yours and are never touched --------------------------------
+
+.PHONY: clean
+clean:
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean
+	@rm -rf .venv *.egg-info
