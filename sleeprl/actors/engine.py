@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import ray
+
 from sleeprl.actors.group import ServedAsync
+from sleeprl.trajectories.schema import Trajectory, to_batch
 from sleeprl.weights.verify import Canary, Certificate, largest_difference
 
 
@@ -123,6 +126,38 @@ class VLLMEngine(ServedAsync):
     async def generate(self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]) -> list[Completion]:
         """One completion per prompt, in their order."""
         return list(await asyncio.gather(*map(self._one, prompts, sampling)))
+
+    async def rollout(
+        self, task: str, attempts: Sequence[str], prompt: list[int], sampling: Sequence[Sampling]
+    ) -> dict[str, Any]:
+        """A group of dreams on one prompt, as a record batch in the object store.
+
+        attempts: the uid of each. Returns ``batch`` (a reference), ``tokens``, and the
+        oldest and newest policy ``versions`` in it: the caller moves references only.
+        """
+        completions = await self.generate([prompt] * len(attempts), sampling)
+        batch = to_batch(
+            [
+                Trajectory(
+                    uid=uid,
+                    task_id=task,
+                    attempt=number,
+                    purpose="dream",
+                    prompt_ids=prompt,
+                    response_ids=completion.token_ids,
+                    logprobs=completion.logprobs,
+                    versions=completion.versions,
+                    finish_reason=completion.finish_reason,
+                )
+                for number, (uid, completion) in enumerate(zip(attempts, completions, strict=True))
+            ]
+        )
+        versions = [v for c in completions for v in c.versions]
+        return {
+            "batch": ray.put(batch),
+            "tokens": len(versions),
+            "versions": (min(versions, default=self._version), max(versions, default=self._version)),
+        }
 
     async def _one(self, prompt: list[int], sampling: Sampling) -> Completion:
         from vllm import SamplingParams

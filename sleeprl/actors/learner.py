@@ -272,6 +272,22 @@ class Learner:
                 # A clone: the gathered storage is gone when the gather closes.
                 yield name, parameter.data.detach().cpu().clone()
 
+    def set_expert(self, expert: Mapping[str, Tensor]) -> None:
+        """Put an expert, whole, under checkpoint names, in the place of the present one. Collective."""
+        self._set({f"model.{ckpt.training_name(name)}": tensor for name, tensor in expert.items()})
+
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.engine.module.named_parameters():
+            if parameter.requires_grad:
+                value = values[name].to(self.device)
+                # Both copies: the optimiser's master and the one the forward pass reads.
+                safe_set_full_fp32_param(parameter, value)
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.data.copy_(value)
+
     def state(self) -> dict[str, Tensor]:
         """Trained parameters and optimiser moments, whole: independent of the world size. Collective."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -288,17 +304,12 @@ class Learner:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of ``state``. Collective."""
-        import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state
 
         self.steps = int(state["steps"])
+        self._set(state)
         for name, parameter in self.engine.module.named_parameters():
             if parameter.requires_grad:
-                value = state[name].to(self.device)
-                # Both copies: the optimiser's master and the one the forward pass reads.
-                safe_set_full_fp32_param(parameter, value)
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    parameter.data.copy_(value)
                 for moment in ("exp_avg", "exp_avg_sq"):
                     if f"{moment}:{name}" in state:
                         safe_set_full_optimizer_state(

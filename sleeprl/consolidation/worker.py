@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from sleeprl.actors.fleet import Fleet, Pending
 from sleeprl.actors.group import ActorGroup
 from sleeprl.actors.learner import Learner, LearnerOptions, Row
+from sleeprl.actors.publish import publish, save_expert
 from sleeprl.chat import Chat
 from sleeprl.config import ConsolidationConfig
 from sleeprl.consolidation import imitation
 from sleeprl.consolidation.feed import STUDENT, PassageFeed, SeedingFeed, trained_tokens
 from sleeprl.losses.policy import Correction
 from sleeprl.losses.streams import LossOptions
-from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import from_batch
 
@@ -103,7 +103,7 @@ class _Worker:
         self._collect()
         if step and step % config.checkpoint_every == 0:
             self._checkpoint(step)
-        self._publish()
+        self.extra.update(publish(self.learner, self.fleet, self.job.canary))
         if self.rank == 0:
             assert isinstance(self.feed, SeedingFeed)
             rng = random.Random(f"{self.job.seed}-rollouts-{step}")
@@ -130,19 +130,6 @@ class _Worker:
         every = self.job.config.rollout_every
         mine = self.student_rows[step % every :: every] if self.on_policy else []
         return rows + mine[self.rank :: self.world]
-
-    # --- weights ------------------------------------------------------------------
-
-    def _publish(self) -> None:
-        canary = self.learner.canary(self.job.canary)
-        tensors = self.learner.export()
-        if self.rank == 0:
-            certificates = self.fleet.publish(tensors, canary)
-            self.extra["sync_seconds"] = max(c.seconds for c in certificates)
-            self.extra["canary"] = max(c.difference or 0.0 for c in certificates)
-        else:
-            for _ in tensors:  # the gathers are collective
-                pass
 
     # --- state --------------------------------------------------------------------
 
@@ -184,14 +171,9 @@ class _Worker:
         """Leave the final weights in the engines and, for a grown model, the expert on disk."""
         if self.pending is not None:
             self.pending[1].wait()
-        self._publish()
+        publish(self.learner, self.fleet, self.job.canary)
         if self.job.learner.slot is not None:
-            expert = self.learner.expert()
-            if self.rank == 0:
-                output = Path(self.job.output)
-                output.mkdir(parents=True, exist_ok=True)
-                save_file(expert, output / f".{EXPERT}")
-                (output / f".{EXPERT}").replace(output / EXPERT)
+            save_expert(self.learner, Path(self.job.output), self.job.canary)
         ray.train.report(
             {"step": self.learner.steps, "tokens": self.tokens, "version": self.fleet.version}
         )

@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 EXPERT = "expert.safetensors"
 
 
-def widen(source: Path, target: Path, count: int, width: int, dtype: torch.dtype) -> Slots:
+def widen(source: Path, target: Path, count: int, width: int, dtype: str) -> Slots:
     """Write ``source`` again with ``count`` zero slots in every MLP; a Hugging Face checkpoint.
 
     A checkpoint that already has slots is copied with the slots it has. The new
@@ -34,7 +34,7 @@ def widen(source: Path, target: Path, count: int, width: int, dtype: torch.dtype
             shutil.copytree(source, directory, dirs_exist_ok=True)
             (directory / "manifest.json").unlink(missing_ok=True)
             return existing
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
         base_width = model.config.intermediate_size
         for _, mlp in mlps(model):
             for part in PROJECTIONS:
@@ -43,7 +43,6 @@ def widen(source: Path, target: Path, count: int, width: int, dtype: torch.dtype
                     pad_columns(layer.weight.data, count * width, 1 if part == "down_proj" else 0)
                 )
         model.config.intermediate_size = base_width + count * width
-        model.config.dtype = dtype
         model.save_pretrained(directory, max_shard_size="1TB")
         tokenizer = AutoTokenizer.from_pretrained(source)
         tokenizer.save_pretrained(directory)
@@ -81,6 +80,11 @@ def expert_tensors(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in named.items()
         if marker in name
     }
+
+
+def training_name(name: str) -> str:
+    """The inverse of the renaming in ``expert_tensors``."""
+    return name.replace(".mlp.", ".mlp.expert.")
 
 
 def fold(checkpoint: Path, slots: Slots, slot: int, expert: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -6,8 +6,12 @@ weights, reports success and the new version; only its numbers tell.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sleeprl.files import write_json_atomic
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,13 @@ class Canary:
     token_ids: list[int]
     logprobs: list[float]
     tolerance: float
+
+    def save(self, path: Path) -> None:
+        write_json_atomic(path, asdict(self))
+
+    @staticmethod
+    def load(path: Path) -> Canary:
+        return Canary(**json.loads(path.read_text()))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sleeprl.worlds.people import (
 )
 from sleeprl.worlds.vocabulary import DERIVED, STATED
 
-MAX_PEOPLE = 4
+MAX_PEOPLE = 3
 
 
 class Examiner:

@@ -29,7 +29,7 @@ from sleeprl.worlds.vocabulary import DERIVED, DOMAINS, MEN, STATED, SURNAMES, W
 
 Lesson = list[tuple[str, str]]
 TWO_HOP = tuple(DERIVED)
-MAX_PEOPLE = 4
+MAX_PEOPLE = 3
 
 
 def pick(items: Sequence, rng: random.Random):
@@ -63,7 +63,7 @@ class Scene:
     """Some people, the passages about them, and which facts these tell."""
 
     def __init__(self, rng: random.Random) -> None:
-        count = rng.choices(range(1, MAX_PEOPLE + 1), (5, 3, 2, 3))[0]
+        count = rng.choices(range(1, MAX_PEOPLE + 1), (4, 4, 3))[0]
         drawn = [
             pick(old_people(), rng) if rng.random() < 0.08 else _stranger(rng) for _ in range(count)
         ]
@@ -204,8 +204,8 @@ def plain_text(rng: random.Random) -> Lesson:
 
 
 _MIX: tuple[tuple[Callable[[random.Random], Lesson], float], ...] = (
-    (reading, 0.34),
-    (old_qa, 0.40),
+    (reading, 0.30),
+    (old_qa, 0.44),
     (unknown_qa, 0.03),
     (free_qa, 0.06),
     (free_fact, 0.06),

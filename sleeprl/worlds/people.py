@@ -28,7 +28,7 @@ from sleeprl.worlds.vocabulary import (
 )
 
 OLD_SEED = 20260606
-OLD_SIZE = 300
+OLD_SIZE = 240
 FRESH_SHARE = 5  # one name in five is never used in training
 COMBINED_PROBABILITY = 0.3  # of a passage's facts being told two in one sentence
 

@@ -1,0 +1,17 @@
+"""A reward of one's own: dreams that teach, but in few words.
+
+    sleeprl night examples/brief_reward.yaml
+"""
+
+from sleeprl.dreaming.tasks import Dream
+
+
+def brief(per_token: float = 0.01):
+    """The gain of the dream (see ``Dream.gain``), less a price for every token."""
+
+    def reward(dream: Dream) -> float | None:
+        if dream.pair is None or dream.gain is None:
+            return 0.0
+        return 10 * dream.gain - per_token * len(dream.token_ids)
+
+    return reward

@@ -1,0 +1,206 @@
+"""The ``sleeprl`` command. Thin: every command is a few lines over one room of the house."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+
+from sleeprl import __version__
+from sleeprl.config import ConfigError
+
+app = typer.Typer(
+    help="sleepRL: let a language model sleep on what it met, and wake up knowing it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(help="A YAML file and/or key=value words, for example wake.people=40 seed=1."),
+]
+
+
+@app.command()
+def night(
+    words: Words = None,
+    model: Annotated[str | None, typer.Option(help="Short for model.name=...")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Finish the unfinished run in this directory.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and the plan; start nothing.")
+    ] = False,
+) -> None:
+    """Run one whole night: wake, self-study, consolidate, dream, and the morning after.
+
+    [bold]sleeprl night[/]                            on the embedded model, about five minutes on two cores
+    [bold]sleeprl night my.yaml seed=1[/]             a file, then words that override it
+    [bold]sleeprl night wake.inputs=[notes.jsonl] model.name=Qwen/Qwen3-0.6B[/]
+    [bold]sleeprl night --resume runs/night[/]        go on after Ctrl-C or a crash
+    """
+    from sleeprl import config as cfg
+    from sleeprl import run as runs
+
+    if resume is not None:
+        if words or model:
+            raise ConfigError("--resume continues a run as it was configured; leave out other words")
+        settings = runs.resume(resume)
+    else:
+        path, overrides = _split(words or [])
+        if model:
+            overrides.append(f"model.name={model}")
+        settings = cfg.load(path, overrides)
+        if any(word.startswith("name=") for word in overrides):
+            runs.refuse_existing(settings)
+        else:
+            settings.name = runs.fresh_name(settings)
+    if dry_run:
+        console.print(cfg.to_yaml(settings), highlight=False, markup=False)
+        console.print(_plan(settings), highlight=False)
+        return
+    from sleeprl.night import run_night
+    from sleeprl.reporting.progress import before_after_table
+
+    try:
+        summary = run_night(settings)
+    except KeyboardInterrupt:
+        errors.print(
+            f"\nStopped. Nothing is lost; finish with: [bold]sleeprl night --resume {settings.run_dir}[/]"
+        )
+        raise typer.Exit(130) from None
+    console.print(before_after_table(summary))
+    console.print(f"Report: {settings.run_dir / 'report.html'}")
+    if summary["generation"]:
+        console.print(f"Generation: {Path(settings.generations) / summary['generation']}")
+    else:
+        gate = summary["gate"]
+        console.print(
+            f"No generation: retention fell from {gate['retention_before']:.1%} to "
+            f"{gate['retention_after']:.1%}, more than gate.tolerance={gate['tolerance']:.1%}"
+        )
+
+
+@app.command()
+def wake(
+    inputs: Annotated[list[str], typer.Argument(help="JSONL, Parquet or text files, directories, or -.")],
+    lake: Annotated[Path, typer.Option(help="Directory of the experience lake.")] = Path("lake"),
+    ask: Annotated[list[str] | None, typer.Option(help="Answer this with the experience in context.")] = None,
+    model: Annotated[str, typer.Option(help="Model that answers.")] = "embedded",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad lines out instead of stopping.")] = False,
+) -> None:
+    """Record real input into the experience lake, and answer questions with it in context."""
+    from sleeprl.trajectories.lake import Lake
+    from sleeprl.wake.record import record
+
+    report = record(inputs, Lake(lake), skip_bad=skip_bad)
+    console.print(f"{report.added} recorded, {report.duplicates} known before, in {lake}")
+    for problem in [*report.bad, *(f"ignored: {file}" for file in report.ignored)]:
+        errors.print(problem, style="yellow", markup=False)
+    if ask:
+        from sleeprl.wake.answer import answer
+
+        for question, said in zip(ask, answer(Lake(lake), ask, model), strict=True):
+            console.print(f"[bold]{question}[/]\n{said}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
+    """Write the HTML report of a run again."""
+    from sleeprl.reporting.report import write_report
+
+    console.print(str(write_report(run)))
+
+
+@app.command()
+def lineage(
+    root: Annotated[Path, typer.Option(help="Directory of the generations.")] = Path("generations"),
+) -> None:
+    """Show the generations of the model as a tree with their figures."""
+    from rich.tree import Tree
+
+    from sleeprl.lineage import LineageStore, Node
+
+    def label(node: Node) -> str:
+        manifest = node.manifest
+        figures = manifest.figures.get("after", {})
+        said = [f"{k} {figures[k]:.0%}" for k in ("recall", "retention") if figures.get(k) is not None]
+        head = " [bold green]HEAD[/]" if node.is_head else ""
+        return f"{manifest.id[:8]}{head}  {', '.join(said)}  {manifest.size / 1e6:.1f} MB  {manifest.created}"
+
+    def grow(branch: Tree, nodes: list[Node]) -> None:
+        for node in nodes:
+            grow(branch.add(label(node)), node.children)
+
+    tree = Tree(str(root))
+    grow(tree, LineageStore(root).tree())
+    console.print(tree)
+
+
+@app.command()
+def rollback(
+    generation: Annotated[str, typer.Argument(help="Id of a generation, or a unique beginning of one.")],
+    root: Annotated[Path, typer.Option(help="Directory of the generations.")] = Path("generations"),
+) -> None:
+    """Make an earlier generation the present one. Nothing is deleted."""
+    from sleeprl.lineage import LineageStore
+
+    console.print(f"HEAD is {LineageStore(root).rollback(generation)}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(__version__)
+
+
+def _split(words: list[str]) -> tuple[Path | None, list[str]]:
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"more than one config file: {', '.join(files)}; settings are written key=value")
+    return (Path(files[0]) if files else None), [word for word in words if "=" in word]
+
+
+def _plan(settings: object) -> Panel:
+    from sleeprl.config import NightConfig, available_cpus
+
+    assert isinstance(settings, NightConfig)
+    r = settings.resources
+    lines = [
+        f"run directory   {settings.run_dir}",
+        f"ray             {r.address or f'local, {r.cpus or available_cpus()} cores'}",
+        f"engines         {r.engines} x ({r.engine_cpus} cores, {r.engine_gpus:g} GPUs)",
+        f"learner         {r.learner_workers} x ({r.learner_cpus} cores, {r.learner_gpus:g} GPUs), ZeRO-3",
+        "beside them     1 scorer, 1 reward actor, 1 curriculum actor (no core reserved)",
+    ]
+    return Panel("\n".join(lines), title="plan", expand=False)
+
+
+def main() -> None:
+    """Entry point: one clear message for what a user can mend, a traceback for what we must."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        app()
+    except ValueError as error:
+        # Every error that names a setting or an input of the user's is a ValueError.
+        if os.environ.get("SLEEPRL_TRACEBACK"):
+            raise
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The built-in reward, and the actor in which rewards run, one deadline per batch of dreams."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as DeadlineError
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from sleeprl.actors.group import Served
+from sleeprl.chat import Chat
+from sleeprl.dreaming.tasks import Dream, Reward, Task
+from sleeprl.prompts import parse_qa
+from sleeprl.registry import create
+from sleeprl.trajectories.schema import from_batch, with_rewards
+
+BUILTIN = {"likelihood_gain": "sleeprl.dreaming.rewards.LikelihoodGain"}
+
+
+class LikelihoodGain:
+    """What the dream teaches: the gain of its trial; a malformed dream teaches nothing.
+
+    scale: reward per nat, so that the numbers are of the order of one.
+    """
+
+    def __init__(self, scale: float = 10.0) -> None:
+        self.scale = scale
+
+    def __call__(self, dream: Dream) -> float | None:
+        if dream.pair is None:
+            return 0.0
+        return None if dream.gain is None else self.scale * dream.gain
+
+
+class RewardActor(Served):
+    """Runs a reward. What it raises or lets pass the deadline is *unscored*, with the reason."""
+
+    def __init__(self, model: str, name: str, options: Mapping[str, Any], deadline: float) -> None:
+        self.chat = Chat(model)
+        self.reward: Reward = create(name, "reward", BUILTIN, options)
+        self.deadline = deadline
+
+    def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> dict[str, Any]:
+        """``batch``: a reference to the batch with ``reward`` or ``unscored`` in every row."""
+        rewards: list[float | None] = []
+        reasons: list[str | None] = []
+        for trajectory in from_batch(batch):
+            text = self.chat.decode(trajectory.response_ids)
+            whole = trajectory.finish_reason == "stop"
+            dream = Dream(
+                task=tasks[trajectory.task_id],
+                text=text,
+                token_ids=trajectory.response_ids,
+                pair=parse_qa(text) if whole else None,
+                gain=json.loads(trajectory.meta).get("gain"),
+            )
+            reward, reason = self._one(dream)
+            rewards.append(reward)
+            reasons.append(reason)
+        return {"batch": ray.put(with_rewards(batch, rewards, reasons))}
+
+    def _one(self, dream: Dream) -> tuple[float | None, str | None]:
+        # A thread of its own: one that hangs must not take the actor with it.
+        pool = ThreadPoolExecutor(max_workers=1)
+        try:
+            value = pool.submit(self.reward, dream).result(timeout=self.deadline)
+        except DeadlineError:
+            return None, f"the reward took longer than {self.deadline} s"
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}"
+        finally:
+            pool.shutdown(wait=False)
+        if value is None:
+            return None, "the reward returned None"
+        if not math.isfinite(value):
+            return None, f"the reward returned {value}"
+        return float(value), None

@@ -1,0 +1,106 @@
+"""The scorer: what the smaller self thinks of a dream, and what learning from it would do.
+
+A trial is one step of plain gradient descent on the expert, on the dream's pair
+without the experience in sight, and a look at how likely the task's probes have
+become; then the step is taken back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+from torch import Tensor
+
+from sleeprl.actors.group import Served
+from sleeprl.chat import Chat
+from sleeprl.dreaming.tasks import Task
+from sleeprl.memory.checkpoint import expert_tensors
+from sleeprl.memory.experts import grow, load_training_form, smaller_self
+from sleeprl.memory.slots import Slots
+from sleeprl.prompts import parse_qa
+from sleeprl.trajectories.schema import from_batch, with_column, with_ref_logprobs
+
+
+class Scorer(Served):
+    """A plain torch copy of the learner's model, one step behind it at most."""
+
+    def __init__(
+        self, checkpoint: str, slot_seed: int, dtype: str, rate: float, probes: int, threads: int
+    ) -> None:
+        torch.set_num_threads(threads)
+        directory = Path(checkpoint)
+        slots = Slots.load(directory)
+        assert slots is not None
+        self.chat = Chat(checkpoint)
+        self.model = load_training_form(directory, slots, getattr(torch, dtype))
+        self.parameters = grow(self.model, slots.width, slot_seed)
+        self.rate, self.probes = rate, probes
+
+    def set_expert(self, expert: Mapping[str, Tensor]) -> None:
+        own = expert_tensors(dict(self.model.named_parameters()))
+        with torch.no_grad():
+            for name, tensor in expert.items():
+                own[name].copy_(tensor)
+
+    def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> dict[str, Any]:
+        """``batch``: a reference to the batch with ``ref_logprobs``, and with ``gain`` and ``gap`` (nats per token) in ``meta``.
+
+        gain is None where the dream is not a whole pair, so that there is nothing to learn from.
+        """
+        trajectories = from_batch(batch)
+        references = []
+        with torch.no_grad(), smaller_self(self.model):
+            for t in trajectories:
+                references.append(self._logprobs([(t.prompt_ids, t.response_ids)])[0].tolist())
+        asked = {t.task_id: self._rows(tasks[t.task_id].probes[: self.probes]) for t in trajectories}
+        before = {task: self._likelihood(probes) for task, probes in asked.items()}
+        metas = []
+        for t in trajectories:
+            probes, known = asked[t.task_id], before[t.task_id]
+            pair = parse_qa(self.chat.decode(t.response_ids)) if t.finish_reason == "stop" else None
+            gain = self._trial(pair, probes) - known if pair and probes else None
+            metas.append(json.dumps({**json.loads(t.meta), "gain": gain, "gap": -known}))
+        return {"batch": ray.put(with_column(with_ref_logprobs(batch, references), "meta", metas))}
+
+    def _trial(self, pair: tuple[str, str], probes: Sequence[tuple[list[int], list[int]]]) -> float:
+        (logprobs,) = self._logprobs(self._rows([pair]))
+        gradients = torch.autograd.grad(-logprobs.mean(), self.parameters)
+        with torch.no_grad():
+            kept = [p.clone() for p in self.parameters]
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.sub_(self.rate * gradient)
+            after = self._likelihood(probes)
+            for parameter, value in zip(self.parameters, kept, strict=True):
+                parameter.copy_(value)
+        return after
+
+    @torch.no_grad()
+    def _likelihood(self, rows: Sequence[tuple[list[int], list[int]]]) -> float:
+        """Mean log-likelihood per token of the answers to bare questions."""
+        if not rows:
+            return 0.0
+        return float(torch.cat(self._logprobs(rows)).mean())
+
+    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        return [(self.chat.prompt(question), self.chat.response(answer)) for question, answer in pairs]
+
+    def _logprobs(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+        """Log-probabilities of each row's response tokens, given its prompt."""
+        width = max(len(p) + len(r) for p, r in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, (prompt, response) in enumerate(rows):
+            length = len(prompt) + len(response)
+            ids[index, :length] = torch.tensor(prompt + response)
+            mask[index, :length] = 1
+        logits_BTV = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        logprobs_BT = torch.log_softmax(logits_BTV[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return [
+            logprobs_BT[i, len(p) - 1 : len(p) + len(r) - 1] for i, (p, r) in enumerate(rows)
+        ]

@@ -1,0 +1,101 @@
+"""The directory of one run: what is done, what came of it, and how it is shown.
+
+``state.json`` holds the result of every finished phase, so a killed night goes on
+with the first phase that is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sleeprl import config as cfg
+from sleeprl.config import ConfigError, NightConfig
+from sleeprl.files import write_json_atomic, write_text_atomic
+from sleeprl.reporting.metrics import MetricsLog
+from sleeprl.reporting.progress import NightProgress
+
+T = TypeVar("T")
+CONFIG, STATE, SUMMARY, METRICS = "config.yaml", "state.json", "summary.json", "metrics.jsonl"
+
+
+class Run:
+    """Phases of one night with their results, timings, metrics and progress."""
+
+    def __init__(self, config: NightConfig, progress: NightProgress) -> None:
+        self.config, self.progress = config, progress
+        self.dir = config.run_dir
+        self.dir.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self.dir / CONFIG, cfg.to_yaml(config))
+        self.metrics = MetricsLog(self.dir / METRICS)
+        self.state: dict[str, Any] = {"results": {}, "seconds": {}}
+        if (self.dir / STATE).is_file():
+            self.state = json.loads((self.dir / STATE).read_text())
+
+    def done(self, key: str) -> bool:
+        return key in self.state["results"]
+
+    def result(self, key: str) -> Any:
+        return self.state["results"].get(key)
+
+    def phase(self, key: str, work: Callable[[], T], note: Callable[[T], str] = lambda _: "") -> T:
+        """Do ``work`` and record its result (plain JSON), or return what is recorded."""
+        if self.done(key):
+            self.progress.skip(key, "done before")
+            return self.result(key)
+        began = time.monotonic()
+        self.progress.start(key)
+        result = work()
+        self.state["results"][key] = result
+        self.state["seconds"][key] = round(time.monotonic() - began, 2)
+        write_json_atomic(self.dir / STATE, self.state)
+        self.progress.finish(key, note(result))
+        return result
+
+    def log(self, phase: str, step: int, metrics: dict[str, float], total: int, *show: str) -> None:
+        """One step's metrics into the file and the bar; ``show`` names those beside the bar."""
+        self.metrics.write(phase, step, **metrics)
+        shown = {name.rsplit("/", 1)[-1]: metrics[name] for name in show if name in metrics}
+        self.progress.update(phase, advance=1, total=total, **shown)
+
+    def close(self) -> None:
+        self.metrics.close()
+
+
+def refuse_existing(config: NightConfig) -> None:
+    """Refuse to mix two nights in one directory."""
+    path = config.run_dir / CONFIG
+    if path.is_file():
+        done = (config.run_dir / SUMMARY).is_file()
+        raise ConfigError(
+            f"name={config.name!r}: {config.run_dir} holds a{' finished' if done else 'n unfinished'} run; "
+            + (
+                "give this night another name=..."
+                if done
+                else f"finish it with `sleeprl night --resume {config.run_dir}` or give another name=..."
+            )
+        )
+
+
+def fresh_name(config: NightConfig) -> str:
+    """The configured name, or with the first free number behind it."""
+    if not config.run_dir.exists():
+        return config.name
+    number = 2
+    while (Path(config.runs) / f"{config.name}-{number}").exists():
+        number += 1
+    return f"{config.name}-{number}"
+
+
+def resume(directory: Path) -> NightConfig:
+    """The configuration of an unfinished run."""
+    path = directory / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"--resume {str(directory)!r}: there is no {CONFIG} in it; give the directory of a run")
+    config = cfg.load(path)
+    if config.run_dir.resolve() != directory.resolve():
+        config.runs, config.name = str(directory.parent), directory.name
+    return config

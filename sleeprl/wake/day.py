@@ -1,0 +1,62 @@
+"""The day before the night: what was met, and the questions that will be asked about it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from sleeprl.config import NightConfig
+from sleeprl.evaluation.probes import Day, Probe, read_questions
+from sleeprl.trajectories.experience import Experience, experiences
+from sleeprl.trajectories.lake import Lake
+from sleeprl.wake.record import record
+from sleeprl.worlds import people as world
+
+EMBEDDED = "embedded"
+SOURCE = "embedded-world"
+
+
+def live(config: NightConfig, lake: Lake) -> Day:
+    """Record the day into the lake and say what it was about.
+
+    Without ``wake.inputs`` the day is made by the embedded world: fresh people by
+    seed, questions in held-out phrasings, retention over the old world. With
+    inputs, the documents are the user's, the questions come from
+    ``evaluation.questions``, and retention is asked later, on what the smaller self
+    says of itself.
+    """
+    if config.wake.inputs:
+        record(config.wake.inputs, lake)
+        documents = [e.as_text() for e in experiences(lake.read("experience"))]
+        path = config.evaluation.questions
+        return Day(documents, read_questions(Path(path)) if path else [])
+    return _embedded_day(config, lake)
+
+
+def _embedded_day(config: NightConfig, lake: Lake) -> Day:
+    from sleeprl.trajectories.experience import experience_batch
+
+    people = world.fresh_people(config.seed, config.wake.people)
+    documents = world.documents(people, config.seed, config.wake.people_per_document)
+    seen = lake.uids("experience")
+    met = [Experience.document(d["text"], source=SOURCE) for d in documents]
+    fresh = [e for e in met if e.uid not in seen]
+    if fresh:
+        lake.append(experience_batch(fresh), "experience")
+    home = {name: d["text"] for d in documents for name in d["people"]}
+    probes = [
+        Probe(q.text, q.answer, q.kind, home[q.person])
+        for q in world.questions(people, "heldout", per_attribute=2, seed=config.seed)
+    ]
+    rng = random.Random(f"retention-{config.seed}")
+    old = world.questions(world.old_people(), "heldout", kinds=("recall",), seed=config.seed)
+    # The document stands before an old question too, where the context is given: it must not confuse.
+    probes += [
+        Probe(q.text, q.answer, "retention", rng.choice(documents)["text"])
+        for q in rng.sample(old, min(config.evaluation.retention, len(old)))
+    ]
+    return Day(
+        [d["text"] for d in documents],
+        probes,
+        world.old_world_text(config.seed, "heldout", config.evaluation.texts),
+    )
