@@ -49,6 +49,7 @@ check_machine() {
         cuda) need=25 ;;
         *) die "ACCELERATOR is '$accelerator'; it is cpu or cuda" ;;
     esac
+    case $PWD in *[[:space:]]*) die "there is a space in $PWD" "the C++ build of DeepSpeed's op cannot have that: move or rename the folder" ;; esac
     [ "$(uname -s)" = Linux ] || die "vLLM runs on Linux only, this is $(uname -s)" \
         "use WSL 2 on Windows, a Linux virtual machine or container on a Mac"
 
@@ -130,15 +131,23 @@ install_cuda() {
 }
 
 check_install() {
-    say "a first import"
-    local expect='torch.cuda.is_available()'
-    [ "$accelerator" = cuda ] || expect='current_platform.is_cpu()'
-    "$venv/bin/python" -I >>"$log" 2>&1 - <<PYTHON || failed "the installed packages do not work together"
+    say "a first import, and DeepSpeed's op is compiled"
+    DS_ACCELERATOR=${accelerator} timeout 300 "$venv/bin/python" -I - "$accelerator" >>"$log" 2>&1 <<'PYTHON' || failed \
+        "the installed packages do not work together" \
+        "if the log names the C++ compiler, take another one: CXX=clang++ make night" \
+        "if it ends without an error: a compile that was killed leaves a lock behind, remove ~/.cache/torch_extensions"
+import sys
 import deepspeed, pyarrow, ray, torch, transformers, vllm
 from vllm.platforms import current_platform
-if not $expect:
-    raise SystemExit(f"$accelerator is not usable: torch {torch.__version__}, CUDA {torch.version.cuda}, vLLM for {current_platform}. "
-                     "For cuda see whether the NVIDIA driver is new enough, or take ACCELERATOR=cpu.")
+
+if sys.argv[1] == "cuda":
+    if not (torch.cuda.is_available() and current_platform.is_cuda()):
+        sys.exit(f"no usable GPU: torch {torch.__version__} for CUDA {torch.version.cuda}, vLLM for {current_platform}. "
+                 "Is the NVIDIA driver new enough for it? ACCELERATOR=cpu installs the CPU set.")
+else:
+    if not current_platform.is_cpu():
+        sys.exit(f"this vLLM is not the CPU build: {current_platform}")
+    deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder").load()
 PYTHON
 }
 
