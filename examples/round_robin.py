@@ -1,6 +1,6 @@
 """A curriculum of one's own: every task in turn, the hardest ones twice.
 
-    sleeprl night examples/round_robin.yaml
+sleeprl night examples/round_robin.yaml
 """
 
 

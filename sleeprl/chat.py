@@ -15,7 +15,9 @@ class Chat:
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         if not self.tokenizer.chat_template:
-            raise ValueError(f"the tokenizer of {str(model)!r} has no chat template; give a chat model")
+            raise ValueError(
+                f"the tokenizer of {str(model)!r} has no chat template; give a chat model"
+            )
         self.end = int(self.tokenizer.eos_token_id)
 
     def prompt(self, message: str) -> list[int]:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -36,9 +37,14 @@ Words = Annotated[
 def night(
     words: Words = None,
     model: Annotated[str | None, typer.Option(help="Short for model.name=...")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Finish the unfinished run in this directory.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Finish the unfinished run in this directory.")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration and the plan; start nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved configuration and the plan; start nothing."
+        ),
     ] = False,
 ) -> None:
     """Run one whole night: wake, self-study, consolidate, dream, and the morning after.
@@ -53,7 +59,9 @@ def night(
 
     if resume is not None:
         if words or model:
-            raise ConfigError("--resume continues a run as it was configured; leave out other words")
+            raise ConfigError(
+                "--resume continues a run as it was configured; leave out other words"
+            )
         settings = runs.resume(resume)
     else:
         path, overrides = _split(words or [])
@@ -92,11 +100,17 @@ def night(
 
 @app.command()
 def wake(
-    inputs: Annotated[list[str], typer.Argument(help="JSONL, Parquet or text files, directories, or -.")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="JSONL, Parquet or text files, directories, or -.")
+    ],
     lake: Annotated[Path, typer.Option(help="Directory of the experience lake.")] = Path("lake"),
-    ask: Annotated[list[str] | None, typer.Option(help="Answer this with the experience in context.")] = None,
+    ask: Annotated[
+        list[str] | None, typer.Option(help="Answer this with the experience in context.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Model that answers.")] = "embedded",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad lines out instead of stopping.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad lines out instead of stopping.")
+    ] = False,
 ) -> None:
     """Record real input into the experience lake, and answer questions with it in context."""
     from sleeprl.trajectories.lake import Lake
@@ -133,11 +147,13 @@ def lineage(
     def label(node: Node) -> str:
         manifest = node.manifest
         figures = manifest.figures.get("after", {})
-        said = [f"{k} {figures[k]:.0%}" for k in ("recall", "retention") if figures.get(k) is not None]
+        said = [
+            f"{k} {figures[k]:.0%}" for k in ("recall", "retention") if figures.get(k) is not None
+        ]
         head = " [bold green]HEAD[/]" if node.is_head else ""
         return f"{manifest.id[:8]}{head}  {', '.join(said)}  {manifest.size / 1e6:.1f} MB  {manifest.created}"
 
-    def grow(branch: Tree, nodes: list[Node]) -> None:
+    def grow(branch: Tree, nodes: Sequence[Node]) -> None:
         for node in nodes:
             grow(branch.add(label(node)), node.children)
 
@@ -148,7 +164,9 @@ def lineage(
 
 @app.command()
 def rollback(
-    generation: Annotated[str, typer.Argument(help="Id of a generation, or a unique beginning of one.")],
+    generation: Annotated[
+        str, typer.Argument(help="Id of a generation, or a unique beginning of one.")
+    ],
     root: Annotated[Path, typer.Option(help="Directory of the generations.")] = Path("generations"),
 ) -> None:
     """Make an earlier generation the present one. Nothing is deleted."""
@@ -166,7 +184,9 @@ def version() -> None:
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
-        raise ConfigError(f"more than one config file: {', '.join(files)}; settings are written key=value")
+        raise ConfigError(
+            f"more than one config file: {', '.join(files)}; settings are written key=value"
+        )
     return (Path(files[0]) if files else None), [word for word in words if "=" in word]
 
 

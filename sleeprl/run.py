@@ -94,7 +94,9 @@ def resume(directory: Path) -> NightConfig:
     """The configuration of an unfinished run."""
     path = directory / CONFIG
     if not path.is_file():
-        raise ConfigError(f"--resume {str(directory)!r}: there is no {CONFIG} in it; give the directory of a run")
+        raise ConfigError(
+            f"--resume {str(directory)!r}: there is no {CONFIG} in it; give the directory of a run"
+        )
     config = cfg.load(path)
     if config.run_dir.resolve() != directory.resolve():
         config.runs, config.name = str(directory.parent), directory.name

@@ -41,7 +41,9 @@ class RolloutEngine(Protocol):
     """Token in, token out; ``begin``/``load``/``finish`` loses no token of a running request,
     and the versions of a completion cover each of its tokens exactly once."""
 
-    async def generate(self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]) -> list[Completion]: ...
+    async def generate(
+        self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
+    ) -> list[Completion]: ...
 
     async def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]: ...
 
@@ -123,7 +125,9 @@ class VLLMEngine(ServedAsync):
     async def _sync_version(self) -> None:
         await self.llm.update_weight_version(str(self._version))
 
-    async def generate(self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]) -> list[Completion]:
+    async def generate(
+        self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
+    ) -> list[Completion]:
         """One completion per prompt, in their order."""
         return list(await asyncio.gather(*map(self._one, prompts, sampling)))
 
@@ -156,7 +160,10 @@ class VLLMEngine(ServedAsync):
         return {
             "batch": ray.put(batch),
             "tokens": len(versions),
-            "versions": (min(versions, default=self._version), max(versions, default=self._version)),
+            "versions": (
+                min(versions, default=self._version),
+                max(versions, default=self._version),
+            ),
         }
 
     async def _one(self, prompt: list[int], sampling: Sampling) -> Completion:
@@ -228,7 +235,9 @@ class VLLMEngine(ServedAsync):
         difference = largest_difference(canary.logprobs, found)
         verified = difference <= canary.tolerance
         error = None if verified else "its log-probabilities differ from the sender's"
-        return Certificate(self.name, version, verified, difference, canary.tolerance, seconds, error)
+        return Certificate(
+            self.name, version, verified, difference, canary.tolerance, seconds, error
+        )
 
     async def version(self) -> int:
         return self._version
@@ -239,7 +248,9 @@ class VLLMEngine(ServedAsync):
 
 def _completion(output: Any, version: int) -> Completion:
     token_ids = list(output.token_ids)
-    logprobs = [entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)]
+    logprobs = [
+        entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)
+    ]
     versions = [version] * len(token_ids)
     for span in output.weight_versions or []:
         versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)

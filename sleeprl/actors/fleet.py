@@ -36,7 +36,9 @@ class Fleet:
         fleet.group.call("start")
         return fleet
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
+    ) -> list[Completion]:
         """One completion per prompt, in their order, spread evenly over the engines."""
         return self.generate_later(prompts, sampling).wait()
 
@@ -52,12 +54,16 @@ class Fleet:
         count = len(self.group)
         total = len(next(iter(columns.values())))
         shares = [
-            {name: list(values[index::count]) for name, values in columns.items()} for index in range(count)
+            {name: list(values[index::count]) for name, values in columns.items()}
+            for index in range(count)
         ]
         return Pending(self.group, method, self.group.send(method, shares), total)
 
     def publish(
-        self, tensors: Iterable[tuple[str, Tensor]], canary: Canary | None = None, version: int | None = None
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        canary: Canary | None = None,
+        version: int | None = None,
     ) -> list[Certificate]:
         """Send weights to every engine, in flight; each ends verified or this raises StaleEngine."""
         self.version = self.version + 1 if version is None else version

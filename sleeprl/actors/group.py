@@ -10,11 +10,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 
 class Kind(StrEnum):
@@ -38,7 +38,9 @@ class ActorFailure(RuntimeError):
 
     def __init__(self, where: str, failure: Failure) -> None:
         self.failure = failure
-        super().__init__(f"{where} failed ({failure.kind}): {failure.message}\n{failure.trace}".rstrip())
+        super().__init__(
+            f"{where} failed ({failure.kind}): {failure.message}\n{failure.trace}".rstrip()
+        )
 
 
 def classify(error: BaseException) -> Failure:
@@ -91,18 +93,21 @@ class ActorGroup:
 
     def __init__(self, name: str, actors: Sequence[Any], in_flight: int = 2) -> None:
         self.name = name
-        self._manager = FaultTolerantActorManager(
-            list(actors), max_remote_requests_in_flight_per_actor=in_flight
-        )
+        self.actors = list(actors)
         self._in_flight = in_flight
         self._load = dict.fromkeys(range(len(actors)), 0)
 
+    @cached_property
+    def _manager(self) -> Any:
+        # Importing RLlib takes seconds; whoever only calls and waits does without.
+        from ray.rllib.utils.actor_manager import FaultTolerantActorManager
+
+        return FaultTolerantActorManager(
+            self.actors, max_remote_requests_in_flight_per_actor=self._in_flight
+        )
+
     def __len__(self) -> int:
         return len(self._load)
-
-    @property
-    def actors(self) -> list[Any]:
-        return list(self._manager.actors().values())
 
     def call(self, method: str, **kwargs: Any) -> list[Any]:
         """Call every actor, wait for all, raise ActorFailure for the first that failed."""
@@ -115,7 +120,9 @@ class ActorGroup:
     def send(self, method: str, per_actor: Sequence[Mapping[str, Any]]) -> list[Any]:
         """One call per actor, not waited for; ``collect`` takes what this returns."""
         call = _method(method)
-        return [actor.apply.remote(call, **kw) for actor, kw in zip(self.actors, per_actor, strict=True)]
+        return [
+            actor.apply.remote(call, **kw) for actor, kw in zip(self.actors, per_actor, strict=True)
+        ]
 
     def collect(self, method: str, refs: Sequence[Any]) -> list[Any]:
         values = []

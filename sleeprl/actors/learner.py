@@ -94,7 +94,11 @@ class Learner:
         self.options = options
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if options.gpu else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if options.gpu
+            else torch.device("cpu")
+        )
         self.directory = Path(options.checkpoint)
         slots = Slots.load(self.directory)
         if slots is None:
@@ -109,7 +113,10 @@ class Learner:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=ResponseModel(model.to(self.device)),
             optimizer=torch.optim.AdamW(
-                trained, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=options.weight_decay
+                trained,
+                lr=options.learning_rate,
+                betas=(0.9, 0.99),
+                weight_decay=options.weight_decay,
             ),
             config={
                 "train_micro_batch_size_per_gpu": 1,
@@ -195,7 +202,8 @@ class Learner:
         responses = [row.response_ids for row in rows]
         longest = max(1, max(map(len, responses)))
         pad = lambda lists, fill: torch.tensor(  # noqa: E731
-            [list(values) + [fill] * (longest - len(values)) for values in lists], device=self.device
+            [list(values) + [fill] * (longest - len(values)) for values in lists],
+            device=self.device,
         )
         window = Window(
             tokens_BR=pad(responses, 0),
@@ -206,7 +214,10 @@ class Learner:
         )
         student = self._inputs([row.prompt_ids for row in rows], responses)
         teacher = self._inputs(
-            [row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids for row in rows],
+            [
+                row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids
+                for row in rows
+            ],
             responses,
         )
         return window, student, teacher
@@ -308,6 +319,13 @@ class Learner:
 
         self.steps = int(state["steps"])
         self._set(state)
+        for flat in self.optimizer.fp32_partitioned_groups_flat:
+            # A fresh optimiser has no moments to write into.
+            moments = self.optimizer.optimizer.state[flat]
+            if not moments:
+                moments["step"] = torch.zeros(())
+                moments["exp_avg"] = torch.zeros_like(flat)
+                moments["exp_avg_sq"] = torch.zeros_like(flat)
         for name, parameter in self.engine.module.named_parameters():
             if parameter.requires_grad:
                 for moment in ("exp_avg", "exp_avg_sq"):

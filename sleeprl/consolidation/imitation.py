@@ -92,7 +92,9 @@ def rows(
                 behaviour=completion.logprobs,
             )
         )
-    new = [r for r, owner in zip(rewards, owners, strict=True) if owner.source.purpose == "self_study"]
+    new = [
+        r for r, owner in zip(rewards, owners, strict=True) if owner.source.purpose == "self_study"
+    ]
     metrics = {"imitation_reward": sum(rewards) / max(1, len(rewards))}
     if new:
         metrics["imitation_reward_new"] = sum(new) / len(new)

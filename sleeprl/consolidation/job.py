@@ -20,9 +20,14 @@ OnMetrics = Callable[[dict[str, Any]], None]
 
 
 def run(
-    job: Job, fleet: Fleet, resources: ResourcesConfig, storage: Path, name: str, on_metrics: OnMetrics
+    job: Job,
+    fleet: Fleet,
+    resources: ResourcesConfig,
+    storage: Path,
+    name: str,
+    on_metrics: OnMetrics,
 ) -> dict[str, Any]:
-    """Run to the end and return the last reported metrics (step, tokens, version).
+    """Run to the end and return what came of it (step, tokens, version).
 
     Called again with the same ``storage`` and ``name`` after a crash, the job goes on
     from its last checkpoint. on_metrics: called with each step's record, in order.
@@ -46,23 +51,29 @@ def run(
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )
-    outcome: dict[str, Any] = {}
+    failed: list[BaseException] = []
 
     def fit() -> None:
         try:
-            outcome["result"] = trainer.fit()
+            trainer.fit()
         except BaseException as error:
-            outcome["error"] = error
+            failed.append(error)
 
     thread = threading.Thread(target=fit, name=f"train-{name}", daemon=True)
     thread.start()
-    while thread.is_alive():
+    end: dict[str, Any] = {}
+    alive = True
+    while alive:
         thread.join(0.2)
+        alive = thread.is_alive()
         for record in ray.get(mailbox.take.remote()):
-            on_metrics(record)
+            # Ray Train keeps only the metrics of checkpoints, so the end comes this way too.
+            if "end" in record:
+                end = record["end"]
+            else:
+                on_metrics(record)
     ray.kill(mailbox)
-    if "error" in outcome:
-        raise outcome["error"]
-    metrics: dict[str, Any] = outcome["result"].metrics
-    fleet.version = int(metrics["version"])
-    return metrics
+    if failed:
+        raise failed[0]
+    fleet.version = int(end["version"])
+    return end

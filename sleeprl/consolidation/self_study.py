@@ -61,7 +61,12 @@ def load_pairs(path: Path, key: Literal["probes", "own_knowledge"]) -> list[Pair
 
 
 def study(
-    fleet: Fleet, chat: Chat, documents: Sequence[str], config: SelfStudyConfig, seed: int, max_length: int
+    fleet: Fleet,
+    chat: Chat,
+    documents: Sequence[str],
+    config: SelfStudyConfig,
+    seed: int,
+    max_length: int,
 ) -> Study:
     """Sample both streams from the engines, which must hold the smaller self's weights."""
     writer = _Writer(fleet, chat, config, seed, max_length)
@@ -84,9 +89,15 @@ def _new(writer: _Writer, documents: Sequence[str], result: Study) -> None:
         if pair and (n, pair[0]) not in seen:
             seen.add((n, pair[0]))
             questions.append((n, pair[0]))
-    teacher_prompts = [chat.prompt(with_experience(documents[n], question)) for n, question in questions]
+    teacher_prompts = [
+        chat.prompt(with_experience(documents[n], question)) for n, question in questions
+    ]
     answers = writer.write(teacher_prompts)
-    held = set(random.Random(writer.seed).sample(range(len(questions)), int(config.probe_share * len(questions))))
+    held = set(
+        random.Random(writer.seed).sample(
+            range(len(questions)), int(config.probe_share * len(questions))
+        )
+    )
     for index, ((n, question), prompt, answer) in enumerate(
         zip(questions, teacher_prompts, answers, strict=True)
     ):
@@ -96,7 +107,9 @@ def _new(writer: _Writer, documents: Sequence[str], result: Study) -> None:
             result.probes.append(Pair(n, question, chat.decode(answer.token_ids)))
         else:
             result.trajectories.append(
-                _trajectory("self_study", f"answer-{n}", index, chat.prompt(question), answer, prompt)
+                _trajectory(
+                    "self_study", f"answer-{n}", index, chat.prompt(question), answer, prompt
+                )
             )
     stated = [n for n in numbers for _ in range(config.facts_per_document)]
     teacher_prompts = [chat.prompt(with_experience(documents[n], STUDY_FACT)) for n in stated]
@@ -119,10 +132,14 @@ def _replay(writer: _Writer, result: Study) -> None:
         pair = writer.parsed(completion)
         if pair:
             questions.append(pair[0])
-            result.trajectories.append(_trajectory("replay", "pair", index, asked, completion, None))
+            result.trajectories.append(
+                _trajectory("replay", "pair", index, asked, completion, None)
+            )
     prompts = [chat.prompt(question) for question in questions]
     answers = writer.write(prompts)
-    for index, (question, prompt, answer) in enumerate(zip(questions, prompts, answers, strict=True)):
+    for index, (question, prompt, answer) in enumerate(
+        zip(questions, prompts, answers, strict=True)
+    ):
         if answer.finish_reason == "stop":
             result.own_knowledge.append(Pair(-1, question, chat.decode(answer.token_ids)))
             result.trajectories.append(_trajectory("replay", "answer", index, prompt, answer, None))
@@ -134,7 +151,9 @@ def _replay(writer: _Writer, result: Study) -> None:
 class _Writer:
     """Samples with a seed of its own for every text, so a study repeats."""
 
-    def __init__(self, fleet: Fleet, chat: Chat, config: SelfStudyConfig, seed: int, max_length: int) -> None:
+    def __init__(
+        self, fleet: Fleet, chat: Chat, config: SelfStudyConfig, seed: int, max_length: int
+    ) -> None:
         self.fleet, self.chat, self.config, self.seed = fleet, chat, config, seed
         self.max_length = max_length
         self.written = self.malformed = 0
@@ -149,7 +168,9 @@ class _Writer:
                 "raise model.max_length or split the document"
             )
         sampling = [
-            Sampling(self.config.max_tokens, self.config.temperature, _mix(self.seed, self.written + i))
+            Sampling(
+                self.config.max_tokens, self.config.temperature, _mix(self.seed, self.written + i)
+            )
             for i in range(len(prompts))
         ]
         completions = self.fleet.generate(prompts, sampling)
@@ -188,4 +209,6 @@ def _trajectory(
 
 
 def _mix(seed: int, number: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}-{number}".encode(), digest_size=4).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}-{number}".encode(), digest_size=4).digest(), "big"
+    )

@@ -77,7 +77,9 @@ class _Worker:
         self.rank, self.world = self.learner.rank, self.learner.world
         self.fleet = Fleet(ActorGroup("engine", engines))
         self.fleet.version = job.first_version - 1
-        self.loss = LossOptions(beta=job.config.beta, top_k=job.config.top_k, correction=Correction())
+        self.loss = LossOptions(
+            beta=job.config.beta, top_k=job.config.top_k, correction=Correction()
+        )
         self.feed: SeedingFeed | PassageFeed
         if job.method == "seeding":
             texts = from_batch(Lake(job.lake).read("trajectories"))
@@ -138,7 +140,6 @@ class _Worker:
         if self.rank == 0:
             record = {**metrics, **self.extra, "trained_tokens": self.tokens}
             self.mailbox.put.remote({"step": step + 1, **record})
-            self.last = record
         self.extra = {}
 
     def _checkpoint(self, step: int) -> None:
@@ -174,9 +175,10 @@ class _Worker:
         publish(self.learner, self.fleet, self.job.canary)
         if self.job.learner.slot is not None:
             save_expert(self.learner, Path(self.job.output), self.job.canary)
-        ray.train.report(
-            {"step": self.learner.steps, "tokens": self.tokens, "version": self.fleet.version}
-        )
+        end = {"step": self.learner.steps, "tokens": self.tokens, "version": self.fleet.version}
+        if self.rank == 0:
+            ray.get(self.mailbox.put.remote({"end": end}))
+        ray.train.report(end)
 
 
 @contextmanager

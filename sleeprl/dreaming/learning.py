@@ -134,7 +134,10 @@ class LearnerActor(Served):
                 rows.append(Row(self.chat.prompt(pair[0]), self.chat.response(pair[1]), LEARN))
         if self.replay:
             rng = random.Random(f"{self.job.seed}-hold-{self.learner.steps}")
-            rows += [Row(t.prompt_ids, t.response_ids, HOLD) for t in rng.choices(self.replay, k=len(dreams))]
+            rows += [
+                Row(t.prompt_ids, t.response_ids, HOLD)
+                for t in rng.choices(self.replay, k=len(dreams))
+            ]
         return rows
 
     def finish(self, output: str) -> dict[str, Any]:
@@ -164,7 +167,9 @@ def _describe(dreams: Sequence[Trajectory], version: int) -> dict[str, float]:
     drift = [
         behaviour - reference
         for d in dreams
-        for behaviour, reference in zip(d.logprobs, d.ref_logprobs or [], strict=bool(d.ref_logprobs))
+        for behaviour, reference in zip(
+            d.logprobs, d.ref_logprobs or [], strict=bool(d.ref_logprobs)
+        )
     ]
     return {
         "reward": sum(scored) / max(1, len(scored)),

@@ -30,7 +30,9 @@ from sleeprl.trajectories.schema import from_batch
 class CurriculumActor(Served):
     """A curriculum in a process of its own, so that a user's code cannot stall the loop."""
 
-    def __init__(self, name: str, options: dict[str, Any], tasks: Sequence[Task], seed: int) -> None:
+    def __init__(
+        self, name: str, options: dict[str, Any], tasks: Sequence[Task], seed: int
+    ) -> None:
         self.curriculum: Curriculum = create(
             name, "curriculum", BUILTIN, {**options, "tasks": list(tasks), "seed": seed}
         )
@@ -88,7 +90,9 @@ def run(
     engines = fleet.group.actors
     # Scorer, reward and curriculum work in the gaps of the others, so they reserve no core.
     beside = {"num_cpus": 0}
-    learners = ActorGroup("learner", [learner_actor.remote(job, r, world, engines) for r in range(world)])
+    learners = ActorGroup(
+        "learner", [learner_actor.remote(job, r, world, engines) for r in range(world)]
+    )
     scorers = ActorGroup(
         "scorer",
         [
@@ -110,7 +114,10 @@ def run(
             ray.remote(RewardActor)
             .options(**beside)
             .remote(
-                learner.checkpoint, dreaming.reward, dreaming.reward_options, dreaming.reward_deadline
+                learner.checkpoint,
+                dreaming.reward,
+                dreaming.reward_options,
+                dreaming.reward_deadline,
             )
         ],
     )
@@ -155,7 +162,9 @@ def run(
 
 def _samples(run_dir: Path, chat: Chat, count: int = 8) -> list[dict[str, str]]:
     """The best and the worst dreams, for the report."""
-    dreams = [t for t in from_batch(Lake(run_dir / "lake").read("trajectories")) if t.purpose == "dream"]
+    dreams = [
+        t for t in from_batch(Lake(run_dir / "lake").read("trajectories")) if t.purpose == "dream"
+    ]
     scored = sorted((d for d in dreams if d.reward is not None), key=lambda d: -(d.reward or 0.0))
     chosen = scored[: count // 2] + scored[-count // 2 :] if len(scored) >= count else scored
     return [
@@ -167,4 +176,3 @@ def _samples(run_dir: Path, chat: Chat, count: int = 8) -> list[dict[str, str]]:
         }
         for d in chosen
     ]
-

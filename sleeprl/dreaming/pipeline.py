@@ -43,7 +43,9 @@ class Counts:
 
     def check(self) -> None:
         inside = self.generating + self.scoring + self.rewarding + self.queued + self.learning
-        assert self.admitted == inside + self.learned, f"a group of dreams was lost or doubled: {self}"
+        assert self.admitted == inside + self.learned, (
+            f"a group of dreams was lost or doubled: {self}"
+        )
 
 
 @dataclass
@@ -153,7 +155,9 @@ class Pipeline:
         results = group.ready()
         for result in results:
             if result.failure is not None:
-                raise ActorFailure(f"{group.name}-{result.actor}, group {result.tag}", result.failure)
+                raise ActorFailure(
+                    f"{group.name}-{result.actor}, group {result.tag}", result.failure
+                )
         return results
 
     def _learned(self, step: Sequence[Any]) -> dict[str, float]:

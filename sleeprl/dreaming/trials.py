@@ -49,7 +49,8 @@ class Scorer(Served):
                 own[name].copy_(tensor)
 
     def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> dict[str, Any]:
-        """``batch``: a reference to the batch with ``ref_logprobs``, and with ``gain`` and ``gap`` (nats per token) in ``meta``.
+        """``batch``: a reference to the batch with ``ref_logprobs``, and in ``meta`` ``gain``
+        and ``gap`` (nats per token).
 
         gain is None where the dream is not a whole pair, so that there is nothing to learn from.
         """
@@ -58,7 +59,9 @@ class Scorer(Served):
         with torch.no_grad(), smaller_self(self.model):
             for t in trajectories:
                 references.append(self._logprobs([(t.prompt_ids, t.response_ids)])[0].tolist())
-        asked = {t.task_id: self._rows(tasks[t.task_id].probes[: self.probes]) for t in trajectories}
+        asked = {
+            t.task_id: self._rows(tasks[t.task_id].probes[: self.probes]) for t in trajectories
+        }
         before = {task: self._likelihood(probes) for task, probes in asked.items()}
         metas = []
         for t in trajectories:
@@ -88,7 +91,9 @@ class Scorer(Served):
         return float(torch.cat(self._logprobs(rows)).mean())
 
     def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        return [(self.chat.prompt(question), self.chat.response(answer)) for question, answer in pairs]
+        return [
+            (self.chat.prompt(question), self.chat.response(answer)) for question, answer in pairs
+        ]
 
     def _logprobs(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
         """Log-probabilities of each row's response tokens, given its prompt."""
@@ -100,7 +105,7 @@ class Scorer(Served):
             ids[index, :length] = torch.tensor(prompt + response)
             mask[index, :length] = 1
         logits_BTV = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        logprobs_BT = torch.log_softmax(logits_BTV[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        return [
-            logprobs_BT[i, len(p) - 1 : len(p) + len(r) - 1] for i, (p, r) in enumerate(rows)
-        ]
+        logprobs_BT = (
+            torch.log_softmax(logits_BTV[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        )
+        return [logprobs_BT[i, len(p) - 1 : len(p) + len(r) - 1] for i, (p, r) in enumerate(rows)]

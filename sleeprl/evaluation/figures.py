@@ -9,6 +9,8 @@ from typing import Any
 from sleeprl.actors.engine import Sampling
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
+from sleeprl.config import EvaluationConfig
+from sleeprl.consolidation.self_study import Study
 from sleeprl.evaluation.probes import KINDS, Day, Probe, grade
 from sleeprl.prompts import with_experience
 
@@ -18,7 +20,11 @@ def ask(
 ) -> list[str]:
     """Greedy answers. With context, the probe's document stands before its question."""
     prompts = [
-        chat.prompt(with_experience(p.experience, p.question) if with_context and p.experience else p.question)
+        chat.prompt(
+            with_experience(p.experience, p.question)
+            if with_context and p.experience
+            else p.question
+        )
         for p in probes
     ]
     sampling = [Sampling(max_tokens, temperature=0.0)] * len(prompts)
@@ -34,7 +40,9 @@ def perplexity(fleet: Fleet, chat: Chat, texts: Sequence[str]) -> tuple[float | 
     return math.exp(-sum(logprobs) / len(logprobs)), len(logprobs)
 
 
-def measure(fleet: Fleet, chat: Chat, day: Day, *, with_context: bool, max_tokens: int) -> dict[str, Any]:
+def measure(
+    fleet: Fleet, chat: Chat, day: Day, *, with_context: bool, max_tokens: int
+) -> dict[str, Any]:
     """``recall``, ``two_hop``, ``retention`` (shares), ``perplexity``, and ``n`` of each."""
     probes = day.probes
     answers = ask(fleet, chat, probes, with_context=with_context, max_tokens=max_tokens)
@@ -47,3 +55,17 @@ def measure(fleet: Fleet, chat: Chat, day: Day, *, with_context: bool, max_token
         counts[kind] = len(marks)
     figures["perplexity"], counts["perplexity"] = perplexity(fleet, chat, day.texts)
     return {**figures, "n": counts}
+
+
+def own_retention(
+    day: Day, written: Study, fleet: Fleet, chat: Chat, config: EvaluationConfig
+) -> Day:
+    """The day with a retention probe that needs no labels: what the smaller self asks itself
+    freely, with its own greedy answers; and, for the perplexity, what it states freely."""
+    questions = list(dict.fromkeys(pair.question for pair in written.own_knowledge))
+    asked = [Probe(question, "", "retention") for question in questions[: config.retention]]
+    answers = ask(fleet, chat, asked, with_context=False, max_tokens=config.max_tokens)
+    probes = [Probe(p.question, a, p.kind) for p, a in zip(asked, answers, strict=True) if a]
+    facts = [t for t in written.trajectories if t.purpose == "replay" and t.task_id == "fact"]
+    texts = [chat.decode(t.response_ids) for t in facts[: config.texts]]
+    return Day(day.documents, [*day.probes, *probes], day.texts or texts)

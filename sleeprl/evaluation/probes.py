@@ -63,13 +63,17 @@ def read_questions(path: Path) -> list[Probe]:
             continue
         try:
             row = json.loads(line)
-            probe = Probe(row["question"], row["answer"], row.get("kind", "recall"), row.get("experience"))
+            probe = Probe(
+                row["question"], row["answer"], row.get("kind", "recall"), row.get("experience")
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}:{number}: not a question; write {{\"question\": ..., \"answer\": ...}} ({error!r})"
+                f'{path}:{number}: not a question; write {{"question": ..., "answer": ...}} ({error!r})'
             ) from None
         if probe.kind not in KINDS:
-            raise ValueError(f"{path}:{number}: kind={probe.kind!r} must be one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"{path}:{number}: kind={probe.kind!r} must be one of {', '.join(KINDS)}"
+            )
         probes.append(probe)
     return probes
 

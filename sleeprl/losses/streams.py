@@ -55,7 +55,9 @@ class Window:
     teacher_BRK1: Tensor | None = None
 
 
-def token_counts(parts: Mapping[str, Part], part_of: Sequence[str], lengths: Sequence[int]) -> Tensor:
+def token_counts(
+    parts: Mapping[str, Part], part_of: Sequence[str], lengths: Sequence[int]
+) -> Tensor:
     """Response tokens of each part, [P] float64, in the order of ``parts``."""
     names = list(parts)
     counts = torch.zeros(len(names), dtype=torch.float64)

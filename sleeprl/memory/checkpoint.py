@@ -87,7 +87,9 @@ def training_name(name: str) -> str:
     return name.replace(".mlp.", ".mlp.expert.")
 
 
-def fold(checkpoint: Path, slots: Slots, slot: int, expert: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def fold(
+    checkpoint: Path, slots: Slots, slot: int, expert: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """The MLP tensors of ``checkpoint`` with ``expert`` written into ``slot``.
 
     Yields whole fused groups (gate, up and down of a layer): an engine that packs
@@ -117,7 +119,9 @@ def all_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     yield from load_file(checkpoint / WEIGHTS).items()
 
 
-def write_grown(checkpoint: Path, target: Path, slots: Slots, slot: int, expert: Mapping[str, Tensor]) -> Slots:
+def write_grown(
+    checkpoint: Path, target: Path, slots: Slots, slot: int, expert: Mapping[str, Tensor]
+) -> Slots:
     """Write the grown model into the directory ``target``: plain checkpoint plus slot layout."""
     shutil.copytree(checkpoint, target, dirs_exist_ok=True)
     tensors = load_file(checkpoint / WEIGHTS)

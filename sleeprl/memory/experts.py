@@ -79,7 +79,9 @@ def mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
         )
     for name, module in found:
         if any(getattr(module, part).bias is not None for part in PROJECTIONS):
-            raise UnsupportedModel(f"{name} has biases in its projections; experts need them without")
+            raise UnsupportedModel(
+                f"{name} has biases in its projections; experts need them without"
+            )
     return found
 
 

@@ -36,8 +36,12 @@ class Slots:
     used: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if any(not 0 <= slot < self.count for slot in self.used) or len(set(self.used)) < len(self.used):
-            raise ValueError(f"slots used={list(self.used)} must be distinct and below count={self.count}")
+        if any(not 0 <= slot < self.count for slot in self.used) or len(set(self.used)) < len(
+            self.used
+        ):
+            raise ValueError(
+                f"slots used={list(self.used)} must be distinct and below count={self.count}"
+            )
 
     @property
     def total_width(self) -> int:

@@ -61,5 +61,3 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
         if fleet is not None:
             fleet.shutdown()
         ray.shutdown()
-
-

@@ -67,7 +67,8 @@ def unpack(bucket: Bucket) -> list[tuple[str, Tensor]]:
     ):
         dtype = getattr(torch, dtype_name)
         count = math.prod(shape)
-        flat = torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, (count,))
+        flat = torch.empty(0, dtype=dtype)
+        flat.set_(storage, offset // dtype.itemsize, (count,))  # type: ignore[call-overload]
         tensors.append((name, flat.view(shape)))
     return tensors
 

@@ -44,12 +44,20 @@ class Certificate:
     error: str | None = None
 
     def __str__(self) -> str:
-        how = "unchecked" if self.difference is None else f"canary {self.difference:.1e} of {self.tolerance:.0e}"
+        how = (
+            "unchecked"
+            if self.difference is None
+            else f"canary {self.difference:.1e} of {self.tolerance:.0e}"
+        )
         state = "verified" if self.verified else f"STALE ({self.error})"
-        return f"{self.engine} at version {self.version}: {state}, {how}, {self.seconds * 1000:.0f} ms"
+        return (
+            f"{self.engine} at version {self.version}: {state}, {how}, {self.seconds * 1000:.0f} ms"
+        )
 
 
 def largest_difference(expected: Sequence[float], found: Sequence[float]) -> float:
     if len(expected) != len(found):
-        raise ValueError(f"canary has {len(expected)} log-probabilities, the engine gave {len(found)}")
+        raise ValueError(
+            f"canary has {len(expected)} log-probabilities, the engine gave {len(found)}"
+        )
     return max((abs(a - b) for a, b in zip(expected, found, strict=True)), default=0.0)

@@ -28,7 +28,9 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     bucket: dict[str, Any]
 
 
-class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+class SharedMemoryWeightTransferEngine(
+    WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]
+):
     """Loads tensors from buckets in shared memory.
 
     Through vLLM's layer-wise reload, because kernels re-lay-out weights after

@@ -73,7 +73,7 @@ def write_card(directory: Path, run: dict) -> None:
 
 
 def _flat(figures: dict, prefix: str = "") -> list[tuple[str, float]]:
-    rows = []
+    rows: list[tuple[str, float]] = []
     for name, value in figures.items():
         label = f"{prefix} {name}".strip().replace("_", " ")
         rows += _flat(value, label) if isinstance(value, dict) else [(label, value)]

@@ -8,9 +8,11 @@ share in the loss *as a target*.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +22,7 @@ from sleeprl.worlds.tokenizer import ASSISTANT, END, USER
 
 IGNORED, CONTEXT, TEXT, ANSWER = range(4)
 ROLE_WEIGHTS = (0.0, 0.1, 0.5, 1.0)  # what is only read must not drown what is answered
-SHARD = 20_000
+SHARD = 10_000
 _OPEN_ROWS = 24
 
 
@@ -43,9 +45,14 @@ class Rows:
 def make_rows(
     tokenizer: PreTrainedTokenizerFast, seed: int, n: int, row_length: int, processes: int = 0
 ) -> Rows:
-    """``n`` lessons, packed; the same for any number of processes (0 = one per core)."""
+    """``n`` lessons, packed, in the order of training.
+
+    The same for any number of processes (0 = one per core).
+    """
     sizes = [min(SHARD, n - start) for start in range(0, n, SHARD)]
-    jobs = [(tokenizer, f"{seed}-{i}", size, row_length) for i, size in enumerate(sizes)]
+    jobs = [
+        (tokenizer, f"{seed}-{i}", size, row_length, i / len(sizes)) for i, size in enumerate(sizes)
+    ]
     processes = min(processes or os.cpu_count() or 1, len(jobs))
     if processes == 1:
         shards = [_shard(job) for job in jobs]
@@ -55,10 +62,12 @@ def make_rows(
     return Rows(*(np.concatenate(part) for part in zip(*shards, strict=True)))
 
 
-def _shard(job: tuple[PreTrainedTokenizerFast, str, int, int]) -> tuple[np.ndarray, ...]:
-    tokenizer, seed, n, row_length = job
+def _shard(
+    job: tuple[PreTrainedTokenizerFast, str, int, int, float],
+) -> tuple[np.ndarray, ...]:
+    tokenizer, seed, n, row_length, progress = job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    encoded = encode(tokenizer, lessons(seed, n))
+    encoded = encode(tokenizer, lessons(seed, n, progress))
     return _pack([lesson for lesson in encoded if len(lesson[0]) <= row_length], row_length)
 
 
@@ -72,7 +81,9 @@ def encode(
     return [_encode_lesson(lesson, pieces, special) for lesson in batch]
 
 
-def _encode_lesson(lesson: Lesson, pieces, special: dict[str, int]) -> tuple[list[int], list[int]]:
+def _encode_lesson(
+    lesson: Lesson, pieces: Iterator[Any], special: dict[str, int]
+) -> tuple[list[int], list[int]]:
     tokens: list[int] = []
     roles: list[int] = []
     for role, _ in lesson:
@@ -120,4 +131,6 @@ def _fill(
             segments[row, start:end] = segment
             roles[row, start] = IGNORED  # nothing of its lesson comes before the first token
             start = end
-    return tokens, segments, roles
+    # Within a shard the order is random; over the shards it is that of the training's progress.
+    order = np.random.default_rng(len(rows)).permutation(len(rows))
+    return tokens[order], segments[order], roles[order]

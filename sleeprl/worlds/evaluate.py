@@ -12,12 +12,20 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sleeprl import prompts
-from sleeprl.worlds.checker import UNKNOWN, World, is_correct, parse_question, parse_statement
+from sleeprl.worlds.checker import (
+    UNKNOWN,
+    Claim,
+    World,
+    is_correct,
+    parse_question,
+    parse_statement,
+)
 from sleeprl.worlds.model import perplexity, respond
 from sleeprl.worlds.people import (
     Person,
@@ -38,7 +46,7 @@ MAX_PEOPLE = 3
 class Examiner:
     """One model under examination; ``n`` is the size of each test."""
 
-    def __init__(self, model, tokenizer: PreTrainedTokenizerFast, n: int, seed: int) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, n: int, seed: int) -> None:
         self.model, self.tokenizer, self.n, self.seed = model, tokenizer, n, seed
         self.rng = random.Random(f"exam-{seed}")
 
@@ -108,7 +116,7 @@ class Examiner:
         originals = [_one_statement(self.rng.choice(people), self.rng) for _ in range(self.n)]
         reworded = self._sample(
             prompts.with_experience(
-                texts[parse_statement(text).name], prompts.STUDY_PARAPHRASE.format(sentence=text)
+                texts[_subject(text)], prompts.STUDY_PARAPHRASE.format(sentence=text)
             )
             for text in originals
         )
@@ -150,7 +158,8 @@ class Examiner:
         return people, {name: doc["text"] for doc in told for name in doc["people"]}
 
     def _mixed_passages(self) -> tuple[list[Person], dict[str, str]]:
-        everybody, texts = {}, {}
+        everybody: dict[str, Person] = {}
+        texts: dict[str, str] = {}
         for count in range(1, MAX_PEOPLE + 1):
             people, told = self._passages(count)
             new = {p.name: p for p in people if p.name not in everybody}
@@ -181,11 +190,22 @@ def _judge_pairs(
     return _judgement(true, [parse_question(p[0]) if p else None for p in pairs], written, contexts)
 
 
-def _judgement(true, claims, written, contexts) -> dict:
+def _subject(statement: str) -> str:
+    claim = parse_statement(statement)
+    assert claim is not None, f"not a statement of the world: {statement}"
+    return claim.name
+
+
+def _judgement(
+    true: list[bool],
+    claims: Sequence[Claim | None],
+    written: Sequence[str],
+    contexts: Sequence[str] | None,
+) -> dict:
     """Correct (and, given contexts, about them), and how evenly the attributes are covered."""
     if contexts is not None:
         true = [
-            ok and claim.name in text
+            ok and claim is not None and claim.name in text
             for ok, claim, text in zip(true, claims, contexts, strict=True)
         ]
     attributes = Counter(claim.attribute for claim in claims if claim)
@@ -227,8 +247,8 @@ def _evenness(counts: Iterable[int]) -> float:
 
 
 def _share(right: Iterable[object]) -> float:
-    right = [bool(r) for r in right]
-    return round(sum(right) / len(right), 4) if right else 0.0
+    marks = [bool(r) for r in right]
+    return round(sum(marks) / len(marks), 4) if marks else 0.0
 
 
 def _share_distinct(written: Sequence[str]) -> float:

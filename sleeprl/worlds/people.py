@@ -168,7 +168,8 @@ def _forms(person: Person, rng: random.Random, first: bool) -> dict[str, str]:
 
 def _plan(attributes: Sequence[str], rng: random.Random) -> list[tuple[tuple[str, ...], str]]:
     """Which facts share a sentence, and the template of each sentence, in random order."""
-    left, plan = list(attributes), []
+    left = list(attributes)
+    plan: list[tuple[tuple[str, ...], str]] = []
     if rng.random() < COMBINED_PROBABILITY:
         pair, template = rng.choice(COMBINED)
         if all(attribute in left for attribute in pair):

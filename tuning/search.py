@@ -1,0 +1,181 @@
+"""Search the hyper-parameters of a consolidation with Ray Tune: recall, subject to retention.
+
+    python tuning/search.py tuning/consolidation.yaml
+
+One evening (day, smaller self, self-study) is prepared once and one engine is
+started once; every trial consolidates from the same texts and is measured on that
+engine while it trains. ASHA stops trials early on ``score``: recall, less ten times
+what retention lost beyond the gate's tolerance. Writes ``trials.json`` and
+``best.yaml`` (for ``sleeprl night best.yaml``) into the run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from rich.console import Console
+from rich.table import Table
+
+from sleeprl import config as cfg
+from sleeprl.actors.cluster import cluster
+from sleeprl.actors.fleet import Fleet
+from sleeprl.evaluation.probes import Day
+from sleeprl.files import write_json_atomic, write_text_atomic
+from sleeprl.night import PHASES, Night
+from sleeprl.reporting.progress import NightProgress
+from sleeprl.run import STATE, Run
+
+KINDS = {"choice": tune.choice, "uniform": tune.uniform, "loguniform": tune.loguniform}
+EVENING = (STATE, "day.json", "study.json", "lake", "smaller-self")
+
+
+def search_space(spec: dict[str, Any]) -> dict[str, Any]:
+    """``{key: {choice: [...]}}``, or ``uniform`` / ``loguniform`` with ``[low, high]``."""
+    known = set(cfg.keys())
+    made = {}
+    for key, value in spec.items():
+        if key not in known:
+            raise cfg.ConfigError(
+                f"space: unknown key {key!r}; `sleeprl night --dry-run` lists all"
+            )
+        kind = next(iter(value), "")
+        if len(value) != 1 or kind not in KINDS:
+            raise cfg.ConfigError(f"space: {key}={dict(value)} must be one of {', '.join(KINDS)}")
+        values = list(value[kind])
+        made[key] = tune.choice(values) if kind == "choice" else KINDS[kind](*values)
+    return made
+
+
+def score(figures: dict[str, Any], before: dict[str, Any], tolerance: float) -> float:
+    """Recall, less ten times what retention lost beyond ``tolerance`` (all are shares)."""
+    lost = (before["retention"] or 0.0) - (figures["retention"] or 0.0)
+    return float((figures["recall"] or 0.0) - 10.0 * max(0.0, lost - tolerance))
+
+
+def quiet() -> NightProgress:
+    return NightProgress(PHASES, Console(file=open(os.devnull, "w")))
+
+
+def trial(
+    choice: dict[str, Any], settings: dict[str, Any], evening: str, fleet: Fleet, every: int
+) -> None:
+    """Consolidate with ``choice`` from the evening's texts; report every ``every`` steps."""
+    words = [f"{key}={value}" for key, value in choice.items()]
+    config = cfg.from_dict(settings, words)
+    config.runs, config.name = str(Path.cwd()), "trial"
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    for name in EVENING:
+        source, target = Path(evening) / name, config.run_dir / name
+        if source.is_dir():
+            target.symlink_to(source)
+        else:
+            shutil.copy(source, target)
+    night = Night(Run(config, quiet()))
+    night.attach(Day.load(config.run_dir / "day.json"), fleet)
+    before = night.run.result("before")["before"]
+
+    def report(step: int) -> None:
+        if step % every == 0 or step == config.consolidation.steps:
+            figures = night.measure(with_context=False)
+            value = score(figures, before, config.gate.tolerance)
+            tune.report({"score": value, "step": step, **figures})
+
+    night.consolidate(report)
+
+
+def search(path: Path, words: list[str], console: Console) -> Path:
+    """Run the search that the file describes; returns the path of the best configuration."""
+    if not path.is_file():
+        raise cfg.ConfigError(f"{path} does not exist; try tuning/consolidation.yaml")
+    spec = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(spec, dict)
+    space = search_space(spec["space"])
+    config = cfg.from_dict(spec.get("night", {}), words)
+    # The driver of a trial only waits; it gets a core of its own that is not there.
+    cores = config.resources.cpus or cfg.available_cpus()
+    config.resources.cpus = cores + 1
+    with NightProgress(PHASES, console) as progress:
+        run = Run(config, progress)
+        with cluster(config.resources):
+            night = Night(run)
+            night.evening()
+            results = tune.Tuner(
+                tune.with_resources(
+                    tune.with_parameters(
+                        trial,
+                        settings=cfg.to_dict(config),
+                        evening=str(run.dir.resolve()),
+                        fleet=night.fleet,
+                        every=int(spec["report_every"]),
+                    ),
+                    {"CPU": 1},
+                ),
+                param_space=space,
+                tune_config=tune.TuneConfig(
+                    metric="score",
+                    mode="max",
+                    num_samples=int(spec["trials"]),
+                    # The trials share the engines, and with them the weights: one at a time.
+                    max_concurrent_trials=1,
+                    scheduler=ASHAScheduler(
+                        time_attr="step",
+                        max_t=config.consolidation.steps,
+                        grace_period=int(spec["report_every"]),
+                        reduction_factor=2,
+                    ),
+                ),
+                run_config=tune.RunConfig(
+                    name="search", storage_path=str((run.dir / "tune").resolve()), verbose=0
+                ),
+            ).fit()
+            assert night.fleet is not None
+            night.fleet.shutdown()
+        run.close()
+    rows = [{"config": r.config, **(r.metrics or {})} for r in results]
+    write_json_atomic(run.dir / "trials.json", rows)
+    best = results.get_best_result(metric="score", mode="max", scope="all")
+    assert best.config is not None
+    chosen = OmegaConf.from_dotlist([f"{key}={value}" for key, value in best.config.items()])
+    write_text_atomic(run.dir / "best.yaml", OmegaConf.to_yaml(chosen))
+    console.print(_table(rows, list(space)))
+    if results.num_errors:
+        console.print(f"[red]{results.num_errors} trial(s) failed:[/] {results.errors[0]}")
+    return run.dir / "best.yaml"
+
+
+def _table(rows: list[dict[str, Any]], keys: list[str]) -> Table:
+    table = Table(title="Trials")
+    for name in [*(key.rsplit(".", 1)[-1] for key in keys), "step", "recall", "retention", "score"]:
+        table.add_column(name, justify="right")
+    for row in sorted(rows, key=lambda r: -r.get("score", float("-inf"))):
+        values = [row["config"][key] for key in keys]
+        figures = [row.get(name) for name in ("step", "recall", "retention", "score")]
+        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in [*values, *figures]]
+        table.add_row(*cells)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="YAML with trials, report_every, space and night")
+    parser.add_argument("words", nargs="*", help="key=value for the night, such as seed=1")
+    arguments = parser.parse_args()
+    console = Console()
+    try:
+        best = search(arguments.file, arguments.words, console)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    console.print(f"Best: {best}")
+
+
+if __name__ == "__main__":
+    main()
