@@ -1,0 +1,241 @@
+"""Settings: layers, round trips, and one clear message for each way to get them wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sleeprl import config as cfg
+from sleeprl.config import ConfigError, NightConfig
+
+
+@pytest.fixture(autouse=True)
+def enough_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cfg, "available_cpus", lambda: 4)
+
+
+def refused(*words: str, path: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        cfg.load(path, list(words))
+    return str(caught.value)
+
+
+# --- layers -----------------------------------------------------------------------
+
+
+def test_defaults_are_accepted() -> None:
+    assert cfg.load() == NightConfig()
+
+
+def test_words_lie_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "night.yaml"
+    path.write_text("seed: 3\nconsolidation:\n  steps: 7\n  batch_size: 8\n")
+    config = cfg.load(path, ["consolidation.steps=9", "model.name=some/model", "seed=4"])
+    assert (config.seed, config.consolidation.steps, config.consolidation.batch_size) == (4, 9, 8)
+    assert config.model.name == "some/model"
+    assert config.consolidation.beta == NightConfig().consolidation.beta
+
+
+def test_values_have_the_types_of_their_fields(tmp_path: Path) -> None:
+    document = tmp_path / "day.txt"
+    document.write_text("text")
+    config = cfg.load(
+        None,
+        [
+            "consolidation.learning_rate=1e-4",
+            "dreaming.enabled=false",
+            f"wake.inputs=[{document}]",
+            "dreaming.reward_options={scale: 3.0}",
+            "resources.address=auto",
+        ],
+    )
+    assert config.consolidation.learning_rate == 1e-4
+    assert config.dreaming.enabled is False
+    assert config.wake.inputs == [str(document)]
+    assert config.dreaming.reward_options == {"scale": 3.0}
+    assert config.resources.address == "auto"
+    assert isinstance(config.dreaming, cfg.DreamingConfig)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    assert cfg.load(tmp_path / "empty.yaml") == NightConfig()
+
+
+def test_round_trips(tmp_path: Path) -> None:
+    config = cfg.load(
+        None, ["seed=5", "dreaming.reward_options={scale: 2}", "name=other", "gate.tolerance=0"]
+    )
+    assert cfg.from_dict(cfg.to_dict(config)) == config
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.to_yaml(config))
+    assert cfg.load(path) == config
+
+
+def test_keys_are_all_leaves_of_the_resolved_file() -> None:
+    def leaves(node: object, prefix: str = "") -> list[str]:
+        if not isinstance(node, dict) or not node:
+            return [prefix[:-1]]
+        return [leaf for key, value in node.items() for leaf in leaves(value, f"{prefix}{key}.")]
+
+    assert list(cfg.keys()) == leaves(yaml.safe_load(cfg.to_yaml(NightConfig())))
+
+
+def test_run_dir() -> None:
+    assert cfg.load(None, ["runs=some/where", "name=first"]).run_dir == Path("some/where/first")
+
+
+# --- refusals ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "named", "meant"),
+    [
+        ("consolidation.stepz=3", "'consolidation.stepz'", "'consolidation.steps'"),
+        ("consolidatio.steps=3", "'consolidatio", "'consolidation"),
+        ("steps=3", "'steps'", ".steps'"),
+        ("dreaming.learning_rat=1", "'dreaming.learning_rat'", "'dreaming.learning_rate'"),
+        ("sed=1", "'sed'", "'seed'"),
+    ],
+)
+def test_a_mistyped_key_is_named_with_the_nearest(word: str, named: str, meant: str) -> None:
+    message = refused(word)
+    assert named in message and "did you mean" in message and meant in message
+
+
+def test_an_unheard_of_key_says_where_all_are_listed() -> None:
+    assert "--dry-run" in refused("zzzzqqq=1")
+
+
+def test_a_mistyped_key_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("dreaming:\n  stepps: 3\n")
+    message = refused(path=tmp_path / "x.yaml")
+    assert "dreaming.stepps" in message and "'dreaming.steps'" in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert "nowhere.yaml" in refused(path=tmp_path / "nowhere.yaml")
+    assert "wake.inputs" in refused("wake.inputs=[nowhere.jsonl]")
+    assert "nowhere.jsonl" in refused("evaluation.questions=nowhere.jsonl")
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2", "- a\n- b\n", "just words"])
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    refused(path=path)
+
+
+@pytest.mark.parametrize(
+    "word", ["consolidation", "=3", "name={", "wake.inputs=[a", "name=${nothing}"]
+)
+def test_a_word_that_is_no_setting(word: str) -> None:
+    refused(word)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "consolidation.steps=many",
+        "consolidation.steps=1.5",
+        "consolidation.learning_rate=fast",
+        "dreaming.enabled=maybe",
+        "consolidation=3",
+        "seed=null",
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_key(word: str) -> None:
+    assert word.split("=")[0] in refused(word)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "consolidation.steps=0",
+        "consolidation.learning_rate=-1e-3",
+        "consolidation.batch_size=-2",
+        "dreaming.group_size=0",
+        "resources.engines=0",
+        "resources.learner_workers=0",
+        "model.slots=0",
+        "seed=-1",
+        "consolidation.beta=1.5",
+        "consolidation.beta=-0.1",
+        "gate.tolerance=2",
+        "self_study.probe_share=-0.1",
+        "dreaming.staleness=-1",
+        "consolidation.learning_rate=nan",
+        "consolidation.learning_rate=inf",
+        "dreaming.temperature=.nan",
+    ],
+)
+def test_a_value_out_of_range_names_key_and_value(word: str) -> None:
+    key, value = word.split("=")
+    message = refused(word)
+    assert key in message
+    assert str(yaml.safe_load(value)) in message or str(float(value.strip("."))) in message
+
+
+@pytest.mark.parametrize("word", ["seed=0", "consolidation.beta=0", "consolidation.beta=1",
+                                  "gate.tolerance=0", "dreaming.staleness=0",
+                                  "consolidation.warmup=0", "self_study.replay=0"])  # fmt: skip
+def test_the_edges_are_allowed(word: str) -> None:
+    cfg.load(None, [word])
+
+
+@pytest.mark.parametrize(
+    ("word", "choice"),
+    [
+        ("model.dtype=float8", "bfloat16"),
+        ("dreaming.algorithm=ppo", "grpo"),
+        ("dreaming.correction_level=word", "sequence"),
+        ("dreaming.correction_mode=soft", "truncate"),
+    ],
+)
+def test_a_choice_lists_the_others(word: str, choice: str) -> None:
+    message = refused(word)
+    assert word.split("=")[0] in message and choice in message
+
+
+def test_staleness_needs_a_correction() -> None:
+    message = refused("dreaming.staleness=1", "dreaming.correction_level=off")
+    assert "dreaming.staleness=1" in message and "correction_level" in message
+    cfg.load(None, ["dreaming.staleness=0", "dreaming.correction_level=off"])
+
+
+def test_prefix_bounds_and_room_for_a_prompt() -> None:
+    message = refused("consolidation.prefix_min=0.7", "consolidation.prefix_max=0.2")
+    assert "prefix_min=0.7" in message and "prefix_max=0.2" in message
+    message = refused("self_study.max_tokens=64", "model.max_length=64")
+    assert "self_study.max_tokens=64" in message and "model.max_length=64" in message
+
+
+@pytest.mark.parametrize("key", ["dreaming.max_tokens", "evaluation.max_tokens"])
+def test_every_answer_leaves_room_for_a_prompt(key: str) -> None:
+    assert key in refused(f"{key}=600")
+
+
+def test_the_correction_band_is_not_empty() -> None:
+    assert "correction_low" in refused("dreaming.correction_low=3", "dreaming.correction_high=2")
+
+
+def test_an_impossible_split_of_the_machine() -> None:
+    message = refused("resources.engines=3", "resources.learner_workers=2")
+    assert "5 cores" in message and "there are 4" in message and "resources.cpus" in message
+    cfg.load(None, ["resources.engines=3", "resources.learner_workers=2", "resources.cpus=5"])
+    cfg.load(None, ["resources.engines=30", "resources.address=auto"])  # another machine's cores
+
+
+def test_the_batch_divides_over_the_workers() -> None:
+    message = refused("consolidation.batch_size=5", "resources.learner_workers=2")
+    assert "consolidation.batch_size=5" in message and "resources.learner_workers=2" in message
+
+
+def test_importing_the_configuration_brings_neither_torch_nor_ray() -> None:
+    code = "import sys, sleeprl.config; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

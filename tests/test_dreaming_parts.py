@@ -1,0 +1,430 @@
+"""The parts of dreaming, each alone: curricula, rewards, trials, the pipeline's counts."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from sleeprl.chat import Chat
+from sleeprl.consolidation.self_study import Pair
+from sleeprl.dreaming.curricula import Uniform, WeakSpots
+from sleeprl.dreaming.learning import outcomes
+from sleeprl.dreaming.phase import make_tasks
+from sleeprl.dreaming.pipeline import Counts
+from sleeprl.dreaming.rewards import LikelihoodGain, RewardActor
+from sleeprl.dreaming.tasks import Dream, Outcome, Task
+from sleeprl.dreaming.trials import Scorer
+from sleeprl.memory.checkpoint import expert_tensors, widen
+from sleeprl.prompts import STUDY_QA, format_qa, with_experience
+from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
+
+TASKS = [Task(f"t{i}", i, f"message {i}", (("Who?", f"Ann{i}"),)) for i in range(5)]
+
+
+# --- curricula --------------------------------------------------------------------
+
+events = st.lists(
+    st.one_of(
+        st.integers(1, 7),
+        st.tuples(st.sampled_from([t.id for t in TASKS]), st.floats(0.0, 5.0)),
+    ),
+    max_size=12,
+)
+
+
+def play(curriculum: Any, moves: list[Any]) -> list[str]:
+    """Ask and tell, as the moves say; what was chosen."""
+    chosen: list[str] = []
+    for move in moves:
+        if isinstance(move, int):
+            chosen += [task.id for task in curriculum.next(move)]
+        else:
+            curriculum.observe([Outcome(move[0], [0.5], move[1])])
+    return chosen
+
+
+@pytest.mark.parametrize("kind", [Uniform, WeakSpots])
+@settings(deadline=None, max_examples=60)
+@given(before=events, after=events, seed=st.integers(0, 9))
+def test_the_state_restores_the_exact_next_choices(
+    kind: type[Uniform], before: list[Any], after: list[Any], seed: int
+) -> None:
+    after = [*after, 5]
+    first, other = kind(TASKS, seed), kind(TASKS, seed + 1)
+    play(first, before)
+    state = json.loads(json.dumps(first.state_dict()))  # it survives a file
+    expected = play(first, after)
+    play(other, [3])
+    other.load_state_dict(state)
+    assert play(other, after) == expected
+
+
+@pytest.mark.parametrize("kind", [Uniform, WeakSpots])
+def test_a_curriculum_is_deterministic_by_seed(kind: type[Uniform]) -> None:
+    moves: list[Any] = [3, ("t1", 2.0), 1, 1, 9]
+    assert play(kind(TASKS, 1), moves) == play(kind(TASKS, 1), moves)
+    assert any(play(kind(TASKS, 1), [20]) != play(kind(TASKS, s), [20]) for s in range(2, 5))
+
+
+@pytest.mark.parametrize("kind", [Uniform, WeakSpots])
+@pytest.mark.parametrize("tasks", [TASKS, TASKS[:1], TASKS[:2]])
+def test_a_curriculum_gives_as_many_as_asked(kind: type[Uniform], tasks: list[Task]) -> None:
+    curriculum = kind(tasks, 0)
+    for n in (1, 3, 5, 12):
+        chosen = curriculum.next(n)
+        assert len(chosen) == n and set(chosen) <= set(tasks)
+
+
+def test_uniform_takes_each_task_once_per_pass() -> None:
+    curriculum = Uniform(TASKS, 0)
+    for _ in range(3):
+        assert {t.id for _ in TASKS for t in curriculum.next(1)} == {t.id for t in TASKS}
+
+
+def test_weak_spots_come_more_often_and_no_task_is_lost() -> None:
+    curriculum = WeakSpots(TASKS, 0)
+    curriculum.observe([Outcome(t.id, [], 0.0) for t in TASKS[1:]] + [Outcome("t0", [], 1.0)])
+    drawn = Counter(t.id for _ in range(1000) for t in curriculum.next(1))
+    assert drawn["t0"] > 800  # 1.0 against four floors of 0.02
+    assert all(drawn[t.id] > 0 for t in TASKS)
+    curriculum.observe([Outcome("t0", [], 0.0), Outcome("t3", [], 4.0)])
+    assert (
+        Counter(t.id for _ in range(300) for t in curriculum.next(1)).most_common(1)[0][0] == "t3"
+    )
+
+
+def test_a_task_that_was_never_tried_counts_as_the_weakest() -> None:
+    curriculum = WeakSpots(TASKS, 0)
+    curriculum.observe([Outcome("t0", [], 3.0), Outcome("t1", [], 0.1)])
+    drawn = Counter(t.id for _ in range(2000) for t in curriculum.next(1))
+    assert min(drawn[f"t{i}"] for i in (0, 2, 3, 4)) > 5 * drawn["t1"]
+
+
+def test_one_request_repeats_no_task_before_all_had_a_turn() -> None:
+    curriculum = WeakSpots(TASKS, 0)
+    curriculum.observe([Outcome("t0", [], 100.0)])
+    assert {t.id for t in curriculum.next(len(TASKS))} == {t.id for t in TASKS}
+
+
+def test_make_tasks_gives_each_document_its_own_probes() -> None:
+    probes = [Pair(n % 2 * 2, f"q{n}", f"a{n}") for n in range(20)]
+    tasks = make_tasks(["zero", "one", "two"], probes, seed=1)
+    assert [t.id for t in tasks] == ["document-0", "document-2"]
+    assert set(tasks[0].probes) == {(f"q{n}", f"a{n}") for n in range(0, 20, 2)}
+    assert set(tasks[1].probes) == {(f"q{n}", f"a{n}") for n in range(1, 20, 2)}
+    assert tasks[0].message == with_experience("zero", STUDY_QA)
+    assert tasks == make_tasks(["zero", "one", "two"], probes, seed=1)
+    assert tasks[0].probes != make_tasks(["zero", "one", "two"], probes, seed=2)[0].probes
+
+
+# --- rewards ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[None]:
+    """An object store: scorer and reward leave their batches there."""
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dreaming") / "wide"
+    widen(tiny_model, directory, 2, 8, "float32")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def chat(wide: Path) -> Chat:
+    return Chat(wide)
+
+
+def dream(
+    chat: Chat, number: int, text: str, *, task: str = "t0", finish: str = "stop", **meta: Any
+) -> Trajectory:
+    ids = chat.response(text) if finish == "stop" else chat.text(text)
+    return Trajectory(
+        uid=f"dream-0-{number}",
+        task_id=task,
+        attempt=number,
+        purpose="dream",
+        prompt_ids=chat.prompt("message"),
+        response_ids=ids,
+        logprobs=[-1.0] * len(ids),
+        versions=[0] * len(ids),
+        finish_reason=finish,
+        meta=json.dumps(meta),
+    )
+
+
+def test_likelihood_gain() -> None:
+    reward = LikelihoodGain(scale=10.0)
+    made = Dream(TASKS[0], "text", [1], ("q", "a"), gain=0.03)
+    assert reward(made) == pytest.approx(0.3)
+    assert reward(replace(made, gain=-0.02)) == pytest.approx(-0.2)
+    assert reward(replace(made, pair=None, gain=None)) == 0.0  # malformed: worth nothing
+    assert reward(replace(made, gain=None)) is None  # not tried: not known
+
+
+USERS = """
+import math, sys, time
+
+def fixed(value):
+    return lambda dream: value
+
+def raises():
+    def reward(dream):
+        raise KeyError("no such thing")
+    return reward
+
+def leaves():
+    def reward(dream):
+        sys.exit(3)
+    return reward
+
+def slow(seconds):
+    def reward(dream):
+        if "slow" in dream.text:
+            time.sleep(seconds)
+        return 1.0
+    return reward
+
+def times_out_itself():
+    def reward(dream):
+        raise TimeoutError("the judge did not answer")
+    return reward
+
+def looks():
+    def reward(dream):
+        return float(len(dream.text)) if dream.pair else -1.0
+    return reward
+"""
+
+
+@pytest.fixture
+def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "users_rewards.py").write_text(USERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "users_rewards", raising=False)
+    return "users_rewards"
+
+
+def scored(actor: RewardActor, batch: pa.RecordBatch) -> list[Trajectory]:
+    return from_batch(ray.get(actor.score(batch, {t.id: t for t in TASKS})["batch"]))
+
+
+@pytest.mark.usefixtures("store")
+def test_a_reward_sees_the_dream_and_scores_each_row(wide: Path, chat: Chat, users: str) -> None:
+    pair = format_qa("Who?", "Ann")
+    batch = to_batch(
+        [
+            dream(chat, 0, pair, gain=0.5),
+            dream(chat, 1, "no pair at all"),
+            dream(chat, 2, pair, finish="length"),
+        ]
+    )
+    looks = scored(RewardActor(str(wide), f"{users}.looks", {}, 5.0), batch)
+    assert [t.reward for t in looks] == [float(len(pair)), -1.0, -1.0]
+    assert [t.unscored for t in looks] == [None] * 3
+    builtin = scored(RewardActor(str(wide), "likelihood_gain", {"scale": 2.0}, 5.0), batch)
+    assert [t.reward for t in builtin] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("factory", "options", "reason"),
+    [
+        ("raises", {}, "no such thing"),
+        ("leaves", {}, "SystemExit"),
+        ("fixed", {"value": None}, "None"),
+        ("fixed", {"value": math.nan}, "nan"),
+        ("fixed", {"value": math.inf}, "inf"),
+        ("fixed", {"value": 1e300}, "1e+300"),  # more than the column can hold
+        ("fixed", {"value": "high"}, "high"),
+        ("fixed", {"value": [0.5]}, "0.5"),
+        ("times_out_itself", {}, "the judge did not answer"),
+    ],
+)
+def test_what_cannot_be_scored_is_unscored_with_the_reason(
+    wide: Path, chat: Chat, users: str, factory: str, options: dict[str, Any], reason: str
+) -> None:
+    actor = RewardActor(str(wide), f"{users}.{factory}", options, 5.0)
+    (row,) = scored(actor, to_batch([dream(chat, 0, format_qa("Who?", "Ann"))]))
+    assert row.reward is None
+    assert row.unscored is not None and reason in row.unscored
+
+
+@pytest.mark.usefixtures("store")
+def test_the_deadline_leaves_the_slow_one_unscored_and_goes_on(
+    wide: Path, chat: Chat, users: str
+) -> None:
+    actor = RewardActor(str(wide), f"{users}.slow", {"seconds": 1.0}, 0.2)
+    batch = to_batch([dream(chat, 0, "slow"), dream(chat, 1, "quick")])
+    began = time.monotonic()
+    slow, quick = scored(actor, batch)
+    assert time.monotonic() - began < 0.9
+    assert slow.reward is None and slow.unscored is not None and "0.2 s" in slow.unscored
+    assert quick.reward == 1.0
+    for thread in threading.enumerate():  # let the sleeper end before the next test
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join()
+
+
+# --- trials -----------------------------------------------------------------------
+
+PAIRS = (("Where does Ann live?", "Ann lives in Oslo"), ("What is her pet?", "a grey cat"))
+
+
+def scorer(wide: Path, rate: float = 0.5, probes: int = 8) -> Scorer:
+    return Scorer(str(wide), 0, "float32", rate, probes, 1)
+
+
+def task(*probes: tuple[str, str]) -> dict[str, Task]:
+    return {"t0": Task("t0", 0, "message", probes)}
+
+
+def judged(actor: Scorer, dreams: list[Trajectory], tasks: dict[str, Task]) -> list[Trajectory]:
+    return from_batch(ray.get(actor.score(to_batch(dreams), tasks)["batch"]))
+
+
+@pytest.mark.usefixtures("store")
+def test_a_dream_that_is_the_probe_teaches_and_the_step_is_taken_back(
+    wide: Path, chat: Chat
+) -> None:
+    actor = scorer(wide)
+    before = {n: p.detach().clone() for n, p in actor.model.named_parameters()}
+    (row,) = judged(actor, [dream(chat, 0, format_qa(*PAIRS[0]), note="kept")], task(PAIRS[0]))
+    meta = json.loads(row.meta)
+    assert meta["gain"] > 1e-3
+    assert meta["note"] == "kept"
+    for name, parameter in actor.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.usefixtures("store")
+def test_the_gain_is_what_a_real_step_would_bring(wide: Path, chat: Chat) -> None:
+    """Against plain autograd on the Hugging Face model with the whole slot as the expert."""
+    actor = scorer(wide, rate=0.3)
+    own = expert_tensors(dict(actor.model.named_parameters()))
+    generator = torch.Generator().manual_seed(1)
+    expert = {n: 0.2 * torch.randn(p.shape, generator=generator) for n, p in own.items()}
+    actor.set_expert(expert)
+    (row,) = judged(actor, [dream(chat, 0, format_qa(*PAIRS[1]))], task(*PAIRS))
+
+    model = AutoModelForCausalLM.from_pretrained(wide).eval()
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in expert.items():
+            columns = slice(96, 104)
+            piece = named[name][:, columns] if "down_proj" in name else named[name][columns]
+            piece.copy_(tensor)
+
+    def likelihood(*pairs: tuple[str, str]) -> torch.Tensor:
+        values = []
+        for question, answer in pairs:
+            prompt, response = chat.prompt(question), chat.response(answer)
+            logp = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            at = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+            values.append(torch.stack([logp[t, i] for t, i in zip(at, response, strict=True)]))
+        return torch.cat(values).mean()
+
+    known = likelihood(*PAIRS).item()
+    (-likelihood(PAIRS[1])).backward()
+    with torch.no_grad():
+        for name in expert:
+            gradient = named[name].grad
+            assert gradient is not None
+            if "down_proj" in name:
+                named[name][:, 96:104] -= 0.3 * gradient[:, 96:104]
+            else:
+                named[name][96:104] -= 0.3 * gradient[96:104]
+    meta = json.loads(row.meta)
+    assert meta["gap"] == pytest.approx(-known, rel=1e-4)
+    assert meta["gain"] == pytest.approx(likelihood(*PAIRS).item() - known, rel=1e-2)
+
+
+@pytest.mark.usefixtures("store")
+def test_what_is_no_pair_is_not_tried(wide: Path, chat: Chat) -> None:
+    rows = judged(
+        scorer(wide),
+        [
+            dream(chat, 0, "nothing of the form"),
+            dream(chat, 1, format_qa(*PAIRS[0]), finish="length"),
+            dream(chat, 2, format_qa(*PAIRS[0])),
+            replace(dream(chat, 3, ""), response_ids=[], logprobs=[], versions=[]),
+        ],
+        task(PAIRS[0]),
+    )
+    metas = [json.loads(row.meta) for row in rows]
+    assert [m["gain"] is None for m in metas] == [True, True, False, True]
+    assert len({m["gap"] for m in metas}) == 1
+
+
+@pytest.mark.usefixtures("store")
+def test_the_probes_are_limited_and_may_be_none(wide: Path, chat: Chat) -> None:
+    one = [dream(chat, 0, format_qa(*PAIRS[0]))]
+    (few,) = judged(scorer(wide, probes=1), one, task(*PAIRS))
+    (alone,) = judged(scorer(wide), one, task(PAIRS[0]))
+    assert json.loads(few.meta) == json.loads(alone.meta)
+    (none,) = judged(scorer(wide), one, task())
+    assert json.loads(none.meta)["gain"] is None
+
+
+@pytest.mark.usefixtures("store")
+def test_the_reference_is_the_smaller_self_whatever_the_expert_says(wide: Path, chat: Chat) -> None:
+    actor = scorer(wide)
+    dreams = [dream(chat, 0, format_qa(*PAIRS[0])), dream(chat, 1, "short")]
+    born = judged(actor, dreams, task(PAIRS[0]))
+    own = expert_tensors(dict(actor.model.named_parameters()))
+    actor.set_expert({n: torch.randn(p.shape) for n, p in own.items()})
+    grown = judged(actor, dreams, task(PAIRS[0]))
+    model = AutoModelForCausalLM.from_pretrained(wide).eval()
+    for made, first, second in zip(dreams, born, grown, strict=True):
+        ids = torch.tensor([made.prompt_ids + made.response_ids])
+        with torch.no_grad():
+            logp = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        expected = logp[-len(made.response_ids) :].tolist()
+        assert first.ref_logprobs == pytest.approx(expected, abs=1e-4)
+        assert second.ref_logprobs == first.ref_logprobs
+    assert json.loads(born[0].meta)["gap"] != json.loads(grown[0].meta)["gap"]
+
+
+# --- outcomes and counts ----------------------------------------------------------
+
+
+def test_outcomes_gather_a_task_s_dreams(chat: Chat) -> None:
+    rows = [
+        replace(dream(chat, 0, "x", task="t1", gap=2.0), reward=0.5),
+        replace(dream(chat, 1, "x", task="t0", gap=1.0), reward=0.25),
+        replace(dream(chat, 2, "x", task="t1", gap=4.0), unscored="late"),
+    ]
+    assert outcomes(rows) == [Outcome("t1", [0.5], 3.0), Outcome("t0", [0.25], 1.0)]
+
+
+@given(st.lists(st.integers(0, 5), min_size=6, max_size=6), st.integers(-1, 1))
+def test_counts_identity(numbers: list[int], off: int) -> None:
+    names = ("generating", "scoring", "rewarding", "queued", "learning", "learned")
+    counts = Counts(admitted=sum(numbers) + off, **dict(zip(names, numbers, strict=True)))
+    if off == 0:
+        counts.check()
+    else:
+        with pytest.raises(AssertionError, match="lost or doubled"):
+            counts.check()

@@ -1,0 +1,336 @@
+"""The rollout engine on the real vLLM: one engine for the whole file, updated as it goes on.
+
+Every test leaves the checkpoint's own weights in the engine. Expected log-probabilities
+are those of transformers on the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sleeprl.actors.engine import Completion, EngineOptions, Sampling, VLLMEngine
+from sleeprl.memory.checkpoint import WEIGHTS, all_tensors, fold, mlp_tensors, widen
+from sleeprl.memory.slots import Slots
+from sleeprl.weights import shared_memory
+from sleeprl.weights.shared_memory import as_update_info, discard, pack
+from sleeprl.weights.verify import Canary, Certificate
+
+T = TypeVar("T")
+MAX_LENGTH = 512
+CANARY_IDS = [1, *range(40, 60), 2, *range(100, 130)]
+
+
+class Rig:
+    """The engine, its event loop, and the model that says what is right."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.loop = asyncio.new_event_loop()
+        options = EngineOptions(
+            model=str(checkpoint),
+            dtype="float32",
+            max_length=MAX_LENGTH,
+            threads=1,
+            memory_gb=1.0,
+            gpu=False,
+            gpu_utilization=0.4,
+            seed=0,
+        )
+        self.engine = VLLMEngine("engine-0", options)
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.version = 0
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(work, 120))
+
+    @torch.no_grad()
+    def expected(self, ids: list[int], weights: Mapping[str, Tensor] | None = None) -> list[float]:
+        """Log-probabilities of ids 1.. by transformers, with ``weights`` over the checkpoint's."""
+        state = self.model.state_dict() | dict(weights or {})
+        out = torch.func.functional_call(self.model, state, (torch.tensor([ids]),))
+        logprobs = out.logits[0, :-1].log_softmax(-1)
+        return logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+    def canary(self, weights: Mapping[str, Tensor], tolerance: float = 1e-4) -> Canary:
+        return Canary(CANARY_IDS, self.expected(CANARY_IDS, weights), tolerance)
+
+    async def update(
+        self, weights: Mapping[str, Tensor], canary: Canary | None, limit: int = 1 << 16
+    ) -> Certificate:
+        self.version += 1
+        await self.engine.begin_update(self.version)
+        for bucket in pack(weights.items(), limit):
+            await self.engine.load_bucket(as_update_info(bucket))
+            discard(bucket)
+        return await self.engine.finish_update(canary)
+
+    def restore(self) -> None:
+        whole = dict(all_tensors(self.checkpoint))
+        certificate = self.run(self.update(whole, self.canary(whole)))
+        assert certificate.verified, certificate
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    directory = tmp_path_factory.mktemp("engine")
+    make_tiny_model(directory / "plain", architecture="qwen3", seed=2)
+    widen(directory / "plain", directory / "wide", 2, 8, "float32")
+    kept = dict(os.environ)
+    rig = Rig(directory / "wide")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rig.run(rig.engine.start())
+        yield rig
+        rig.run(rig.engine.shutdown())
+        del rig.engine.llm
+    finally:
+        torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(kept)
+        rig.loop.close()
+
+
+@pytest.fixture
+def rig(started: Rig) -> Iterator[Rig]:
+    yield started
+    if started.run(started.engine.version()) != 0:
+        started.restore()
+    left = list(shared_memory.directory().glob("sleeprl-weights-*"))
+    assert not left, f"buckets left behind: {left}"
+
+
+def prompts(count: int, length: int = 12) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(3, 250, (count, length), generator=generator).tolist()
+
+
+def sampling(count: int, tokens: int, **changes: Any) -> list[Sampling]:
+    return [replace(Sampling(tokens, 1.0, seed=1000 + i), **changes) for i in range(count)]
+
+
+def grown(rig: Rig, seed: int = 1, scale: float = 0.4) -> dict[str, Tensor]:
+    """The MLPs with a random expert in slot 0: what growth sends."""
+    slots = Slots.load(rig.checkpoint)
+    assert slots is not None
+    generator = torch.Generator().manual_seed(seed)
+    expert = {}
+    for name, tensor in mlp_tensors(rig.checkpoint):
+        shape = [64, slots.width] if "down_proj" in name else [slots.width, 64]
+        expert[name] = scale * torch.randn(shape, generator=generator, dtype=tensor.dtype)
+    return dict(fold(rig.checkpoint, slots, 0, expert))
+
+
+def shaken(rig: Rig, seed: int = 1) -> dict[str, Tensor]:
+    """All tensors changed so much that keys and values of the old weights are plainly wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor
+        if "norm" in name
+        else tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(rig.checkpoint / WEIGHTS).items()
+    }
+
+
+# --- generation -------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_runs_beside_it(rig: Rig) -> None:
+    asked, how = prompts(8), sampling(8, 24)
+    first = rig.run(rig.engine.generate(asked, how))
+    alone = [rig.run(rig.engine.generate([p], [s]))[0] for p, s in zip(asked, how, strict=True)]
+    assert [c.token_ids for c in alone] == [c.token_ids for c in first]
+    other = rig.run(rig.engine.generate(asked, [replace(s, seed=(s.seed or 0) + 1) for s in how]))
+    assert [c.token_ids for c in other] != [c.token_ids for c in first]
+    group = rig.run(rig.engine.generate([asked[0]] * 4, how[:4]))
+    assert len({tuple(c.token_ids) for c in group}) == 4
+    for completion in first:
+        assert completion.versions == [0] * len(completion.token_ids)
+        ended = completion.token_ids[-1] == 0
+        assert completion.finish_reason == ("stop" if ended else "length")
+        assert ended or len(completion.token_ids) == 24
+        assert 0 not in completion.token_ids[:-1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logprobs_are_of_the_distribution_sampled_from(rig: Rig, temperature: float) -> None:
+    asked = prompts(6)
+    made = rig.run(rig.engine.generate(asked, sampling(6, 20, temperature=temperature)))
+    for prompt, completion in zip(asked, made, strict=True):
+        ids = torch.tensor([prompt + completion.token_ids])
+        with torch.no_grad():
+            raw = rig.model(ids).logits[0, len(prompt) - 1 : -1] / temperature
+        chosen = torch.tensor(completion.token_ids)[:, None]
+        right = raw.log_softmax(-1).gather(-1, chosen)[:, 0]
+        assert completion.logprobs == pytest.approx(right.tolist(), abs=1e-4)
+
+
+def test_greedy_is_the_likeliest_token(rig: Rig) -> None:
+    asked = prompts(2)
+    made = rig.run(rig.engine.generate(asked, [Sampling(6, temperature=0.0)] * 2))
+    for prompt, completion in zip(asked, made, strict=True):
+        ids = list(prompt)
+        for token in completion.token_ids:
+            with torch.no_grad():
+                assert int(rig.model(torch.tensor([ids])).logits[0, -1].argmax()) == token
+            ids.append(token)
+
+
+def test_scores_agree_with_transformers(rig: Rig) -> None:
+    sequences = [*prompts(3, 40), prompts(1, 200)[0], [5, 6], [5]]
+    for ids, found in zip(sequences, rig.run(rig.engine.logprobs(sequences)), strict=True):
+        assert len(found) == len(ids) - 1
+        assert found == pytest.approx(rig.expected(ids), abs=1e-4)
+
+
+def test_a_sequence_as_long_as_the_engine_takes_is_scored(rig: Rig) -> None:
+    (ids,) = prompts(1, MAX_LENGTH - 1)  # vLLM wants room for one token more
+    (found,) = rig.run(rig.engine.logprobs([ids]))
+    assert found == pytest.approx(rig.expected(ids), abs=1e-4)
+
+
+# --- weight updates ---------------------------------------------------------------
+
+
+def test_an_update_in_flight_loses_nothing_and_verifies(rig: Rig) -> None:
+    """32 long requests are running when the expert arrives; all end, each token accounted for."""
+    asked, weights = prompts(32), grown(rig)
+    canary = rig.canary(weights)
+
+    async def scenario() -> tuple[list[Completion], Certificate]:
+        running = asyncio.ensure_future(rig.engine.generate(asked, sampling(32, 400)))
+        # When this short one has ended, the others are some tokens in.
+        await rig.engine.generate(asked[:1], sampling(1, 12))
+        assert not running.done(), "too fast to be in flight"
+        certificate = await rig.update(weights, canary)
+        assert not running.done(), "nothing was left to run under the new weights"
+        return await running, certificate
+
+    made, certificate = rig.run(scenario())
+    assert certificate.verified and certificate.error is None
+    assert certificate.difference is not None and certificate.difference < 1e-4
+    assert certificate.version == rig.version == rig.run(rig.engine.version())
+    assert certificate.seconds > 0
+    assert len(made) == 32
+    for completion in made:
+        assert completion.finish_reason in ("stop", "length")
+        assert len(completion.token_ids) == len(completion.versions) == len(completion.logprobs)
+        assert completion.versions == sorted(completion.versions)
+        assert set(completion.versions) <= {rig.version - 1, rig.version}
+    both = [c for c in made if set(c.versions) == {rig.version - 1, rig.version}]
+    assert len(both) > 8
+    for prompt, completion in zip(asked, made, strict=True):
+        # Up to the change the tokens are those of the old weights, to the digit.
+        old = completion.versions.count(rig.version - 1)
+        right = rig.expected(prompt + completion.token_ids[:old])[len(prompt) - 1 :]
+        assert completion.logprobs[:old] == pytest.approx(right, abs=1e-4)
+    # What is asked now is written by the new weights from its first token.
+    later = rig.run(rig.engine.generate(asked[:4], sampling(4, 16)))
+    for prompt, completion in zip(asked, later, strict=False):
+        assert set(completion.versions) == {rig.version}
+        right = rig.expected(prompt + completion.token_ids, weights)[len(prompt) - 1 :]
+        assert completion.logprobs == pytest.approx(right, abs=1e-4)
+
+
+def test_an_expert_can_be_taken_out_again(rig: Rig) -> None:
+    (probe,) = prompts(1, 30)
+    before = rig.run(rig.engine.logprobs([probe]))[0]
+    weights = grown(rig, seed=2)
+    assert rig.run(rig.update(weights, rig.canary(weights))).verified
+    changed = rig.run(rig.engine.logprobs([probe]))[0]
+    assert max(abs(a - b) for a, b in zip(before, changed, strict=True)) > 0.01
+    original = dict(mlp_tensors(rig.checkpoint))
+    assert rig.run(rig.update(original, rig.canary({}))).verified
+    assert rig.run(rig.engine.logprobs([probe]))[0] == pytest.approx(before, abs=1e-6)
+
+
+def test_every_tensor_of_the_model_can_be_replaced(rig: Rig) -> None:
+    weights = shaken(rig, seed=3)
+    certificate = rig.run(rig.update(weights, rig.canary(weights)))
+    assert certificate.verified, certificate
+
+
+def test_the_size_of_the_buckets_does_not_matter(rig: Rig) -> None:
+    """Down to one tensor each: gate and up of a layer then arrive in different buckets."""
+    weights = grown(rig, seed=4)
+    assert len(list(map(discard, pack(weights.items(), 1)))) == len(weights)
+    certificate = rig.run(rig.update(weights, rig.canary(weights), limit=1))
+    assert certificate.verified, certificate
+
+
+def test_a_wrong_canary_leaves_the_engine_stale(rig: Rig) -> None:
+    weights = grown(rig, seed=5)
+    certificate = rig.run(rig.update(weights, rig.canary({})))  # expects the old weights
+    assert not certificate.verified
+    assert certificate.difference is not None and certificate.difference > 1e-2
+    assert certificate.error and "STALE" in str(certificate)
+    # It is not stuck: the same update with the right canary verifies.
+    assert rig.run(rig.update(weights, rig.canary(weights))).verified
+
+
+def test_half_of_a_fused_layer_is_caught(rig: Rig) -> None:
+    """vLLM packs gate and up together; sent only one, it reports success and computes nonsense."""
+    name = "model.layers.1.mlp.gate_proj.weight"
+    weights = {name: grown(rig, seed=6)[name]}
+    certificate = rig.run(rig.update(weights, rig.canary(weights)))
+    assert not certificate.verified, certificate
+    # With all of the layer it is right again.
+    layer = {n: t for n, t in grown(rig, seed=6).items() if n.startswith("model.layers.1.mlp.")}
+    assert rig.run(rig.update(layer, rig.canary(layer))).verified
+
+
+def test_nothing_sent_and_nothing_expected(rig: Rig) -> None:
+    certificate = rig.run(rig.update({}, rig.canary({})))
+    assert certificate.verified, certificate
+    certificate = rig.run(rig.update({}, None))
+    assert certificate.verified and certificate.difference is None
+
+
+def test_cached_prefixes_of_old_weights_are_never_used(rig: Rig) -> None:
+    (prompt,) = prompts(1, 400)  # several cache blocks
+    how = Sampling(1, temperature=0.0)
+    weights = shaken(rig, seed=7)
+    first = rig.run(rig.engine.generate([prompt], [how]))[0]
+    assert first.logprobs == pytest.approx(rig.expected(prompt + first.token_ids)[-1:], abs=1e-4)
+    assert rig.run(rig.update(weights, rig.canary(weights))).verified
+    after = rig.run(rig.engine.generate([prompt], [how]))[0]
+    right = rig.expected(prompt + after.token_ids, weights)[-1:]
+    assert after.logprobs == pytest.approx(right, abs=1e-4)
+
+
+def test_a_request_that_arrives_during_an_update_gets_only_the_new_weights(rig: Rig) -> None:
+    (prompt,) = prompts(1, 400)
+    how = Sampling(1, temperature=0.0)
+    weights = shaken(rig, seed=8)
+    canary = rig.canary(weights)
+
+    async def scenario() -> tuple[Completion, Certificate]:
+        await rig.engine.generate([prompt], [how])  # its blocks are cached now
+        rig.version += 1
+        await rig.engine.begin_update(rig.version)
+        asked = asyncio.ensure_future(rig.engine.generate([prompt], [how]))
+        for bucket in pack(weights.items()):
+            await rig.engine.load_bucket(as_update_info(bucket))
+            discard(bucket)
+        await asyncio.sleep(0.1)
+        assert not asked.done(), "an engine that is paused must not generate"
+        certificate = await rig.engine.finish_update(canary)
+        return (await asked)[0], certificate
+
+    completion, certificate = rig.run(scenario())
+    assert certificate.verified
+    assert completion.versions == [rig.version]
+    right = rig.expected(prompt + completion.token_ids, weights)[-1:]
+    assert completion.logprobs == pytest.approx(right, abs=1e-4)

@@ -1,0 +1,141 @@
+"""Who may import whom, and how long a file may get (the architecture's rules)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sleeprl"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+LOOPS = ("night.py", "dreaming/pipeline.py", "consolidation/worker.py")
+
+# From the ground up. A room imports from its own storey and those below.
+STOREYS = [
+    {"config", "registry", "files", "prompts", "chat", "__init__"},
+    {"losses", "trajectories", "weights", "reporting"},
+    {"actors", "memory", "evaluation", "lineage", "models", "worlds"},
+    {"consolidation", "dreaming", "wake"},
+    {"night", "morning", "cli", "run", "__main__"},
+]
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, as a dotted name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms_of(path: Path) -> set[str]:
+    """The rooms of sleeprl that a file imports from, its own left out."""
+    names = {n.split(".")[1] for n in imports(path) if n.startswith("sleeprl.")}
+    known = {room(p) for p in MODULES}
+    return (names & known) - {room(path)}
+
+
+def storey(name: str) -> int:
+    return next(level for level, rooms in enumerate(STOREYS) if name in rooms)
+
+
+def test_every_room_has_a_storey() -> None:
+    assert {room(path) for path in MODULES} <= set().union(*STOREYS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_downwards_only(path: Path) -> None:
+    above = {name for name in rooms_of(path) if storey(name) > storey(room(path))}
+    assert not above, f"{path.relative_to(PACKAGE)} imports from above: {sorted(above)}"
+
+
+def test_no_two_rooms_know_each_other() -> None:
+    edges: dict[str, set[str]] = {}
+    for path in MODULES:
+        edges.setdefault(room(path), set()).update(rooms_of(path))
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for name in edges.get(waiting.pop(), ()):
+                if name not in seen:
+                    seen.add(name)
+                    waiting.append(name)
+        return seen
+
+    circular = sorted(name for name in edges if name in reachable(name))
+    assert not circular, f"these rooms import each other in a circle: {circular}"
+
+
+@pytest.mark.parametrize(
+    "name", ["losses", "trajectories", "weights", "memory", "config", "registry"]
+)
+def test_these_never_import_ray(name: str) -> None:
+    for path in MODULES:
+        if room(path) == name:
+            users = {n for n in imports(path) if n.split(".")[0] == "ray"}
+            assert not users, f"{path.relative_to(PACKAGE)} imports {sorted(users)}"
+
+
+def test_config_and_registry_import_neither_torch_nor_ray() -> None:
+    for name in ("config", "registry"):
+        roots = {n.split(".")[0] for n in imports(PACKAGE / f"{name}.py")}
+        assert not roots & {"torch", "ray", "vllm", "deepspeed", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "forbidden"),
+    [
+        ("sleeprl.config, sleeprl.registry, sleeprl.prompts", "torch ray numpy transformers"),
+        ("sleeprl.trajectories, sleeprl.trajectories.packing", "torch ray"),
+        (
+            "sleeprl.losses.divergence, sleeprl.losses.policy, sleeprl.losses.streams, "
+            "sleeprl.losses.imitation",
+            "ray vllm deepspeed",
+        ),
+        ("sleeprl.cli", "torch ray vllm deepspeed"),  # --help must not take seconds
+    ],
+)
+def test_what_an_import_brings_with_it(modules: str, forbidden: str) -> None:
+    code = f"import sys, {modules}; print(*(m for m in {forbidden.split()!r} if m in sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_stays_readable(path: Path) -> None:
+    limit = 300 if str(path.relative_to(PACKAGE)) in LOOPS else 500
+    lines = len(path.read_text().splitlines())
+    assert lines <= limit, f"{path.relative_to(PACKAGE)} has {lines} lines, more than {limit}"
+
+
+def test_the_loops_are_where_the_architecture_puts_them() -> None:
+    assert [name for name in LOOPS if not (PACKAGE / name).is_file()] == []
+
+
+def test_nobody_patches_a_library() -> None:
+    """No assignment to an attribute of an imported module (no monkey patches)."""
+    foreign = {"torch", "ray", "vllm", "deepspeed", "transformers"}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Assign):
+                continue
+            for target in node.targets:
+                root = target
+                while isinstance(root, ast.Attribute):
+                    root = root.value
+                if isinstance(target, ast.Attribute) and isinstance(root, ast.Name):
+                    assert root.id not in foreign, f"{path}:{node.lineno} patches {root.id}"

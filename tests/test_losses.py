@@ -1,0 +1,447 @@
+"""The loss code against formulas written out by hand and against plain autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_tail
+from sleeprl.losses.imitation import imitation_reward, lexical, normalise, semantic
+from sleeprl.losses.policy import Correction, clipped_policy_loss, group_advantages, mismatch
+from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
+
+E = math.e
+
+
+def logits(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distributions(seed: int, rows: int = 20, support: int = 9) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of two families of random distributions."""
+    return (
+        logits(seed, rows, support).log_softmax(-1),
+        logits(seed + 1, rows, support).log_softmax(-1),
+    )
+
+
+def kl(p_NK: Tensor, q_NK: Tensor) -> Tensor:
+    return (p_NK.double().exp() * (p_NK.double() - q_NK.double())).sum(-1)
+
+
+# --- divergence -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_jsd_is_the_formula(beta: float) -> None:
+    teacher, student = distributions(1)
+    mixture = (beta * teacher.double().exp() + (1 - beta) * student.double().exp()).log()
+    by_hand = {
+        0.0: kl(teacher, student),
+        1.0: kl(student, teacher),
+    }.get(beta, beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture))
+    torch.testing.assert_close(
+        generalised_jsd(teacher, student, beta).double(), by_hand, atol=1e-6, rtol=1e-5
+    )
+
+
+def test_jsd_limits_are_the_two_kls() -> None:
+    teacher, student = ((x.double() / 2).log_softmax(-1) for x in distributions(2))
+    small = 1e-4
+    torch.testing.assert_close(
+        generalised_jsd(teacher, student, small) / small, kl(teacher, student), atol=1e-2, rtol=0.02
+    )
+    torch.testing.assert_close(
+        generalised_jsd(teacher, student, 1 - small) / small,
+        kl(student, teacher),
+        atol=1e-2,
+        rtol=0.02,
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.floats(0.0, 1.0), st.floats(0.01, 12.0))
+def test_jsd_is_never_negative_and_zero_only_at_equality(
+    seed: int, beta: float, scale: float
+) -> None:
+    teacher = logits(seed, 8, 7, scale=scale).log_softmax(-1)
+    student = logits(seed + 1, 8, 7, scale=scale).log_softmax(-1)
+    assert (generalised_jsd(teacher, student, beta) >= 0).all()
+    assert generalised_jsd(teacher, teacher, beta).abs().max() < 1e-6
+    if 0.05 <= beta <= 0.95 and scale >= 1.0:
+        apart = (teacher.exp() - student.exp()).abs().max(-1).values > 0.05
+        assert (generalised_jsd(teacher, student, beta)[apart] > 1e-5).all()
+
+
+@pytest.mark.parametrize("beta", [-0.01, 1.01])
+def test_jsd_refuses_beta_outside_the_unit_interval(beta: float) -> None:
+    teacher, student = distributions(3)
+    with pytest.raises(ValueError, match="beta"):
+        generalised_jsd(teacher, student, beta)
+
+
+@pytest.mark.parametrize("k", [1, 4, 8, 31, 32, 100])
+def test_top_k_with_tail_is_a_distribution(k: int) -> None:
+    raw = logits(4, 10, 32)
+    ids, teacher = top_k_with_tail(raw, k)
+    kept = min(k, 32)
+    assert ids.shape == (10, kept)
+    assert teacher.shape == (10, kept + 1)
+    torch.testing.assert_close(teacher.exp().sum(-1), torch.ones(10), atol=1e-6, rtol=0)
+    student = on_support(logits(5, 10, 32), ids)
+    torch.testing.assert_close(student.exp().sum(-1), torch.ones(10), atol=1e-6, rtol=0)
+    probabilities = raw.softmax(-1)
+    torch.testing.assert_close(teacher[:, :kept].exp(), probabilities.gather(-1, ids))
+    others = probabilities.scatter(-1, ids, 0.0).max(-1).values
+    assert (probabilities.gather(-1, ids).min(-1).values >= others).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_whole_vocabulary_as_support_gives_the_full_divergence(beta: float) -> None:
+    teacher, student = logits(6, 10, 40), logits(7, 10, 40)
+    ids, kept = top_k_with_tail(teacher, 40)
+    full = generalised_jsd(teacher.log_softmax(-1), student.log_softmax(-1), beta)
+    torch.testing.assert_close(
+        generalised_jsd(kept, on_support(student, ids), beta), full, atol=2e-5, rtol=1e-5
+    )
+
+
+def test_binning_the_tail_never_adds_divergence() -> None:
+    """Data processing: a coarser support cannot tell two distributions further apart."""
+    teacher, student = logits(8, 50, 40), logits(9, 50, 40)
+    last = torch.zeros(50)
+    for k in (1, 4, 16, 39):
+        ids, kept = top_k_with_tail(teacher, k)
+        now = generalised_jsd(kept, on_support(student, ids), 0.0)
+        assert (now >= last - 1e-5).all()
+        last = now
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_gradient_of_the_divergence_is_that_of_the_naive_one(beta: float) -> None:
+    teacher = logits(10, 6, 12).double()
+    start = logits(11, 6, 12).double()
+    k = 4
+    ours = start.clone().float().requires_grad_()
+    ids, kept = top_k_with_tail(teacher, k)
+    generalised_jsd(kept, on_support(ours, ids), beta).sum().backward()
+
+    naive = start.clone().requires_grad_()
+    order = teacher.argsort(-1, descending=True)
+    p, q = (x.softmax(-1).gather(-1, order) for x in (teacher, naive))
+    p, q = (torch.cat([x[:, :k], x[:, k:].sum(-1, keepdim=True)], -1) for x in (p, q))
+    m = beta * p + (1 - beta) * q
+    loss = {
+        0.0: (p * (p / q).log()).sum(),
+        1.0: (q * (q / p).log()).sum(),
+    }.get(beta, beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum())
+    loss.backward()
+    assert ours.grad is not None and naive.grad is not None
+    torch.testing.assert_close(ours.grad.double(), naive.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gap", [10.0, 16.0, 25.0])
+def test_the_tail_of_a_sure_student_is_right_and_still_pulls(gap: float) -> None:
+    """A student sure of one token must still feel that the teacher leaves room for others."""
+    vocabulary = 50
+    sure = torch.zeros(1, vocabulary)
+    sure[0, 7] = gap
+    sure.requires_grad_()
+    unsure = torch.zeros(1, vocabulary)
+    unsure[0, 7] = 5.0
+    ids, teacher = top_k_with_tail(unsure, 1)
+    support = on_support(sure, ids)
+    exact = math.log(vocabulary - 1) - math.log(vocabulary - 1 + math.exp(gap))
+    assert support[0, -1].item() == pytest.approx(exact, rel=1e-3)
+    generalised_jsd(teacher, support, 0.0).sum().backward()
+    assert sure.grad is not None
+    # d KL / d logit of the sure token = student's probability - teacher's.
+    expected = sure.detach().softmax(-1)[0, 7] - unsure.softmax(-1)[0, 7]
+    assert sure.grad[0, 7].item() == pytest.approx(expected.item(), rel=1e-2)
+
+
+# --- advantages -------------------------------------------------------------------
+
+
+def test_group_advantages_by_hand() -> None:
+    rewards = [1.0, None, 3.0, 5.0, 2.0, 2.0, 7.0, None]
+    groups = ["a", "a", "b", "a", "b", "c", "d", "d"]
+    # a: 1, 5 (mean 3, deviation sqrt 8); b: 3, 2; c and d have one scored row each.
+    expected = [-2 / math.sqrt(8), None, 0.5 / math.sqrt(0.5), 2 / math.sqrt(8)]
+    expected += [-0.5 / math.sqrt(0.5), 0.0, 0.0, None]
+    assert group_advantages(rewards, groups) == pytest.approx(expected)
+    plain = [-2.0, None, 0.5, 2.0, -0.5, 0.0, 0.0, None]
+    assert group_advantages(rewards, groups, normalise=False) == pytest.approx(plain)
+
+
+def test_an_unscored_row_is_not_a_zero() -> None:
+    with_none = group_advantages([1.0, None, 2.0], ["g"] * 3)
+    with_zero = group_advantages([1.0, 0.0, 2.0], ["g"] * 3)
+    assert with_none[1] is None
+    assert with_none[0] != pytest.approx(with_zero[0])
+    assert group_advantages([None, None], ["g", "g"]) == [None, None]
+
+
+@given(st.floats(-1e3, 1e3), st.integers(2, 8), st.booleans())
+def test_equal_rewards_teach_nothing(reward: float, count: int, normalised: bool) -> None:
+    got = group_advantages([reward] * count, ["g"] * count, normalise=normalised)
+    assert got == pytest.approx([0.0] * count, abs=1e-9)
+
+
+@given(st.lists(st.integers(-20, 20), min_size=2, max_size=8))
+def test_advantages_are_centred_and_of_unit_deviation(rewards: list[int]) -> None:
+    got = [x for x in group_advantages([float(r) for r in rewards], ["g"] * len(rewards)) if x]
+    assert sum(got) == pytest.approx(0.0, abs=1e-9)
+    if len(set(rewards)) > 1:
+        assert sum(x * x for x in got) == pytest.approx(len(rewards) - 1)
+
+
+# --- off-policy correction --------------------------------------------------------
+
+# One row of three tokens (the last is padding) with ratios 4 and 1/4, one with 3, 3, 1/3.
+RATIOS = torch.tensor([[4.0, 0.25, 9.0], [3.0, 3.0, 1 / 3]])
+MASK = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+ROOT3 = 3 ** (1 / 3)
+BY_HAND = {
+    ("off", "truncate"): [[1, 1, 0], [1, 1, 1]],
+    ("token", "truncate"): [[2, 0.25, 0], [2, 2, 1 / 3]],
+    ("token", "clip"): [[2, 0.5, 0], [2, 2, 0.5]],
+    ("token", "mask"): [[0, 0, 0], [0, 0, 0]],
+    ("sequence", "truncate"): [[1, 1, 0], [2, 2, 2]],
+    ("sequence", "clip"): [[1, 1, 0], [2, 2, 2]],
+    ("sequence", "mask"): [[1, 1, 0], [0, 0, 0]],
+    ("geometric", "truncate"): [[1, 1, 0], [ROOT3] * 3],
+    ("geometric", "clip"): [[1, 1, 0], [ROOT3] * 3],
+    ("geometric", "mask"): [[1, 1, 0], [ROOT3] * 3],
+}
+
+
+@pytest.mark.parametrize(("level", "mode"), list(BY_HAND))
+def test_correction_by_hand(level: str, mode: str) -> None:
+    behaviour = torch.full((2, 3), -2.0)
+    learner = (behaviour + RATIOS.log()).requires_grad_()
+    weights = Correction(level, mode, low=0.5, high=2.0).weights(learner, behaviour, MASK)
+    assert not weights.requires_grad
+    torch.testing.assert_close(weights, torch.tensor(BY_HAND[level, mode], dtype=torch.float32))
+
+
+def test_token_mask_keeps_what_lies_inside_the_band() -> None:
+    ratios = torch.tensor([[0.49, 0.51, 1.0, 1.99, 2.01]])
+    weights = Correction("token", "mask").weights(ratios.log(), torch.zeros(1, 5), torch.ones(1, 5))
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 0.51, 1.0, 1.99, 0.0]]))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("mode", ["truncate", "clip", "mask"])
+def test_correction_on_policy_and_far_off_is_finite(level: str, mode: str) -> None:
+    correction = Correction(level, mode)
+    same = logits(12, 2, 3)
+    torch.testing.assert_close(correction.weights(same, same, MASK), MASK)
+    far = correction.weights(torch.zeros(2, 3), torch.full((2, 3), -500.0), MASK)
+    assert torch.isfinite(far).all() and (far <= 2.0).all()
+
+
+def test_mismatch_by_hand() -> None:
+    found = mismatch(torch.tensor([[0.0, -1.0]]), torch.tensor([[0.0, -2.0]]))
+    torch.testing.assert_close(found["ratio"], torch.tensor([[1.0, E]]))
+    torch.testing.assert_close(found["mismatch_kl"], torch.tensor([[0.0, E - 2.0]]))
+
+
+# --- clipped objective ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.2, 2.0, -2.4, -2.4),
+        (1.5, 2.0, -2.56, 0.0),  # clipped above at 1.28: no further push up
+        (0.5, 2.0, -1.0, -1.0),  # below, with a positive advantage: not clipped
+        (0.5, -2.0, 1.6, 0.0),  # clipped below at 0.8: no further push down
+        (1.5, -2.0, 3.0, 3.0),  # above, with a negative advantage: not clipped
+        (1.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_clipped_loss_and_its_gradient_by_hand(
+    ratio: float, advantage: float, loss: float, slope: float
+) -> None:
+    logprobs = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
+    got = clipped_policy_loss(
+        logprobs, torch.tensor([[-1.0]]), torch.tensor([advantage]), 0.2, 0.28
+    )
+    assert got.item() == pytest.approx(loss, rel=1e-5)
+    got.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+def test_no_gradient_flows_through_the_proximal_policy() -> None:
+    logprobs = torch.tensor([[-1.0]], requires_grad=True)
+    clipped_policy_loss(logprobs, logprobs, torch.tensor([3.0]), 0.2, 0.28).sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(-3.0)  # REINFORCE: -A * grad log p
+
+
+# --- imitation reward -------------------------------------------------------------
+
+ids = st.lists(st.integers(0, 5), max_size=12)
+share = st.floats(0.0, 1.0)
+
+
+def edit_distance(a: list[int], b: list[int]) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+@settings(max_examples=300)
+@given(ids, ids, share)
+def test_lexical_reward(a: list[int], b: list[int], threshold: float) -> None:
+    reward = lexical(a, b, threshold)
+    assert 0.0 <= reward <= 1.0
+    assert reward == lexical(b, a, threshold)
+    assert lexical(a, a, threshold) == 1.0
+    longest, distance = max(len(a), len(b)), edit_distance(a, b)
+    if distance > threshold * longest:
+        assert reward == 0.0
+    elif longest:
+        assert reward == pytest.approx(1.0 - distance / longest)
+
+
+@given(ids, ids, st.text(), st.text(), share, share)
+def test_imitation_reward_mixes_both_parts(
+    a: list[int], b: list[int], x: str, y: str, gamma: float, threshold: float
+) -> None:
+    def reward(gamma: float) -> float:
+        return imitation_reward(a, b, x, y, gamma=gamma, threshold=threshold)
+
+    assert 0.0 <= reward(gamma) <= 1.0
+    assert reward(0.0) == lexical(a, b, threshold)
+    assert reward(1.0) == semantic(x, y)
+    mixed = gamma * semantic(x, y) + (1 - gamma) * lexical(a, b, threshold)
+    assert reward(gamma) == pytest.approx(mixed)
+    assert imitation_reward(a, a, x, x, gamma=gamma, threshold=threshold) == pytest.approx(1.0)
+
+
+def test_semantic_looks_at_words_only() -> None:
+    assert normalise("  Oslo, NORWAY. ") == "oslo norway"
+    assert semantic("Oslo.", "oslo") == 1.0
+    assert semantic("Oslo", "Bergen") == 0.0
+
+
+# --- the three streams ------------------------------------------------------------
+
+PARTS = {
+    "new": Part(kl=0.7, ce=0.5),
+    "replay": Part(kl=0.3),
+    "student": Part(pg=0.4, kl=0.2),
+    "absent": Part(ce=9.0),
+}
+LENGTHS = [5, 2, 4, 1, 3, 5]
+PART_OF = ["new", "replay", "student", "new", "student", "replay"]
+OPTIONS = LossOptions(beta=0.3, top_k=4, correction=Correction("token", "truncate"))
+V, R = 11, 5
+
+
+def window(rows: list[int]) -> tuple[Tensor, Window]:
+    """Logits that need a gradient, and the rows ``rows`` of one fixed batch."""
+    generator = torch.Generator().manual_seed(13)
+    tokens = torch.randint(0, V, (6, R), generator=generator)
+    mask = (torch.arange(R) < torch.tensor(LENGTHS)[:, None]).float()
+    teacher_ids, teacher = top_k_with_tail(logits(14, 6, R, V), OPTIONS.top_k)
+    chosen = logits(15, 6, R, V)[rows].requires_grad_()
+    return chosen, Window(
+        tokens_BR=tokens[rows],
+        mask_BR=mask[rows],
+        part=[PART_OF[row] for row in rows],
+        advantages_B=torch.tensor([0.0, 0.0, 1.5, 0.0, -0.5, 0.0])[rows],
+        behaviour_BR=-logits(16, 6, R).abs()[rows],
+        teacher_ids_BRK=teacher_ids[rows],
+        teacher_BRK1=teacher[rows],
+    )
+
+
+def test_token_counts() -> None:
+    counts = token_counts(PARTS, PART_OF, LENGTHS)
+    assert counts.tolist() == [6, 7, 7, 0]
+    assert counts.dtype == torch.float64
+
+
+def test_stream_loss_by_hand() -> None:
+    raw, batch = window(list(range(6)))
+    loss, metrics = stream_loss(raw, batch, PARTS, token_counts(PARTS, PART_OF, LENGTHS), OPTIONS)
+    # Token by token, in the plainest way there is.
+    totals = dict.fromkeys(["new/ce", "new/kl", "replay/kl", "student/pg", "student/kl"], 0.0)
+    assert batch.teacher_ids_BRK is not None and batch.teacher_BRK1 is not None
+    for row, (part, length) in enumerate(zip(PART_OF, LENGTHS, strict=True)):
+        for t in range(length):
+            logp = raw[row, t].detach().log_softmax(-1)
+            chosen = float(logp[batch.tokens_BR[row, t]])
+            kept = batch.teacher_ids_BRK[row, t]
+            p = batch.teacher_BRK1[row, t].exp()
+            q = torch.cat([logp[kept].exp(), 1 - logp[kept].exp().sum(-1, keepdim=True)])
+            m = OPTIONS.beta * p + (1 - OPTIONS.beta) * q
+            jsd = OPTIONS.beta * (p * (p / m).log()).sum()
+            jsd += (1 - OPTIONS.beta) * (q * (q / m).log()).sum()
+            if f"{part}/kl" in totals:
+                totals[f"{part}/kl"] += float(jsd) / {"new": 6}.get(part, 7)
+            if part == "new":
+                totals["new/ce"] -= chosen / 6
+            if part == "student":
+                weight = min(2.0, math.exp(chosen - float(batch.behaviour_BR[row, t])))
+                totals["student/pg"] -= weight * float(batch.advantages_B[row]) / 7
+    for key, value in totals.items():
+        assert metrics[key] == pytest.approx(value, abs=1e-5), key
+    weights = {"new/ce": 0.5, "new/kl": 0.7, "replay/kl": 0.3, "student/pg": 0.4, "student/kl": 0.2}
+    total = sum(weights[key] * value for key, value in totals.items())
+    assert loss.item() == pytest.approx(total, abs=1e-5)
+    assert not any(key.startswith("absent/") for key in metrics)
+    assert {"student/mismatch_kl", "student/ratio"} <= set(metrics)
+
+
+@pytest.mark.parametrize(
+    "split", [[[0, 1, 2], [3, 4, 5]], [[0], [1], [2], [3], [4], [5]], [[5, 2]]]
+)
+def test_the_split_into_micro_batches_does_not_matter(split: list[list[int]]) -> None:
+    split = [*split, [row for row in range(6) if not any(row in part for part in split)]]
+    counts = token_counts(PARTS, PART_OF, LENGTHS)
+    whole_logits, whole = window(list(range(6)))
+    loss, metrics = stream_loss(whole_logits, whole, PARTS, counts, OPTIONS)
+    loss.backward()
+    assert whole_logits.grad is not None
+    total, summed = 0.0, dict.fromkeys(metrics, 0.0)
+    for rows in filter(None, split):
+        raw, batch = window(rows)
+        piece, shown = stream_loss(raw, batch, PARTS, counts, OPTIONS)
+        piece.backward()
+        assert raw.grad is not None
+        torch.testing.assert_close(raw.grad, whole_logits.grad[rows])
+        total += piece.item()
+        for key, value in shown.items():
+            summed[key] += value
+    assert total == pytest.approx(loss.item(), abs=1e-5)
+    assert summed == pytest.approx(metrics, abs=1e-5)
+
+
+def test_padding_has_no_gradient_and_no_part_keeps_the_graph() -> None:
+    raw, batch = window(list(range(6)))
+    counts = token_counts(PARTS, PART_OF, LENGTHS)
+    stream_loss(raw, batch, PARTS, counts, OPTIONS)[0].backward()
+    assert raw.grad is not None
+    assert (raw.grad[batch.mask_BR == 0] == 0).all()
+    assert (raw.grad[batch.mask_BR == 1].abs().sum(-1) > 0).all()
+
+    idle, batch = window([0, 1])
+    batch.part = ["", ""]
+    loss, metrics = stream_loss(idle, batch, PARTS, counts, OPTIONS)
+    loss.backward()
+    assert loss.item() == 0.0 and metrics == {}
+    assert idle.grad is not None and (idle.grad == 0).all()

@@ -1,0 +1,95 @@
+"""Plug-ins by short name, dotted path and entry point."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from sleeprl.dreaming import curricula, rewards
+from sleeprl.registry import PluginError, create, resolve
+
+BUILTIN = {"ordered": "collections.OrderedDict", "counter": "collections.Counter"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory; what a test imports from it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in list(sys.modules):
+        if name.startswith("plugin_"):
+            monkeypatch.delitem(sys.modules, name)
+    return tmp_path
+
+
+def test_a_short_name() -> None:
+    from collections import OrderedDict
+
+    assert resolve("ordered", "thing", BUILTIN) is OrderedDict
+
+
+def test_every_builtin_can_be_found() -> None:
+    for kind, builtin in (("curriculum", curricula.BUILTIN), ("reward", rewards.BUILTIN)):
+        for name in builtin:
+            assert callable(resolve(name, kind, builtin))
+
+
+def test_a_dotted_path_into_the_working_directory(here: Path) -> None:
+    (here / "plugin_mine.py").write_text("def make(size=1):\n    return ['x'] * size\n")
+    assert create("plugin_mine.make", "thing", BUILTIN, {"size": 3}) == ["x"] * 3
+    assert create("plugin_mine.make", "thing", BUILTIN, {}) == ["x"]
+
+
+def test_an_installed_module_wins_over_a_file_of_its_name(here: Path) -> None:
+    (here / "json.py").write_text("loads = None\n")
+    assert resolve("json.loads", "thing", BUILTIN) is not None
+
+
+def test_an_entry_point_of_an_installed_package(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = here / "plugin_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[sleeprl.thing]\ninstalled = plugin_package:Made\n")
+    (here / "plugin_package.py").write_text("class Made:\n    pass\n")
+    monkeypatch.syspath_prepend(str(here))
+    assert resolve("installed", "thing", BUILTIN).__name__ == "Made"
+    with pytest.raises(PluginError, match="installed"):  # named among the known ones
+        resolve("other", "thing", BUILTIN)
+    with pytest.raises(PluginError):  # of another kind
+        resolve("installed", "reward", BUILTIN)
+
+
+def test_an_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(PluginError, match="did you mean 'ordered'") as caught:
+        resolve("orderd", "thing", BUILTIN)
+    assert "counter, ordered" in str(caught.value) and "dotted path" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_such_module.Thing", "no_such_module"),
+        ("collections.Nothing", "Nothing"),
+        (".Thing", "Thing"),
+        ("collections.", "collections"),
+    ],
+)
+def test_a_path_that_leads_nowhere(name: str, words: str) -> None:
+    with pytest.raises(PluginError, match=words):
+        resolve(name, "thing", BUILTIN)
+
+
+def test_a_plug_in_with_a_fault_says_whose_it_is(here: Path) -> None:
+    (here / "plugin_broken.py").write_text("def make(:\n")
+    with pytest.raises(PluginError, match=r"plugin_broken\.make"):
+        resolve("plugin_broken.make", "thing", BUILTIN)
+
+
+def test_a_wrong_option_is_named_with_the_plug_in(here: Path) -> None:
+    (here / "plugin_options.py").write_text("def make(size):\n    return size\n")
+    with pytest.raises(PluginError, match=r"plugin_options\.make.*siz"):
+        create("plugin_options.make", "thing", BUILTIN, {"siz": 1})

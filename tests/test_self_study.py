@@ -1,0 +1,217 @@
+"""Splitting and parsing what the smaller self writes, with its texts written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sleeprl.actors.engine import Completion, Sampling
+from sleeprl.chat import Chat
+from sleeprl.config import ConfigError, SelfStudyConfig
+from sleeprl.consolidation.self_study import Pair, load_pairs, study
+from sleeprl.prompts import FREE_FACT, FREE_QA, STUDY_FACT, STUDY_QA, format_qa, parse_qa
+
+DOCUMENTS = ["Ann lives in Oslo.", "Bob has a cat."]
+
+
+# --- pairs ------------------------------------------------------------------------
+
+line = st.text(st.characters(categories=["L", "N"], include_characters=" ?'"), min_size=1).filter(
+    lambda s: s.strip()
+)
+
+
+@given(line, line)
+def test_a_pair_is_read_back(question: str, answer: str) -> None:
+    assert parse_qa(format_qa(question, answer)) == (question.strip(), answer.strip())
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("Question: Who?\nAnswer: Ann\nand more", ("Who?", "Ann")),
+        ("  Question:Who? Answer:Ann", ("Who?", "Ann")),
+        ("Question: Who?", None),
+        ("Answer: Ann", None),
+        ("Question: \nAnswer: Ann", None),
+        ("Question: Who?\nAnswer:  ", None),
+        ("Here you are. Question: Who?\nAnswer: Ann", None),
+        ("Answer: Ann\nQuestion: Who?", None),
+        ("", None),
+    ],
+)
+def test_what_is_a_pair(text: str, pair: tuple[str, str] | None) -> None:
+    assert parse_qa(text) == pair
+
+
+# --- a study ----------------------------------------------------------------------
+
+Author = Callable[[str, int], tuple[str, str]]
+
+
+class Script:
+    """In the place of a fleet: ``author(message, how often it was asked)`` writes each text."""
+
+    version = 3
+
+    def __init__(self, chat: Chat, author: Author) -> None:
+        self.chat, self.author = chat, author
+        self.asked: dict[str, int] = {}
+        self.prompts: list[list[int]] = []
+        self.sampling: list[Sampling] = []
+
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
+    ) -> list[Completion]:
+        self.prompts += prompts
+        self.sampling += sampling
+        return [self._one(prompt) for prompt in prompts]
+
+    def _one(self, prompt: list[int]) -> Completion:
+        message = self.chat.decode(prompt)
+        number = self.asked.get(message, 0)
+        self.asked[message] = number + 1
+        text, reason = self.author(message, number)
+        ids = self.chat.response(text) if reason == "stop" else self.chat.text(text)
+        return Completion(ids, [-0.5] * len(ids), [self.version] * len(ids), reason)
+
+
+def author(message: str, number: int) -> tuple[str, str]:
+    """Every third question is a repetition, every fifth malformed, every seventh too long."""
+    if message.endswith(STUDY_QA) or message == FREE_QA:
+        if number % 7 == 6:
+            return "Question: a very long", "length"
+        if number % 5 == 4:
+            return "I have no question", "stop"
+        kind = 0 if number % 3 == 2 else number
+        where = "own" if message == FREE_QA else message[:3]
+        return format_qa(f"{where} {kind}?", f"guess {kind}"), "stop"
+    if message.endswith(STUDY_FACT) or message == FREE_FACT:
+        return f"fact {number}", "length" if number % 4 == 3 else "stop"
+    return f"answer to {message[-9:]}", "stop"
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model: Path) -> Chat:
+    return Chat(tiny_model)
+
+
+CONFIG = SelfStudyConfig(
+    pairs_per_document=30, facts_per_document=8, replay=60, max_tokens=32, probe_share=0.25
+)
+
+
+def written(chat: Chat, seed: int = 0, config: SelfStudyConfig = CONFIG, who: Author = author):  # type: ignore[no-untyped-def]
+    fleet = Script(chat, who)
+    return fleet, study(fleet, chat, DOCUMENTS, config, seed, 512)  # type: ignore[arg-type]
+
+
+def test_probes_are_kept_out_of_training(chat: Chat) -> None:
+    _, result = written(chat)
+    trained = [t for t in result.trajectories if t.task_id.startswith("answer-")]
+    questions = {chat.decode(t.prompt_ids) for t in trained}
+    held = {p.question for p in result.probes}
+    assert held and questions and not held & questions
+    whole = len(held) + len(trained)
+    assert len(held) == int(0.25 * whole)
+    assert len(questions) == len(trained)  # a repeated question was asked once
+    # Nothing the student is taught mentions a probe, not even as a first draft of it.
+    everything = [chat.decode(t.prompt_ids + t.response_ids) for t in result.trajectories]
+    assert not [text for text in everything for question in held if question in text]
+
+
+def test_the_teacher_has_the_experience_and_the_student_has_not(chat: Chat) -> None:
+    _, result = written(chat)
+    new = [t for t in result.trajectories if t.purpose == "self_study"]
+    assert {t.task_id.split("-")[0] for t in new} == {"answer", "fact"}
+    for text in new:
+        document = DOCUMENTS[int(text.task_id.split("-")[1])]
+        assert text.teacher_prompt_ids is not None
+        teacher, student = chat.decode(text.teacher_prompt_ids), chat.decode(text.prompt_ids)
+        assert document in teacher and document not in student
+        if text.task_id.startswith("answer"):
+            assert teacher == f"{document}\n\n{student}"
+            assert student.startswith(document[:3])  # its own document's question
+            assert chat.decode(text.response_ids) == f"answer to {teacher[-9:]}"
+        else:
+            assert student == FREE_FACT and teacher.endswith(STUDY_FACT)
+    for probe in result.probes:
+        assert probe.question.startswith(DOCUMENTS[probe.document][:3])
+        assert probe.answer.startswith("answer to")  # the reader's, not the draft's
+
+
+def test_replay_has_one_prompt_for_both(chat: Chat) -> None:
+    _, result = written(chat)
+    replay = [t for t in result.trajectories if t.purpose == "replay"]
+    assert {t.task_id for t in replay} == {"pair", "answer", "fact"}
+    assert all(t.teacher_prompt_ids is None for t in replay)
+    assert not any(d in chat.decode(t.prompt_ids) for t in replay for d in DOCUMENTS)
+    answers = [t for t in replay if t.task_id == "answer"]
+    assert [p.question for p in result.own_knowledge] == [
+        chat.decode(t.prompt_ids) for t in answers
+    ]
+    assert all(p.document == -1 for p in result.own_knowledge)
+
+
+def test_only_whole_texts_are_kept_and_all_are_counted(chat: Chat) -> None:
+    fleet, result = written(chat)
+    assert all(t.finish_reason == "stop" for t in result.trajectories)
+    assert all(t.response_ids[-1] == chat.end for t in result.trajectories)
+    assert result.written == len(fleet.prompts)
+    # 30 of 30 and 20 questions: numbers 6, 13, 20, 27 are long; 4, 9, 14, 19, 24, 29 are no pair.
+    assert result.malformed == 2 * (4 + 6) + (2 + 4) + 2 * 2 + 5
+    assert [t.task_id for t in result.trajectories].count("fact") == 15
+
+
+def test_uids_and_seeds_are_all_different_and_repeat(chat: Chat) -> None:
+    fleet, result = written(chat)
+    uids = [t.uid for t in result.trajectories]
+    assert len(set(uids)) == len(uids)
+    seeds = [s.seed for s in fleet.sampling]
+    assert None not in seeds and len(set(seeds)) == len(seeds)
+    assert {s.max_tokens for s in fleet.sampling} == {32}
+    again, same = written(chat)
+    assert [s.seed for s in again.sampling] == seeds
+    assert same.trajectories == result.trajectories and same.probes == result.probes
+    other, differs = written(chat, seed=1)
+    assert not set(seeds) & {s.seed for s in other.sampling}
+    assert differs.probes != result.probes
+
+
+def test_what_the_engine_gave_goes_into_the_trajectory(chat: Chat) -> None:
+    _, result = written(chat)
+    for text in result.trajectories:
+        assert text.logprobs == [-0.5] * len(text.response_ids)
+        assert text.versions == [Script.version] * len(text.response_ids)
+
+
+def test_no_replay_and_no_usable_pair(chat: Chat) -> None:
+    config = SelfStudyConfig(
+        pairs_per_document=2, facts_per_document=0, replay=0, max_tokens=32, probe_share=0.25
+    )
+    _, result = written(chat, config=config, who=lambda message, number: ("no pair", "stop"))
+    assert result.trajectories == result.probes == result.own_knowledge == []
+    assert (result.written, result.malformed) == (4, 4)
+
+
+def test_a_document_that_does_not_fit_is_refused_before_anything_is_written(chat: Chat) -> None:
+    fleet = Script(chat, author)
+    with pytest.raises((ValueError, ConfigError), match=r"model\.max_length=64") as caught:
+        study(fleet, chat, ["word " * 30], CONFIG, 0, 64)  # type: ignore[arg-type]
+    assert "raise model.max_length" in str(caught.value)
+    assert fleet.prompts == []
+
+
+def test_a_study_is_saved_without_its_trajectories(chat: Chat, tmp_path: Path) -> None:
+    _, result = written(chat)
+    result.save(tmp_path / "study.json")
+    assert load_pairs(tmp_path / "study.json", "probes") == result.probes
+    assert load_pairs(tmp_path / "study.json", "own_knowledge") == result.own_knowledge
+    values = json.loads((tmp_path / "study.json").read_text())
+    assert (values["written"], values["malformed"]) == (result.written, result.malformed)
+    assert isinstance(result.probes[0], Pair)
