@@ -40,7 +40,7 @@ failed() { # what failed, and advice; shows the end of the log, and the usual ca
 
 pip() {
     PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install \
-        --no-input --progress-bar off "$@" >>"$log" 2>&1
+        --no-input --no-compile --progress-bar off "$@" >>"$log" 2>&1
 }
 
 check_machine() {
