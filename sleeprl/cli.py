@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -79,6 +80,9 @@ def night(
     from sleeprl.night import run_night
     from sleeprl.reporting.progress import before_after_table
 
+    # A scheduler's TERM is an interruption like Ctrl-C, also where a shell has disabled that.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         summary = run_night(settings)
     except KeyboardInterrupt:

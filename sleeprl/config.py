@@ -9,6 +9,7 @@ fix, before any process is started.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -140,7 +141,7 @@ class DreamingConfig:
     """A built-in name or the dotted path of a ``Reward``."""
     reward_options: dict[str, Any] = field(default_factory=dict)
     reward_deadline: float = 30.0
-    """Seconds one batch of dreams may take in the reward actor before it is unscored."""
+    """Seconds the reward of one dream may take before it is unscored."""
     curriculum: str = "weak_spots"
     """A built-in name or the dotted path of a ``Curriculum``."""
     curriculum_options: dict[str, Any] = field(default_factory=dict)
@@ -224,6 +225,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Night
         layer = OmegaConf.load(path)
     except Exception as error:
         raise ConfigError(f"config file {str(path)!r} is not readable YAML: {error}") from None
+    if not OmegaConf.is_dict(layer):
+        raise ConfigError(f"config file {str(path)!r} holds a list; write key: value lines")
     return _merge([layer], overrides)
 
 
@@ -238,16 +241,21 @@ def _merge(layers: Sequence[Any], overrides: Sequence[str]) -> NightConfig:
         known = any(key == name or key.startswith(f"{name}.") for key in keys())
         if not known and not name.startswith(_PLUGIN_OPTIONS):
             raise ConfigError(_unknown_key(name))
-        words.append(OmegaConf.from_dotlist([word]))
+        try:
+            words.append(OmegaConf.from_dotlist([word]))
+        except Exception as error:
+            raise ConfigError(f"{word!r} is not readable: {str(error).splitlines()[0]}") from None
     merged = OmegaConf.structured(NightConfig)
     try:
         for layer in [*layers, *words]:
             merged = OmegaConf.merge(merged, layer)
         config = cast(NightConfig, OmegaConf.to_object(merged))
+        if config.dreaming.correction_level == "False":  # YAML reads a bare `off` as false
+            config.dreaming.correction_level = "off"
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key or error.key))) from None
     except OmegaConfBaseException as error:
-        key = error.full_key or "the configuration"
+        key = error.full_key or ", ".join(overrides) or "the configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
     check(config)
     return config
@@ -323,6 +331,8 @@ def check(config: NightConfig) -> None:
         if isinstance(value, bool) or value is None:
             continue
         if isinstance(value, int | float):
+            if not math.isfinite(value):
+                raise ConfigError(f"{key}={value} must be a finite number")
             low = 0 if key in _AT_LEAST_ZERO else None
             if low is None and value <= 0:
                 raise ConfigError(f"{key}={value} must be greater than 0")
@@ -348,6 +358,20 @@ def check(config: NightConfig) -> None:
         raise ConfigError(
             f"self_study.max_tokens={study.max_tokens} leaves no room for a prompt in "
             f"model.max_length={config.model.max_length}; raise the latter"
+        )
+    for key, tokens in (
+        ("dreaming.max_tokens", dreaming.max_tokens),
+        ("evaluation.max_tokens", config.evaluation.max_tokens),
+    ):
+        if tokens >= config.model.max_length:
+            raise ConfigError(
+                f"{key}={tokens} leaves no room for a prompt in "
+                f"model.max_length={config.model.max_length}; raise the latter"
+            )
+    if dreaming.correction_low > dreaming.correction_high:
+        raise ConfigError(
+            f"dreaming.correction_low={dreaming.correction_low} is above "
+            f"dreaming.correction_high={dreaming.correction_high}; lower the first"
         )
     if dreaming.staleness > 0 and dreaming.correction_level == "off":
         raise ConfigError(

@@ -114,3 +114,10 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def told(result: dict[str, Any]) -> str:
+    """The recall and retention of the last state in a result, for the line of the phase."""
+    last = next(v for v in reversed(list(result.values())) if isinstance(v, dict))
+    said = [f"{k} {last[k]:.0%}" for k in ("recall", "retention") if last.get(k) is not None]
+    return ", ".join(said)

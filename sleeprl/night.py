@@ -24,7 +24,7 @@ from sleeprl.actors.publish import CANARY
 from sleeprl.chat import Chat
 from sleeprl.config import NightConfig
 from sleeprl.consolidation import job as train
-from sleeprl.consolidation.self_study import load_pairs, study
+from sleeprl.consolidation.self_study import load_probes, study
 from sleeprl.consolidation.worker import Job
 from sleeprl.dreaming import phase as dreaming
 from sleeprl.evaluation import figures
@@ -85,9 +85,9 @@ class Night:
             run.phase("consolidation", self.consolidate, lambda r: f"{r['steps']} steps")
             if config.dreaming.enabled:
                 run.phase("dreaming", self.dream, lambda r: f"{r['dreams']} dreams")
-            run.phase("after", self.after, _told)
+            run.phase("after", self.after, morning.told)
             if config.fine_tuning.enabled:
-                run.phase("fine_tuning", self.fine_tune, _told)
+                run.phase("fine_tuning", self.fine_tune, morning.told)
         finally:
             if self.fleet is not None:
                 self.fleet.shutdown()
@@ -110,7 +110,7 @@ class Night:
         run.phase(
             "self_study", self.self_study, lambda r: f"{r['new']} new, {r['replay']} replayed"
         )
-        run.phase("before", self.before, _told)
+        run.phase("before", self.before, morning.told)
 
     def wake(self) -> dict[str, Any]:
         day = live(self.config, self.lake)
@@ -168,8 +168,14 @@ class Night:
         self.lake.append(to_batch(written.trajectories), "trajectories")
         written.save(self.run.dir / "study.json")
         if not self.day.of_kind("retention"):
+            stated = [t for t in written.trajectories if t.task_id == "fact"]
             self.day = figures.own_retention(
-                self.day, written, self._engines(), self.chat, config.evaluation
+                self.day,
+                [pair.question for pair in written.own_knowledge],
+                [self.chat.decode(t.response_ids) for t in stated],
+                self._engines(),
+                self.chat,
+                config.evaluation,
             )
             self.day.save(self.run.dir / "day.json")
         purposes = [t.purpose for t in written.trajectories]
@@ -191,7 +197,7 @@ class Night:
         return {"steps": metrics["step"], "tokens": metrics["tokens"]}
 
     def dream(self) -> dict[str, Any]:
-        probes = load_pairs(self.run.dir / "study.json", "probes")
+        probes = load_probes(self.run.dir / "study.json")
         steps = self.config.dreaming.steps
         learner = self._learner(self.slot, self.config.dreaming.learning_rate, steps)
         shown = ("reward", "gap", "staleness")
@@ -232,9 +238,13 @@ class Night:
         return self.fleet
 
     def measure(self, *, with_context: bool) -> dict[str, Any]:
-        tokens = self.config.evaluation.max_tokens
         return figures.measure(
-            self._engines(), self.chat, self.day, with_context=with_context, max_tokens=tokens
+            self._engines(),
+            self.chat,
+            self.day,
+            with_context=with_context,
+            max_tokens=self.config.evaluation.max_tokens,
+            max_length=self.config.model.max_length,
         )
 
     def _expert_dir(self) -> Path:
@@ -284,10 +294,3 @@ class Night:
 
         storage = self.run.dir / "train"
         return train.run(job, self._engines(), self.config.resources, storage, name, on_metrics)
-
-
-def _told(result: dict[str, Any]) -> str:
-    """The recall and retention of the last state in a result, for the line of the phase."""
-    last = next(v for v in reversed(list(result.values())) if isinstance(v, dict))
-    said = [f"{k} {last[k]:.0%}" for k in ("recall", "retention") if last.get(k) is not None]
-    return ", ".join(said)

@@ -58,7 +58,7 @@ def _import(path: str, kind: str) -> Callable[..., Any]:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # a fault of the plug-in's own code, too
         raise PluginError(
             f"{kind} {path!r}: module {module_name!r} cannot be imported: {error}"
         ) from error

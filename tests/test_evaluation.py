@@ -150,7 +150,7 @@ def test_the_context_stands_before_the_question_only_where_it_is_asked_for(chat:
     with_context = ask(fleet, chat, DAY.probes, with_context=True, max_tokens=9)  # type: ignore[arg-type]
     assert with_context == ["Oslo", "yes", "Paris"]
     assert {(s.temperature, s.max_tokens) for s in fleet.sampling} == {(0.0, 9)}
-    figures = measure(fleet, chat, DAY, with_context=False, max_tokens=9)  # type: ignore[arg-type]
+    figures = measure(fleet, chat, DAY, with_context=False, max_tokens=9, max_length=64)  # type: ignore[arg-type]
     # "abc" has two scored tokens of probability 1/2 and 1/3; single letters have none.
     assert figures == {
         "recall": 0.5,
@@ -163,7 +163,8 @@ def test_the_context_stands_before_the_question_only_where_it_is_asked_for(chat:
 
 def test_perplexity_is_per_token_over_all_texts(chat: Chat) -> None:
     fleet = Script(chat, {})
-    value, count = perplexity(fleet, chat, ["ab", "abcd"])  # type: ignore[arg-type]
+    value, count = perplexity(fleet, chat, ["ab", "abcd"], 64)  # type: ignore[arg-type]
     assert count == 4
     assert value == pytest.approx((2 * 2 * 3 * 4) ** 0.25)
-    assert perplexity(fleet, chat, ["a", ""]) == (None, 0)  # type: ignore[arg-type]
+    assert perplexity(fleet, chat, ["abcd"], 3)[1] == 2  # type: ignore[arg-type]
+    assert perplexity(fleet, chat, ["a", ""], 64) == (None, 0)  # type: ignore[arg-type]

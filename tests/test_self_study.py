@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sleeprl.actors.engine import Completion, Sampling
 from sleeprl.chat import Chat
 from sleeprl.config import ConfigError, SelfStudyConfig
-from sleeprl.consolidation.self_study import Pair, load_pairs, study
+from sleeprl.consolidation.self_study import Pair, load_probes, study
 from sleeprl.prompts import FREE_FACT, FREE_QA, STUDY_FACT, STUDY_QA, format_qa, parse_qa
 
 DOCUMENTS = ["Ann lives in Oslo.", "Bob has a cat."]
@@ -210,8 +210,7 @@ def test_a_document_that_does_not_fit_is_refused_before_anything_is_written(chat
 def test_a_study_is_saved_without_its_trajectories(chat: Chat, tmp_path: Path) -> None:
     _, result = written(chat)
     result.save(tmp_path / "study.json")
-    assert load_pairs(tmp_path / "study.json", "probes") == result.probes
-    assert load_pairs(tmp_path / "study.json", "own_knowledge") == result.own_knowledge
+    assert load_probes(tmp_path / "study.json") == result.probes
     values = json.loads((tmp_path / "study.json").read_text())
     assert (values["written"], values["malformed"]) == (result.written, result.malformed)
     assert isinstance(result.probes[0], Pair)

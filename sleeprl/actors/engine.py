@@ -101,9 +101,16 @@ class VLLMEngine(ServedAsync):
 
         from sleeprl.weights.plugin import BACKEND
 
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any]
         if self.options.gpu:
-            arguments["gpu_memory_utilization"] = self.options.gpu_utilization
+            arguments = {"gpu_memory_utilization": self.options.gpu_utilization}
+        else:
+            # vLLM 0.32 rewinds the generator of a seeded request whose prefill is cut in two,
+            # which a CPU generator cannot do: the engine dies. So no prompt is ever cut.
+            arguments = {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(8192, self.options.max_length),
+            }
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=self.options.model,
@@ -179,7 +186,7 @@ class VLLMEngine(ServedAsync):
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        text = TokensPrompt(prompt_token_ids=prompt, cache_salt=str(self._version))
+        text = TokensPrompt(prompt_token_ids=prompt, cache_salt=str(self._pending_version))
         final = None
         async for output in self.llm.generate(text, parameters, request_id=uuid.uuid4().hex):
             final = output
@@ -244,6 +251,7 @@ class VLLMEngine(ServedAsync):
 
     async def shutdown(self) -> None:
         self.llm.shutdown()
+        del self.llm
 
 
 def _completion(output: Any, version: int) -> Completion:

@@ -107,7 +107,7 @@ class Learner:
         dtype = getattr(torch, options.dtype)
         model = load_training_form(self.directory, slots, dtype)
         if options.slot is None:
-            trained = list(model.parameters())
+            trained = _all_but_tied(model)
         else:
             trained = grow(model, slots.width, options.seed)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -194,7 +194,8 @@ class Learner:
         if self.world > 1:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
         # An empty row keeps the ranks' collectives in step without adding to the loss.
-        return batches + [[Row([0], [], "")] for _ in range(int(most) - len(batches))]
+        # At least one: DeepSpeed cannot step without a backward pass.
+        return batches + [[Row([0], [], "")] for _ in range(max(1, int(most)) - len(batches))]
 
     def _tensors(
         self, rows: Sequence[Row]
@@ -257,27 +258,28 @@ class Learner:
 
     def expert(self) -> dict[str, Tensor]:
         """The trained expert, whole, on the CPU, under checkpoint names. Collective."""
-        return ckpt.expert_tensors(dict(self._gathered(trained_only=True)))
+        return ckpt.expert_tensors(dict(self._gathered()))
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint tensors that differ from the checkpoint this learner started from. Collective.
 
         A grown model exports its MLPs with the expert folded in; a model trained in
-        full exports everything, at the checkpoint's width.
+        full exports all that it trained, at the checkpoint's width.
         """
         if self.options.slot is not None:
             expert = self.expert()
             yield from ckpt.fold(self.directory, self.slots, self.options.slot, expert)
             return
-        for name, tensor in self._gathered(trained_only=False):
+        for name, tensor in self._gathered():
             name = name.removeprefix("model.")
             yield name, ckpt.scatter_columns(name, tensor, self.slots)
 
-    def _gathered(self, *, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained parameters, whole."""
         import deepspeed
 
         for name, parameter in self.engine.module.named_parameters():
-            if trained_only and not parameter.requires_grad:
+            if not parameter.requires_grad:
                 continue
             with deepspeed.zero.GatheredParameters([parameter]):
                 # A clone: the gathered storage is gone when the gather closes.
@@ -307,10 +309,10 @@ class Learner:
         for name, parameter in self.engine.module.named_parameters():
             if parameter.requires_grad:
                 state[name] = safe_get_full_fp32_param(parameter).cpu().clone()
-                for moment in ("exp_avg", "exp_avg_sq"):
+                # Before the first step the optimiser has no moments to give.
+                for moment in ("exp_avg", "exp_avg_sq") if self.steps else ():
                     value = safe_get_full_optimizer_state(parameter, moment)
-                    if value is not None:
-                        state[f"{moment}:{name}"] = value.cpu().clone()
+                    state[f"{moment}:{name}"] = value.cpu().clone()
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -356,3 +358,13 @@ class Learner:
             for key, value in (part or {}).items():
                 merged[key] = merged.get(key, 0.0) + value
         return merged
+
+
+def _all_but_tied(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter; but embeddings that are also the head stay frozen, since an engine
+    that packs its head keeps the old one when it is sent new embeddings."""
+    config: Any = model.config
+    if config.tie_word_embeddings:
+        embeddings: Any = model.get_submodule("model.embed_tokens")
+        embeddings.weight.requires_grad_(False)
+    return [p for p in model.parameters() if p.requires_grad]

@@ -42,22 +42,21 @@ class Study:
     trajectories: list[Trajectory]
     probes: list[Pair] = field(default_factory=list)
     own_knowledge: list[Pair] = field(default_factory=list)
-    """What the smaller self asks and answers freely (document -1): a retention probe without labels."""
+    """What the smaller self asks and answers freely (document -1)."""
     written: int = 0
     """Texts sampled in all."""
     malformed: int = 0
     """Texts that were not whole, or not of the form asked for."""
 
     def save(self, path: Path) -> None:
-        rows = {
-            "probes": [asdict(p) for p in self.probes],
-            "own_knowledge": [asdict(p) for p in self.own_knowledge],
-        }
-        write_json_atomic(path, {**rows, "written": self.written, "malformed": self.malformed})
+        rows = [asdict(pair) for pair in self.probes]
+        write_json_atomic(
+            path, {"probes": rows, "written": self.written, "malformed": self.malformed}
+        )
 
 
-def load_pairs(path: Path, key: Literal["probes", "own_knowledge"]) -> list[Pair]:
-    return [Pair(**row) for row in json.loads(path.read_text())[key]]
+def load_probes(path: Path) -> list[Pair]:
+    return [Pair(**row) for row in json.loads(path.read_text())["probes"]]
 
 
 def study(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as DeadlineError
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +16,7 @@ from sleeprl.chat import Chat
 from sleeprl.dreaming.tasks import Dream, Reward, Task
 from sleeprl.prompts import parse_qa
 from sleeprl.registry import create
-from sleeprl.trajectories.schema import from_batch, with_rewards
+from sleeprl.trajectories.schema import FLOAT32_MAX, from_batch, with_rewards
 
 BUILTIN = {"likelihood_gain": "sleeprl.dreaming.rewards.LikelihoodGain"}
 
@@ -68,15 +67,18 @@ class RewardActor(Served):
         # A thread of its own: one that hangs must not take the actor with it.
         pool = ThreadPoolExecutor(max_workers=1)
         try:
-            value = pool.submit(self.reward, dream).result(timeout=self.deadline)
-        except DeadlineError:
-            return None, f"the reward took longer than {self.deadline} s"
-        except Exception as error:
+            running = pool.submit(self.reward, dream)
+            if not wait([running], timeout=self.deadline).done:
+                return None, f"the reward took longer than {self.deadline} s"
+            value = running.result()
+        except BaseException as error:  # sys.exit in a reward must not end the actor
             return None, f"{type(error).__name__}: {error}"
         finally:
             pool.shutdown(wait=False)
-        if value is None:
-            return None, "the reward returned None"
-        if not math.isfinite(value):
-            return None, f"the reward returned {value}"
-        return float(value), None
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            number = math.nan
+        if not abs(number) <= FLOAT32_MAX:
+            return None, f"the reward returned {value!r}"
+        return number, None

@@ -76,12 +76,13 @@ class Scorer(Served):
         gradients = torch.autograd.grad(-logprobs.mean(), self.parameters)
         with torch.no_grad():
             kept = [p.clone() for p in self.parameters]
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.sub_(self.rate * gradient)
-            after = self._likelihood(probes)
-            for parameter, value in zip(self.parameters, kept, strict=True):
-                parameter.copy_(value)
-        return after
+            try:
+                for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                    parameter.sub_(self.rate * gradient)
+                return self._likelihood(probes)
+            finally:
+                for parameter, value in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(value)
 
     @torch.no_grad()
     def _likelihood(self, rows: Sequence[tuple[list[int], list[int]]]) -> float:

@@ -10,7 +10,6 @@ from sleeprl.actors.engine import Sampling
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
 from sleeprl.config import EvaluationConfig
-from sleeprl.consolidation.self_study import Study
 from sleeprl.evaluation.probes import KINDS, Day, Probe, grade
 from sleeprl.prompts import with_experience
 
@@ -31,9 +30,11 @@ def ask(
     return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
 
 
-def perplexity(fleet: Fleet, chat: Chat, texts: Sequence[str]) -> tuple[float | None, int]:
-    """Per token over all texts, and the number of tokens."""
-    sequences = [ids for ids in map(chat.text, texts) if len(ids) > 1]
+def perplexity(
+    fleet: Fleet, chat: Chat, texts: Sequence[str], longest: int
+) -> tuple[float | None, int]:
+    """Per token over all texts, each cut to ``longest`` tokens, and the number of tokens."""
+    sequences = [ids[:longest] for ids in map(chat.text, texts) if len(ids) > 1]
     if not sequences:
         return None, 0
     logprobs = [value for values in fleet.logprobs(sequences) for value in values]
@@ -41,7 +42,7 @@ def perplexity(fleet: Fleet, chat: Chat, texts: Sequence[str]) -> tuple[float | 
 
 
 def measure(
-    fleet: Fleet, chat: Chat, day: Day, *, with_context: bool, max_tokens: int
+    fleet: Fleet, chat: Chat, day: Day, *, with_context: bool, max_tokens: int, max_length: int
 ) -> dict[str, Any]:
     """``recall``, ``two_hop``, ``retention`` (shares), ``perplexity``, and ``n`` of each."""
     probes = day.probes
@@ -53,19 +54,24 @@ def measure(
         marks = [ok for ok, probe in zip(right, probes, strict=True) if probe.kind == kind]
         figures[kind] = sum(marks) / len(marks) if marks else None
         counts[kind] = len(marks)
-    figures["perplexity"], counts["perplexity"] = perplexity(fleet, chat, day.texts)
+    figures["perplexity"], counts["perplexity"] = perplexity(fleet, chat, day.texts, max_length - 1)
     return {**figures, "n": counts}
 
 
 def own_retention(
-    day: Day, written: Study, fleet: Fleet, chat: Chat, config: EvaluationConfig
+    day: Day,
+    questions: Sequence[str],
+    texts: Sequence[str],
+    fleet: Fleet,
+    chat: Chat,
+    config: EvaluationConfig,
 ) -> Day:
-    """The day with a retention probe that needs no labels: what the smaller self asks itself
-    freely, with its own greedy answers; and, for the perplexity, what it states freely."""
-    questions = list(dict.fromkeys(pair.question for pair in written.own_knowledge))
-    asked = [Probe(question, "", "retention") for question in questions[: config.retention]]
+    """The day with a retention probe that needs no labels.
+
+    questions, texts: what the smaller self asked and stated freely. It answers the
+    questions again, greedily; the texts, where the day has none, are for the perplexity.
+    """
+    asked = [Probe(q, "", "retention") for q in dict.fromkeys(questions)][: config.retention]
     answers = ask(fleet, chat, asked, with_context=False, max_tokens=config.max_tokens)
     probes = [Probe(p.question, a, p.kind) for p, a in zip(asked, answers, strict=True) if a]
-    facts = [t for t in written.trajectories if t.purpose == "replay" and t.task_id == "fact"]
-    texts = [chat.decode(t.response_ids) for t in facts[: config.texts]]
-    return Day(day.documents, [*day.probes, *probes], day.texts or texts)
+    return Day(day.documents, [*day.probes, *probes], day.texts or list(texts)[: config.texts])

@@ -63,9 +63,12 @@ def read_questions(path: Path) -> list[Probe]:
             continue
         try:
             row = json.loads(line)
-            probe = Probe(
-                row["question"], row["answer"], row.get("kind", "recall"), row.get("experience")
-            )
+            question, answer = row["question"], row["answer"]
+            if isinstance(answer, int | float) and not isinstance(answer, bool):
+                answer = str(answer)
+            if not (isinstance(question, str) and isinstance(answer, str)):
+                raise TypeError("question and answer must be text")
+            probe = Probe(question, answer, row.get("kind", "recall"), row.get("experience"))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{path}:{number}: not a question; write {{"question": ..., "answer": ...}} ({error!r})'

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FLOOR = -80.0
+"""In place of log 0, where k covers the vocabulary."""
+
 
 def top_k_with_tail(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Teacher support: the ids of the k likeliest tokens and k+1 log-probabilities.
@@ -17,16 +20,19 @@ def top_k_with_tail(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     numbers are a distribution; a truncated top-k without the tail is not one, and
     its "KL" can go negative.
     """
-    logprobs_NV = torch.log_softmax(logits_NV.float(), dim=-1)
-    top_NK, ids_NK = logprobs_NV.topk(min(k, logits_NV.shape[-1]), dim=-1)
-    return ids_NK, torch.cat([top_NK, _log_rest(top_NK)], dim=-1)
+    logits_NV = logits_NV.float()
+    ids_NK = logits_NV.topk(min(k, logits_NV.shape[-1]), dim=-1).indices
+    return ids_NK, on_support(logits_NV, ids_NK)
 
 
 def on_support(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
     """The student's log-probabilities on the teacher's k tokens plus the tail bin, [N, K+1]."""
     logits_NV = logits_NV.float()
-    chosen_NK = logits_NV.gather(-1, ids_NK) - logits_NV.logsumexp(-1, keepdim=True)
-    return torch.cat([chosen_NK, _log_rest(chosen_NK)], dim=-1)
+    # The tail from the logits themselves: 1 - sum(exp) of a sure model is rounding noise,
+    # and flooring it takes away the gradient just where the student is most wrong.
+    rest_NV = logits_NV.scatter(-1, ids_NK, float("-inf"))
+    kept_N1 = torch.cat([logits_NV.gather(-1, ids_NK), rest_NV.logsumexp(-1, keepdim=True)], -1)
+    return (kept_N1 - logits_NV.logsumexp(-1, keepdim=True)).clamp_min(FLOOR)
 
 
 def generalised_jsd(teacher_NK: Tensor, student_NK: Tensor, beta: float) -> Tensor:
@@ -49,11 +55,5 @@ def generalised_jsd(teacher_NK: Tensor, student_NK: Tensor, beta: float) -> Tens
 
 
 def _kl(p_NK: Tensor, q_NK: Tensor) -> Tensor:
-    # log 0 is floored in _log_rest, so 0 * (finite) is 0 here.
+    # log 0 is floored in on_support, so 0 * (finite) is 0 here.
     return (p_NK.exp() * (p_NK - q_NK)).sum(-1).clamp_min(0.0)
-
-
-def _log_rest(chosen_NK: Tensor) -> Tensor:
-    """log(1 - sum exp), floored: where k covers the vocabulary the rest is rounding noise."""
-    rest = 1.0 - chosen_NK.exp().sum(-1, keepdim=True)
-    return rest.clamp_min(1e-9).log()

@@ -35,8 +35,9 @@ def widen(source: Path, target: Path, count: int, width: int, dtype: str) -> Slo
             (directory / "manifest.json").unlink(missing_ok=True)
             return existing
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        layers = mlps(model)
         base_width = model.config.intermediate_size
-        for _, mlp in mlps(model):
+        for _, mlp in layers:
             for part in PROJECTIONS:
                 layer = getattr(mlp, part)
                 layer.weight = torch.nn.Parameter(

@@ -59,7 +59,17 @@ def pack(tensors: Iterable[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> It
 
 
 def unpack(bucket: Bucket) -> list[tuple[str, Tensor]]:
-    """Tensors that share memory with the bucket's file."""
+    """Tensors that share memory with the bucket's file.
+
+    Raises FileNotFoundError where the file is not, or not whole: on another host than the
+    sender's, mapping it would create it, full of zeros, without a word.
+    """
+    path = Path(bucket.path)
+    if not path.is_file() or path.stat().st_size != bucket.nbytes:
+        raise FileNotFoundError(
+            f"weights {bucket.path} ({bucket.nbytes} bytes) are not on this host; engines and "
+            "learner must share one (transport: shared memory)"
+        )
     storage = torch.UntypedStorage.from_file(bucket.path, shared=True, nbytes=bucket.nbytes)
     tensors = []
     for name, dtype_name, shape, offset in zip(
@@ -84,8 +94,14 @@ def as_update_info(bucket: Bucket) -> dict[str, Any]:
 
 def _write(tensors: list[tuple[str, Tensor]], size: int) -> Bucket:
     handle, path = tempfile.mkstemp(prefix="sleeprl-weights-", dir=directory())
-    os.ftruncate(handle, size)
-    os.close(handle)
+    try:
+        # Reserved now: a full memory file system must say so here, not end the process later.
+        os.posix_fallocate(handle, 0, size)
+    except OSError:
+        Path(path).unlink()
+        raise
+    finally:
+        os.close(handle)
     bucket = Bucket(path, [], [], [], [], size)
     offset = 0
     for name, tensor in tensors:

@@ -7,6 +7,7 @@ weights, reports success and the new version; only its numbers tell.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,4 +61,6 @@ def largest_difference(expected: Sequence[float], found: Sequence[float]) -> flo
         raise ValueError(
             f"canary has {len(expected)} log-probabilities, the engine gave {len(found)}"
         )
-    return max((abs(a - b) for a, b in zip(expected, found, strict=True)), default=0.0)
+    # max() alone would pass over a NaN: every comparison with it is false.
+    differences = [abs(a - b) for a, b in zip(expected, found, strict=True)]
+    return math.nan if any(map(math.isnan, differences)) else max(differences, default=0.0)

@@ -22,7 +22,7 @@ from sleeprl.worlds.tokenizer import ASSISTANT, END, USER
 
 IGNORED, CONTEXT, TEXT, ANSWER = range(4)
 ROLE_WEIGHTS = (0.0, 0.1, 0.5, 1.0)  # what is only read must not drown what is answered
-SHARD = 10_000
+SHARD = 20_000
 _OPEN_ROWS = 24
 
 
@@ -43,15 +43,17 @@ class Rows:
 
 
 def make_rows(
-    tokenizer: PreTrainedTokenizerFast, seed: int, n: int, row_length: int, processes: int = 0
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    n: int,
+    row_length: int,
+    reading_share: float,
+    processes: int = 0,
 ) -> Rows:
-    """``n`` lessons, packed, in the order of training.
-
-    The same for any number of processes (0 = one per core).
-    """
+    """``n`` lessons, packed; the same for any number of processes (0 = one per core)."""
     sizes = [min(SHARD, n - start) for start in range(0, n, SHARD)]
     jobs = [
-        (tokenizer, f"{seed}-{i}", size, row_length, i / len(sizes)) for i, size in enumerate(sizes)
+        (tokenizer, f"{seed}-{i}", size, row_length, reading_share) for i, size in enumerate(sizes)
     ]
     processes = min(processes or os.cpu_count() or 1, len(jobs))
     if processes == 1:
@@ -65,9 +67,9 @@ def make_rows(
 def _shard(
     job: tuple[PreTrainedTokenizerFast, str, int, int, float],
 ) -> tuple[np.ndarray, ...]:
-    tokenizer, seed, n, row_length, progress = job
+    tokenizer, seed, n, row_length, reading_share = job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    encoded = encode(tokenizer, lessons(seed, n, progress))
+    encoded = encode(tokenizer, lessons(seed, n, reading_share))
     return _pack([lesson for lesson in encoded if len(lesson[0]) <= row_length], row_length)
 
 
@@ -131,6 +133,4 @@ def _fill(
             segments[row, start:end] = segment
             roles[row, start] = IGNORED  # nothing of its lesson comes before the first token
             start = end
-    # Within a shard the order is random; over the shards it is that of the training's progress.
-    order = np.random.default_rng(len(rows)).permutation(len(rows))
-    return tokens[order], segments[order], roles[order]
+    return tokens, segments, roles

@@ -64,9 +64,8 @@ def _stranger(rng: random.Random) -> Person:
 class Scene:
     """Some people, the passages about them, and which facts these tell."""
 
-    def __init__(self, rng: random.Random, ease: float) -> None:
-        self.easy = rng.random() < ease
-        count = 1 if self.easy else rng.choices(range(1, MAX_PEOPLE + 1), (4, 4, 3))[0]
+    def __init__(self, rng: random.Random) -> None:
+        count = rng.choices(range(1, MAX_PEOPLE + 1), (4, 4, 3))[0]
         drawn = [
             pick(old_people(), rng) if rng.random() < 0.08 else _stranger(rng) for _ in range(count)
         ]
@@ -77,10 +76,7 @@ class Scene:
         self.text = ("\n\n" if rng.random() < 0.7 else "\n").join(paragraphs)
 
     def _paragraph(self, person: Person, rng: random.Random) -> str:
-        if self.easy:
-            size = rng.randint(2, 4)
-        else:
-            size = 7 if rng.random() < 0.5 else rng.randint(3, 6)
+        size = 7 if rng.random() < 0.5 else rng.randint(3, 6)
         told = rng.sample(STATED, size)
         self.known += [(person, attribute) for attribute in told]
         self.known += [(person, hop) for hop, through in DERIVED.items() if through in told]
@@ -143,9 +139,9 @@ def _study_paraphrase(scene: Scene, rng: random.Random) -> tuple[str, str]:
 _TASKS = (_read, _study_qa, _study_fact, _study_paraphrase)
 
 
-def reading(rng: random.Random, ease: float) -> Lesson:
-    """One to five tasks about one scene; with probability ``ease`` a short one about one person."""
-    scene = Scene(rng, ease)
+def reading(rng: random.Random) -> Lesson:
+    """One to five tasks about one scene."""
+    scene = Scene(rng)
     tasks = rng.choices(_TASKS, (58, 18, 10, 14), k=rng.randint(1, 5))
     lesson: Lesson = []
     for task in tasks:
@@ -209,7 +205,6 @@ def plain_text(rng: random.Random) -> Lesson:
     return [("text", " ".join(_statement(*_old_fact(rng), rng) for _ in range(rng.randint(1, 4))))]
 
 
-_READING = 0.30
 _BY_HEART: tuple[tuple[Callable[[random.Random], Lesson], float], ...] = (
     (old_qa, 0.44),
     (unknown_qa, 0.03),
@@ -218,21 +213,15 @@ _BY_HEART: tuple[tuple[Callable[[random.Random], Lesson], float], ...] = (
     (bare_paraphrase, 0.03),
     (plain_text, 0.08),
 )
-EASY_UNTIL = 0.3
 
 
-def lessons(seed: str, n: int, progress: float = 1.0) -> list[Lesson]:
-    """``n`` lessons as they come at ``progress`` (0 to 1) of the training.
-
-    Reading is a skill that has to click before anything can be learned by it, and it clicks on
-    short texts: so reading comes first, and the first texts are short.
-    """
+def lessons(seed: str, n: int, reading_share: float = 0.3) -> list[Lesson]:
+    """``n`` lessons, ``reading_share`` of them with passages, the others by heart."""
     rng = random.Random(seed)
-    ease = max(0.0, 1.0 - progress / EASY_UNTIL)
-    read = _READING + (0.4 * ease)
-    kinds, shares = zip(*_BY_HEART, strict=True)
-    others = rng.choices(kinds, shares, k=n)
-    return [reading(rng, ease) if rng.random() < read else other(rng) for other in others]
+    by_heart, weights = zip(*_BY_HEART, strict=True)
+    others = sum(weights) / (1.0 - reading_share)
+    kinds, shares = (reading, *by_heart), (reading_share * others, *weights)
+    return [kind(rng) for kind in rng.choices(kinds, shares, k=n)]
 
 
 def tokenizer_texts(seed: str, n: int) -> list[str]:

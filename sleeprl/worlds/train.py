@@ -40,14 +40,16 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--mlp", type=int, default=768)
+    parser.add_argument("--init", type=Path, help="continue from the model in this directory")
+    parser.add_argument("--reading", type=float, default=0.3, help="share of lessons with passages")
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--mlp", type=int, default=512)
     parser.add_argument("--head-dim", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--rows", type=int, default=32, help="packed rows in a step")
-    parser.add_argument("--row-length", type=int, default=512)
-    parser.add_argument("--lessons", type=int, default=1_600_000, help="distinct lessons")
+    parser.add_argument("--steps", type=int, default=4300)
+    parser.add_argument("--rows", type=int, default=16, help="packed rows in a step")
+    parser.add_argument("--row-length", type=int, default=256)
+    parser.add_argument("--lessons", type=int, default=340_000, help="distinct lessons")
     parser.add_argument("--lr", type=float, default=3e-3, help="of AdamW")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
@@ -56,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600, help="of training at most")
     parser.add_argument("--processes", type=int, default=0, help="making data; 0 = all cores")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--exams", type=int, default=8, help="small evaluations on the way")
     parser.add_argument("--exam-n", type=int, default=64, help="their size")
     parser.add_argument("--final-n", type=int, default=1000, help="size of the last evaluation")
@@ -126,17 +128,19 @@ class Optimizer:
 
 # --- the run ---------------------------------------------------------------------
 class Batches:
-    """Endless batches of rows in their order, moved to the device one by one."""
+    """Endless batches of rows, each epoch in a new order, moved to the device one by one."""
 
-    def __init__(self, rows: Rows, size: int, device: torch.device) -> None:
+    def __init__(self, rows: Rows, size: int, seed: int, device: torch.device) -> None:
         self.rows, self.size, self.device = rows, size, device
+        self.rng = np.random.default_rng(seed)
         self.weights = torch.tensor(ROLE_WEIGHTS, device=device)
-        self.position = 0
+        self.order = np.empty(0, np.int64)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(tokens_BT, segments_BT, weights_BT)."""
-        chosen = np.arange(self.position, self.position + self.size) % len(self.rows)
-        self.position += self.size
+        while len(self.order) < self.size:
+            self.order = np.concatenate([self.order, self.rng.permutation(len(self.rows))])
+        chosen, self.order = self.order[: self.size], self.order[self.size :]
         tokens, segments, roles = (
             torch.from_numpy(part[chosen].astype(np.int64)).to(self.device, non_blocking=True)
             for part in (self.rows.tokens, self.rows.segments, self.rows.roles)
@@ -197,17 +201,25 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
 
-    tokenizer = train_tokenizer(tokenizer_texts("tokenizer", TOKENIZER_LESSONS))
-    rows = make_rows(tokenizer, args.seed, args.lessons, args.row_length, args.processes)
+    if args.init:
+        tokenizer = AutoTokenizer.from_pretrained(args.init)
+    else:
+        tokenizer = train_tokenizer(tokenizer_texts("tokenizer", TOKENIZER_LESSONS))
+    rows = make_rows(
+        tokenizer, args.seed, args.lessons, args.row_length, args.reading, args.processes
+    )
     tokens = rows.count()
     print(f"data: {args.lessons} lessons, {len(rows)} rows, {tokens / 1e6:.1f} M tokens, "
           f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
 
-    model = new_model(tokenizer, args.width, args.layers, args.mlp, args.head_dim).to(device)
+    if args.init:
+        model = AutoModelForCausalLM.from_pretrained(args.init, dtype=torch.float32).to(device)
+    else:
+        model = new_model(tokenizer, args.width, args.layers, args.mlp, args.head_dim).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model: {parameters / 1e6:.2f} M parameters on {device_name(device)}", flush=True)
     training = time.monotonic()
-    steps = train(model, Batches(rows, args.rows, device), tokenizer, args)
+    steps = train(model, Batches(rows, args.rows, args.seed, device), tokenizer, args)
     training = time.monotonic() - training
 
     args.out.mkdir(parents=True, exist_ok=True)

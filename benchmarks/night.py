@@ -1,0 +1,226 @@
+"""One night over several seeds: what Sleep remembers, what it forgets, against fine-tuning.
+
+    python benchmarks/night.py                      nights of seeds 0 1 2: table, JSON, picture
+    python benchmarks/night.py --tune               the baseline's learning rate, on other seeds
+
+Each seed has fresh people, so the nights are independent. Intervals are 95 % (Student's
+t over seeds); the comparison with fine-tuning is paired by seed. The trade-off of a
+model is the harmonic mean of its recall and of the share of old knowledge it kept.
+Results go to ``benchmarks/results/night.json`` and ``night.svg``; tuning to
+``night-tuning.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student_t
+
+from sleeprl import config as cfg
+from sleeprl.actors.cluster import cluster
+from sleeprl.files import write_json_atomic
+from sleeprl.morning import environment
+from sleeprl.night import PHASES, Night, run_night
+from sleeprl.reporting.progress import NightProgress
+from sleeprl.run import Run
+
+RESULTS = Path(__file__).parent / "results"
+STATES = ("before", "before_with_context", "fine_tuned", "after")
+FIGURES = ("recall", "two_hop", "retention", "perplexity")
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+TUNING_SEEDS = (100, 101)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval; infinite for fewer than two values."""
+    if len(values) < 2:
+        return fmean(values), math.inf
+    half = student_t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values), float(half)
+
+
+def trade_off(state: dict[str, Any], before: dict[str, Any]) -> float:
+    """Harmonic mean of recall and of retention as a share of what it was before, in [0, 1]."""
+    recall, kept = state["recall"], min(1.0, state["retention"] / before["retention"])
+    return 2 * recall * kept / (recall + kept) if recall + kept else 0.0
+
+
+def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict[str, Any]:
+    """Run one night per seed and put their figures together."""
+    summaries = []
+    with tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch:
+        for seed in seeds:
+            places = [f"runs={scratch}/runs", f"generations={scratch}/generations"]
+            config = cfg.load(None, [*words, *places, f"seed={seed}", f"name=seed-{seed}"])
+            summaries.append(run_night(config))
+            shutil.rmtree(config.run_dir)
+    states = {
+        state: {
+            figure: dict(zip(("mean", "half_width"), interval(values), strict=True))
+            for figure in FIGURES
+            if (values := [s[state][figure] for s in summaries])
+        }
+        for state in STATES
+    }
+    sleep = [trade_off(s["after"], s["before"]) for s in summaries]
+    tuned = [trade_off(s["fine_tuned"], s["before"]) for s in summaries]
+    pairs = [a - b for a, b in zip(sleep, tuned, strict=True)]
+    return {
+        "command": "python benchmarks/night.py",
+        "seeds": list(seeds),
+        "states": states,
+        "trade_off": {
+            "sleep": interval(sleep),
+            "fine_tuned": interval(tuned),
+            "difference": interval(pairs),
+        },
+        "recall_of_with_context": interval(
+            [s["after"]["recall"] / s["before_with_context"]["recall"] for s in summaries]
+        ),
+        "retention_change": interval(
+            [s["after"]["retention"] - s["before"]["retention"] for s in summaries]
+        ),
+        "gate_passed": sum(s["gate"]["passed"] for s in summaries),
+        "seconds": interval([sum(s["seconds"].values()) for s in summaries]),
+        "nights": [{k: v for k, v in s.items() if k != "samples"} for s in summaries],
+        "environment": environment(),
+    }
+
+
+def tune_baseline(
+    rates: Sequence[float], seeds: Sequence[int], words: Sequence[str]
+) -> dict[str, Any]:
+    """The trade-off of fine-tuning at each rate, on seeds that are not reported.
+
+    Trains on as many tokens as the last reported consolidation did.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch:
+        for seed in seeds:
+            places = [f"runs={scratch}", f"seed={seed}", f"name=seed-{seed}", "self_study.replay=0"]
+            small = ["self_study.pairs_per_document=2", "self_study.facts_per_document=0"]
+            config = cfg.load(None, [*words, *places, *small])
+            with NightProgress(PHASES) as progress, cluster(config.resources):
+                night = Night(Run(config, progress))
+                night.evening()
+                results = night.run.state["results"]
+                results["consolidation"] = {"tokens": _tokens()}
+                for rate in rates:
+                    config.fine_tuning.learning_rate = rate
+                    figures = night.fine_tune()["fine_tuned"]
+                    before = results["before"]["before"]
+                    rows.append({"seed": seed, "rate": rate, **figures, "before": before})
+                    rows[-1]["trade_off"] = trade_off(figures, before)
+                assert night.fleet is not None
+                night.fleet.shutdown()
+    means = {rate: fmean(r["trade_off"] for r in rows if r["rate"] == rate) for rate in rates}
+    best = max(means, key=means.__getitem__)
+    return {
+        "command": "python benchmarks/night.py --tune",
+        "best": best,
+        "means": means,
+        "rows": rows,
+    }
+
+
+def _tokens() -> int:
+    import json
+
+    path = RESULTS / "night.json"
+    default = 500_000
+    if not path.is_file():
+        return default
+    return int(json.loads(path.read_text())["nights"][-1].get("tokens", default))
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"One night, seeds {', '.join(map(str, result['seeds']))} (mean ± 95 %)")
+    table.add_column("", no_wrap=True)
+    for figure in FIGURES:
+        table.add_column(figure, justify="right", no_wrap=True)
+    for state, figures in result["states"].items():
+        cells = [
+            f"{figures[f]['mean']:.2f} ± {figures[f]['half_width']:.2f}"
+            if f == "perplexity"
+            else f"{figures[f]['mean']:.1%} ± {figures[f]['half_width']:.1%}"
+            for f in FIGURES
+        ]
+        table.add_row(state.replace("_", " "), *cells)
+    console.print(table)
+    for name in ("sleep", "fine_tuned", "difference"):
+        mean, half = result["trade_off"][name]
+        console.print(f"trade-off, {name.replace('_', ' ')}: {mean:.3f} ± {half:.3f}")
+    mean, half = result["seconds"]
+    console.print(f"seconds per night: {mean:.0f} ± {half:.0f}")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Recall against retention of each state, one dot per seed and the mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    looks = {
+        "before": ("o", "#767676"),
+        "before_with_context": ("^", "#0072b2"),
+        "fine_tuned": ("s", "#d55e00"),
+        "after": ("D", "#009e73"),
+    }
+    names = {
+        "before": "before",
+        "before_with_context": "before, with the text in context",
+        "fine_tuned": "fine-tuned on the text",
+        "after": "after the night",
+    }
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for state, (marker, colour) in looks.items():
+        xs = [night[state]["retention"] * 100 for night in result["nights"]]
+        ys = [night[state]["recall"] * 100 for night in result["nights"]]
+        axes.scatter(xs, ys, marker=marker, color=colour, alpha=0.35, s=30)
+        axes.scatter(fmean(xs), fmean(ys), marker=marker, color=colour, s=110, label=names[state])
+    axes.set_xlabel("retention: old world, without context (%)")
+    axes.set_ylabel("recall of the new facts (%)")
+    axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="key=value for every night")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--tune", action="store_true", help="tune the baseline instead")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    arguments = parser.parse_args()
+    console = Console()
+    RESULTS.mkdir(exist_ok=True)
+    if arguments.tune:
+        result = tune_baseline(arguments.rates, arguments.seeds or TUNING_SEEDS, arguments.words)
+        write_json_atomic(RESULTS / "night-tuning.json", result)
+        for rate, value in result["means"].items():
+            console.print(f"rate {rate:g}: trade-off {value:.3f}")
+        return
+    result = nights(arguments.seeds or (0, 1, 2), arguments.words, console)
+    write_json_atomic(RESULTS / "night.json", result)
+    draw(result, RESULTS / "night.svg")
+    show(result, console)
+
+
+if __name__ == "__main__":
+    main()
