@@ -95,7 +95,6 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         rig.run(rig.engine.start())
         yield rig
         rig.run(rig.engine.shutdown())
-        del rig.engine.llm
     finally:
         torch.set_num_threads(threads)
         os.environ.clear()

@@ -420,13 +420,15 @@ def test_the_terminal_table_has_the_figures_and_their_intervals() -> None:
     summary = night()
     del summary["fine_tuned"]
     summary["after"]["two_hop"] = None
-    Console(file=out, width=160).print(before_after_table(summary))
-    rows = [line for line in out.getvalue().splitlines() if "%" in line]
+    Console(file=out, width=80).print(before_after_table(summary))
+    lines = out.getvalue().splitlines()
+    rows = [line for line in lines if " % (" in line]
     assert len(rows) == 3
-    assert "91.1 % (86 to 94)" in rows[2]
-    assert "97.0 % (95 to 98)" in rows[2]
+    assert "After the night" in rows[2]
+    assert "91 % (86-94)" in rows[2]
+    assert "97 % (95-98)" in rows[2]
     assert "3.47" in rows[2]
-    assert "180 / - / 400" in rows[2]
+    assert "180 / - / 400" in lines[-1]
 
 
 # --- figures -----------------------------------------------------------------------

@@ -200,21 +200,25 @@ class NightProgress:
 
 def before_after_table(summary: Summary) -> Table:
     """The morning's figures for the terminal: rates with 95 % Wilson intervals in points."""
-    table = Table(title="Before and after the night", title_justify="left")
-    table.add_column("")
-    for name in (*RATES.values(), "Perplexity", "n"):
+    shown = [state for state in STATES if summary.get(state)]
+    found = [figure(summary, shown[-1], name) for name in RATES] if shown else []
+    counts = " / ".join("-" if f is None or f.n is None else str(f.n) for f in found)
+    table = Table(
+        title="Before and after the night",
+        title_justify="left",
+        caption=f"95 % intervals; questions asked: {counts}",
+        caption_justify="left",
+    )
+    table.add_column("", no_wrap=True)
+    for name in (*RATES.values(), "Perplexity"):
         table.add_column(name, justify="right", no_wrap=True)
-    for state, label in STATES.items():
-        if not summary.get(state):
-            continue
+    for state in shown:
         cells = [_rate_cell(summary, state, name) for name in RATES]
         perplexity = figure(summary, state, "perplexity")
-        counts = [found.n if (found := figure(summary, state, name)) else None for name in RATES]
         table.add_row(
-            label,
+            STATES[state],
             *cells,
             short(perplexity.value) if perplexity else "-",
-            " / ".join("-" if n is None else str(n) for n in counts),
             style="bold" if state == "after" else "",
         )
     return table
@@ -227,7 +231,7 @@ def _rate_cell(summary: Summary, state: str, name: str) -> str:
     if found.interval is None:
         return percent(found.value)
     low, high = found.interval
-    return f"{percent(found.value)} ({100 * low:.0f} to {100 * high:.0f})"
+    return f"{percent(found.value, 0)} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _pace(phase: _Phase, now: float) -> str:
