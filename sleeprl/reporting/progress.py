@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -208,6 +209,8 @@ def before_after_table(summary: Summary) -> Table:
         title_justify="left",
         caption=f"95 % intervals; questions asked: {counts}",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
     )
     table.add_column("", no_wrap=True)
     for name in (*RATES.values(), "Perplexity"):
