@@ -66,8 +66,8 @@ class SelfStudyConfig:
     """Question-answer pairs that the teacher writes with the document in its prompt."""
     facts_per_document: int = 24
     """Single facts that the teacher writes with the document in its prompt."""
-    replay: int = 960
-    """Texts that the smaller self writes freely, with nothing in its prompt."""
+    replay: int = 2400
+    """Questions that the smaller self asks itself freely, with nothing in its prompt."""
     temperature: float = 1.0
     max_tokens: int = 64
     probe_share: float = 0.2
@@ -76,12 +76,12 @@ class SelfStudyConfig:
 
 @dataclass
 class ConsolidationConfig:
-    steps: int = 160
-    batch_size: int = 32
+    steps: int = 150
+    batch_size: int = 20
     """Teacher texts of the new experience per step, over all workers."""
-    replay_ratio: float = 1.0
+    replay_ratio: float = 3.0
     """Replay texts per text of the new experience."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     warmup: int = 10
     """Steps over which the learning rate rises; it then falls along a cosine."""
     weight_decay: float = 0.0

@@ -122,18 +122,17 @@ def _new(writer: _Writer, documents: Sequence[str], result: Study) -> None:
 
 
 def _replay(writer: _Writer, result: Study) -> None:
-    """Half free questions, each also answered on its own; half free facts."""
+    """Free questions, each answered again on its own, and a free fact for every four of them."""
     chat, count = writer.chat, writer.config.replay
     asked, stated = chat.prompt(FREE_QA), chat.prompt(FREE_FACT)
-    pairs = writer.write([asked] * (count // 3))
     questions = []
-    for index, completion in enumerate(pairs):
+    for index, completion in enumerate(writer.write([asked] * count)):
         pair = writer.parsed(completion)
         if pair:
             questions.append(pair[0])
-            result.trajectories.append(
-                _trajectory("replay", "pair", index, asked, completion, None)
-            )
+            result.trajectories.append(_trajectory("replay", "pair", index, asked, completion, None))
+    # The same question twice would teach nothing more; another one keeps more of the old.
+    questions = list(dict.fromkeys(questions))
     prompts = [chat.prompt(question) for question in questions]
     answers = writer.write(prompts)
     for index, (question, prompt, answer) in enumerate(
@@ -142,7 +141,7 @@ def _replay(writer: _Writer, result: Study) -> None:
         if answer.finish_reason == "stop":
             result.own_knowledge.append(Pair(-1, question, chat.decode(answer.token_ids)))
             result.trajectories.append(_trajectory("replay", "answer", index, prompt, answer, None))
-    for index, fact in enumerate(writer.write([stated] * (count // 3))):
+    for index, fact in enumerate(writer.write([stated] * (count // 4))):
         if fact.finish_reason == "stop":
             result.trajectories.append(_trajectory("replay", "fact", index, stated, fact, None))
 
