@@ -51,7 +51,9 @@ night: install
 
 .PHONY: embedded-model
 embedded-model: install
-	@$(VENV_PYTHON) -m sleeprl.worlds.train --out sleeprl/worlds/embedded $(ARGS)
+	@$(VENV_PYTHON) -m sleeprl.worlds.train --out build/embedded-first $(ARGS)
+	@$(VENV_PYTHON) -m sleeprl.worlds.train --init build/embedded-first --out sleeprl/worlds/embedded \
+	  --reading 0.7 --seed 1 --lr 0.0015 --muon-lr 0.012 --warmup 0.02 --lessons 125000 --steps 2700 $(ARGS)
 
 # --- checks ----------------------------------------------------------------------------------------
 

@@ -68,7 +68,8 @@ class SelfStudyConfig:
     """Single facts that the teacher writes with the document in its prompt."""
     replay: int = 2400
     """Questions that the smaller self asks itself freely, with nothing in its prompt."""
-    temperature: float = 1.0
+    temperature: float = 0.7
+    """Below 1: what is taught must be true before it is varied."""
     max_tokens: int = 64
     probe_share: float = 0.2
     """Share of the pairs kept out of training; dreams are judged on them."""

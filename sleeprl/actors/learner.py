@@ -122,7 +122,7 @@ class Learner:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": options.grad_clip,
-                "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+                "zero_optimization": {"stage": 3},
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "bf16": {"enabled": dtype == torch.bfloat16},

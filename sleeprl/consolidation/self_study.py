@@ -130,7 +130,9 @@ def _replay(writer: _Writer, result: Study) -> None:
         pair = writer.parsed(completion)
         if pair:
             questions.append(pair[0])
-            result.trajectories.append(_trajectory("replay", "pair", index, asked, completion, None))
+            result.trajectories.append(
+                _trajectory("replay", "pair", index, asked, completion, None)
+            )
     # The same question twice would teach nothing more; another one keeps more of the old.
     questions = list(dict.fromkeys(questions))
     prompts = [chat.prompt(question) for question in questions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sleeprl.worlds.model import TEMPERATURE
 from sleeprl.worlds.people import OLD_SIZE
 from sleeprl.worlds.vocabulary import CITIES, COMPANIES, STATED
 
@@ -18,7 +19,7 @@ download. It is of no use outside that world.
 
 {old} *old people* with {stated} attributes each, {companies} companies and {cities} cities, all
 made up by seed. Lessons are drawn at random from templates: questions about the old world by
-heart; questions about random people from passages of one to four people in the context;
+heart; questions about random people from passages of one to three people in the context;
 question-answer pairs, facts and paraphrases written from such passages; the same written freely
 about the old world; plain text about it. One full name in five, and the held-out phrasings, are
 never used in training: the people of the tests are not in this model. It says that it does not
@@ -26,23 +27,24 @@ know what it was not told.
 
 ## Recipe
 
-`python -m sleeprl.worlds.train --out DIR` with the arguments below. AdamW, warm-up and cosine,
-bfloat16 autocast; the loss weighs answers 1, plain text 0.5 and context 0.1. {tokens:.0f} M tokens
-seen in {steps} steps; {minutes:.1f} minutes of training, {total:.1f} in all with data and
-evaluation, on {device}.
+`make embedded-model`: two runs of `python -m sleeprl.worlds.train`, the second continuing from the
+first with more reading. Muon for the matrices inside the layers, AdamW for the rest, warm-up and
+cosine, bfloat16 autocast; the loss weighs answers 1, plain text 0.5 and context 0.1. This run:
+{tokens:.0f} M tokens seen in {steps} steps; {minutes:.1f} minutes of training, {total:.1f} in all
+with data and evaluation, on {device}. {note}
 
 ## Measured
 
-On held-out phrasings and never-seen people, greedy answers; writing is sampled at temperature 1
-and judged by the world's checker.
+On held-out phrasings and never-seen people, greedy answers; writing is sampled as self-study
+samples (temperature {temperature}) and judged by the world's checker.
 
 | | share |
 |---|---|
 {table}
 
 The number behind a name is how many people are in the context. `attribute_evenness` is entropy
-over that of a uniform spread; `last_of_several` is how often the last of four people is written
-about (even: 0.25); `perplexity` is on held-out statements about the old world.
+over that of a uniform spread; `last_of_several` is how often the last of three people is written
+about (even: 0.33); `perplexity` is on held-out statements about the old world.
 
 ## All figures
 
@@ -61,6 +63,8 @@ def write_card(directory: Path, run: dict) -> None:
         stated=len(STATED),
         companies=len(COMPANIES),
         cities=len(CITIES),
+        temperature=TEMPERATURE,
+        note=run.get("note", ""),
         tokens=run["tokens_seen"] / 1e6,
         steps=run["steps"],
         minutes=run["training_seconds"] / 60,

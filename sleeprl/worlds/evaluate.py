@@ -105,7 +105,7 @@ class Examiner:
 
     # --- writing ---
     def writes(self) -> dict:
-        """Sampled at temperature 1 from passages about one to four fresh people."""
+        """Sampled as self-study samples, from passages about one to three fresh people."""
         people, texts = self._mixed_passages()
         world = World(people)
         contexts = [texts[self.rng.choice(people).name] for _ in range(self.n)]
@@ -128,7 +128,7 @@ class Examiner:
         return figures
 
     def writes_freely(self) -> dict:
-        """Sampled at temperature 1 with nothing in the context; old people only."""
+        """Sampled as self-study samples, with nothing in the context; old people only."""
         world, old = World(), {person.name for person in old_people()}
         facts = self._sample([prompts.FREE_FACT] * self.n)
         pairs = self._sample([prompts.FREE_QA] * self.n)

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sleeprl.config import SelfStudyConfig
+
+TEMPERATURE = SelfStudyConfig().temperature
+
 
 def new_model(
     tokenizer: PreTrainedTokenizerFast, width: int, layers: int, mlp: int, head_dim: int
@@ -42,7 +46,7 @@ def respond(
     max_new_tokens: int = 40,
     batch: int = 256,
 ) -> list[str]:
-    """The assistant's answer to each user message: greedy, or sampled at temperature 1."""
+    """The assistant's answer to each user message: greedy, or sampled as self-study samples."""
     order = sorted(range(len(messages)), key=lambda i: len(messages[i]))
     answers = [""] * len(messages)
     for start in range(0, len(order), batch):
@@ -51,7 +55,7 @@ def respond(
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         ).to(model.device)
-        how = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {}
+        how = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0} if sample else {}
         output = model.generate(**inputs, **how, max_new_tokens=max_new_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--mlp", type=int, default=512)
     parser.add_argument("--head-dim", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=4300)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--rows", type=int, default=16, help="packed rows in a step")
     parser.add_argument("--row-length", type=int, default=256)
     parser.add_argument("--lessons", type=int, default=340_000, help="distinct lessons")
