@@ -78,9 +78,9 @@ class SelfStudyConfig:
 @dataclass
 class ConsolidationConfig:
     steps: int = 150
-    batch_size: int = 20
+    batch_size: int = 16
     """Teacher texts of the new experience per step, over all workers."""
-    replay_ratio: float = 3.0
+    replay_ratio: float = 4.0
     """Replay texts per text of the new experience."""
     learning_rate: float = 1e-2
     warmup: int = 10
@@ -134,7 +134,7 @@ class DreamingConfig:
     """Dreams per task."""
     staleness: int = 1
     """Updates by which a dream's policy may trail the learner; 0 is the synchronous loop."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     grad_clip: float = 1.0
     temperature: float = 1.0
     max_tokens: int = 64
@@ -159,7 +159,7 @@ class DreamingConfig:
     """Weight of the policy gradient on the dream writer."""
     learn: float = 0.5
     """Weight of the cross-entropy on the dreams that taught something."""
-    hold: float = 1.0
+    hold: float = 2.0
     """Weight of the divergence from the smaller self on its own texts."""
     trial_learning_rate: float = 0.05
     """SGD step of the trial that asks what a dream teaches."""

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,10 +147,12 @@ def test_a_real_job_waits_for_the_head_and_passes_the_nights_status_on(tmp_path:
     job = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "first,second"}
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     run(SCRIPT, "some.yaml", cwd=tmp_path, code=7, PATH=path, **job)
-    log = (tmp_path / "log").read_text()
-    for part in ("-w first ray start --head", "ray health-check --address first:6379",
-                 "-w second ray start --address=first:6379", "-w first sleeprl night some.yaml"):  # fmt: skip
-        assert part in log
+    parts = ("-w first ray start --head", "ray health-check --address first:6379",
+             "-w second ray start --address=first:6379", "-w first sleeprl night some.yaml")  # fmt: skip
+    deadline = time.monotonic() + 20  # lines of background jobs may come after the script's end
+    while not all(part in (tmp_path / "log").read_text() for part in parts):
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.1)
 
 
 def test_a_mistyped_word_fails_the_dry_run(tmp_path: Path) -> None:

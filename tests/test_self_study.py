@@ -163,9 +163,10 @@ def test_only_whole_texts_are_kept_and_all_are_counted(chat: Chat) -> None:
     assert all(t.finish_reason == "stop" for t in result.trajectories)
     assert all(t.response_ids[-1] == chat.end for t in result.trajectories)
     assert result.written == len(fleet.prompts)
-    # 30 of 30 and 20 questions: numbers 6, 13, 20, 27 are long; 4, 9, 14, 19, 24, 29 are no pair.
-    assert result.malformed == 2 * (4 + 6) + (2 + 4) + 2 * 2 + 5
-    assert [t.task_id for t in result.trajectories].count("fact") == 15
+    # Of 30 and of 60 questions every seventh is long, and every fifth of the others no pair; of
+    # the facts every fourth is long.
+    assert result.malformed == 2 * (4 + 6) + (8 + 11) + 2 * 2 + 3
+    assert [t.task_id for t in result.trajectories].count("fact") == 12
 
 
 def test_uids_and_seeds_are_all_different_and_repeat(chat: Chat) -> None:

@@ -126,7 +126,8 @@ def _replay(writer: _Writer, result: Study) -> None:
     chat, count = writer.chat, writer.config.replay
     asked, stated = chat.prompt(FREE_QA), chat.prompt(FREE_FACT)
     questions = []
-    for index, completion in enumerate(writer.write([asked] * count)):
+    # Asked at temperature 1: the wider the questions spread, the more of the old is kept.
+    for index, completion in enumerate(writer.write([asked] * count, temperature=1.0)):
         pair = writer.parsed(completion)
         if pair:
             questions.append(pair[0])
@@ -158,7 +159,9 @@ class _Writer:
         self.max_length = max_length
         self.written = self.malformed = 0
 
-    def write(self, prompts: Sequence[list[int]]) -> list[Completion]:
+    def write(
+        self, prompts: Sequence[list[int]], temperature: float | None = None
+    ) -> list[Completion]:
         room = self.max_length - self.config.max_tokens
         longest = max(map(len, prompts), default=0)
         if longest > room:
@@ -167,10 +170,9 @@ class _Writer:
                 f"leaves {room} beside self_study.max_tokens={self.config.max_tokens}; "
                 "raise model.max_length or split the document"
             )
+        heat = self.config.temperature if temperature is None else temperature
         sampling = [
-            Sampling(
-                self.config.max_tokens, self.config.temperature, _mix(self.seed, self.written + i)
-            )
+            Sampling(self.config.max_tokens, heat, _mix(self.seed, self.written + i))
             for i in range(len(prompts))
         ]
         completions = self.fleet.generate(prompts, sampling)

@@ -47,7 +47,7 @@ def make_rows(
     seed: int,
     n: int,
     row_length: int,
-    reading_share: float,
+    reading_share: float = 0.3,
     processes: int = 0,
 ) -> Rows:
     """``n`` lessons, packed; the same for any number of processes (0 = one per core)."""
