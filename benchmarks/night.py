@@ -13,6 +13,7 @@ Results go to ``benchmarks/results/night.json`` and ``night.svg``; tuning to
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import tempfile
@@ -133,13 +134,11 @@ def tune_baseline(
 
 
 def _tokens() -> int:
-    import json
-
+    """What the last reported night trained on."""
     path = RESULTS / "night.json"
-    default = 500_000
     if not path.is_file():
-        return default
-    return int(json.loads(path.read_text())["nights"][-1].get("tokens", default))
+        return 260_000
+    return int(json.loads(path.read_text())["nights"][-1]["trained_tokens"])
 
 
 def show(result: dict[str, Any], console: Console) -> None:

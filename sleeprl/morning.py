@@ -97,6 +97,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "idle": dreams.get("idle", {}),
         "samples": dreams.get("samples", []),
         "self_study": results["self_study"],
+        "trained_tokens": results["consolidation"]["tokens"],
         "environment": environment(),
     }
 
