@@ -103,7 +103,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
     config.resources.cpus = cores + 1
     with NightProgress(PHASES, console) as progress:
         run = Run(config, progress)
-        with cluster(config.resources):
+        with cluster(config.resources, state_api=True):
             night = Night(run)
             night.evening()
             results = tune.Tuner(
@@ -126,7 +126,8 @@ def search(path: Path, words: list[str], console: Console) -> Path:
                     max_concurrent_trials=1,
                     scheduler=ASHAScheduler(
                         time_attr="step",
-                        max_t=config.consolidation.steps,
+                        # One more than there are: a trial that ends by itself cleans up.
+                        max_t=config.consolidation.steps + 1,
                         grace_period=int(spec["report_every"]),
                         reduction_factor=2,
                     ),

@@ -11,12 +11,16 @@ from sleeprl.config import ResourcesConfig, available_cpus
 
 
 @contextmanager
-def cluster(resources: ResourcesConfig) -> Iterator[None]:
-    """A local Ray for the time being, or a connection to ``resources.address``."""
+def cluster(resources: ResourcesConfig, *, state_api: bool = False) -> Iterator[None]:
+    """A local Ray for the time being, or a connection to ``resources.address``.
+
+    state_api: with the dashboard process, by which Ray Train learns that a job's owner
+        was stopped, and frees what the job held. A night on its own does without.
+    """
     if resources.address is None:
         ray.init(
             num_cpus=resources.cpus or available_cpus(),
-            include_dashboard=False,
+            include_dashboard=state_api,
             log_to_driver=False,
             logging_level="error",
         )
