@@ -146,7 +146,6 @@ class DreamingConfig:
     curriculum: str = "weak_spots"
     """A built-in name or the dotted path of a ``Curriculum``."""
     curriculum_options: dict[str, Any] = field(default_factory=dict)
-    algorithm: str = "grpo"
     clip_low: float = 0.2
     clip_high: float = 0.28
     correction_level: str = "token"
@@ -321,7 +320,6 @@ _CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "dreaming.correction_level": ("off", "token", "sequence", "geometric"),
     "dreaming.correction_mode": ("truncate", "mask", "clip"),
-    "dreaming.algorithm": ("grpo",),
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,7 @@ class Night:
         probes = load_probes(self.run.dir / "study.json")
         steps = self.config.dreaming.steps
         learner = self._learner(self.slot, self.config.dreaming.learning_rate, steps)
+        learner = replace(learner, grad_clip=self.config.dreaming.grad_clip)
         shown = ("reward", "gap", "staleness")
         return dreaming.run(
             self.config, self._engines(), learner, self.chat, self.day.documents, probes, self.run.dir,

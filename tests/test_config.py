@@ -191,7 +191,6 @@ def test_the_edges_are_allowed(word: str) -> None:
     ("word", "choice"),
     [
         ("model.dtype=float8", "bfloat16"),
-        ("dreaming.algorithm=ppo", "grpo"),
         ("dreaming.correction_level=word", "sequence"),
         ("dreaming.correction_mode=soft", "truncate"),
     ],
