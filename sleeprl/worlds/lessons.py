@@ -93,15 +93,15 @@ class Scene:
 def _read(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A question with its answer from the passage, now and then from elsewhere or from nowhere."""
     draw = rng.random()
-    if draw < 0.08:
+    if draw < 0.10:
         person = pick(old_people(), rng)
         attribute = pick(STATED + TWO_HOP, rng)
         return _question(person.name, attribute, rng), person.facts[attribute]
-    if draw < 0.11:
+    if draw < 0.13:
         return _entity_qa(rng)
-    if draw < 0.14:
+    if draw < 0.16:
         return _question(_stranger(rng).name, pick(STATED + TWO_HOP, rng), rng), UNKNOWN
-    if draw < 0.20:
+    if draw < 0.22:
         person, attribute = pick(scene.people, rng), pick(STATED + TWO_HOP, rng)
         told = (person, attribute) in scene.known or person in old_people()
         return _question(person.name, attribute, rng), (
@@ -142,7 +142,7 @@ _TASKS = (_read, _study_qa, _study_fact, _study_paraphrase)
 def reading(rng: random.Random) -> Lesson:
     """One to five tasks about one scene."""
     scene = Scene(rng)
-    tasks = rng.choices(_TASKS, (58, 18, 10, 14), k=rng.randint(1, 5))
+    tasks = rng.choices(_TASKS, (52, 18, 16, 14), k=rng.randint(1, 5))
     lesson: Lesson = []
     for task in tasks:
         asked, answer = task(scene, rng)
@@ -207,7 +207,7 @@ def plain_text(rng: random.Random) -> Lesson:
 
 _BY_HEART: tuple[tuple[Callable[[random.Random], Lesson], float], ...] = (
     (old_qa, 0.44),
-    (unknown_qa, 0.03),
+    (unknown_qa, 0.05),
     (free_qa, 0.06),
     (free_fact, 0.06),
     (bare_paraphrase, 0.03),
