@@ -207,6 +207,22 @@ def nothing_to_learn_from(directory: Path, notes: Notes) -> None:
     notes.tensors("expert-nothing", learner.expert())
 
 
+def remembering(directory: Path, notes: Notes) -> None:
+    """The same texts twice, under a name and without one."""
+    for name, key in (("named", "text-{}"), ("unnamed", "")):
+        learner = Learner(options(directory))
+        asked: list[int] = []
+        learner.engine.module.register_forward_hook(
+            lambda *_, asked=asked: None if torch.is_grad_enabled() else asked.append(1)
+        )
+        batch = [replace(r, key=key.format(i)) for i, r in enumerate(rows(1))]
+        notes.numbers[f"{name}, first"] = learner.step(batch, PARTS, LOSS)
+        notes.numbers[f"{name}, asked"] = len(asked)
+        notes.numbers[f"{name}, second"] = learner.step(batch, PARTS, LOSS)
+        notes.numbers[f"{name}, asked again"] = len(asked) - notes.numbers[f"{name}, asked"]
+        notes.tensors(f"expert-{name}", learner.expert())
+
+
 # --- what two ranks do --------------------------------------------------------------
 
 
@@ -247,6 +263,16 @@ def uneven(directory: Path, notes: Notes) -> None:
     notes.tensors("two-uneven", learner.expert())
 
 
+def two_remembering(directory: Path, notes: Notes) -> None:
+    """In the second step only one rank's texts are known: the teacher is asked by both or none."""
+    for name, key in (("named", "text-{}"), ("unnamed", "")):
+        learner = Learner(options(directory))
+        mine = [replace(r, key=key.format(i)) for i, r in enumerate(rows(1))][dist.get_rank() :: 2]
+        learner.step(mine, PARTS, LOSS)
+        learner.step(mine if dist.get_rank() == 0 else share(rows(2)), PARTS, LOSS)
+        notes.tensors(f"two-expert-{name}", learner.expert())
+
+
 ONE_RANK = (
     first_steps,
     micro_batches,
@@ -257,8 +283,9 @@ ONE_RANK = (
     bfloat16,
     every_parameter,
     nothing_to_learn_from,
+    remembering,
 )
-TWO_RANKS = (two_first_steps, two_resuming, moving, uneven)
+TWO_RANKS = (two_first_steps, two_resuming, moving, uneven, two_remembering)
 
 
 def work(rank: int, world: int, port: int, directory: Path, scenes: Sequence[Scene]) -> None:
@@ -594,3 +621,15 @@ def test_full_training_learns_what_plain_torch_does(saw: Saw) -> None:
         -sum(map(sum, right)) / tokens, abs=1e-4
     )
     assert saw.one["full, step-1"]["text/ce"] == pytest.approx(saw.one["full, step-1"]["loss"])
+
+
+def test_the_teacher_is_asked_once_about_a_named_text(saw: Saw) -> None:
+    assert saw.one["named, asked"] == saw.one["unnamed, asked"] == saw.one["unnamed, asked again"]
+    assert saw.one["named, asked"] > 0 and saw.one["named, asked again"] == 0
+    for moment in ("first", "second"):
+        assert saw.one[f"named, {moment}"] == saw.one[f"unnamed, {moment}"]
+    for pair in (("expert-named", "expert-unnamed"), ("two-expert-named", "two-expert-unnamed")):
+        named, unnamed = map(saw.file, pair)
+        assert named.keys() == unnamed.keys()
+        for name, tensor in named.items():
+            assert torch.equal(tensor, unnamed[name]), name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ class Row:
     prompt_ids: what the student sees. response_ids: the tokens that are trained on.
     teacher_prompt_ids: what the teacher sees instead; None means the same prompt.
     advantage, behaviour: of a row in a ``pg`` part; behaviour has one entry per token.
+    key: names a text that comes again; the teacher, who never changes, is asked about it once.
     """
 
     prompt_ids: list[int]
@@ -41,10 +42,21 @@ class Row:
     teacher_prompt_ids: list[int] | None = None
     advantage: float = 0.0
     behaviour: list[float] = field(default_factory=list)
+    key: str = ""
 
-    def __len__(self) -> int:
-        longest = max(len(self.prompt_ids), len(self.teacher_prompt_ids or ()))
-        return longest + len(self.response_ids)
+    @property
+    def teacher_prompt(self) -> list[int]:
+        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
+
+    def student_length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    def teacher_length(self) -> int:
+        return len(self.teacher_prompt) + len(self.response_ids)
+
+
+Targets = tuple[Tensor, Tensor]
+"""The teacher on one row's R response tokens: top-k ids [R, K] and k+1 log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,7 @@ class Learner:
             },
         )
         self.steps = 0
+        self._taught: dict[tuple[str, int], Targets] = {}
 
     # --- learning -----------------------------------------------------------------
 
@@ -140,15 +153,15 @@ class Learner:
         """One optimiser step on this rank's rows; the returned means are global."""
         counts_P = token_counts(parts, [r.part for r in rows], [len(r.response_ids) for r in rows])
         self._sum(counts_P)
-        micro = self._micro_batches(rows)
+        taught = any(part.kl for part in parts.values())
+        targets = self._targets(rows, options.top_k) if taught else [None] * len(rows)
+        of_row = dict(zip(map(id, rows), targets, strict=True))
+        micro = self._micro_batches(rows, Row.student_length, least=1)
         self._set_learning_rate()
-        need_teacher = any(part.kl for part in parts.values())
         totals: dict[str, float] = {}
         for number, batch in enumerate(micro):
-            window, student, teacher = self._tensors(batch)
-            if need_teacher:
-                window.teacher_ids_BRK, window.teacher_BRK1 = self._teacher(teacher, options.top_k)
-            logits_BRV = self.engine(*student)
+            window = self._window(batch, [of_row.get(id(row)) for row in batch])
+            logits_BRV = self.engine(*self._inputs([row.prompt_ids for row in batch], batch))
             loss, metrics = stream_loss(logits_BRV, window, parts, counts_P, options)
             last = number == len(micro) - 1
             self.engine.set_gradient_accumulation_boundary(last)
@@ -176,17 +189,36 @@ class Learner:
             group["lr"] = options.learning_rate * scale
 
     @torch.no_grad()
-    def _teacher(self, inputs: tuple[Tensor, Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-        with smaller_self(self.engine.module):
-            return top_k_with_tail(self.engine(*inputs), k)
+    def _targets(self, rows: Sequence[Row], k: int) -> list[Targets | None]:
+        """What the smaller self says of each row, from memory where it said so before. Collective."""
+        found = [self._taught.get((row.key, k)) if row.key else None for row in rows]
+        missing = [index for index, target in enumerate(found) if target is None]
+        place = {id(rows[index]): index for index in missing}
+        for batch in self._micro_batches([rows[i] for i in missing], Row.teacher_length, least=0):
+            with smaller_self(self.engine.module):
+                logits_BRV = self.engine(
+                    *self._inputs([row.teacher_prompt for row in batch], batch)
+                )
+            ids_BRK, logprobs_BRK1 = top_k_with_tail(logits_BRV, k)
+            for row, ids_RK, logprobs_RK1 in zip(batch, ids_BRK, logprobs_BRK1, strict=True):
+                if not row.response_ids:
+                    continue
+                length = len(row.response_ids)
+                target = (ids_RK[:length].int().cpu(), logprobs_RK1[:length].cpu().clone())
+                found[place[id(row)]] = target
+                if row.key:
+                    self._taught[row.key, k] = target
+        return found
 
     # --- batches ------------------------------------------------------------------
 
-    def _micro_batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def _micro_batches(
+        self, rows: Sequence[Row], length: Callable[[Row], int], least: int
+    ) -> list[list[Row]]:
         """Rows in order of length, in batches of bounded padded size; equally many on every rank."""
         batches: list[list[Row]] = []
-        for row in sorted(rows, key=len):
-            if batches and len(row) * (len(batches[-1]) + 1) <= self.options.micro_batch_tokens:
+        for row in sorted(rows, key=length):
+            if batches and length(row) * (len(batches[-1]) + 1) <= self.options.micro_batch_tokens:
                 batches[-1].append(row)
             else:
                 batches.append([row])
@@ -194,39 +226,41 @@ class Learner:
         if self.world > 1:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
         # An empty row keeps the ranks' collectives in step without adding to the loss.
-        # At least one: DeepSpeed cannot step without a backward pass.
-        return batches + [[Row([0], [], "")] for _ in range(max(1, int(most)) - len(batches))]
+        return batches + [[Row([0], [], "")] for _ in range(max(least, int(most)) - len(batches))]
 
-    def _tensors(
-        self, rows: Sequence[Row]
-    ) -> tuple[Window, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        responses = [row.response_ids for row in rows]
-        longest = max(1, max(map(len, responses)))
+    def _window(self, rows: Sequence[Row], targets: Sequence[Targets | None] = ()) -> Window:
+        """What the loss needs of the rows, padded to the longest response."""
+        longest = max(1, *(len(row.response_ids) for row in rows))
         pad = lambda lists, fill: torch.tensor(  # noqa: E731
             [list(values) + [fill] * (longest - len(values)) for values in lists],
             device=self.device,
         )
         window = Window(
-            tokens_BR=pad(responses, 0),
-            mask_BR=pad([[1.0] * len(ids) for ids in responses], 0.0),
+            tokens_BR=pad([row.response_ids for row in rows], 0),
+            mask_BR=pad([[1.0] * len(row.response_ids) for row in rows], 0.0),
             part=[row.part for row in rows],
             advantages_B=torch.tensor([row.advantage for row in rows], device=self.device),
             behaviour_BR=pad([row.behaviour or [0.0] * len(row.response_ids) for row in rows], 0.0),
         )
-        student = self._inputs([row.prompt_ids for row in rows], responses)
-        teacher = self._inputs(
-            [
-                row.prompt_ids if row.teacher_prompt_ids is None else row.teacher_prompt_ids
-                for row in rows
-            ],
-            responses,
-        )
-        return window, student, teacher
+        known = [target for target in targets if target is not None]
+        if known:
+            k = known[0][0].shape[-1]
+            window.teacher_ids_BRK = torch.zeros(
+                len(rows), longest, k, dtype=torch.long, device=self.device
+            )
+            window.teacher_BRK1 = torch.zeros(len(rows), longest, k + 1, device=self.device)
+            for row, target in enumerate(targets):
+                if target is not None:
+                    window.teacher_ids_BRK[row, : len(target[0])] = target[0]
+                    window.teacher_BRK1[row, : len(target[1])] = target[1]
+        return window
 
     def _inputs(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]]
+        self, prompts: Sequence[list[int]], answered: Sequence[Row]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Right-padded ids and mask [B, T], and the positions [B, R] whose logits predict a response."""
+        """Right-padded ids and mask [B, T] of the prompts with the rows' responses, and the
+        positions [B, R] whose logits predict a response token."""
+        responses = [row.response_ids for row in answered]
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
         rows, width, window = len(prompts), max(lengths), max(1, max(map(len, responses)))
         ids = torch.zeros(rows, width, dtype=torch.long)
@@ -244,9 +278,10 @@ class Learner:
     def logprobs(self, rows: Sequence[Row], *, smaller: bool = False) -> list[list[float]]:
         """Log-probabilities of each row's response tokens; ``smaller`` asks the smaller self."""
         with smaller_self(self.engine.module) if smaller else nullcontext():
-            window, student, _ = self._tensors(rows)
-            logprobs_BRV = torch.log_softmax(self.engine(*student).float(), dim=-1)
-        chosen = logprobs_BRV.gather(-1, window.tokens_BR[..., None]).squeeze(-1).tolist()
+            logits_BRV = self.engine(*self._inputs([row.prompt_ids for row in rows], rows))
+        logprobs_BRV = torch.log_softmax(logits_BRV.float(), dim=-1)
+        tokens_BR1 = self._window(rows).tokens_BR[..., None]
+        chosen = logprobs_BRV.gather(-1, tokens_BR1).squeeze(-1).tolist()
         return [values[: len(row.response_ids)] for values, row in zip(chosen, rows, strict=True)]
 
     def canary(self, token_ids: list[int]) -> Canary:

@@ -37,7 +37,7 @@ def seeding_parts(config: ConsolidationConfig) -> dict[str, Part]:
 
 
 def row(text: Trajectory, part: str) -> Row:
-    return Row(text.prompt_ids, text.response_ids, part, text.teacher_prompt_ids)
+    return Row(text.prompt_ids, text.response_ids, part, text.teacher_prompt_ids, key=text.uid)
 
 
 class SeedingFeed:

@@ -135,7 +135,7 @@ class LearnerActor(Served):
         if self.replay:
             rng = random.Random(f"{self.job.seed}-hold-{self.learner.steps}")
             rows += [
-                Row(t.prompt_ids, t.response_ids, HOLD)
+                Row(t.prompt_ids, t.response_ids, HOLD, key=t.uid)
                 for t in rng.choices(self.replay, k=len(dreams))
             ]
         return rows
