@@ -62,11 +62,11 @@ class EvaluationConfig:
 
 @dataclass
 class SelfStudyConfig:
-    pairs_per_document: int = 64
+    pairs_per_document: int = 128
     """Question-answer pairs that the teacher writes with the document in its prompt."""
     facts_per_document: int = 24
     """Single facts that the teacher writes with the document in its prompt."""
-    replay: int = 2400
+    replay: int = 4800
     """Questions that the smaller self asks itself freely, with nothing in its prompt."""
     temperature: float = 0.7
     """Below 1: what is taught must be true before it is varied."""

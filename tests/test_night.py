@@ -240,3 +240,24 @@ def test_two_nights_in_a_row_grow_twice(place: Path) -> None:
     assert slots is not None and slots.used == (0, 1)
     back = sleeprl("rollback", first[:6], cwd=place)
     assert back.returncode == 0 and store.head() == first
+
+
+@pytest.mark.slow
+def test_tune_searches_a_consolidation(tmp_path: Path) -> None:
+    spec = yaml.safe_load((ROOT / "tuning" / "consolidation.yaml").read_text())
+    spec["trials"], spec["report_every"] = 2, 16
+    spec["night"]["consolidation"]["steps"] = 32
+    spec["night"]["wake"]["people"] = 4
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(spec))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tuning" / "search.py"), "search.yaml"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=590,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    trials = json.loads((tmp_path / "runs" / "search" / "trials.json").read_text())
+    assert len(trials) == 2
+    assert all(0 <= t["recall"] <= 1 and t["step"] in (16, 32) for t in trials)
+    assert max(t["step"] for t in trials) == 32
+    best = yaml.safe_load((tmp_path / "runs" / "search" / "best.yaml").read_text())
+    assert 0.0005 <= best["consolidation"]["learning_rate"] <= 0.01

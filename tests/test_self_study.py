@@ -149,6 +149,9 @@ def test_replay_has_one_prompt_for_both(chat: Chat) -> None:
     _, result = written(chat)
     replay = [t for t in result.trajectories if t.purpose == "replay"]
     assert {t.task_id for t in replay} == {"pair", "answer", "fact"}
+    # Mostly the answers are rehearsed: of the pairs, the whole ones among every fourth.
+    pairs = [t.attempt for t in replay if t.task_id == "pair"]
+    assert 0 < len(pairs) <= 15 and {number % 4 for number in pairs} == {0}
     assert all(t.teacher_prompt_ids is None for t in replay)
     assert not any(d in chat.decode(t.prompt_ids) for t in replay for d in DOCUMENTS)
     answers = [t for t in replay if t.task_id == "answer"]

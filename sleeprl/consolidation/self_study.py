@@ -122,7 +122,12 @@ def _new(writer: _Writer, documents: Sequence[str], result: Study) -> None:
 
 
 def _replay(writer: _Writer, result: Study) -> None:
-    """Free questions, each answered again on its own, and a free fact for every four of them."""
+    """Free questions, each answered again on its own; for every four of them a free fact, and
+    one pair as it was written.
+
+    What was known is asked in questions, so answers are what is rehearsed most. Of the pairs, a
+    few keep the skill of asking itself, which the next night needs.
+    """
     chat, count = writer.chat, writer.config.replay
     asked, stated = chat.prompt(FREE_QA), chat.prompt(FREE_FACT)
     questions = []
@@ -131,9 +136,10 @@ def _replay(writer: _Writer, result: Study) -> None:
         pair = writer.parsed(completion)
         if pair:
             questions.append(pair[0])
-            result.trajectories.append(
-                _trajectory("replay", "pair", index, asked, completion, None)
-            )
+            if index % 4 == 0:
+                result.trajectories.append(
+                    _trajectory("replay", "pair", index, asked, completion, None)
+                )
     # The same question twice would teach nothing more; another one keeps more of the old.
     questions = list(dict.fromkeys(questions))
     prompts = [chat.prompt(question) for question in questions]
