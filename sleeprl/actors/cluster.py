@@ -19,6 +19,7 @@ def cluster(resources: ResourcesConfig, *, state_api: bool = False) -> Iterator[
     """
     if resources.address is None:
         ray.init(
+            address="local",  # also where RAY_ADDRESS names a cluster: joining one is asked for
             num_cpus=resources.cpus or available_cpus(),
             include_dashboard=state_api,
             log_to_driver=False,
