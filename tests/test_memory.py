@@ -28,7 +28,7 @@ from sleeprl.memory.checkpoint import (
     write_grown,
 )
 from sleeprl.memory.experts import (
-    GrownMLP,
+    Grown,
     UnsupportedModel,
     grow,
     load_training_form,
@@ -243,7 +243,7 @@ def test_smaller_self_is_switched_back_even_after_an_error(wide: Path) -> None:
     model = load_training_form(wide, slots_of(wide), torch.float32)
     grow(model, WIDTH, seed=3)
     put(model, random_expert())
-    grown = [m for m in model.modules() if isinstance(m, GrownMLP)]
+    grown = [m for m in model.modules() if isinstance(m, Grown)]
     assert len(grown) == 2
     larger = logits(model)
     grown[0].enabled = False

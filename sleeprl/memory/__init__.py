@@ -1,1 +1,1 @@
-"""What grows: experts, the slots they live in, and the plain checkpoint they become."""
+"""What grows: experts, the slots they live in, their levels and clock, and the plain checkpoint."""

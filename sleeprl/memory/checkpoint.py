@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,15 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sleeprl.files import atomic_directory
-from sleeprl.memory.experts import PROJECTIONS, mlps
+from sleeprl.memory.experts import COLUMN_DIM, PROJECTIONS, mlps, require_projections
 from sleeprl.memory.slots import Slots
 
 WEIGHTS = "model.safetensors"
 EXPERT = "expert.safetensors"
 
 
-def widen(source: Path, target: Path, count: int, width: int, dtype: str) -> Slots:
+def widen(
+    source: Path, target: Path, count: int, width: int, dtype: str, pools: Sequence[int] = ()
+) -> Slots:
     """Write ``source`` again with ``count`` zero slots in every MLP; a Hugging Face checkpoint.
+
+    pools: how the slots are shared out among levels, fastest first; one level by default.
 
     A checkpoint that already has slots is copied with the slots it has. The new
     model computes what the old one did: added units have zero output weights.
@@ -41,13 +45,13 @@ def widen(source: Path, target: Path, count: int, width: int, dtype: str) -> Slo
             for part in PROJECTIONS:
                 layer = getattr(mlp, part)
                 layer.weight = torch.nn.Parameter(
-                    pad_columns(layer.weight.data, count * width, 1 if part == "down_proj" else 0)
+                    pad_columns(layer.weight.data, count * width, COLUMN_DIM[part])
                 )
         model.config.intermediate_size = base_width + count * width
         model.save_pretrained(directory, max_shard_size="1TB")
         tokenizer = AutoTokenizer.from_pretrained(source)
         tokenizer.save_pretrained(directory)
-        slots = Slots(base_width=base_width, width=width, count=count)
+        slots = Slots(base_width=base_width, width=width, count=count, pools=tuple(pools))
         slots.save(directory)
     return slots
 
@@ -57,7 +61,7 @@ def scatter_columns(name: str, tensor: Tensor, slots: Slots) -> Tensor:
     parts = name.split(".")
     if "mlp" not in parts or parts[-2] not in PROJECTIONS:
         return tensor
-    dim = 1 if parts[-2] == "down_proj" else 0
+    dim = COLUMN_DIM[parts[-2]]
     shape = list(tensor.shape)
     shape[dim] = slots.total_width
     return tensor.new_zeros(shape).index_copy_(dim, torch.tensor(slots.occupied_columns()), tensor)
@@ -70,49 +74,66 @@ def pad_columns(weight: Tensor, extra: int, dim: int) -> Tensor:
 
 
 def expert_tensors(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The expert parameters of a training form, under their layer's MLP name.
+    """The newborn expert's parameters of a training form, under checkpoint names.
 
     ``model.layers.0.mlp.expert.gate_proj.weight`` becomes
-    ``model.layers.0.mlp.gate_proj.weight``: the name of the tensor it ends up in.
+    ``model.layers.0.mlp.gate_proj.weight``: the name of the tensor it ends up in. The
+    newborn is the outermost expert; what is below a ``base`` is frozen.
     """
-    marker = ".mlp.expert."
     return {
-        name[name.index("model.layers") :].replace(marker, ".mlp."): tensor
+        name[name.index("model.layers") :].replace(".expert.", "."): tensor
         for name, tensor in named.items()
-        if marker in name
+        if ".expert." in name and ".base." not in name
     }
 
 
 def training_name(name: str) -> str:
     """The inverse of the renaming in ``expert_tensors``."""
+    if ".lora_" in name:  # beside a projection, not beside the whole MLP
+        return name.replace(".lora_", ".expert.lora_")
     return name.replace(".mlp.", ".mlp.expert.")
 
 
 def fold(
-    checkpoint: Path, slots: Slots, slot: int, expert: Mapping[str, Tensor]
+    checkpoint: Path,
+    slots: Slots,
+    slot: int,
+    expert: Mapping[str, Tensor],
+    *,
+    reset: Collection[int] = (),
+    wake: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The MLP tensors of ``checkpoint`` with ``expert`` written into ``slot``.
+
+    Before that, and in this order: ``wake`` (accumulated gradients by checkpoint name)
+    is subtracted, and the slots in ``reset`` are emptied.
 
     Yields whole fused groups (gate, up and down of a layer): an engine that packs
     gate and up together computes nonsense when it is sent only one of them.
     """
-    columns = slots.columns(slot)
+    require_projections(wake or {}, expert)
     with safe_open(checkpoint / WEIGHTS, framework="pt") as base:
-        for name in sorted(expert, key=_layer_order):
+        for name in sorted(expert, key=layer_order):
             tensor = base.get_tensor(name)
-            piece = expert[name].to(tensor.dtype)
-            if name.endswith("down_proj.weight"):
-                tensor[:, columns] = piece
-            else:
-                tensor[columns, :] = piece
+            if wake and name in wake:
+                tensor = (tensor.float() - wake[name]).to(tensor.dtype)
+            dim = COLUMN_DIM[name.split(".")[-2]]
+            for emptied in reset:
+                columns_of(tensor, dim, slots, emptied).zero_()
+            columns_of(tensor, dim, slots, slot).copy_(expert[name])
             yield name, tensor
+
+
+def columns_of(tensor: Tensor, dim: int, slots: Slots, slot: int) -> Tensor:
+    """A slot's part of a tensor; a view to write into."""
+    return tensor.narrow(dim, slots.columns(slot).start, slots.width)
 
 
 def mlp_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """The MLP tensors as they are on disk: what takes an expert back out of an engine."""
     with safe_open(checkpoint / WEIGHTS, framework="pt") as base:
         names = [n for n in base.keys() if ".mlp." in n and n.split(".")[-2] in PROJECTIONS]  # noqa: SIM118
-        for name in sorted(names, key=_layer_order):
+        for name in sorted(names, key=layer_order):
             yield name, base.get_tensor(name)
 
 
@@ -121,22 +142,62 @@ def all_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_grown(
-    checkpoint: Path, target: Path, slots: Slots, slot: int, expert: Mapping[str, Tensor]
+    checkpoint: Path,
+    target: Path,
+    slots: Slots,
+    slot: int,
+    expert: Mapping[str, Tensor],
+    *,
+    reset: Collection[int] = (),
+    wake: Mapping[str, Tensor] | None = None,
 ) -> Slots:
-    """Write the grown model into the directory ``target``: plain checkpoint plus slot layout."""
+    """Write the grown model into the directory ``target``: plain checkpoint plus slot layout.
+
+    The *update* stage (method.md 2.3): what is accumulated in wake is applied, the
+    sender's slots are reset, the expert is written; see ``fold``.
+    """
+    grown = slots.freed(reset).filled(slot)
     shutil.copytree(checkpoint, target, dirs_exist_ok=True)
     tensors = load_file(checkpoint / WEIGHTS)
-    tensors.update(fold(checkpoint, slots, slot, expert))
+    tensors.update(fold(checkpoint, slots, slot, expert, reset=reset, wake=wake))
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-    grown = slots.filled(slot)
     grown.save(target)
     return grown
+
+
+def write_merged(checkpoint: Path, target: Path, slots: Slots, slot: int) -> Slots:
+    """Write the model into ``target`` with ``slot``'s columns as base columns, and the slot free.
+
+    Exact: hidden units only change places. The MLPs get wider by one slot, so an
+    engine has to be started anew.
+    """
+    merged = slots.merged(slot)
+    moved = [*range(slots.base_width), *_range(slots, slot)]
+    for number in range(slots.count):
+        moved += [-1] * slots.width if number == slot else _range(slots, number)
+    order = torch.tensor(moved)
+    shutil.copytree(checkpoint, target, dirs_exist_ok=True)
+    tensors = load_file(checkpoint / WEIGHTS)
+    for name, tensor in mlp_tensors(checkpoint):
+        dim = COLUMN_DIM[name.split(".")[-2]]
+        tensors[name] = tensor.index_select(dim, order.clamp(min=0))
+        columns_of(tensors[name], dim, merged, slot).zero_()
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["intermediate_size"] = merged.total_width
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    merged.save(target)
+    return merged
+
+
+def _range(slots: Slots, slot: int) -> range:
+    return range(slots.total_width)[slots.columns(slot)]
 
 
 def intermediate_size(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "config.json").read_text())["intermediate_size"])
 
 
-def _layer_order(name: str) -> tuple[int, str]:
+def layer_order(name: str) -> tuple[int, str]:
     digits = [int(part) for part in name.split(".") if part.isdigit()]
     return (digits[0] if digits else -1, name)

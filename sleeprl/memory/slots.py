@@ -4,61 +4,100 @@ A gated MLP with an expert of width w beside it *is* a gated MLP whose
 intermediate size is larger by w. So a checkpoint that can grow is an ordinary
 one whose MLPs were widened once by ``count * width`` zero columns; a slot is a
 range of those columns, and growing is filling the next free one.
+
+Low-rank experts are laid out the same way: all of a checkpoint's slots are one
+LoRA of rank ``count * width`` beside the base, and a slot is a range of its ranks.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 FILE = "slots.json"
+GATED_MLP, LOW_RANK = "gated_mlp", "low_rank"
 
 
 class PoolFull(RuntimeError):
-    """Every slot holds something; the model must be widened before it can grow again."""
+    """Every slot of a level holds something; it must be emptied before it can take more."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Layout of one checkpoint's pool.
+    """Layout of one checkpoint's pools.
 
-    base_width: intermediate size before any slot existed.
-    width: hidden units per layer and slot.
-    count: slots allocated.
+    base_width: columns before any slot: the intermediate size, or 0 for low-rank experts.
+    width: hidden units, or rank, per layer and slot.
+    count: slots allocated, of all levels.
     used: slots that hold an expert, in the order in which they were filled.
+    pools: slots of each level, fastest first; each level's slots, and so its columns,
+        are contiguous. By default one level has them all.
+    growth: what a slot holds, the name of a ``growth.Growth``.
     """
 
     base_width: int
     width: int
     count: int
     used: tuple[int, ...] = ()
+    pools: tuple[int, ...] = ()
+    growth: str = GATED_MLP
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pools", self.pools or (self.count,))
         if any(not 0 <= slot < self.count for slot in self.used) or len(set(self.used)) < len(
             self.used
         ):
             raise ValueError(
                 f"slots used={list(self.used)} must be distinct and below count={self.count}"
             )
+        if sum(self.pools) != self.count or any(size < 0 for size in self.pools):
+            raise ValueError(f"pools={list(self.pools)} must add up to count={self.count}")
 
     @property
     def total_width(self) -> int:
         return self.base_width + self.count * self.width
 
-    def columns(self, slot: int) -> slice:
-        """The intermediate units of one slot."""
-        start = self.base_width + slot * self.width
-        return slice(start, start + self.width)
+    # --- levels -------------------------------------------------------------------
 
-    def next_free(self) -> int:
-        for slot in range(self.count):
+    @property
+    def levels(self) -> int:
+        return len(self.pools)
+
+    def of_level(self, level: int) -> range:
+        """The slots of a level; 1 is the fastest."""
+        if not 1 <= level <= self.levels:
+            raise ValueError(f"level={level} does not exist; the levels are 1 to {self.levels}")
+        start = sum(self.pools[: level - 1])
+        return range(start, start + self.pools[level - 1])
+
+    def used_in(self, level: int) -> tuple[int, ...]:
+        """The slots of a level that hold something, the oldest first."""
+        own = self.of_level(level)
+        return tuple(slot for slot in self.used if slot in own)
+
+    def next_free(self, level: int = 1) -> int:
+        for slot in self.of_level(level):
             if slot not in self.used:
                 return slot
         raise PoolFull(
-            f"all {self.count} slots are in use; start from a model with more "
-            "(model.slots) or roll back to an earlier generation"
+            f"all {self.pools[level - 1]} slots of level {level} are in use; start from a model "
+            "with more (model.slots) or roll back to an earlier generation"
+        )
+
+    # --- columns ------------------------------------------------------------------
+
+    def columns(self, slot: int) -> slice:
+        """The intermediate units (or ranks) of one slot."""
+        start = self.base_width + slot * self.width
+        return slice(start, start + self.width)
+
+    def level_columns(self, level: int) -> slice:
+        """The intermediate units (or ranks) of all slots of a level."""
+        own = self.of_level(level)
+        return slice(
+            self.base_width + own.start * self.width, self.base_width + own.stop * self.width
         )
 
     def occupied_columns(self, slots: Iterable[int] | None = None) -> list[int]:
@@ -70,17 +109,44 @@ class Slots:
             units.extend(range(columns.start, columns.stop))
         return units
 
+    # --- changes ------------------------------------------------------------------
+
     def filled(self, slot: int) -> Slots:
         return replace(self, used=(*self.used, slot))
+
+    def freed(self, slots: Collection[int]) -> Slots:
+        """The layout after ``slots`` were reset."""
+        self.require_used(slots)
+        return replace(self, used=tuple(slot for slot in self.used if slot not in slots))
+
+    def merged(self, slot: int) -> Slots:
+        """The layout after ``slot`` became part of the base: the slot is free again.
+
+        Hidden units of a gated MLP become base columns, so the pool moves up by a
+        slot's width; a low-rank expert is added into weights that stay as wide.
+        """
+        grown = self.width if self.growth == GATED_MLP else 0
+        return replace(self.freed([slot]), base_width=self.base_width + grown)
+
+    def require_used(self, slots: Collection[int]) -> None:
+        """Raises ValueError unless every one of ``slots`` holds something."""
+        if not set(slots) <= set(self.used):
+            raise ValueError(f"slots {sorted(slots)} are not all in use; used={list(self.used)}")
+
+    # --- on disk ------------------------------------------------------------------
 
     def save(self, directory: Path) -> None:
         (directory / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def load(directory: Path) -> Slots | None:
-        """The layout beside a checkpoint, or None for a plain one."""
+        """The layout beside a checkpoint, or None for a plain one.
+
+        A file from before there were levels has no ``pools``: all its slots are of level 1.
+        """
         path = directory / FILE
         if not path.is_file():
             return None
         values = json.loads(path.read_text())
-        return Slots(**{**values, "used": tuple(values["used"])})
+        values.update({key: tuple(values.get(key, ())) for key in ("used", "pools")})
+        return Slots(**values)

@@ -1,0 +1,115 @@
+"""Memory levels and the clock that says when each of them sleeps. Pure.
+
+Levels are counted from 1, the fastest; the context, which feeds level 1, is sender
+``CONTEXT`` and has no slots. At every multiple of a level's period the level hands
+what it holds to the next slower one (paper, section on sleep; method.md 1.1, 1.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+CONTEXT = 0
+UNITS = ("tokens", "optimizer_steps", "episodes", "nights")
+
+
+@dataclass(frozen=True)
+class Level:
+    """period: C^(l), in units of the clock. slots: experts that the level's pool has room for."""
+
+    period: int
+    slots: int
+
+
+class Due(NamedTuple):
+    """A boundary: when it is, and the senders that consolidate at it, fastest first."""
+
+    at: int
+    senders: tuple[int, ...]
+
+
+class Clock:
+    """Counts one unit of experience and fires at each multiple of each level's period.
+
+    levels: fastest first. unit: what is counted, one of ``UNITS``; whoever calls
+    ``advance`` counts it. context: how often the context is consolidated into level
+    1; None leaves that to the caller (one sleep per task, say).
+
+    Raises ValueError when a period does not divide the next slower one, or when a
+    pool is too small for what arrives between two sleeps of its own level.
+    """
+
+    def __init__(
+        self, levels: Sequence[Level], unit: str = "nights", context: int | None = None
+    ) -> None:
+        if unit not in UNITS:
+            raise ValueError(f"unit={unit!r} is unknown; choose one of {', '.join(UNITS)}")
+        if not levels:
+            raise ValueError("levels is empty; give at least one level")
+        self.levels = tuple(levels)
+        self.unit = unit
+        self.now = 0
+        self._periods = {n: level.period for n, level in enumerate(self.levels, start=1)}
+        if context is not None:
+            self._periods = {CONTEXT: context, **self._periods}
+        self._check()
+
+    def _check(self) -> None:
+        for sender, period in self._periods.items():
+            if period < 1:
+                raise ValueError(f"{_name(sender)} has period={period}; it must be at least 1")
+        for number, level in enumerate(self.levels, start=1):
+            least = 1
+            if number - 1 in self._periods:
+                faster = self._periods[number - 1]
+                if level.period % faster:
+                    raise ValueError(
+                        f"the period {level.period} of {_name(number)} is no multiple of the period "
+                        f"{faster} of {_name(number - 1)}; periods must divide each other"
+                    )
+                least = level.period // faster
+            if level.slots < least:
+                raise ValueError(
+                    f"{_name(number)} has slots={level.slots}, but up to {least} experts arrive in "
+                    f"its period of {level.period} {self.unit}; give it at least {least} slots"
+                )
+
+    @property
+    def pools(self) -> tuple[int, ...]:
+        """Slots of each level, fastest first: what a checkpoint is widened by."""
+        return tuple(level.slots for level in self.levels)
+
+    def advance(self, amount: int) -> list[Due]:
+        """Let ``amount`` units pass; every boundary that is reached or crossed, in order.
+
+        The slowest level's boundary is among them, though it has no receiver: see
+        ``transfer.plan``.
+        """
+        if amount < 0:
+            raise ValueError(f"amount={amount}; time does not run backwards")
+        fastest = next(iter(self._periods.values()))
+        before, self.now = self.now, self.now + amount
+        first = (before // fastest + 1) * fastest
+        return [
+            Due(at, tuple(sender for sender, period in self._periods.items() if at % period == 0))
+            for at in range(first, self.now + 1, fastest)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: the unit and how much of it has passed."""
+        return {"unit": self.unit, "now": self.now}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict``. Raises ValueError when it counted something else."""
+        if state["unit"] != self.unit:
+            raise ValueError(
+                f"the saved clock counts unit={state['unit']!r}, this one {self.unit!r}; "
+                "set the unit back or start a new clock"
+            )
+        self.now = int(state["now"])
+
+
+def _name(sender: int) -> str:
+    return "the context" if sender == CONTEXT else f"level {sender}"

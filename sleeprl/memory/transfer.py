@@ -1,0 +1,112 @@
+"""Which slots teach, which learn and which are emptied when a level sleeps. Pure.
+
+Mode A brings the context into a slot of level 1: the teacher has the context in its
+prompt. Mode B brings all slots of a level into one new slot of the next slower
+level: the teacher has them on, the student has them reset (method.md 2.3, 2.6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sleeprl.memory.levels import CONTEXT
+from sleeprl.memory.slots import PoolFull, Slots
+
+
+class WhenFull(StrEnum):
+    """What makes room when the slowest level is full; the paper leaves it open (method.md 6.9)."""
+
+    DISTIL = "distil"
+    """All its slots into one, by another consolidation."""
+    MERGE = "merge"
+    """The oldest slot becomes part of the base."""
+    STOP = "stop"
+    """Nothing: PoolFull is raised."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One consolidation, sender to receiver.
+
+    sender: a level, or ``CONTEXT``. receiver: the level that gets the new slot.
+    teacher_on: slots that hold what the smaller self knows.
+    student_on: slots of the larger self; ``slot`` among them, with its new content.
+    slot: the one to be trained; nothing else changes while it is.
+    reset: slots emptied afterwards. A level that is distilled into itself has
+        ``slot`` among them: it is emptied first, then takes the new expert.
+    """
+
+    sender: int
+    receiver: int
+    teacher_on: tuple[int, ...]
+    student_on: tuple[int, ...]
+    slot: int
+    reset: tuple[int, ...]
+
+    @property
+    def teacher_has_context(self) -> bool:
+        """Mode A. In Mode B both selves get the same prompt."""
+        return self.sender == CONTEXT
+
+    def after(self, slots: Slots) -> Slots:
+        return slots.freed(self.reset).filled(self.slot)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A slot becomes part of the base. Exact, so nothing is trained."""
+
+    slot: int
+
+    def after(self, slots: Slots) -> Slots:
+        return slots.merged(self.slot)
+
+
+Step = Transfer | Merge
+
+
+def plan(
+    slots: Slots, sender: int, when_full: WhenFull | str = WhenFull.DISTIL
+) -> tuple[Step, ...]:
+    """What has to be done when ``sender`` is due, in order; each step is one generation.
+
+    Empty when there is nothing to hand on: an empty sender, or the slowest level
+    while it still has room. Raises PoolFull when the receiver is full and may not,
+    or cannot, be emptied.
+    """
+    slowest = slots.levels
+    full = len(slots.used_in(slowest)) == slots.pools[-1]
+    room = _room(slots, WhenFull(when_full)) if full else ()
+    if sender == slowest:
+        return room
+    if sender != CONTEXT and not slots.used_in(sender):
+        return ()
+    receiver = sender + 1
+    if receiver != slowest or not full:
+        return (_transfer(slots, sender, receiver, slots.next_free(receiver)),)
+    if not room:
+        raise PoolFull(
+            f"all {slots.pools[-1]} slots of level {slowest}, the slowest, are in use and "
+            f"when_full={str(when_full)!r} makes no room; choose 'distil' (which needs two slots or "
+            "more) or 'merge', or start from a model with more slots (model.slots)"
+        )
+    (step,) = room
+    slots = step.after(slots)
+    return (step, _transfer(slots, sender, receiver, slots.next_free(receiver)))
+
+
+def _room(slots: Slots, when_full: WhenFull) -> tuple[Step, ...]:
+    """How the full slowest level gets a free slot; empty if it does not."""
+    used = slots.used_in(slots.levels)
+    if when_full == WhenFull.MERGE and used:
+        return (Merge(used[0]),)
+    if when_full == WhenFull.DISTIL and len(used) > 1:
+        return (_transfer(slots, slots.levels, slots.levels, min(used)),)
+    return ()
+
+
+def _transfer(slots: Slots, sender: int, receiver: int, slot: int) -> Transfer:
+    reset = () if sender == CONTEXT else slots.used_in(sender)
+    kept = tuple(number for number in slots.used if number not in reset)
+    return Transfer(sender, receiver, slots.used, (*kept, slot), slot, reset)
