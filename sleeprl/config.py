@@ -77,7 +77,7 @@ class SelfStudyConfig:
 
 @dataclass
 class ConsolidationConfig:
-    steps: int = 150
+    steps: int = 200
     batch_size: int = 16
     """Teacher texts of the new experience per step, over all workers."""
     replay_ratio: float = 4.0
