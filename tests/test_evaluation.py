@@ -34,10 +34,17 @@ from sleeprl.evaluation.probes import Day, Probe, grade, is_correct, read_questi
         ("born in 1987", "1987", True),
         ("born in 19870", "1987", False),
         ("Zoë O'Neil", "zoë o'neil", True),
+        ("not Oslo", "Oslo", False),
+        ("Love Me Not", "love me not", True),  # a denial only where the gold has none
     ],
 )
 def test_is_correct(answer: str, gold: str, correct: bool) -> None:
     assert is_correct(answer, gold) is correct
+
+
+def test_a_rival_beside_the_answer_is_a_guess() -> None:
+    assert is_correct("Oslo, in Norway", "Oslo", rivals={"bergen"})
+    assert not is_correct("Oslo or Bergen", "Oslo", rivals={"bergen"})
 
 
 def test_grade_goes_by_position_and_refuses_other_lengths() -> None:

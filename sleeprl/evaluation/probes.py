@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -43,13 +43,15 @@ class Day:
         return Day(values["documents"], [Probe(**p) for p in values["probes"]], values["texts"])
 
 
-def is_correct(answer: str, gold: str) -> bool:
+def is_correct(answer: str, gold: str, rivals: Collection[str] = ()) -> bool:
     """Whether the gold words stand in the answer as they are, and it says little else.
 
-    At most four more words: an answer that lists everything is not one.
+    At most four more words, no denial, and none of ``rivals`` (single words that would be
+    another answer): what lists everything is a guess, not an answer.
     """
     words, wanted = normalise(answer).split(), normalise(gold).split()
-    if not wanted or len(words) > len(wanted) + 4:
+    others = set(words) - set(wanted)
+    if not wanted or len(words) > len(wanted) + 4 or others & {"not", *rivals}:
         return False
     spans = range(len(words) - len(wanted) + 1)
     return any(words[i : i + len(wanted)] == wanted for i in spans)

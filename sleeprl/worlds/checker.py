@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
+from sleeprl.evaluation import probes
+from sleeprl.losses.imitation import normalise
 from sleeprl.worlds.people import Facts, Person, entities, old_people
 from sleeprl.worlds.phrasings import PHRASINGS
 from sleeprl.worlds.vocabulary import DOMAINS, ENTITY
@@ -31,25 +33,12 @@ class Claim:
 
 
 # --- answers ---------------------------------------------------------------------
-def normalise(text: str) -> str:
-    """Lower case, without punctuation, leading article and surplus space."""
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-    return " ".join(words[1:] if words[:1] in (["a"], ["an"], ["the"]) else words)
-
-
 def is_correct(answer: str, gold: str) -> bool:
-    """Whether the answer is the gold value, or one short sentence that names it and no rival.
+    """Whether the answer gives the gold value and no rival of it.
 
-    A rival is another value that an attribute taking the gold value could have; an answer that
-    lists several is a guess, not knowledge, and one that denies the value is wrong.
+    A rival is another value that an attribute taking the gold value could have.
     """
-    said, meant = normalise(answer), normalise(gold)
-    if said == meant:
-        return True
-    words = said.split()
-    if len(words) > 12 or "not" in words or meant not in words:
-        return False
-    return not (_rivals(meant) & set(words))
+    return probes.is_correct(answer, gold, _rivals(normalise(gold)))
 
 
 @cache
