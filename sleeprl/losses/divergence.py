@@ -1,16 +1,37 @@
 """Generalised distillation: a divergence between teacher and student next-token distributions.
 
-Shapes: N positions, V vocabulary, K teacher tokens. Everything is in natural
-logarithms (nats).
+Shapes: N positions, V vocabulary, K tokens kept. Everything is in natural
+logarithms (nats). The choices are three: which divergence (``beta``), on which
+support (``support``, ``k``), and whether single entries are clipped (``clip``).
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 FLOOR = -80.0
 """In place of log 0, where k covers the vocabulary."""
+
+SUPPORTS = ("teacher", "student", "full")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What ``top_k_with_tail`` keeps of a teacher: ids [N, K], log-probabilities [N, K+1]."""
+
+    ids_NK: Tensor
+    logprobs_NK1: Tensor
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """At least float32: a softmax over a vocabulary in half precision loses its tail."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def top_k_with_tail(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -20,40 +41,118 @@ def top_k_with_tail(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     numbers are a distribution; a truncated top-k without the tail is not one, and
     its "KL" can go negative.
     """
-    logits_NV = logits_NV.float()
     ids_NK = logits_NV.topk(min(k, logits_NV.shape[-1]), dim=-1).indices
     return ids_NK, on_support(logits_NV, ids_NK)
 
 
 def on_support(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """The student's log-probabilities on the teacher's k tokens plus the tail bin, [N, K+1]."""
-    logits_NV = logits_NV.float()
+    """Log-probabilities of the k tokens ``ids_NK`` plus the tail bin, [N, K+1]."""
+    logits_NV = full_precision(logits_NV)
     # The tail from the logits themselves: 1 - sum(exp) of a sure model is rounding noise,
     # and flooring it takes away the gradient just where the student is most wrong.
     rest_NV = logits_NV.scatter(-1, ids_NK, float("-inf"))
-    kept_N1 = torch.cat([logits_NV.gather(-1, ids_NK), rest_NV.logsumexp(-1, keepdim=True)], -1)
-    return (kept_N1 - logits_NV.logsumexp(-1, keepdim=True)).clamp_min(FLOOR)
+    kept_NK1 = torch.cat([logits_NV.gather(-1, ids_NK), rest_NV.logsumexp(-1, keepdim=True)], -1)
+    return kept_NK1.log_softmax(-1).clamp_min(FLOOR)
 
 
-def generalised_jsd(teacher_NK: Tensor, student_NK: Tensor, beta: float) -> Tensor:
-    """Token-level JSD(beta) of GKD (2306.13649), [N], in nats and never negative.
+def divergence(
+    teacher: Tensor | TopK,
+    student_NV: Tensor,
+    *,
+    beta: float,
+    support: str = "teacher",
+    k: int = 32,
+    clip: float | None = None,
+) -> Tensor:
+    """F(teacher || student) of method 2.4 step 1, per position [N].
+
+    teacher: logits [N, V] or, for the support ``teacher``, its ``TopK``.
+    student_NV: logits. beta, clip: see ``generalised_jsd``.
+    support: ``teacher`` or ``student``, whose k likeliest tokens plus one tail bin
+        are compared (the student's are chosen without gradient), or ``full``.
+    """
+    if support not in SUPPORTS:
+        raise ValueError(f"support={support!r} must be one of {', '.join(SUPPORTS)}")
+    if isinstance(teacher, TopK):
+        if support != "teacher":
+            raise ValueError(
+                f"support={support!r} needs the teacher's logits, but only its top k were given; "
+                "pass the logits or set support='teacher'"
+            )
+        ids_NK, teacher_NK1 = teacher.ids_NK, teacher.logprobs_NK1
+    elif support == "full":
+        teacher_NV, student_NV = full_precision(teacher), full_precision(student_NV)
+        return generalised_jsd(teacher_NV.log_softmax(-1), student_NV.log_softmax(-1), beta, clip)
+    else:
+        chooser_NV = teacher if support == "teacher" else student_NV.detach()
+        ids_NK = chooser_NV.topk(min(k, chooser_NV.shape[-1]), dim=-1).indices
+        teacher_NK1 = on_support(teacher, ids_NK)
+    return generalised_jsd(teacher_NK1, on_support(student_NV, ids_NK), beta, clip)
+
+
+def generalised_jsd(
+    teacher_NK: Tensor, student_NK: Tensor, beta: float, clip: float | None = None
+) -> Tensor:
+    """Token-level JSD(beta) of GKD (2306.13649, eq. 1), [N], in nats.
 
     With M = beta*T + (1-beta)*S: beta*KL(T||M) + (1-beta)*KL(S||M). The ends are
     the limits JSD/beta and JSD/(1-beta), so beta=0 is the forward KL(T||S) and
     beta=1 the reverse KL(S||T). Inputs are log-probabilities of one support that
-    sums to one.
+    sums to one; only the student gets a gradient.
+
+    clip: the most that one entry of the support may contribute (OPSD's pointwise
+        clip, 2601.18734: 0.05 with the forward KL), so that a few tokens of style do
+        not rule the loss. Entries are not bounded below, so the clipped sum may be
+        negative; without ``clip`` the result never is.
     """
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta={beta} must lie in [0, 1]")
-    if beta == 0.0:
-        return _kl(teacher_NK, student_NK)
-    if beta == 1.0:
-        return _kl(student_NK, teacher_NK)
-    weights = torch.tensor([beta, 1.0 - beta], device=teacher_NK.device).log()
-    mixture_NK = torch.logaddexp(teacher_NK + weights[0], student_NK + weights[1])
-    return beta * _kl(teacher_NK, mixture_NK) + (1.0 - beta) * _kl(student_NK, mixture_NK)
+    if clip is not None and clip <= 0.0:
+        raise ValueError(f"clip={clip} must be greater than 0; None turns it off")
+    return _Divergence.apply(teacher_NK, student_NK, beta, clip)
 
 
-def _kl(p_NK: Tensor, q_NK: Tensor) -> Tensor:
-    # log 0 is floored in on_support, so 0 * (finite) is 0 here.
-    return (p_NK.exp() * (p_NK - q_NK)).sum(-1).clamp_min(0.0)
+class _Divergence(torch.autograd.Function):
+    """Sum of the entries f(t, s), with one saved tensor: the slope df/ds of each entry.
+
+    beta=0: f = e^t (t-s),  df/ds = -e^t.    beta=1: f = e^s (s-t),  df/ds = e^s (s-t+1).
+    Else, with m = log(beta e^t + (1-beta) e^s): f = beta e^t (t-m) + (1-beta) e^s (s-m) and
+    df/ds = (1-beta) e^s (s-m), for what moves with m cancels. Plain autograd gives the
+    same and keeps ten tensors of this size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, teacher_NK: Tensor, student_NK: Tensor, beta: float, clip: float | None
+    ) -> Tensor:
+        # log 0 is floored in on_support, so 0 * (finite) is 0 here.
+        if beta == 0.0:
+            teacher_probs_NK = teacher_NK.exp()
+            entries_NK = (teacher_NK - student_NK).mul_(teacher_probs_NK)
+            slope_NK = teacher_probs_NK.neg_()
+        elif beta == 1.0:
+            student_probs_NK = student_NK.exp()
+            gap_NK = student_NK - teacher_NK
+            entries_NK = gap_NK * student_probs_NK
+            slope_NK = gap_NK.add_(1.0).mul_(student_probs_NK)
+        else:
+            mixture_NK = torch.logaddexp(
+                teacher_NK + math.log(beta), student_NK + math.log1p(-beta)
+            )
+            slope_NK = (student_NK - mixture_NK).mul_(student_NK.exp()).mul_(1.0 - beta)
+            entries_NK = (teacher_NK - mixture_NK).mul_(teacher_NK.exp()).mul_(beta)
+            entries_NK.add_(slope_NK)
+        if clip is None:
+            total_N = entries_NK.sum(-1).clamp_min(0.0)  # rounding may go below
+        else:
+            slope_NK.masked_fill_(entries_NK > clip, 0.0)
+            total_N = entries_NK.clamp_(max=clip).sum(-1)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(slope_NK)
+        return total_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_N: Tensor) -> tuple[None, Tensor, None, None]:
+        (slope_NK,) = ctx.saved_tensors
+        return None, slope_NK * upstream_N[..., None], None, None

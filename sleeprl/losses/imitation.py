@@ -8,17 +8,23 @@ from collections.abc import Sequence
 from rapidfuzz.distance import Levenshtein
 
 
-def lexical(student: Sequence[int], teacher: Sequence[int], threshold: float) -> float:
-    """r_abs = 1 - z / max length when z is within the threshold, else 0; in [0, 1].
+def lexical(
+    student: Sequence[int], teacher: Sequence[int], threshold: float, z0_mode: str = "ratio"
+) -> float:
+    """r_abs = 1 - z / max length when z is within the threshold, else 0 (eq. 4); in [0, 1].
 
-    z is the Levenshtein distance on token ids; ``threshold`` is a share of the
-    longer text, because a raw distance would punish long texts.
+    z is the Levenshtein distance on token ids. z0_mode: ``ratio`` takes ``threshold``
+    as a share of the longer text, because a raw distance punishes long texts; ``abs``
+    is the paper's formula, a number of edits.
     """
+    if z0_mode not in ("ratio", "abs"):
+        raise ValueError(f"z0_mode={z0_mode!r} must be 'ratio' or 'abs'")
     longest = max(len(student), len(teacher))
     if longest == 0:
         return 1.0
     distance = Levenshtein.distance(student, teacher)
-    return 1.0 - distance / longest if distance <= threshold * longest else 0.0
+    most = threshold * longest if z0_mode == "ratio" else threshold
+    return 1.0 - distance / longest if distance <= most else 0.0
 
 
 def normalise(text: str) -> str:
@@ -39,8 +45,14 @@ def imitation_reward(
     *,
     gamma: float,
     threshold: float,
+    z0_mode: str = "ratio",
+    judgement: float | None = None,
 ) -> float:
-    """r = gamma * r_sem + (1 - gamma) * r_abs (eq. 3 and 4), in [0, 1]."""
-    return gamma * semantic(student_text, teacher_text) + (1.0 - gamma) * lexical(
-        student_ids, teacher_ids, threshold
-    )
+    """r = gamma * r_sem + (1 - gamma) * r_abs (eq. 3), in [0, 1].
+
+    judgement: r_sem where another judge gave it (``losses.judges``), 0 or 1; by default
+    the exact judge compares the two texts.
+    """
+    if judgement is None:
+        judgement = semantic(student_text, teacher_text)
+    return gamma * judgement + (1.0 - gamma) * lexical(student_ids, teacher_ids, threshold, z0_mode)

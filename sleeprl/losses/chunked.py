@@ -1,0 +1,137 @@
+"""What the losses need of each token, from hidden states, without the batch's logits.
+
+Logits of a batch are its largest tensor: 8,192 positions with a vocabulary of 150,000
+are 4.9 GB in float32, and a divergence holds several of that size. Here the
+positions go through the head in chunks; what is kept is of hidden size.
+
+Shapes: N positions, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sleeprl.losses.divergence import full_precision
+
+CHUNK_LOGITS = 2**22
+"""Logits in one chunk where no size is given, 16 MiB in float32; but never fewer than
+``CHUNK_POSITIONS``, since the whole head is read for each chunk."""
+CHUNK_POSITIONS = 64
+
+Values = Callable[[Tensor, slice], Sequence[Tensor]]
+
+
+def chunked_values(
+    hidden_NH: Tensor,
+    head_VH: Tensor,
+    values: Values,
+    differentiable: Sequence[bool],
+    *,
+    chunk: int | None = None,
+) -> tuple[Tensor, ...]:
+    """``values(hidden_NH @ head_VH.T, slice(0, N))``, chunk by chunk, with its gradient.
+
+    values: maps logits [n, V] and the slice of positions they belong to, to tensors
+        [n]. Position i of a result may depend on row i of the logits only. It must
+        be pure: with a trained head it is called again in the backward pass.
+    differentiable: for each of these tensors, whether a gradient will be asked for.
+    chunk: positions at a time; by default as many as ``CHUNK_LOGITS`` allows.
+
+    Since each value depends on one position only, its gradient with respect to that
+    position's hidden state is one row [H]. The forward pass computes these rows while
+    it has the chunk's logits, and the backward pass only scales them: nothing is
+    projected twice, and a frozen head is not touched in the backward pass (under
+    ZeRO-3 it is gone by then). The gradient of a head that is trained needs the
+    logits once more, and these are recomputed.
+    """
+    if chunk is None:
+        chunk = max(CHUNK_POSITIONS, CHUNK_LOGITS // head_VH.shape[0])
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1 position")
+    wanted = [flag and torch.is_grad_enabled() for flag in differentiable]
+    return _ChunkedValues.apply(hidden_NH, head_VH, values, wanted, chunk)
+
+
+class _ChunkedValues(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        values: Values,
+        wanted: Sequence[bool],
+        chunk: int,
+    ) -> tuple[Tensor, ...]:
+        rows = [
+            torch.empty_like(hidden_NH) if flag and ctx.needs_input_grad[0] else None
+            for flag in wanted
+        ]
+        outputs: list[list[Tensor]] = [[] for _ in wanted]
+        for part in _slices(len(hidden_NH), chunk):
+            logits_nV = (hidden_NH[part] @ head_VH.T).detach()
+            with torch.set_grad_enabled(any(row is not None for row in rows)):
+                found = values(logits_nV.requires_grad_(torch.is_grad_enabled()), part)
+            for position, (row, value) in enumerate(zip(rows, found, strict=True)):
+                if row is not None:
+                    more = any(later is not None for later in rows[position + 1 :])
+                    gradient_nV = _gradient(value, None, logits_nV, retain_graph=more)
+                    torch.matmul(gradient_nV.to(head_VH.dtype), head_VH, out=row[part])
+                outputs[position].append(value.detach())
+        # The rows are all that the hidden states' gradient needs; what a head's gradient
+        # needs is kept only for a head that has one.
+        trained = [hidden_NH, head_VH] if ctx.needs_input_grad[1] else []
+        kept_rows = [row for row in rows if row is not None]
+        ctx.save_for_backward(*kept_rows, *trained)
+        ctx.values, ctx.wanted, ctx.chunk, ctx.rows = values, wanted, chunk, len(kept_rows)
+        results = tuple(torch.cat(pieces) for pieces in outputs)
+        ctx.mark_non_differentiable(*(r for r, flag in zip(results, wanted) if not flag))
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, trained = ctx.saved_tensors[: ctx.rows], ctx.saved_tensors[ctx.rows :]
+        scales = [scale for scale, flag in zip(upstream, ctx.wanted, strict=True) if flag]
+        hidden_gradient = head_gradient = None
+        for scale_N, row_NH in zip(scales, rows):
+            scaled_NH = row_NH * scale_N[:, None].to(row_NH.dtype)
+            hidden_gradient = scaled_NH if hidden_gradient is None else hidden_gradient + scaled_NH
+        if trained:
+            hidden_NH, head_VH = trained
+            # Summed in float32: a half-precision sum over many chunks is biased.
+            total_VH = full_precision(torch.zeros_like(head_VH))
+            for part in _slices(len(hidden_NH), ctx.chunk):
+                logits_nV = (hidden_NH[part] @ head_VH.T).requires_grad_()
+                with torch.enable_grad():
+                    found = ctx.values(logits_nV, part)
+                kept = [value for value, flag in zip(found, ctx.wanted) if flag]
+                upstream_n = [scale_N[part] for scale_N in scales]
+                gradient_nV = _gradient(kept, upstream_n, logits_nV).to(total_VH.dtype)
+                total_VH.addmm_(gradient_nV.T, hidden_NH[part].to(total_VH.dtype))
+            head_gradient = total_VH.to(head_VH.dtype)
+        return hidden_gradient, head_gradient, None, None, None
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    """Slices of ``size`` over ``length``; one empty slice where there is nothing."""
+    for start in range(0, max(length, 1), size):
+        yield slice(start, start + size)
+
+
+def _gradient(
+    values: Tensor | Sequence[Tensor],
+    upstream: Sequence[Tensor] | None,
+    logits_nV: Tensor,
+    *,
+    retain_graph: bool = False,
+) -> Tensor:
+    """Of the values' sum, weighted by ``upstream`` (ones by default)."""
+    if upstream is None:
+        assert isinstance(values, Tensor)
+        upstream = [torch.ones_like(values)]
+    return torch.autograd.grad(values, logits_nV, upstream, retain_graph=retain_graph)[0]

@@ -1,0 +1,348 @@
+"""The estimators, the judges, the joint objective, and invariants 5 to 8 of method 6.12."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sleeprl.losses.divergence import generalised_jsd
+from sleeprl.losses.estimators import ESTIMATORS, estimator
+from sleeprl.losses.imitation import imitation_reward, lexical
+from sleeprl.losses.judges import same_by_embedding, same_by_verdict
+from sleeprl.losses.objective import on_policy_share, seeding_weights
+from sleeprl.losses.policy import Correction
+from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
+
+share = st.floats(0.0, 1.0)
+rewards_of_a_batch = st.lists(st.one_of(st.none(), st.integers(0, 4)), min_size=1, max_size=12)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- estimators -------------------------------------------------------------------
+
+REWARDS = [1.0, 0.0, 0.5, 0.2, 0.2, None, 0.8, None]
+GROUPS = ["a", "a", "a", "b", "b", "b", "c", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # a: mean 0.5; b is all equal and c has one scored row, both skipped.
+        ("grpo", [0.5, -0.5, 0.0, None, None, None, None, None]),
+        # a: 1 - (0 + 0.5)/2, 0 - (1 + 0.5)/2, 0.5 - (1 + 0)/2; c has nobody to leave in.
+        ("rloo", [0.75, -0.75, 0.0, 0.0, 0.0, None, None, None]),
+        # The mean of the six scored rows is 2.7 / 6 = 0.45.
+        ("reinforce", [0.55, -0.45, 0.05, -0.25, -0.25, None, 0.35, None]),
+    ],
+)
+def test_advantages_by_hand(name: str, expected: list[float | None]) -> None:
+    got = estimator(name).advantages(REWARDS, GROUPS)
+    assert [a is None for a in got] == [a is None for a in expected]
+    assert [a for a in got if a is not None] == pytest.approx(
+        [a for a in expected if a is not None]
+    )
+
+
+def test_an_unknown_estimator_names_the_known() -> None:
+    with pytest.raises(ValueError, match=r"estimator='ppo'.*grpo, rloo, reinforce"):
+        estimator("ppo")
+
+
+@given(rewards_of_a_batch, st.integers(1, 3), st.randoms(use_true_random=False))
+def test_estimators_agree_where_they_must(rewards: list, groups: int, rng) -> None:
+    names = [str(rng.randrange(groups)) for _ in rewards]
+    got = {key: e.advantages(rewards, names) for key, e in ESTIMATORS.items()}
+    for name in set(names):
+        rows = [i for i, n in enumerate(names) if n == name and rewards[i] is not None]
+        grpo, rloo = ([got[key][i] for i in rows] for key in ("grpo", "rloo"))
+        if len({rewards[i] for i in rows}) < 2:
+            assert all(a is None for a in grpo)
+        else:
+            assert sum(grpo) == pytest.approx(0.0, abs=1e-9)
+            # RLOO is the centred reward times n / (n - 1).
+            assert rloo == pytest.approx([a * len(rows) / (len(rows) - 1) for a in grpo])
+            # And, by its definition, the reward minus the mean of the others.
+            for i, advantage in zip(rows, rloo, strict=True):
+                others = [rewards[j] for j in rows if j != i]
+                assert advantage == pytest.approx(rewards[i] - sum(others) / len(others))
+    scored = [a for a in got["reinforce"] if a is not None]
+    assert len(scored) == sum(r is not None for r in rewards)
+    assert sum(scored) == pytest.approx(0.0, abs=1e-9)
+
+
+def two_rows(proximal: str) -> tuple[Tensor, Window, LossOptions]:
+    """Two rows of two tokens over three words; ratios to behaviour are 2, 1/2 and 1.1, 0.9."""
+    logits = normal(1, 2, 2, 3).requires_grad_()
+    tokens = torch.tensor([[0, 2], [1, 1]])
+    now = logits.detach().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    ratios = torch.tensor([[2.0, 0.5], [1.1, 0.9]], dtype=torch.float64)
+    window = Window(
+        tokens_BR=tokens,
+        mask_BR=torch.ones(2, 2, dtype=torch.float64),
+        part=["student"] * 2,
+        advantages_B=torch.tensor([1.0, -3.0], dtype=torch.float64),
+        behaviour_BR=now - ratios.log(),
+    )
+    return logits, window, LossOptions(proximal=proximal, correction=Correction("off"))
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "slopes"),
+    [
+        # -min(rho A, clip(rho, 0.8, 1.28) A) / 4 tokens: 1.28, 0.5 | 3.3, 2.7 as -1, -1, +, +.
+        ("grpo", (-1.28 - 0.5 + 3.3 + 2.7) / 4, [[0.0, -0.5], [3.3, 2.7]]),
+        # -A * d log p, at ratio 1 in value.
+        ("rloo", (-1.0 - 1.0 + 3.0 + 3.0) / 4, [[-1.0, -1.0], [3.0, 3.0]]),
+        ("reinforce", (-1.0 - 1.0 + 3.0 + 3.0) / 4, [[-1.0, -1.0], [3.0, 3.0]]),
+    ],
+)
+def test_the_loss_of_each_estimator_by_hand(
+    name: str, loss: float, slopes: list[list[float]]
+) -> None:
+    logits, window, options = two_rows(estimator(name).proximal)
+    parts = {"student": Part(pg=1.0)}
+    counts = token_counts(parts, window.part, [2, 2])
+    got, metrics = stream_loss(logits, window, parts, counts, options)
+    assert got.item() == pytest.approx(loss)
+    assert metrics["student/pg"] == pytest.approx(loss)
+    got.backward()
+    # d log p(token) / d logits = onehot - p; each token has a quarter of the mean.
+    onehot = torch.nn.functional.one_hot(window.tokens_BR, 3)
+    slope = torch.tensor(slopes, dtype=torch.float64)[..., None] / 4
+    torch.testing.assert_close(logits.grad, slope * (onehot - logits.detach().softmax(-1)))
+
+
+def test_the_ratio_to_behaviour_is_not_corrected_twice() -> None:
+    logits, window, options = two_rows("behaviour")
+    parts = {"student": Part(pg=1.0)}
+    counts = token_counts(parts, window.part, [2, 2])
+    plain, _ = stream_loss(logits, window, parts, counts, options)
+    corrected = LossOptions(proximal="behaviour", correction=Correction("token", "truncate"))
+    same, _ = stream_loss(logits, window, parts, counts, corrected)
+    assert same.item() == plain.item()
+    with pytest.raises(ValueError, match="proximal='reference'"):
+        LossOptions(proximal="reference")
+
+
+# --- invariant 5, and the judges --------------------------------------------------
+
+ids = st.lists(st.integers(0, 5), max_size=12)
+
+
+@given(ids, ids, st.integers(0, 12))
+def test_absolute_threshold_is_the_papers_formula(a: list[int], b: list[int], z0: int) -> None:
+    """Invariant 5 for z0_mode='abs' (test_lexical_reward has it for the ratio)."""
+    reward = lexical(a, b, z0, "abs")
+    assert 0.0 <= reward <= 1.0
+    assert lexical(a, a, z0, "abs") == 1.0
+    assert reward == lexical(b, a, z0, "abs")
+    unbounded = lexical(a, b, 1.0)
+    distance = round((1.0 - unbounded) * max(len(a), len(b)))
+    assert reward == (unbounded if distance <= z0 else 0.0)
+
+
+def test_thresholds_differ_on_long_texts() -> None:
+    long = list(range(100)), [*range(96), -1, -2, -3, -4]  # 4 edits of 100
+    short = [1, 2, 3, 4], [9, 9, 9, 9]  # 4 edits of 4
+    assert lexical(*long, 3, "abs") == 0.0 and lexical(*long, 0.5, "ratio") == 0.96
+    assert lexical(*long, 4, "abs") == 0.96
+    assert lexical(*short, 4, "abs") == 0.0 and lexical(*short, 0.5, "ratio") == 0.0
+    with pytest.raises(ValueError, match="z0_mode='share'"):
+        lexical([], [], 0.5, "share")
+
+
+@given(ids, ids, share, share, st.sampled_from([0.0, 1.0]))
+def test_a_judgement_takes_the_place_of_the_exact_judge(
+    a: list[int], b: list[int], gamma: float, threshold: float, judgement: float
+) -> None:
+    reward = imitation_reward(
+        a, b, "Oslo", "Bergen", gamma=gamma, threshold=threshold, judgement=judgement
+    )
+    assert reward == pytest.approx(gamma * judgement + (1 - gamma) * lexical(a, b, threshold))
+
+
+def test_embedding_judge() -> None:
+    teacher = torch.tensor([[3.0, 0.0]] * 5)
+    student = torch.tensor([[0.1, 0.0], [4.0, 3.0], [4.0, 3.1], [-1.0, 0.0], [0.0, 0.0]])
+    # Cosines 1, exactly 0.8, just below, -1, and a row that is nothing.
+    assert same_by_embedding(student, teacher).tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert same_by_embedding(student, teacher, 0.79).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"student_NE has shape \(5, 2\).*\(1, 2\)"):
+        same_by_embedding(student, teacher[:1])
+
+
+@settings(deadline=None)
+@given(st.floats(1e-3, 0.999), st.floats(1e-3, 1.0))
+def test_verdict_judge(p_yes: float, answered: float) -> None:
+    """P(yes) among the two answers, whatever else the judge might have said."""
+    yes, no = (math.log(p * answered) for p in (p_yes, 1 - p_yes))
+    got = same_by_verdict(torch.tensor([yes], dtype=torch.float64), torch.tensor([no]).double())
+    if abs(p_yes - 0.5) > 1e-6:
+        assert got.item() == float(p_yes > 0.5)
+
+
+# --- the joint objective ----------------------------------------------------------
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor, Window, list[int]]:
+    """Logits and teacher logits of teacher texts and of roll-outs, with lengths 4, 3, 2, 4."""
+    lengths = [4, 3, 2, 4]
+    logits, teacher = normal(seed, 4, 4, 6).requires_grad_(), normal(seed + 1, 4, 4, 6)
+    tokens = torch.randint(0, 6, (4, 4), generator=torch.Generator().manual_seed(seed))
+    now = logits.detach().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    window = Window(
+        tokens_BR=tokens,
+        mask_BR=(torch.arange(4) < torch.tensor(lengths)[:, None]).double(),
+        part=["texts", "rollouts", "rollouts", "texts"],
+        advantages_B=torch.tensor([0.0, 0.7, -0.3, 0.0], dtype=torch.float64),
+        behaviour_BR=now + 0.3 * normal(seed + 2, 4, 4),
+        teacher_logits_BRV=teacher,
+    )
+    return logits, teacher, window, lengths
+
+
+def joint(seed: int, beta: float, step: int = 0, **objective: float) -> tuple[float, Tensor]:
+    """-J_KS of a batch and its gradient, by the streams."""
+    logits, _, window, lengths = batch(seed)
+    weights = seeding_weights(step, **objective)  # type: ignore[arg-type]
+    parts = {"texts": weights.texts, "rollouts": weights.rollouts}
+    counts = token_counts(parts, window.part, lengths)
+    options = LossOptions(beta=beta, support="full", proximal=estimator("grpo").proximal)
+    loss, _ = stream_loss(logits, window, parts, counts, options)
+    loss.backward()
+    assert logits.grad is not None
+    return loss.item(), logits.grad
+
+
+def gkd(seed: int, beta: float, rows: list[int]) -> tuple[float, Tensor]:
+    """GKD's loss: mean over the tokens of ``rows`` of the divergence from the teacher."""
+    logits, teacher, _, lengths = batch(seed)
+    tokens = [
+        generalised_jsd(teacher[r, t].log_softmax(-1), logits[r, t].log_softmax(-1), beta)
+        for r in rows
+        for t in range(lengths[r])
+    ]
+    loss = torch.stack(tokens).mean()
+    loss.backward()
+    assert logits.grad is not None
+    return loss.item(), logits.grad
+
+
+def grpo(seed: int) -> tuple[float, Tensor]:
+    """L_RL of method 2.4, written out: clipped ratio to the behaviour, mean over tokens."""
+    logits, _, window, lengths = batch(seed)
+    tokens = []
+    for r in (1, 2):
+        for t in range(lengths[r]):
+            logprob = logits[r, t].log_softmax(-1)[window.tokens_BR[r, t]]
+            rho, advantage = (logprob - window.behaviour_BR[r, t]).exp(), window.advantages_B[r]
+            tokens.append(-torch.minimum(rho * advantage, rho.clamp(0.8, 1.28) * advantage))
+    loss = torch.stack(tokens).mean()
+    loss.backward()
+    assert logits.grad is not None
+    return loss.item(), logits.grad
+
+
+def same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> None:
+    assert found[0] == pytest.approx(expected[0], abs=1e-10)
+    torch.testing.assert_close(found[1], expected[1], atol=1e-10, rtol=1e-8)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), share)
+def test_invariant_6_the_ends_of_alpha(seed: int, beta: float) -> None:
+    """alpha=1 is GKD's on-policy loss, alpha=0 is GRPO on r alone."""
+    same(joint(seed, beta, alpha=1.0, on_policy=1.0), gkd(seed, beta, [1, 2]))
+    same(joint(seed, beta, alpha=0.0, on_policy=1.0), grpo(seed))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), share)
+def test_invariant_7_the_ends_of_lambda(seed: int, beta: float) -> None:
+    """lambda=0 is distillation on teacher texts, lambda=1 on the student's own."""
+    same(joint(seed, beta, alpha=1.0, on_policy=0.0), gkd(seed, beta, [0, 3]))
+    same(joint(seed, beta, alpha=1.0, on_policy=1.0), gkd(seed, beta, [1, 2]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), share, share, share)
+def test_the_joint_objective_is_the_mixture(
+    seed: int, beta: float, alpha: float, on_policy: float
+) -> None:
+    texts, rollouts, reward = gkd(seed, beta, [0, 3]), gkd(seed, beta, [1, 2]), grpo(seed)
+    expected = [
+        (1 - alpha) * reward[i] + alpha * (on_policy * rollouts[i] + (1 - on_policy) * texts[i])
+        for i in (0, 1)
+    ]
+    same(joint(seed, beta, alpha=alpha, on_policy=on_policy), (expected[0], expected[1]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.floats(1e-6, 1e-4))
+def test_invariant_8_the_ends_of_beta(seed: int, small: float) -> None:
+    """JSD(beta)/beta tends to the forward KL, JSD(beta)/(1-beta) near 1 to the reverse."""
+    teacher, student = (0.5 * normal(seed + i, 4, 5).clamp(-3, 3) for i in (0, 1))
+    t, s = teacher.log_softmax(-1), student.log_softmax(-1)
+    forward, reverse = (t.exp() * (t - s)).sum(-1), (s.exp() * (s - t)).sum(-1)
+    torch.testing.assert_close(generalised_jsd(t, s, 0.0), forward)
+    torch.testing.assert_close(generalised_jsd(t, s, 1.0), reverse)
+    for beta, kl in ((small, forward), (1 - small, reverse)):
+        limit = generalised_jsd(t, s, beta) / small
+        torch.testing.assert_close(limit, kl, atol=2e-3, rtol=2e-2)
+
+
+# --- schedules --------------------------------------------------------------------
+
+
+def test_on_policy_share_by_hand() -> None:
+    assert [on_policy_share(step, 0.5) for step in (0, 7, 1000)] == [0.5] * 3
+    warm = [on_policy_share(step, 0.5, 10) for step in (0, 1, 5, 10, 11)]
+    assert warm == pytest.approx([0.5, 0.55, 0.75, 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"start=1\.5"):
+        on_policy_share(0, 1.5)
+
+
+@given(share, st.integers(0, 50), st.integers(0, 100), st.integers(0, 20))
+def test_on_policy_share_rises_from_start_to_one(
+    start: float, warmup: int, step: int, more: int
+) -> None:
+    now, later = (on_policy_share(s, start, warmup) for s in (step, step + more))
+    assert start <= now <= later <= 1.0 + 1e-12
+    if warmup and step >= warmup:
+        assert now == pytest.approx(1.0)
+
+
+def test_seed_then_imitate() -> None:
+    def at(step: int) -> tuple[Part, Part]:
+        weights = seeding_weights(step, alpha=0.7, on_policy=0.5, seed_steps=3, ce=0.5)
+        return weights.texts, weights.rollouts
+
+    seeding = Part(ce=0.5, kl=0.5), Part(pg=0.0, kl=0.5)
+    assert [at(step) for step in (0, 2)] == [seeding] * 2
+    texts, rollouts = at(3)
+    assert (texts.ce, texts.kl) == pytest.approx((0.5, 0.35))
+    assert (rollouts.pg, rollouts.kl) == pytest.approx((0.3, 0.35))
+    assert at(100) == at(3)
+    with pytest.raises(ValueError, match=r"alpha=-0\.1"):
+        seeding_weights(0, alpha=-0.1, on_policy=0.5)
+
+
+@given(st.integers(0, 40), share, share, st.integers(0, 20), st.integers(0, 20))
+def test_the_weights_of_reward_and_divergence_sum_to_one(
+    step: int, alpha: float, on_policy: float, warmup: int, seed_steps: int
+) -> None:
+    weights = seeding_weights(
+        step, alpha=alpha, on_policy=on_policy, on_policy_warmup=warmup, seed_steps=seed_steps
+    )
+    assert weights.texts.pg == 0.0 and weights.rollouts.ce == 0.0
+    assert weights.texts.kl + weights.rollouts.kl + weights.rollouts.pg == pytest.approx(1.0)
+    if step < seed_steps:
+        assert weights.rollouts.pg == 0.0
