@@ -20,6 +20,10 @@ STUDY_PARAPHRASE = "Say this in other words: {sentence}"
 FREE_QA = "Write a question about something you know, then its answer."
 FREE_FACT = "Write one fact that you know."
 
+# --- the judge of an imitation (the smaller self, asked about two texts) --------------
+SAME_MEANING = "First: {first}\nSecond: {second}\nDo both mean the same? Answer yes or no."
+YES, NO = "yes", "no"
+
 QUESTION_MARK, ANSWER_MARK = "Question:", "Answer:"
 
 

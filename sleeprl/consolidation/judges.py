@@ -1,0 +1,103 @@
+"""The frozen judges of the imitation reward's semantic part, by name (method.md 2.4, 6.1).
+
+A judge is asked about pairs (student's text, teacher's text) and answers 1 where both
+mean the same, else 0. It never changes while the student learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sleeprl.actors.learner import Learner, Row
+from sleeprl.chat import Chat
+from sleeprl.losses.imitation import semantic
+from sleeprl.losses.judges import same_by_embedding, same_by_verdict
+from sleeprl.prompts import NO, SAME_MEANING, YES
+from sleeprl.registry import create
+
+BUILTIN = {
+    "exact": "sleeprl.consolidation.judges.Exact",
+    "embedding": "sleeprl.consolidation.judges.Embedding",
+    "teacher": "sleeprl.consolidation.judges.Teacher",
+}
+
+Pairs = Sequence[tuple[str, str]]
+
+
+class Judge(Protocol):
+    """Called on every rank with the same pairs, so a judge may use the learner's collectives.
+
+    A factory of one is called as ``factory(learner=..., chat=..., **options)``.
+    """
+
+    def __call__(self, pairs: Pairs) -> list[float]: ...
+
+
+class Exact:
+    """Both texts are the same words, whatever their case and punctuation."""
+
+    def __init__(self, learner: Learner, chat: Chat) -> None:
+        pass
+
+    def __call__(self, pairs: Pairs) -> list[float]:
+        return [semantic(student, teacher) for student, teacher in pairs]
+
+
+class Embedding:
+    """The cosine of two sentence embeddings is at least ``threshold``.
+
+    model: an encoder, by directory or Hugging Face id, such as all-MiniLM-L6-v2; its
+        embedding is the mean of its last hidden states.
+    """
+
+    def __init__(self, learner: Learner, chat: Chat, model: str, threshold: float = 0.8) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        self.model: Any = AutoModel.from_pretrained(model).eval()
+        self.threshold = threshold
+
+    def __call__(self, pairs: Pairs) -> list[float]:
+        if not pairs:
+            return []
+        students, teachers = zip(*pairs, strict=True)
+        found_N = same_by_embedding(self._embed(students), self._embed(teachers), self.threshold)
+        return [float(value) for value in found_N]
+
+    @torch.no_grad()
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        """[N, E]; an empty text is a zero row, which is like nothing."""
+        inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        hidden_NTE = self.model(**inputs).last_hidden_state
+        mask_NT1 = inputs["attention_mask"][..., None].to(hidden_NTE.dtype)
+        mean_NE = (hidden_NTE * mask_NT1).sum(1) / mask_NT1.sum(1).clamp_min(1.0)
+        said_N1 = torch.tensor([[float(bool(text.strip()))] for text in texts])
+        return mean_NE * said_N1
+
+
+class Teacher:
+    """The smaller self is asked whether both mean the same, and finds yes likelier than no."""
+
+    def __init__(self, learner: Learner, chat: Chat, batch: int = 64) -> None:
+        self.learner, self.chat, self.batch = learner, chat, batch
+
+    def __call__(self, pairs: Pairs) -> list[float]:
+        rows = []
+        for student, teacher in pairs:
+            prompt = self.chat.prompt(SAME_MEANING.format(first=student, second=teacher))
+            rows += [Row(prompt, self.chat.response(answer), "") for answer in (YES, NO)]
+        likely: list[float] = []
+        for start in range(0, len(rows), self.batch):
+            part = rows[start : start + self.batch]
+            likely += [sum(values) for values in self.learner.logprobs(part, smaller=True)]
+        yes_N, no_N = torch.tensor(likely).reshape(-1, 2).unbind(-1)
+        return [float(value) for value in same_by_verdict(yes_N, no_N)]
+
+
+def make_judge(name: str, options: dict[str, Any], learner: Learner, chat: Chat) -> Judge:
+    judge: Judge = create(name, "judge", BUILTIN, {**options, "learner": learner, "chat": chat})
+    return judge
