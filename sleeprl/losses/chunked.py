@@ -21,7 +21,7 @@ from sleeprl.losses.divergence import full_precision
 CHUNK_LOGITS = 2**22
 """Logits in one chunk where no size is given, 16 MiB in float32; but never fewer than
 ``CHUNK_POSITIONS``, since the whole head is read for each chunk."""
-CHUNK_POSITIONS = 64
+CHUNK_POSITIONS = 128
 
 Values = Callable[[Tensor, slice], Sequence[Tensor]]
 

@@ -1,0 +1,299 @@
+"""Memory and time of the chunked distillation loss, against the naive one and TRL's.
+
+    python benchmarks/seeding_memory.py             table, JSON, picture (Linux)
+    python benchmarks/seeding_memory.py --positions 2048 --vocabularies 150000
+
+The same tensors for every variant: hidden states of student and teacher and one frozen
+head, float32; forward and backward to the student's hidden states. Each measurement is
+a fresh process. Memory is the process's peak resident size during the first forward and
+backward pass minus its size just before it, when the inputs are there (Linux's VmHWM,
+reset before the pass). Time is the process's CPU time on one thread, the median of the
+repeats after that pass: what else runs on the machine does not count.
+
+    naive            all logits, then JSD(beta) over the full vocabulary
+    chunked          ``chunked_values`` with the same divergence
+    trl-gkd          TRL's GKDTrainer.generalized_jsd_loss, on all logits
+    trl-distillation the loss of TRL's DistillationTrainer, which is chunked too
+    naive-top-k      all logits, then JSD(beta) on the teacher's top 32 and a tail bin,
+                     the teacher's part given: what the learner trains with
+    chunked-top-k    ``chunked_values`` with the same
+
+TRL is wanted by this benchmark only: ``pip install --no-deps trl datasets pandas dill
+multiprocess xxhash httpx httpcore h11 anyio fsspec``. Without it the two variants are
+left out. Results go to ``benchmarks/results/seeding_memory.json`` and ``.svg``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from sleeprl.files import write_json_atomic
+from sleeprl.losses.chunked import chunked_values
+from sleeprl.losses.divergence import TopK, divergence, top_k_with_tail
+from sleeprl.morning import environment
+
+RESULTS = Path(__file__).parent / "results"
+VARIANTS = ("naive", "chunked", "trl-gkd", "trl-distillation", "naive-top-k", "chunked-top-k")
+BASE = {"chunked-top-k": "naive-top-k", "naive-top-k": "naive-top-k"}  # others: naive
+Loss = Callable[[Tensor, Tensor, Tensor, TopK | None], Tensor]
+
+
+def naive(beta: float) -> Loss:
+    def loss(student_NH: Tensor, teacher_NH: Tensor, head_VH: Tensor, top: TopK | None) -> Tensor:
+        if top is not None:
+            return divergence(top, student_NH @ head_VH.T, beta=beta).mean()
+        with torch.no_grad():
+            teacher_NV = teacher_NH @ head_VH.T
+        return divergence(teacher_NV, student_NH @ head_VH.T, beta=beta, support="full").mean()
+
+    return loss
+
+
+def chunked(beta: float) -> Loss:
+    def loss(student_NH: Tensor, teacher_NH: Tensor, head_VH: Tensor, top: TopK | None) -> Tensor:
+        def values(logits_nV: Tensor, part: slice) -> list[Tensor]:
+            if top is not None:
+                teacher = TopK(top.ids_NK[part], top.logprobs_NK1[part])
+                return [divergence(teacher, logits_nV, beta=beta)]
+            teacher_nV = teacher_NH[part] @ head_VH.T
+            return [divergence(teacher_nV, logits_nV, beta=beta, support="full")]
+
+        return chunked_values(student_NH, head_VH, values, [True])[0].mean()
+
+    return loss
+
+
+def trl_gkd(beta: float) -> Loss:
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    def loss(student_NH: Tensor, teacher_NH: Tensor, head_VH: Tensor, top: TopK | None) -> Tensor:
+        with torch.no_grad():
+            teacher_NV = teacher_NH @ head_VH.T
+        labels_1N = torch.zeros(1, len(student_NH), dtype=torch.long)
+        logits_NV = student_NH @ head_VH.T
+        return GKDTrainer.generalized_jsd_loss(
+            logits_NV[None], teacher_NV[None], labels=labels_1N, beta=beta
+        )
+
+    return loss
+
+
+def trl_distillation(beta: float) -> Loss:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    def loss(student_NH: Tensor, teacher_NH: Tensor, head_VH: Tensor, top: TopK | None) -> Tensor:
+        mask_1N = torch.ones(1, len(student_NH))
+        hidden = student_NH[None], teacher_NH[None]
+        return _chunked_divergence_loss(*hidden, head_VH, head_VH, mask_1N, beta)[0]
+
+    return loss
+
+
+MAKERS = {"trl-gkd": trl_gkd, "trl-distillation": trl_distillation}
+
+
+def measure(variant: str, vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One variant in this process: peak bytes, seconds, and what it computed."""
+    torch.set_num_threads(1)
+    make = MAKERS.get(variant, chunked if variant.startswith("chunked") else naive)
+    loss = make(options.beta)
+    top_k = variant.endswith("top-k")
+
+    def run(inputs: tuple[Tensor, Tensor, Tensor, TopK | None]) -> tuple[float, float]:
+        inputs[0].grad = None
+        value = loss(*inputs)
+        value.backward()
+        assert inputs[0].grad is not None
+        return value.item(), inputs[0].grad.norm().item()
+
+    run(_inputs(8, options.hidden, 1000, top_k))  # the libraries' own first-use memory
+    inputs = _inputs(options.positions, options.hidden, vocabulary, top_k)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+    before = _status("VmRSS")
+    value, gradient = run(inputs)
+    peak = _status("VmHWM") - before
+    seconds = []
+    for _ in range(options.repeats):
+        began = time.process_time()
+        run(inputs)
+        seconds.append(time.process_time() - began)
+    return {"peak_bytes": peak, "seconds": median(seconds), "loss": value, "gradient": gradient}
+
+
+def _inputs(
+    positions: int, hidden: int, vocabulary: int, top_k: bool
+) -> tuple[Tensor, Tensor, Tensor, TopK | None]:
+    generator = torch.Generator().manual_seed(0)
+    student, noise = (torch.randn(positions, hidden, generator=generator) for _ in range(2))
+    head = torch.randn(vocabulary, hidden, generator=generator).mul_(2.0 / hidden**0.5)
+    teacher = student + 0.3 * noise
+    top = None
+    if top_k:
+        pieces = [top_k_with_tail(piece @ head.T, 32) for piece in teacher.split(8)]
+        ids, logprobs = (torch.cat(kind) for kind in zip(*pieces, strict=True))
+        top = TopK(ids, logprobs)
+    return student.requires_grad_(), teacher, head, top
+
+
+def _status(key: str) -> int:
+    """A size of this process from the kernel, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def in_fresh_process(variant: str, vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
+    words = [sys.executable, __file__, "--measure", variant, "--vocabularies", str(vocabulary)]
+    for name in ("positions", "hidden", "beta", "repeats"):
+        words += [f"--{name}", str(getattr(options, name))]
+    done = subprocess.run(
+        words,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TRL_EXPERIMENTAL_SILENCE": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{variant}, vocabulary {vocabulary}: {done.stderr[-2000:]}")
+    return {
+        "variant": variant,
+        "vocabulary": vocabulary,
+        **json.loads(done.stdout.splitlines()[-1]),
+    }
+
+
+def compare(
+    variants: Sequence[str], options: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """All rows, each with its ratios to the naive form of the same divergence."""
+    rows = []
+    for vocabulary in options.vocabularies:
+        found = {}
+        for variant in variants:
+            found[variant] = in_fresh_process(variant, vocabulary, options)
+            console.print(found[variant])
+        for variant, row in found.items():
+            base = found[BASE.get(variant, "naive")]
+            for figure in ("loss", "gradient"):
+                if abs(row[figure] - base[figure]) > 1e-3 * abs(base[figure]):
+                    raise RuntimeError(f"{variant} computes another {figure}: {row} against {base}")
+            row["peak_of_naive"] = row["peak_bytes"] / base["peak_bytes"]
+            row["seconds_of_naive"] = row["seconds"] / base["seconds"]
+            rows.append(row)
+    return rows
+
+
+def trl_version() -> str | None:
+    try:
+        return version("trl")
+    except PackageNotFoundError:
+        return None
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table(title="Distillation loss, forward and backward from hidden states")
+    for heading in ("vocabulary", "variant", "peak MiB", "of naive", "seconds", "of naive"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in rows:
+        table.add_row(
+            f"{row['vocabulary']:,}",
+            row["variant"],
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+            f"{row['peak_of_naive']:.2f}",
+            f"{row['seconds']:.2f}",
+            f"{row['seconds_of_naive']:.2f}",
+        )
+    console.print(table)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Peak and time over the vocabulary, one line per variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    looks = dict(
+        zip(
+            VARIANTS,
+            ("o-#767676", "D-#009e73", "s-#d55e00", "^-#0072b2", "o:#767676", "D:#009e73"),
+            strict=True,
+        )
+    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4))
+    for variant, look in looks.items():
+        mine = [row for row in rows if row["variant"] == variant]
+        xs = [row["vocabulary"] / 1000 for row in mine]
+        style = {"marker": look[0], "linestyle": look[1], "color": look[2:], "label": variant}
+        left.plot(xs, [row["peak_bytes"] / 2**20 for row in mine], **style)
+        right.plot(xs, [row["seconds"] for row in mine], **style)
+    left.set_yscale("log")
+    left.set_ylabel("peak memory (MiB)")
+    right.set_ylabel("CPU seconds")
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.set_xlabel("vocabulary (thousands)")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--positions", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=576, help="SmolLM2-135M's width")
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 75_000, 150_000])
+    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        warnings.filterwarnings("ignore")
+        print(json.dumps(measure(options.measure, options.vocabularies[0], options)))
+        return
+    console = Console()
+    trl = trl_version()
+    variants = [v for v in VARIANTS if trl or not v.startswith("trl")]
+    if trl is None:
+        console.print("TRL is not installed and is left out; see --help for how to get it")
+    rows = compare(variants, options, console)
+    show(rows, console)
+    RESULTS.mkdir(exist_ok=True)
+    settings = {k: v for k, v in vars(options).items() if k != "measure"}
+    result = {
+        "command": "python benchmarks/seeding_memory.py",
+        "settings": settings,
+        "rows": rows,
+        "trl": trl,
+        "environment": environment(),
+    }
+    write_json_atomic(RESULTS / "seeding_memory.json", result)
+    draw(rows, RESULTS / "seeding_memory.svg")
+
+
+if __name__ == "__main__":
+    main()
