@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sleeprl.losses.divergence import top_k_with_tail
-from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
+from sleeprl.losses.chunked import chunked_top_k, token_logprobs
+from sleeprl.losses.streams import LossOptions, Part, Window, chunked_stream_loss, token_counts
 from sleeprl.memory import checkpoint as ckpt
 from sleeprl.memory.experts import grow, load_training_form, smaller_self
 from sleeprl.memory.slots import Slots
@@ -78,18 +79,39 @@ class LearnerOptions:
     """Padded tokens that one forward pass may hold."""
 
 
+Within = Callable[[Tensor, Tensor], Any]
+"""What is made of hidden states [B, R, H] and the head [V, H] while the head is there."""
+
+
+class Head(nn.Linear):
+    """A language head that lends its weight: logits of a whole batch are never made."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Head:
+        head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        head.weight = linear.weight
+        return head
+
+    def forward(self, hidden_BRH: Tensor, within: Within) -> Any:  # type: ignore[override]
+        return within(hidden_BRH, self.weight)
+
+
 class ResponseModel(nn.Module):
-    """Logits at the positions that predict a response token, and nowhere else."""
+    """The hidden states at the positions that predict a response token, and what ``within``
+    makes of them. ZeRO-3 gathers the head's weight for that moment only."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        head = model.get_submodule("lm_head")
+        assert isinstance(head, nn.Linear) and head.bias is None
+        model.set_submodule("lm_head", Head.of(head))
 
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor, index_BR: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor, index_BR: Tensor, within: Within) -> Any:
         decoder: Any = self.model.get_submodule("model")
         hidden_BTH = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)[0]
         index_BRH = index_BR[..., None].expand(-1, -1, hidden_BTH.shape[-1])
-        return self.model.get_submodule("lm_head")(hidden_BTH.gather(1, index_BRH))
+        return self.model.get_submodule("lm_head")(hidden_BTH.gather(1, index_BRH), within)
 
 
 class Learner:
@@ -161,8 +183,15 @@ class Learner:
         totals: dict[str, float] = {}
         for number, batch in enumerate(micro):
             window = self._window(batch, [of_row.get(id(row)) for row in batch])
-            logits_BRV = self.engine(*self._inputs([row.prompt_ids for row in batch], batch))
-            loss, metrics = stream_loss(logits_BRV, window, parts, counts_P, options)
+            within = partial(
+                chunked_stream_loss,
+                window=window,
+                parts=parts,
+                counts_P=counts_P,
+                options=options,
+            )
+            inputs = self._inputs([row.prompt_ids for row in batch], batch)
+            loss, metrics = self.engine(*inputs, within)
             last = number == len(micro) - 1
             self.engine.set_gradient_accumulation_boundary(last)
             # DeepSpeed averages gradients over ranks; the loss is already a global mean.
@@ -195,16 +224,20 @@ class Learner:
         missing = [index for index, target in enumerate(found) if target is None]
         place = {id(rows[index]): index for index in missing}
         for batch in self._micro_batches([rows[i] for i in missing], Row.teacher_length, least=0):
+            lengths = [len(row.response_ids) for row in batch]
+            kept_BR = self._window(batch).mask_BR != 0
+            within = lambda hidden_BRH, head_VH, kept_BR=kept_BR: chunked_top_k(  # noqa: E731
+                hidden_BRH[kept_BR], head_VH, k
+            )
             with smaller_self(self.engine.module):
-                logits_BRV = self.engine(
-                    *self._inputs([row.teacher_prompt for row in batch], batch)
-                )
-            ids_BRK, logprobs_BRK1 = top_k_with_tail(logits_BRV, k)
-            for row, ids_RK, logprobs_RK1 in zip(batch, ids_BRK, logprobs_BRK1, strict=True):
+                inputs = self._inputs([row.teacher_prompt for row in batch], batch)
+                ids_NK, logprobs_NK1 = self.engine(*inputs, within)
+            # Copies: a piece of a batch would keep the whole batch in memory.
+            pieces = zip(ids_NK.int().cpu().split(lengths), logprobs_NK1.cpu().split(lengths))
+            for row, (ids_RK, logprobs_RK1) in zip(batch, pieces, strict=True):
                 if not row.response_ids:
                     continue
-                length = len(row.response_ids)
-                target = (ids_RK[:length].int().cpu(), logprobs_RK1[:length].cpu().clone())
+                target = (ids_RK.clone(), logprobs_RK1.clone())
                 found[place[id(row)]] = target
                 if row.key:
                     self._taught[row.key, k] = target
@@ -277,12 +310,15 @@ class Learner:
     @torch.no_grad()
     def logprobs(self, rows: Sequence[Row], *, smaller: bool = False) -> list[list[float]]:
         """Log-probabilities of each row's response tokens; ``smaller`` asks the smaller self."""
+        window = self._window(rows)
+        kept_BR = window.mask_BR != 0
+        tokens_N = window.tokens_BR[kept_BR]
+        within = lambda hidden_BRH, head_VH: token_logprobs(  # noqa: E731
+            hidden_BRH[kept_BR], head_VH, tokens_N
+        )
         with smaller_self(self.engine.module) if smaller else nullcontext():
-            logits_BRV = self.engine(*self._inputs([row.prompt_ids for row in rows], rows))
-        logprobs_BRV = torch.log_softmax(logits_BRV.float(), dim=-1)
-        tokens_BR1 = self._window(rows).tokens_BR[..., None]
-        chosen = logprobs_BRV.gather(-1, tokens_BR1).squeeze(-1).tolist()
-        return [values[: len(row.response_ids)] for values, row in zip(chosen, rows, strict=True)]
+            found_N = self.engine(*self._inputs([row.prompt_ids for row in rows], rows), within)
+        return [piece.tolist() for piece in found_N.split([len(row.response_ids) for row in rows])]
 
     def canary(self, token_ids: list[int]) -> Canary:
         """What an engine must reproduce after it received this learner's weights. Collective."""

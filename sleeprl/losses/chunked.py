@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sleeprl.losses.divergence import full_precision
+from sleeprl.losses.divergence import full_precision, logprobs_of, top_k_with_tail
 
 CHUNK_LOGITS = 2**22
 """Logits in one chunk where no size is given, 16 MiB in float32; but never fewer than
@@ -49,12 +49,33 @@ def chunked_values(
     ZeRO-3 it is gone by then). The gradient of a head that is trained needs the
     logits once more, and these are recomputed.
     """
-    if chunk is None:
-        chunk = max(CHUNK_POSITIONS, CHUNK_LOGITS // head_VH.shape[0])
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1 position")
+    chunk = _chunk_size(head_VH, chunk)
     wanted = [flag and torch.is_grad_enabled() for flag in differentiable]
     return _ChunkedValues.apply(hidden_NH, head_VH, values, wanted, chunk)
+
+
+def token_logprobs(
+    hidden_NH: Tensor, head_VH: Tensor, tokens_N: Tensor, *, chunk: int | None = None
+) -> Tensor:
+    """Log-probability of each position's token, [N], in nats."""
+
+    def values(logits_nV: Tensor, part: slice) -> list[Tensor]:
+        return [logprobs_of(logits_nV, tokens_N[part])]
+
+    return chunked_values(hidden_NH, head_VH, values, [True], chunk=chunk)[0]
+
+
+@torch.no_grad()
+def chunked_top_k(
+    hidden_NH: Tensor, head_VH: Tensor, k: int, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """``top_k_with_tail`` of the logits ``hidden_NH @ head_VH.T``: ids [N, K] and [N, K+1]."""
+    pieces = [
+        top_k_with_tail(hidden_NH[part] @ head_VH.T, k)
+        for part in _slices(len(hidden_NH), _chunk_size(head_VH, chunk))
+    ]
+    ids, logprobs = zip(*pieces, strict=True)
+    return torch.cat(ids), torch.cat(logprobs)
 
 
 class _ChunkedValues(torch.autograd.Function):
@@ -115,6 +136,14 @@ class _ChunkedValues(torch.autograd.Function):
                 total_VH.addmm_(gradient_nV.T, hidden_NH[part].to(total_VH.dtype))
             head_gradient = total_VH.to(head_VH.dtype)
         return hidden_gradient, head_gradient, None, None, None
+
+
+def _chunk_size(head_VH: Tensor, chunk: int | None) -> int:
+    if chunk is None:
+        chunk = max(CHUNK_POSITIONS, CHUNK_LOGITS // head_VH.shape[0])
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1 position")
+    return chunk
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

@@ -34,6 +34,13 @@ def full_precision(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def logprobs_of(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+    """Log-probability of one token per position, [N]."""
+    logits_NV = full_precision(logits_NV)
+    chosen_N = logits_NV.gather(-1, tokens_N[..., None]).squeeze(-1)
+    return chosen_N - logits_NV.logsumexp(-1)
+
+
 def top_k_with_tail(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Teacher support: the ids of the k likeliest tokens and k+1 log-probabilities.
 

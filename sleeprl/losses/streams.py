@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sleeprl.losses.chunked import Values, chunked_values
-from sleeprl.losses.divergence import TopK, divergence, full_precision
+from sleeprl.losses.divergence import TopK, divergence, logprobs_of
 from sleeprl.losses.policy import Correction, clipped_policy_loss, mismatch
 
 
@@ -208,9 +208,7 @@ def _token_values(
     """What the streams need of a position: its token's log-probability and its divergence."""
 
     def values(logits_nV: Tensor, part: slice) -> list[Tensor]:
-        logits_nV = full_precision(logits_nV)
-        chosen_n1 = logits_nV.gather(-1, tokens_N[part, None])
-        logprobs_n = chosen_n1.squeeze(-1) - logits_nV.logsumexp(-1)
+        logprobs_n = logprobs_of(logits_nV, tokens_N[part])
         if teacher is None:
             return [logprobs_n]
         return [
