@@ -38,10 +38,10 @@ def cached(spec: Spec) -> Path | None:
     """The checkpoint directory, if it is there and was made of what ``spec`` says today."""
     directory = cache_root() / spec.name
     try:
-        made_of = json.loads((directory / SOURCE).read_text(encoding="utf-8"))
+        found = json.loads((directory / SOURCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return directory if made_of == _made_of(spec) else None
+    return directory if found == made_of(spec) else None
 
 
 def fetch(spec: Spec, console: Console | None = None) -> Path:
@@ -71,7 +71,7 @@ def fetch(spec: Spec, console: Console | None = None) -> Path:
             work.mkdir()
             _make(spec, work, directory, say)
             shutil.rmtree(work)
-            write_json_atomic(directory / SOURCE, _made_of(spec))
+            write_json_atomic(directory / SOURCE, made_of(spec))
         say.print(f"{spec.name} is in {final}")
     return final
 
@@ -103,7 +103,8 @@ def _bar(spec: Spec, say: Console) -> Iterator[packages.Progress]:
         yield lambda arrived: bar.update(task, completed=min(arrived, total))
 
 
-def _made_of(spec: Spec) -> dict[str, Any]:
+def made_of(spec: Spec) -> dict[str, Any]:
+    """What ``source.json`` says beside a checkpoint; another answer means it is made anew."""
     source = spec.source
     return {
         "model": spec.title,

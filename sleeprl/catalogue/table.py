@@ -103,7 +103,7 @@ _SPECS = (
         disk=537,
         dtype="bfloat16",
         licence="Gemma Terms of Use",
-        note="base model: answers in a plain question-and-answer form",
+        note="base model: answers in a question-and-answer form, and does not stop by itself",
         terms="Gemma is provided under and subject to the Gemma Terms of Use found at "
         "ai.google.dev/gemma/terms; its use is restricted by the Gemma Prohibited Use Policy.",
         chat_template=_QUESTION_ANSWER,
@@ -117,7 +117,7 @@ _SPECS = (
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         parameters=1540,
         download=1030,
-        disk=3600,
+        disk=3555,
         dtype="bfloat16",
         licence="Apache-2.0",
         note="a real reader; slow on a few cores, right for a GPU",

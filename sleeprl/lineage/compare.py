@@ -164,8 +164,9 @@ def _place(name: str) -> tuple[int | None, str]:
 
 def _layout(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[int, int] | None:
     """Base width and slot width, if both manifests agree on them."""
-    found = [(m.get("base_width"), m.get("width")) for m in (a, b)]
-    return found[0] if found[0] == found[1] and None not in found[0] else None
+    if a.get("base_width") != b.get("base_width") or a.get("width") != b.get("width"):
+        return None
+    return (int(a["base_width"]), int(a["width"])) if "base_width" in a and "width" in a else None
 
 
 def _pieces(
