@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -633,3 +636,18 @@ def test_the_teacher_is_asked_once_about_a_named_text(saw: Saw) -> None:
         assert named.keys() == unnamed.keys()
         for name, tensor in named.items():
             assert torch.equal(tensor, unnamed[name]), name
+
+
+def test_the_guard_of_a_killed_compile_does_not_stop_the_next(tmp_path: Path) -> None:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    built = next(Path(get_default_build_root()).rglob("deepspeed_shm_comm"))
+    shutil.copytree(built, tmp_path / built.name)  # compiled already: there is only to load
+    (tmp_path / built.name / "lock").touch()
+    code = "from sleeprl.actors.learner import load_shared_memory_op as f; f(); print('loaded')"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout.endswith("loaded\n"), done.stderr[-2000:]
+    assert not (tmp_path / built.name / "lock").exists()

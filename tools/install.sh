@@ -134,8 +134,7 @@ check_install() {
     say "a first import, and DeepSpeed's op is compiled"
     DS_ACCELERATOR=${accelerator} timeout 300 "$venv/bin/python" -I - "$accelerator" >>"$log" 2>&1 <<'PYTHON' || failed \
         "the installed packages do not work together" \
-        "if the log names the C++ compiler, take another one: CXX=clang++ make night" \
-        "if it ends without an error: a compile that was killed leaves a lock behind, remove ~/.cache/torch_extensions"
+        "if the log names the C++ compiler, take another one: CXX=clang++ make night"
 import sys
 import deepspeed, pyarrow, ray, torch, transformers, vllm
 from vllm.platforms import current_platform
@@ -147,7 +146,9 @@ if sys.argv[1] == "cuda":
 else:
     if not current_platform.is_cpu():
         sys.exit(f"this vLLM is not the CPU build: {current_platform}")
-    deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+    from sleeprl.actors.learner import load_shared_memory_op
+
+    load_shared_memory_op()
 PYTHON
 }
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sleeprl.files import locked
 from sleeprl.losses.chunked import chunked_top_k, token_logprobs
 from sleeprl.losses.streams import LossOptions, Part, Window, chunked_stream_loss, token_counts
 from sleeprl.memory import checkpoint as ckpt
@@ -103,8 +104,8 @@ class ResponseModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        head = model.get_submodule("lm_head")
-        assert isinstance(head, nn.Linear) and head.bias is None
+        head: Any = model.get_submodule("lm_head")
+        assert isinstance(head, nn.Linear) and "bias" not in dict(head.named_parameters())
         model.set_submodule("lm_head", Head.of(head))
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, index_BR: Tensor, within: Within) -> Any:
@@ -125,6 +126,8 @@ class Learner:
         torch.set_num_threads(options.threads)
         import deepspeed
 
+        if not options.gpu:
+            load_shared_memory_op()
         self.options = options
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
@@ -429,6 +432,23 @@ class Learner:
             for key, value in (part or {}).items():
                 merged[key] = merged.get(key, 0.0) + value
         return merged
+
+
+def load_shared_memory_op() -> None:
+    """Load (the first time: compile) DeepSpeed's small C++ op for ranks on one host's CPUs.
+
+    torch guards the compile with a file that a killed process leaves behind, and then waits
+    for ever, without a word. We hold a lock of our own meanwhile, which dies with its process;
+    so a guard that is found here is a dead one's.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    with locked(root / ".sleeprl.lock"):
+        for guard in root.rglob("deepspeed_shm_comm/lock"):
+            guard.unlink(missing_ok=True)
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
 
 
 def _all_but_tied(model: nn.Module) -> list[nn.Parameter]:
