@@ -225,7 +225,8 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         "seconds",
         "of naive",
     ):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
+        side = "left" if heading == "variant" else "right"
+        table.add_column(heading, justify=side, no_wrap=True)
     for row in rows:
         table.add_row(
             f"{row['vocabulary']:,}",
