@@ -102,7 +102,9 @@ class _ChunkedValues(torch.autograd.Function):
                     more = any(later is not None for later in rows[position + 1 :])
                     gradient_nV = _gradient(value, None, logits_nV, retain_graph=more)
                     torch.matmul(gradient_nV.to(head_VH.dtype), head_VH, out=row[part])
+                    del gradient_nV
                 outputs[position].append(value.detach())
+            del logits_nV, found, value  # or they would stand beside the next chunk's
         # The rows are all that the hidden states' gradient needs; what a head's gradient
         # needs is kept only for a head that has one.
         trained = [hidden_NH, head_VH] if ctx.needs_input_grad[1] else []
@@ -134,6 +136,7 @@ class _ChunkedValues(torch.autograd.Function):
                 upstream_n = [scale_N[part] for scale_N in scales]
                 gradient_nV = _gradient(kept, upstream_n, logits_nV).to(total_VH.dtype)
                 total_VH.addmm_(gradient_nV.T, hidden_NH[part].to(total_VH.dtype))
+                del logits_nV, found, kept, gradient_nV
             head_gradient = total_VH.to(head_VH.dtype)
         return hidden_gradient, head_gradient, None, None, None
 
