@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from sleeprl.losses.divergence import top_k_with_tail
 from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
 from sleeprl.memory import checkpoint as ckpt
-from sleeprl.memory.experts import grow, load_training_form, smaller_self
+from sleeprl.memory.experts import smaller_self
+from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
 from sleeprl.weights.verify import Canary
 
@@ -61,7 +62,8 @@ Targets = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class LearnerOptions:
-    """checkpoint: a widened checkpoint. slot: the one to grow in; None trains every parameter."""
+    """checkpoint: one that can grow. slot: the one to grow in; None trains every parameter.
+    held: slots that only the smaller self has (``Transfer.reset``)."""
 
     checkpoint: str
     slot: int | None
@@ -76,6 +78,7 @@ class LearnerOptions:
     gpu: bool = False
     micro_batch_tokens: int = 8192
     """Padded tokens that one forward pass may hold."""
+    held: tuple[int, ...] = ()
 
 
 class ResponseModel(nn.Module):
@@ -115,13 +118,13 @@ class Learner:
         slots = Slots.load(self.directory)
         if slots is None:
             raise ValueError(f"{options.checkpoint} has no slots; widen it first")
-        self.slots = slots
+        self.slots, self.growth = slots, growth_of(slots)
         dtype = getattr(torch, options.dtype)
-        model = load_training_form(self.directory, slots, dtype)
+        model = self.growth.load(self.directory, slots, dtype, options.held)
         if options.slot is None:
             trained = _all_but_tied(model)
         else:
-            trained = grow(model, slots.width, options.seed)
+            trained = self.growth.grow(model, slots.width, options.seed, options.slot)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=ResponseModel(model.to(self.device)),
             optimizer=torch.optim.AdamW(
@@ -302,8 +305,10 @@ class Learner:
         full exports all that it trained, at the checkpoint's width.
         """
         if self.options.slot is not None:
-            expert = self.expert()
-            yield from ckpt.fold(self.directory, self.slots, self.options.slot, expert)
+            expert, held = self.expert(), self.options.held
+            yield from self.growth.fold(
+                self.directory, self.slots, self.options.slot, expert, reset=held
+            )
             return
         for name, tensor in self._gathered():
             name = name.removeprefix("model.")
