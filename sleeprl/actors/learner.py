@@ -23,7 +23,8 @@ from sleeprl.files import locked
 from sleeprl.losses.chunked import chunked_top_k, token_logprobs
 from sleeprl.losses.streams import LossOptions, Part, Window, chunked_stream_loss, token_counts
 from sleeprl.memory import checkpoint as ckpt
-from sleeprl.memory.experts import grow, load_training_form, smaller_self
+from sleeprl.memory.experts import smaller_self
+from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
 from sleeprl.weights.verify import Canary
 
@@ -63,7 +64,8 @@ Targets = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class LearnerOptions:
-    """checkpoint: a widened checkpoint. slot: the one to grow in; None trains every parameter."""
+    """checkpoint: one that can grow. slot: the one to grow in; None trains every parameter.
+    held: slots that only the smaller self has (``Transfer.reset``)."""
 
     checkpoint: str
     slot: int | None
@@ -78,6 +80,7 @@ class LearnerOptions:
     gpu: bool = False
     micro_batch_tokens: int = 8192
     """Padded tokens that one forward pass may hold."""
+    held: tuple[int, ...] = ()
 
 
 Within = Callable[[Tensor, Tensor], Any]
@@ -140,13 +143,13 @@ class Learner:
         slots = Slots.load(self.directory)
         if slots is None:
             raise ValueError(f"{options.checkpoint} has no slots; widen it first")
-        self.slots = slots
+        self.slots, self.growth = slots, growth_of(slots)
         dtype = getattr(torch, options.dtype)
-        model = load_training_form(self.directory, slots, dtype)
+        model = self.growth.load(self.directory, slots, dtype, options.held)
         if options.slot is None:
             trained = _all_but_tied(model)
         else:
-            trained = grow(model, slots.width, options.seed)
+            trained = self.growth.grow(model, slots.width, options.seed, options.slot)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=ResponseModel(model.to(self.device)),
             optimizer=torch.optim.AdamW(
@@ -341,8 +344,10 @@ class Learner:
         full exports all that it trained, at the checkpoint's width.
         """
         if self.options.slot is not None:
-            expert = self.expert()
-            yield from ckpt.fold(self.directory, self.slots, self.options.slot, expert)
+            expert, held = self.expert(), self.options.held
+            yield from self.growth.fold(
+                self.directory, self.slots, self.options.slot, expert, reset=held
+            )
             return
         for name, tensor in self._gathered():
             name = name.removeprefix("model.")

@@ -5,6 +5,9 @@ questions about a document and answers them; the student will see the bare
 question. *replay*: what the smaller self writes with nothing in its prompt, the
 same prompt for both. Without the second stream growth forgets as fast as
 fine-tuning does.
+
+When a level hands its slots on, there is no experience to read: all is written freely
+(``rehearse``).
 """
 
 from __future__ import annotations
@@ -74,6 +77,47 @@ def study(
     _replay(writer, result)
     result.written, result.malformed = writer.written, writer.malformed
     return result
+
+
+def rehearse(
+    fleet: Fleet, chat: Chat, config: SelfStudyConfig, seed: int, max_length: int
+) -> Study:
+    """Both streams for a transfer between levels; the engines hold the smaller self's weights.
+
+    *new*: facts that it states freely, a question about each, and its own answer to that
+    question. What was learned recently is among them because consolidation taught it to
+    be stated freely; pairs that are asked freely are of what was known long before.
+    *replay*: as in ``study``. Every prompt is the same for both selves.
+    """
+    writer = _Writer(fleet, chat, config, seed, max_length)
+    result = Study([])
+    _recollect(writer, result)
+    _replay(writer, result)
+    result.written, result.malformed = writer.written, writer.malformed
+    return result
+
+
+def _recollect(writer: _Writer, result: Study) -> None:
+    chat = writer.chat
+    prompt = chat.prompt(FREE_FACT)
+    # At temperature 1, as free questions are: the wider they spread, the more is handed on.
+    stated = writer.write([prompt] * (writer.config.replay // 2), temperature=1.0)
+    facts: dict[str, Completion] = {}
+    for fact in stated:
+        if fact.finish_reason == "stop":
+            facts.setdefault(chat.decode(fact.token_ids), fact)
+    for index, fact in enumerate(facts.values()):
+        result.trajectories.append(_trajectory("self_study", "fact", index, prompt, fact, None))
+    asked = writer.write([chat.prompt(with_experience(fact, STUDY_QA)) for fact in facts])
+    pairs = [pair for completion in asked if (pair := writer.parsed(completion))]
+    prompts = [
+        chat.prompt(question) for question in dict.fromkeys(question for question, _ in pairs)
+    ]
+    for index, (bare, answer) in enumerate(zip(prompts, writer.write(prompts), strict=True)):
+        if answer.finish_reason == "stop":
+            result.trajectories.append(
+                _trajectory("self_study", "answer", index, bare, answer, None)
+            )
 
 
 def _new(writer: _Writer, documents: Sequence[str], result: Study) -> None:

@@ -60,6 +60,7 @@ def run(
     config: NightConfig,
     fleet: Fleet,
     learner: LearnerOptions,
+    expert: Path,
     chat: Chat,
     documents: Sequence[str],
     probes: Sequence[Pair],
@@ -67,7 +68,10 @@ def run(
     canary: list[int],
     on_step: OnStep,
 ) -> dict[str, Any]:
-    """Dream for ``dreaming.steps`` updates; the expert is in ``run_dir/dreaming`` at the end."""
+    """Dream for ``dreaming.steps`` updates; the expert is in ``run_dir/dreaming`` at the end.
+
+    expert: directory of the one that consolidation left, from which dreaming goes on.
+    """
     dreaming, resources = config.dreaming, config.resources
     tasks = make_tasks(documents, probes, config.seed)
     if not tasks:
@@ -75,7 +79,7 @@ def run(
     job = LearnerJob(
         learner=learner,
         config=dreaming,
-        expert=str((run_dir / "consolidation").resolve()),
+        expert=str(expert.resolve()),
         lake=str((run_dir / "lake").resolve()),
         seed=config.seed,
         beta=config.consolidation.beta,
@@ -105,6 +109,7 @@ def run(
                 dreaming.trial_learning_rate,
                 dreaming.trial_probes,
                 1,
+                learner.held,
             )
         ],
     )

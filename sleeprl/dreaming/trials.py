@@ -8,7 +8,7 @@ become; then the step is taken back.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from sleeprl.actors.group import Served
 from sleeprl.chat import Chat
 from sleeprl.dreaming.tasks import Task
 from sleeprl.memory.checkpoint import expert_tensors
-from sleeprl.memory.experts import grow, load_training_form, smaller_self
+from sleeprl.memory.experts import smaller_self
+from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
 from sleeprl.prompts import parse_qa
 from sleeprl.trajectories.schema import from_batch, with_column, with_ref_logprobs
@@ -31,15 +32,23 @@ class Scorer(Served):
     """A plain torch copy of the learner's model, one step behind it at most."""
 
     def __init__(
-        self, checkpoint: str, slot_seed: int, dtype: str, rate: float, probes: int, threads: int
+        self,
+        checkpoint: str,
+        slot_seed: int,
+        dtype: str,
+        rate: float,
+        probes: int,
+        threads: int,
+        held: Collection[int] = (),
     ) -> None:
         torch.set_num_threads(threads)
         directory = Path(checkpoint)
         slots = Slots.load(directory)
         assert slots is not None
         self.chat = Chat(checkpoint)
-        self.model = load_training_form(directory, slots, getattr(torch, dtype))
-        self.parameters = grow(self.model, slots.width, slot_seed)
+        growth = growth_of(slots)
+        self.model = growth.load(directory, slots, getattr(torch, dtype), held)
+        self.parameters = growth.grow(self.model, slots.width, slot_seed)
         self.rate, self.probes = rate, probes
 
     def set_expert(self, expert: Mapping[str, Tensor]) -> None:

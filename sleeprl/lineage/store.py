@@ -50,6 +50,10 @@ class Manifest:
     """The summary: what was measured on it."""
     slots: Mapping[str, Any] = field(default_factory=dict)
     """Which memory slots are filled."""
+    clock: Mapping[str, Any] = field(default_factory=dict)
+    """What the memory levels have lived through so far; the next night counts on from it."""
+    steps: Sequence[Mapping[str, Any]] = ()
+    """The transfers and merges that the night was made of, in order."""
     note: str = ""
     sleeprl_version: str = sleeprl.__version__
     id: str = ""

@@ -82,8 +82,8 @@ class Slots:
             if slot not in self.used:
                 return slot
         raise PoolFull(
-            f"all {self.pools[level - 1]} slots of level {level} are in use; start from a model "
-            "with more (model.slots) or roll back to an earlier generation"
+            f"all {self.pools[level - 1]} slots of level {level} are in use; start from a "
+            "plain model with more (memory.levels) or roll back to an earlier generation"
         )
 
     # --- columns ------------------------------------------------------------------

@@ -7,10 +7,12 @@ level: the teacher has them on, the student has them reset (method.md 2.3, 2.6).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
 
-from sleeprl.memory.levels import CONTEXT
+from sleeprl.memory.levels import CONTEXT, Due
 from sleeprl.memory.slots import PoolFull, Slots
 
 
@@ -66,6 +68,40 @@ class Merge:
 Step = Transfer | Merge
 
 
+def to_dict(step: Step) -> dict[str, Any]:
+    """As JSON: a transfer has a ``sender``, a merge has none."""
+    return asdict(step)
+
+
+def from_dict(values: Mapping[str, Any]) -> Step:
+    """The inverse of ``to_dict``."""
+    if "sender" not in values:
+        return Merge(**values)
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Transfer(**plain)
+
+
+def plan_night(
+    slots: Slots, boundaries: Iterable[Due], when_full: WhenFull | str = WhenFull.DISTIL
+) -> tuple[Step, ...]:
+    """All steps of one night, in order; the last of them is a transfer.
+
+    Room first, if the slowest level is full as the night begins; then the context into
+    level 1; then every sender that is due at the boundaries that were passed, fastest
+    first. The slowest level's own boundary asks for nothing but room, which the next
+    night makes. Raises PoolFull as ``plan`` does.
+    """
+    senders = [sender for due in boundaries for sender in due.senders]
+    handing_on = [sender for sender in senders if CONTEXT < sender < slots.levels]
+    steps: list[Step] = []
+    for sender in (slots.levels, CONTEXT, *handing_on):
+        made = plan(slots, sender, when_full)
+        for step in made:
+            slots = step.after(slots)
+        steps.extend(made)
+    return tuple(steps)
+
+
 def plan(
     slots: Slots, sender: int, when_full: WhenFull | str = WhenFull.DISTIL
 ) -> tuple[Step, ...]:
@@ -89,7 +125,7 @@ def plan(
         raise PoolFull(
             f"all {slots.pools[-1]} slots of level {slowest}, the slowest, are in use and "
             f"when_full={str(when_full)!r} makes no room; choose 'distil' (which needs two slots or "
-            "more) or 'merge', or start from a model with more slots (model.slots)"
+            "more) or 'merge', or start from a plain model with more slots (memory.levels)"
         )
     (step,) = room
     slots = step.after(slots)
