@@ -37,7 +37,7 @@ from sleeprl.run import Run
 RESULTS = Path(__file__).parent / "results"
 STATES = ("before", "before_with_context", "fine_tuned", "after")
 FIGURES = ("recall", "two_hop", "retention", "perplexity")
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 TUNING_SEEDS = (100, 101)
 
 
@@ -137,7 +137,7 @@ def _tokens() -> int:
     """What the last reported night trained on."""
     path = RESULTS / "night.json"
     if not path.is_file():
-        return 260_000
+        return 300_000
     return int(json.loads(path.read_text())["nights"][-1]["trained_tokens"])
 
 

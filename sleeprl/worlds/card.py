@@ -29,9 +29,8 @@ know what it was not told.
 
 `make embedded-model`: two runs of `python -m sleeprl.worlds.train`, the second continuing from the
 first with more reading. Muon for the matrices inside the layers, AdamW for the rest, warm-up and
-cosine, bfloat16 autocast; the loss weighs answers 1, plain text 0.5 and context 0.1. This run:
-{tokens:.0f} M tokens seen in {steps} steps; {minutes:.1f} minutes of training, {total:.1f} in all
-with data and evaluation, on {device}. {note}
+cosine, bfloat16 autocast; the loss weighs answers 1, plain text 0.5 and context 0.1. These weights:
+{runs}.
 
 ## Measured
 
@@ -64,16 +63,24 @@ def write_card(directory: Path, run: dict) -> None:
         companies=len(COMPANIES),
         cities=len(CITIES),
         temperature=TEMPERATURE,
-        note=run.get("note", ""),
-        tokens=run["tokens_seen"] / 1e6,
-        steps=run["steps"],
-        minutes=run["training_seconds"] / 60,
-        total=run["total_seconds"] / 60,
-        device=run["device"],
+        runs=";\n".join(map(_told, [*filter(None, [run.get("first_run")]), run])),
         table="\n".join(f"| {name} | {value} |" for name, value in _flat(figures)),
         run=json.dumps(run, indent=1, default=str),
     )
     (directory / "README.md").write_text(text)
+
+
+def read_card(directory: Path) -> dict:
+    """What ``write_card`` was given, from the ``README.md`` that it wrote."""
+    return json.loads((directory / "README.md").read_text().partition("```json\n")[2].rstrip("`\n"))
+
+
+def _told(run: dict) -> str:
+    return (
+        f"{run['tokens_seen'] / 1e6:.0f} M tokens in {run['steps']} steps, "
+        f"{run['training_seconds'] / 60:.0f} minutes of training, {run['total_seconds'] / 60:.0f} in "
+        f"all with data and exam, on {run['device']}"
+    )
 
 
 def _flat(figures: dict, prefix: str = "") -> list[tuple[str, float]]:

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sleeprl.worlds.card import write_card
+from sleeprl.worlds.card import read_card, write_card
 from sleeprl.worlds.dataset import ROLE_WEIGHTS, Rows, make_rows
 from sleeprl.worlds.evaluate import Examiner
 from sleeprl.worlds.lessons import tokenizer_texts
@@ -243,6 +243,8 @@ def main() -> None:
         "torch": torch.__version__,
         "figures": exam,
     }
+    if args.init:
+        run["first_run"] = read_card(args.init)
     write_card(args.out, run)
     print(json.dumps(run, indent=1, default=str))
 
