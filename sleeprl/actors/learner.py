@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sleeprl.actors.anchor import Anchor
 from sleeprl.losses.divergence import top_k_with_tail
+from sleeprl.losses.ewc import diagonal_fisher
 from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
 from sleeprl.memory import checkpoint as ckpt
 from sleeprl.memory.experts import grow, load_training_form, smaller_self
@@ -144,6 +146,7 @@ class Learner:
         )
         self.steps = 0
         self._taught: dict[tuple[str, int], Targets] = {}
+        self._anchor: Anchor | None = None
 
     # --- learning -----------------------------------------------------------------
 
@@ -169,6 +172,8 @@ class Learner:
             self.engine.backward(loss * self.world)
             for key, value in {**metrics, "loss": float(loss.detach())}.items():
                 totals[key] = totals.get(key, 0.0) + value
+        if self._anchor is not None:
+            totals["ewc"] = self._anchor.pull()
         self.engine.step()
         self.steps += 1
         norm = self.engine.get_global_grad_norm()
@@ -195,10 +200,7 @@ class Learner:
         missing = [index for index, target in enumerate(found) if target is None]
         place = {id(rows[index]): index for index in missing}
         for batch in self._micro_batches([rows[i] for i in missing], Row.teacher_length, least=0):
-            with smaller_self(self.engine.module):
-                logits_BRV = self.engine(
-                    *self._inputs([row.teacher_prompt for row in batch], batch)
-                )
+            logits_BRV = self._smaller(*self._inputs([row.teacher_prompt for row in batch], batch))
             ids_BRK, logprobs_BRK1 = top_k_with_tail(logits_BRV, k)
             for row, ids_RK, logprobs_RK1 in zip(batch, ids_BRK, logprobs_BRK1, strict=True):
                 if not row.response_ids:
@@ -209,6 +211,42 @@ class Learner:
                 if row.key:
                     self._taught[row.key, k] = target
         return found
+
+    def _smaller(self, *inputs: Tensor) -> Tensor:
+        """The smaller self's logits. Collective where the model has grown."""
+        if self.options.slot is None:
+            return self._origin(*inputs)
+        with smaller_self(self.engine.module):
+            return self.engine(*inputs)
+
+    @cached_property
+    def _origin(self) -> nn.Module:
+        """A frozen copy of the model as it was. Only a model that is trained in full needs one."""
+        model = load_training_form(self.directory, self.slots, getattr(torch, self.options.dtype))
+        return ResponseModel(model.to(self.device)).requires_grad_(False)
+
+    def anchor(self, rows: Sequence[Row], strength: float) -> None:
+        """Let every step from here on pull the model back to the smaller self (EWC).
+
+        rows: texts the smaller self wrote, on which the Fisher is estimated; the same on
+        all ranks, so that it does not depend on their number. strength: the weight of the
+        penalty. Raises ValueError for a model that grows, of which the smaller self is a part.
+        """
+        if self.options.slot is not None:
+            raise ValueError("only a model that is trained in full can be anchored; set slot=None")
+        trained = {n: p for n, p in self.engine.module.named_parameters() if p.requires_grad}
+        origin = {n: p for n, p in self._origin.named_parameters() if n in trained}
+        for parameter in origin.values():
+            parameter.requires_grad_(True)
+        passes = (
+            self._origin(*self._inputs([row.prompt_ids], [row]))[0]
+            for row in rows
+            if row.response_ids
+        )
+        generator = torch.Generator(self.device).manual_seed(self.options.seed)
+        fisher = diagonal_fisher(list(origin.values()), passes, generator)
+        self._origin.requires_grad_(False)
+        self._anchor = Anchor(list(trained.values()), list(origin.values()), fisher, strength)
 
     # --- batches ------------------------------------------------------------------
 
@@ -277,8 +315,8 @@ class Learner:
     @torch.no_grad()
     def logprobs(self, rows: Sequence[Row], *, smaller: bool = False) -> list[list[float]]:
         """Log-probabilities of each row's response tokens; ``smaller`` asks the smaller self."""
-        with smaller_self(self.engine.module) if smaller else nullcontext():
-            logits_BRV = self.engine(*self._inputs([row.prompt_ids for row in rows], rows))
+        forward = self._smaller if smaller else self.engine
+        logits_BRV = forward(*self._inputs([row.prompt_ids for row in rows], rows))
         logprobs_BRV = torch.log_softmax(logits_BRV.float(), dim=-1)
         tokens_BR1 = self._window(rows).tokens_BR[..., None]
         chosen = logprobs_BRV.gather(-1, tokens_BR1).squeeze(-1).tolist()
