@@ -30,7 +30,7 @@ from sleeprl import config as cfg
 from sleeprl.actors.cluster import cluster
 from sleeprl.files import write_json_atomic
 from sleeprl.morning import environment
-from sleeprl.night import PHASES, Night, run_night
+from sleeprl.night import Night, phases, run_night
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import Run
 
@@ -110,14 +110,14 @@ def tune_baseline(
             places = [f"runs={scratch}", f"seed={seed}", f"name=seed-{seed}", "self_study.replay=0"]
             small = ["self_study.pairs_per_document=2", "self_study.facts_per_document=0"]
             config = cfg.load(None, [*words, *places, *small])
-            with NightProgress(PHASES) as progress, cluster(config.resources):
+            with NightProgress(phases(config)) as progress, cluster(config.resources):
                 night = Night(Run(config, progress))
                 night.evening()
                 results = night.run.state["results"]
                 results["consolidation"] = {"tokens": _tokens()}
                 for rate in rates:
-                    config.fine_tuning.learning_rate = rate
-                    figures = night.fine_tune()["fine_tuned"]
+                    config.fixed_capacity.learning_rate = rate
+                    figures = night.baseline("fine_tuning")["figures"]
                     before = results["before"]["before"]
                     rows.append({"seed": seed, "rate": rate, **figures, "before": before})
                     rows[-1]["trade_off"] = trade_off(figures, before)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -148,13 +148,25 @@ class ConsolidationConfig:
     """Steps between two checkpoints of the job."""
 
 
+METHODS = (
+    "seeding", "no_imitation", "no_semantic", "no_replay", "no_growth", "fine_tuning",
+    "fine_tuning_pairs", "ewc", "replay", "self_distillation", "grpo",
+)  # fmt: skip
+"""What ``baselines`` may name; ``consolidation/methods.py`` says what each does."""
+
+
 @dataclass
-class FineTuningConfig:
-    enabled: bool = True
-    """Train the baseline of the report: fine-tuning on the same experience."""
+class FixedCapacityConfig:
+    """The baselines that train every parameter."""
+
     learning_rate: float = 3e-4
-    """Tuned by ``benchmarks/night.py --tune`` on nights that are not reported."""
-    batch_size: int = 16
+    """Tuned for ``fine_tuning`` by ``benchmarks/night.py --tune`` on nights that are not reported."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates of methods, by name, that have one of their own."""
+    ewc: float = 100.0
+    """Weight of the penalty of ``ewc``."""
+    fisher_texts: int = 256
+    """Own texts of the smaller self on which ``ewc`` estimates what each parameter is worth."""
 
 
 @dataclass
@@ -240,7 +252,9 @@ class NightConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     self_study: SelfStudyConfig = field(default_factory=SelfStudyConfig)
     consolidation: ConsolidationConfig = field(default_factory=ConsolidationConfig)
-    fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
+    baselines: list[str] = field(default_factory=lambda: ["fine_tuning"])
+    """Methods to train and measure beside Sleep, on the same day and as many tokens."""
+    fixed_capacity: FixedCapacityConfig = field(default_factory=FixedCapacityConfig)
     dreaming: DreamingConfig = field(default_factory=DreamingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
@@ -274,7 +288,7 @@ def _merge(layers: Sequence[Any], overrides: Sequence[str]) -> NightConfig:
             )
         name = word.partition("=")[0]
         known = any(key == name or key.startswith(f"{name}.") for key in keys())
-        if not known and not name.startswith(_PLUGIN_OPTIONS):
+        if not known and not name.startswith(_OPEN):
             raise ConfigError(_unknown_key(name))
         try:
             words.append(OmegaConf.from_dotlist([word]))
@@ -334,7 +348,9 @@ def _unknown_key(key: str) -> str:
     return f"unknown key {key!r}{hint}"
 
 
-_PLUGIN_OPTIONS = ("dreaming.reward_options.", "dreaming.curriculum_options.")
+_OPEN = (
+    "dreaming.reward_options.", "dreaming.curriculum_options.", "fixed_capacity.learning_rates.",
+)  # fmt: skip
 _AT_LEAST_ZERO = {
     "seed", "consolidation.replay_ratio", "consolidation.warmup", "consolidation.weight_decay",
     "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",
@@ -343,7 +359,7 @@ _AT_LEAST_ZERO = {
     "dreaming.hold", "dreaming.clip_low", "dreaming.clip_high", "dreaming.correction_low",
     "gate.tolerance", "resources.cpus", "resources.engine_gpus", "resources.learner_gpus",
     "resources.max_failures", "self_study.probe_share", "self_study.replay",
-    "self_study.facts_per_document", "evaluation.texts",
+    "self_study.facts_per_document", "evaluation.texts", "fixed_capacity.ewc",
 }  # fmt: skip
 _AT_MOST_ONE = {
     "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",
@@ -416,7 +432,20 @@ def check(config: NightConfig) -> None:
             f"dreaming.staleness={dreaming.staleness} with dreaming.correction_level=off trains on "
             "old policies as if they were new; set correction_level=token or staleness=0"
         )
+    _check_baselines(config.baselines, config.fixed_capacity.learning_rates)
     _check_resources(config.resources, seeding.batch_size)
+
+
+def _check_baselines(baselines: Sequence[str], rates: Mapping[str, float]) -> None:
+    for key, names in (("baselines", baselines), ("fixed_capacity.learning_rates", rates)):
+        for name in names:
+            if name not in METHODS:
+                near = difflib.get_close_matches(name, METHODS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METHODS)}"
+                raise ConfigError(f"{key}: unknown method {name!r}; {hint}")
+    for name, rate in rates.items():
+        if not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(f"fixed_capacity.learning_rates.{name}={rate} must be greater than 0")
 
 
 def _check_resources(resources: ResourcesConfig, batch_size: int) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import sleeprl
 from sleeprl import config as cfg
+from sleeprl.consolidation.methods import METHODS
 from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.memory.growth import update
@@ -77,20 +78,34 @@ def commit(run: Run, smaller_self: Path, expert_dir: Path) -> dict[str, Any]:
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """``summary.json``: before, before_with_context, fine_tuned, after, seconds, and the rest."""
+    """``summary.json``: before, before_with_context, after, baselines, seconds, and the rest.
+
+    ``baselines`` has the figures, steps, tokens and seconds of each method by name;
+    ``fine_tuned`` is the one that the report's picture shows.
+    """
     results, config = run.state["results"], run.config
     dreams = results.get("dreaming", {})
     documents = results["wake"]["documents"]
     own = bool(config.wake.inputs)
-    fine_tuned = results.get("fine_tuning", {}).get("fine_tuned")
+    baselines = {
+        name: {
+            "title": METHODS[name].title,
+            **results[name]["figures"],
+            "steps": results[name]["steps"],
+            "tokens": results[name]["tokens"],
+            "seconds": run.state["seconds"][name],
+        }
+        for name in config.baselines
+    }
     return {
         "name": config.name,
         "model": config.model.name,
         "seed": config.seed,
         "slept_on": f"{documents} documents" if own else f"{config.wake.people} new people",
         **results["before"],
-        **({"fine_tuned": fine_tuned} if fine_tuned else {}),
+        **({"fine_tuned": baselines["fine_tuning"]} if "fine_tuning" in baselines else {}),
         **results["after"],
+        "baselines": baselines,
         "seconds": run.state["seconds"],
         "gate": results["commit"]["gate"],
         "generation": results["commit"]["generation"],

@@ -8,10 +8,10 @@ needed, the context into level 1, then each level that is due into the next slow
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sleeprl import config as cfg
@@ -22,6 +22,7 @@ from sleeprl.actors.publish import CANARY
 from sleeprl.chat import Chat
 from sleeprl.config import NightConfig
 from sleeprl.consolidation import job as train
+from sleeprl.consolidation.methods import METHODS
 from sleeprl.consolidation.self_study import load_probes, rehearse, study
 from sleeprl.consolidation.worker import Job
 from sleeprl.dreaming import phase as dreaming
@@ -49,14 +50,19 @@ PHASES = [
     ("levels", "Levels: make room, hand on"),
     ("dreaming", "Dream: write, reward, learn"),
     ("after", "Morning: what is known now"),
-    ("fine_tuning", "Baseline: fine-tuning"),
     ("commit", "Gate and commit"),
 ]
 
 
+def phases(config: NightConfig) -> list[tuple[str, str]]:
+    """Key and title of each phase: the night's own, and one per baseline before the gate."""
+    baselines = [(name, f"Baseline: {METHODS[name].title}") for name in config.baselines]
+    return [*PHASES[:-1], *baselines, PHASES[-1]]
+
+
 def run_night(config: NightConfig) -> dict[str, Any]:
     """Run or resume the night that ``config`` describes; returns its summary."""
-    with NightProgress(PHASES) as progress:
+    with NightProgress(phases(config)) as progress:
         run = Run(config, progress)
         try:
             with cluster(config.resources):
@@ -89,8 +95,8 @@ class Night:
             if config.dreaming.enabled:
                 run.phase("dreaming", self.dream, lambda r: f"{r['dreams']} dreams")
             run.phase("after", self.after, morning.told)
-            if config.fine_tuning.enabled:
-                run.phase("fine_tuning", self.fine_tune, morning.told)
+            for name in config.baselines:
+                run.phase(name, partial(self.baseline, name), morning.told)
         finally:
             if self.fleet is not None:
                 self.fleet.shutdown()
@@ -201,7 +207,7 @@ class Night:
         self, index: int, on_step: Callable[[int], None] = lambda _: None
     ) -> dict[str, Any]:
         seeding, key = self.config.consolidation, self.selves.key(index)
-        job = self._job("seeding", index, seeding.learning_rate, seeding.steps, key)
+        job = self._job("seeding", index, str((self.run.dir / key).resolve()))
         shown = ("loss", "new/kl", "replay/kl", "imitation_reward_new")
         metrics = self._train(job, key, key, seeding.steps, shown, on_step)
         return {"steps": metrics["step"], "tokens": metrics["tokens"]}
@@ -226,23 +232,18 @@ class Night:
         self._engines().publish(self.selves.larger(), canary)
         return {"after": self.measure(with_context=False)}
 
-    def fine_tune(self) -> dict[str, Any]:
-        """The baseline: the same documents, as many training tokens, every parameter free."""
-        baseline = self.config.fine_tuning
+    def baseline(self, name: str) -> dict[str, Any]:
+        """Another method on the same day and as many training tokens; only its figures stay."""
         if any(isinstance(step, Merge) for step in self.selves.steps):
-            self.restart(0)
-        passages = [
-            self.chat.text(text)[: self.config.model.max_length] for text in self.day.documents
-        ]
-        mean = sum(map(len, passages)) / len(passages)
-        tokens = self.run.result("consolidation")["tokens"]
-        steps = max(1, math.ceil(tokens / (baseline.batch_size * mean)))
-        job = self._job("fine_tuning", None, baseline.learning_rate, steps, "fine-tuning", passages)
-        metrics = self._train(job, "fine_tuning", "fine-tuning", steps, ("loss",))
-        measured = self.measure(with_context=False)
+            self.restart(0)  # the model was widened since
+        index = self.selves.from_context if METHODS[name].grows else None
+        job = train.budgeted(self._job(name, index), self.run.result("consolidation")["tokens"])
+        shown = ("loss", "imitation_reward")
+        end = self._train(job, name, name, job.learner.total_steps, shown)
+        figures = self.measure(with_context=False)
         self._engines().publish(all_tensors(self.selves.dense()))
-        shutil.rmtree(self.run.dir / "train" / "fine-tuning", ignore_errors=True)
-        return {"fine_tuned": measured, "steps": steps, "tokens": metrics["tokens"]}
+        shutil.rmtree(self.run.dir / "train" / name, ignore_errors=True)
+        return {"figures": figures, "steps": end["step"], "tokens": end["tokens"]}
 
     # --- helpers ------------------------------------------------------------------
 
@@ -266,21 +267,21 @@ class Night:
             max_length=self.config.model.max_length,
         )
 
-    def _job(
-        self, method: str, index: int | None, rate: float, steps: int, name: str,
-        passages: list[list[int]] | None = None,
-    ) -> Job:  # fmt: skip
+    def _job(self, name: str, index: int | None, output: str = "") -> Job:
+        """A method on one step of the plan, or (None) on the model as the night began."""
+        method, config, longest = METHODS[name], self.config, self.config.model.max_length
+        rate = method.learning_rate(name, config.consolidation, config.fixed_capacity)
         return Job(
-            method=method,
-            learner=self.selves.learner(index, rate, steps),
-            config=self.config.consolidation,
-            seed=self.config.seed,
+            method=name,
+            learner=self.selves.learner(index, rate, config.consolidation.steps),
+            config=config.consolidation,
+            fixed=config.fixed_capacity,
+            seed=config.seed,
             lake=str(self.selves.lake(index).directory.resolve()),
-            output=str((self.run.dir / name).resolve()),
+            output=output,
             canary=self.canary,
             first_version=self._engines().version + 1,
-            passages=passages or [],
-            batch_size=self.config.fine_tuning.batch_size,
+            passages=[self.chat.text(text)[:longest] for text in self.day.documents],
         )
 
     def _train(

@@ -72,6 +72,11 @@ class Selves:
         """The last step. It is a transfer; dreaming goes on with its expert."""
         return len(self.steps) - 1
 
+    @property
+    def from_context(self) -> int:
+        """The step that brings the day into the weights; every night has one."""
+        return next(i for i in range(len(self.steps)) if self.key(i) == "consolidation")
+
     def transfer(self, index: int) -> Transfer:
         step = self.steps[index]
         assert isinstance(step, Transfer)

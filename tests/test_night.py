@@ -172,7 +172,7 @@ def test_plugins_by_dotted_path_run_with_real_actors(place: Path) -> None:
     (target / "state.json").write_text(json.dumps(state))
     config = yaml.safe_load((target / "config.yaml").read_text())
     config["name"] = "plugged"
-    config["fine_tuning"]["enabled"] = False
+    config["baselines"] = []
     for name in ("brief_reward", "round_robin"):
         example = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
         config["dreaming"].update(example["dreaming"])
@@ -228,7 +228,7 @@ def test_ctrl_c_ends_everything_and_resume_finishes(tmp_path: Path) -> None:
 def test_two_nights_in_a_row_grow_twice(place: Path) -> None:
     first = summary(place)["generation"]
     done = sleeprl(
-        "night", "name=second", "model.name=HEAD", "seed=7", "fine_tuning.enabled=false", *SMALL,
+        "night", "name=second", "model.name=HEAD", "seed=7", "baselines=[]", *SMALL,
         cwd=place,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

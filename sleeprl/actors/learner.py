@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sleeprl.actors.anchor import Anchor
 from sleeprl.files import locked
 from sleeprl.losses.chunked import chunked_top_k, token_logprobs
+from sleeprl.losses.ewc import diagonal_fisher
 from sleeprl.losses.streams import LossOptions, Part, Window, chunked_stream_loss, token_counts
 from sleeprl.memory import checkpoint as ckpt
-from sleeprl.memory.experts import smaller_self
+from sleeprl.memory.experts import load_training_form, smaller_self
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
 from sleeprl.weights.verify import Canary
@@ -172,6 +173,7 @@ class Learner:
         )
         self.steps = 0
         self._taught: dict[tuple[str, int], Targets] = {}
+        self._anchor: Anchor | None = None
 
     # --- learning -----------------------------------------------------------------
 
@@ -204,6 +206,8 @@ class Learner:
             self.engine.backward(loss * self.world)
             for key, value in {**metrics, "loss": float(loss.detach())}.items():
                 totals[key] = totals.get(key, 0.0) + value
+        if self._anchor is not None:
+            totals["ewc"] = self._anchor.pull()
         self.engine.step()
         self.steps += 1
         norm = self.engine.get_global_grad_norm()
@@ -235,9 +239,8 @@ class Learner:
             within = lambda hidden_BRH, head_VH, kept_BR=kept_BR: chunked_top_k(  # noqa: E731
                 hidden_BRH[kept_BR], head_VH, k
             )
-            with smaller_self(self.engine.module):
-                inputs = self._inputs([row.teacher_prompt for row in batch], batch)
-                ids_NK, logprobs_NK1 = self.engine(*inputs, within)
+            inputs = self._inputs([row.teacher_prompt for row in batch], batch)
+            ids_NK, logprobs_NK1 = self._smaller(*inputs, within)
             # Copies: a piece of a batch would keep the whole batch in memory.
             pieces = zip(ids_NK.int().cpu().split(lengths), logprobs_NK1.cpu().split(lengths))
             for row, (ids_RK, logprobs_RK1) in zip(batch, pieces, strict=True):
@@ -248,6 +251,42 @@ class Learner:
                 if row.key:
                     self._taught[row.key, k] = target
         return found
+
+    def _smaller(self, *inputs: Any) -> Any:
+        """What ``ResponseModel`` gives of the smaller self. Collective where the model has grown."""
+        if self.options.slot is None:
+            return self._origin(*inputs)
+        with smaller_self(self.engine.module):
+            return self.engine(*inputs)
+
+    @cached_property
+    def _origin(self) -> nn.Module:
+        """A frozen copy of the model as it was. Only a model that is trained in full needs one."""
+        model = load_training_form(self.directory, self.slots, getattr(torch, self.options.dtype))
+        return ResponseModel(model.to(self.device)).requires_grad_(False)
+
+    def anchor(self, rows: Sequence[Row], strength: float) -> None:
+        """Let every step from here on pull the model back to the smaller self (EWC).
+
+        rows: texts the smaller self wrote, on which the Fisher is estimated; the same on
+        all ranks, so that it does not depend on their number. strength: the weight of the
+        penalty. Raises ValueError for a model that grows, of which the smaller self is a part.
+        """
+        if self.options.slot is not None:
+            raise ValueError("only a model that is trained in full can be anchored; set slot=None")
+        trained = {n: p for n, p in self.engine.module.named_parameters() if p.requires_grad}
+        origin = {n: p for n, p in self._origin.named_parameters() if n in trained}
+        for parameter in origin.values():
+            parameter.requires_grad_(True)
+        passes = (
+            self._origin(*self._inputs([row.prompt_ids], [row]), _logits)[0]
+            for row in rows
+            if row.response_ids
+        )
+        generator = torch.Generator(self.device).manual_seed(self.options.seed)
+        fisher = diagonal_fisher(list(origin.values()), passes, generator)
+        self._origin.requires_grad_(False)
+        self._anchor = Anchor(list(trained.values()), list(origin.values()), fisher, strength)
 
     # --- batches ------------------------------------------------------------------
 
@@ -322,8 +361,8 @@ class Learner:
         within = lambda hidden_BRH, head_VH: token_logprobs(  # noqa: E731
             hidden_BRH[kept_BR], head_VH, tokens_N
         )
-        with smaller_self(self.engine.module) if smaller else nullcontext():
-            found_N = self.engine(*self._inputs([row.prompt_ids for row in rows], rows), within)
+        forward = self._smaller if smaller else self.engine
+        found_N = forward(*self._inputs([row.prompt_ids for row in rows], rows), within)
         return [piece.tolist() for piece in found_N.split([len(row.response_ids) for row in rows])]
 
     def canary(self, token_ids: list[int]) -> Canary:
@@ -437,6 +476,10 @@ class Learner:
             for key, value in (part or {}).items():
                 merged[key] = merged.get(key, 0.0) + value
         return merged
+
+
+def _logits(hidden_BRH: Tensor, head_VH: Tensor) -> Tensor:
+    return hidden_BRH @ head_VH.T
 
 
 def load_shared_memory_op() -> None:

@@ -1,7 +1,7 @@
 """What each step of the job learns from: rows of the night's data, drawn by seed and step.
 
-The draw of a step depends on the seed, the step and the number of ranks only, so
-a resumed job continues with the rows it would have had.
+The draw of a step depends on the seed and the step only, so a resumed job continues
+with the rows it would have had.
 """
 
 from __future__ import annotations
@@ -12,70 +12,85 @@ from typing import TypeVar
 
 from sleeprl.actors.learner import Row
 from sleeprl.config import ConsolidationConfig
-from sleeprl.losses.streams import Part
+from sleeprl.consolidation.methods import NEW, PASSAGE, REPLAY, STUDENT, Method
 from sleeprl.trajectories.schema import Trajectory
 
 T = TypeVar("T")
-NEW, REPLAY, STUDENT, PASSAGE = "new", "replay", "student", "passage"
 
 
-def seeding_parts(config: ConsolidationConfig) -> dict[str, Part]:
-    """J_KS as stream weights: (1-alpha)*reward + alpha*(lambda*on-policy + (1-lambda)*teacher texts).
+class Feed:
+    """The texts a method reads. They come in shuffled passes, each once per pass.
 
-    Replay has the weight that ``replay_ratio`` gives it in the data; both streams
-    are means, so without this it would count as much as the new.
+    texts: self-study, of which the method takes its streams. config: as the method has
+    it (``Method.objective``). passages: token ids of the day's documents.
+    Raises ValueError when there is nothing of a stream that the method cannot do without.
     """
-    alpha, on_policy = config.distillation, config.on_policy
-    taught = alpha * (1.0 - on_policy)
-    parts = {
-        NEW: Part(kl=taught, ce=config.ce),
-        REPLAY: Part(kl=taught * config.replay_ratio, ce=config.ce * config.replay_ratio),
-    }
-    if config.rollout_prompts:
-        parts[STUDENT] = Part(pg=1.0 - alpha, kl=alpha * on_policy)
-    return parts
+
+    def __init__(
+        self,
+        method: Method,
+        texts: Sequence[Trajectory],
+        passages: Sequence[list[int]],
+        config: ConsolidationConfig,
+        seed: int,
+    ) -> None:
+        self.config, self.seed = config, seed
+        self.parts = method.parts(config)
+        self.new = [t for t in texts if t.purpose == "self_study"]
+        own = [t for t in texts if t.purpose == "replay"]
+        self.replay = own if REPLAY in method.texts else []
+        if not self.new and not {NEW, STUDENT}.isdisjoint(self.parts):
+            raise ValueError("self-study wrote no usable text; look at `malformed` in study.json")
+        if method.anchored and not own:
+            raise ValueError(
+                f"{method.title} needs the smaller self's own texts, but there is no replay; "
+                "set self_study.replay above 0"
+            )
+        self.own = [row(text, REPLAY) for text in own]
+        """All that the smaller self wrote freely, read or not."""
+        count = config.batch_size
+        replayed = round(count * config.replay_ratio) if self.replay else 0
+        streams = {
+            NEW: ([row(text, NEW) for text in self.new], count),
+            REPLAY: ([row(text, REPLAY) for text in self.replay], replayed),
+            PASSAGE: ([Row(ids[:1], ids[1:], PASSAGE) for ids in passages], count),
+        }
+        self.streams = {name: streams[name] for name in method.texts}
+
+    @property
+    def replay_share(self) -> float:
+        """How much of the roll-outs goes on from the smaller self's own texts."""
+        return self.config.replay_ratio / (1.0 + self.config.replay_ratio) if self.replay else 0.0
+
+    def rows(self, step: int) -> list[Row]:
+        """The texts of ``step``, over all ranks."""
+        drawn: list[Row] = []
+        for name, (rows, count) in self.streams.items():
+            drawn += _pass(rows, step, count, f"{self.seed}-{name}")
+        return drawn
+
+    def tokens_per_step(self) -> float:
+        """Expected ``trained_tokens``; a roll-out is taken to be as long as the text it stands for."""
+        tokens = sum(count * _mean_tokens(rows) for rows, count in self.streams.values())
+        if STUDENT in self.parts:
+            config, share = self.config, self.replay_share
+            count = config.rollout_prompts * config.group_size / config.rollout_every
+            tokens += count * (1.0 - share) * _mean_tokens([row(t, STUDENT) for t in self.new])
+            tokens += count * share * _mean_tokens([row(t, STUDENT) for t in self.replay])
+        return tokens
 
 
 def row(text: Trajectory, part: str) -> Row:
     return Row(text.prompt_ids, text.response_ids, part, text.teacher_prompt_ids, key=text.uid)
 
 
-class SeedingFeed:
-    """Teacher texts of both streams. Texts come in shuffled passes, each once per pass."""
-
-    def __init__(self, texts: Sequence[Trajectory], config: ConsolidationConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
-        self.new = [t for t in texts if t.purpose == "self_study"]
-        self.replay = [t for t in texts if t.purpose == "replay"]
-        if not self.new:
-            raise ValueError("self-study wrote no usable text; look at `malformed` in study.json")
-        self.parts = seeding_parts(config)
-
-    def rows(self, step: int, rank: int, world: int) -> list[Row]:
-        """This rank's share of the teacher texts of ``step``."""
-        new = _pass(self.new, step, self.config.batch_size, f"{self.seed}-new")
-        count = round(self.config.batch_size * self.config.replay_ratio) if self.replay else 0
-        replay = _pass(self.replay, step, count, f"{self.seed}-replay")
-        rows = [row(t, NEW) for t in new] + [row(t, REPLAY) for t in replay]
-        return rows[rank::world]
-
-
-class PassageFeed:
-    """The baseline: next-token prediction on the documents themselves."""
-
-    parts = {PASSAGE: Part(ce=1.0)}  # noqa: RUF012 - never changed
-
-    def __init__(self, passages: Sequence[list[int]], batch_size: int, seed: int) -> None:
-        self.passages, self.batch_size, self.seed = passages, batch_size, seed
-
-    def rows(self, step: int, rank: int, world: int) -> list[Row]:
-        drawn = _pass(self.passages, step, self.batch_size, f"{self.seed}-passages")
-        return [Row(ids[:1], ids[1:], PASSAGE) for ids in drawn[rank::world]]
-
-
 def trained_tokens(rows: Sequence[Row]) -> int:
     """Tokens that go through the trained model's forward and backward pass."""
-    return sum(len(r.prompt_ids) + len(r.response_ids) for r in rows)
+    return sum(r.student_length() for r in rows)
+
+
+def _mean_tokens(rows: Sequence[Row]) -> float:
+    return trained_tokens(rows) / len(rows) if rows else 0.0
 
 
 def _pass(items: Sequence[T], step: int, count: int, seed: str) -> list[T]:

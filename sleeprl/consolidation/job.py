@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,19 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.mailbox import Mailbox
 from sleeprl.config import ResourcesConfig
-from sleeprl.consolidation.worker import Job, train_loop
+from sleeprl.consolidation.worker import Job, feed, train_loop
 
 OnMetrics = Callable[[dict[str, Any]], None]
+
+
+def budgeted(job: Job, tokens: int) -> Job:
+    """The same job for as many trained tokens: it gets the steps that its method needs for them,
+    and stops at the budget where its texts turn out longer."""
+    steps = max(1, math.ceil(tokens / feed(job).tokens_per_step()))
+    warmup = min(job.learner.warmup, steps // 4)
+    return replace(
+        job, tokens=tokens, learner=replace(job.learner, total_steps=steps, warmup=warmup)
+    )
 
 
 def run(

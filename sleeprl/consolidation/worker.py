@@ -26,9 +26,10 @@ from sleeprl.actors.group import ActorGroup
 from sleeprl.actors.learner import Learner, LearnerOptions, Row
 from sleeprl.actors.publish import publish, save_expert
 from sleeprl.chat import Chat
-from sleeprl.config import ConsolidationConfig
+from sleeprl.config import ConsolidationConfig, FixedCapacityConfig
 from sleeprl.consolidation import imitation
-from sleeprl.consolidation.feed import STUDENT, PassageFeed, SeedingFeed, trained_tokens
+from sleeprl.consolidation.feed import Feed, trained_tokens
+from sleeprl.consolidation.methods import METHODS, STUDENT
 from sleeprl.losses.policy import Correction
 from sleeprl.losses.streams import LossOptions
 from sleeprl.trajectories.lake import Lake
@@ -41,21 +42,30 @@ STATE, POSITION = "learner.safetensors", "position.json"
 class Job:
     """One training job, plain enough to travel to the workers.
 
-    method: ``seeding`` grows and distils; ``fine_tuning`` trains everything on the
-        documents. lake: where the self-study texts are. output: where the trained
-        expert goes. first_version: weight version of the first publication.
+    method: a name in ``METHODS``. lake: where the self-study texts are. passages: token
+        ids of the documents. output: where the trained expert goes; empty for a baseline,
+        of which only the measurement stays. first_version: weight version of the first
+        publication. tokens: stop when so many were trained on; 0 is no budget.
     """
 
     method: str
     learner: LearnerOptions
     config: ConsolidationConfig
+    fixed: FixedCapacityConfig
     seed: int
     lake: str
     output: str
     canary: list[int]
     first_version: int
     passages: list[list[int]] = field(default_factory=list)
-    batch_size: int = 0
+    tokens: int = 0
+
+
+def feed(job: Job) -> Feed:
+    """What the job learns from; rows that its method does not read are left out."""
+    method = METHODS[job.method]
+    texts = from_batch(Lake(job.lake).read("trajectories"))
+    return Feed(method, texts, job.passages, method.objective(job.config), job.seed)
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
@@ -63,9 +73,12 @@ def train_loop(arguments: dict[str, Any]) -> None:
     job: Job = arguments["job"]
     worker = _Worker(job, arguments["engines"], arguments["mailbox"])
     for step in range(worker.learner.steps, job.learner.total_steps):
+        if job.tokens and worker.tokens >= job.tokens:
+            break
         worker.exchange(step)
         rows = worker.rows(step)
-        metrics = worker.learner.step(rows, worker.feed.parts, worker.loss)
+        mine = rows[worker.rank :: worker.world]
+        metrics = worker.learner.step(mine, worker.feed.parts, worker.loss)
         worker.report(step, rows, metrics)
     worker.finish()
 
@@ -77,16 +90,16 @@ class _Worker:
         self.rank, self.world = self.learner.rank, self.learner.world
         self.fleet = Fleet(ActorGroup("engine", engines))
         self.fleet.version = job.first_version - 1
+        method = METHODS[job.method]
+        self.config = method.objective(job.config)
         self.loss = LossOptions(
-            beta=job.config.beta, top_k=job.config.top_k, correction=Correction()
+            beta=self.config.beta, top_k=self.config.top_k, correction=Correction()
         )
-        self.feed: SeedingFeed | PassageFeed
-        if job.method == "seeding":
-            texts = from_batch(Lake(job.lake).read("trajectories"))
-            self.feed = SeedingFeed(texts, job.config, job.seed)
-        else:
-            self.feed = PassageFeed(job.passages, job.batch_size, job.seed)
-        self.on_policy = job.method == "seeding" and STUDENT in self.feed.parts
+        self.feed = feed(job)
+        self.on_policy = STUDENT in self.feed.parts
+        if method.anchored:
+            own = random.Random(f"{job.seed}-fisher").sample(self.feed.own, len(self.feed.own))
+            self.learner.anchor(own[: job.fixed.fisher_texts], job.fixed.ewc)
         self.chat = Chat(job.learner.checkpoint)
         self.pending: tuple[list[imitation.Continuation], Pending] | None = None
         self.student_rows: list[Row] = []
@@ -98,8 +111,9 @@ class _Worker:
 
     def exchange(self, step: int) -> None:
         """Every ``rollout_every`` steps: take the roll-outs that the engines wrote meanwhile,
-        send them the present weights, and ask for the next ones. Generation overlaps learning."""
-        config = self.job.config
+        send them the present weights, and ask for the next ones. Generation overlaps learning,
+        unless roll-outs are all there is to learn from."""
+        config = self.config
         if not self.on_policy or step % config.rollout_every:
             return
         self._collect()
@@ -107,36 +121,39 @@ class _Worker:
             self._checkpoint(step)
         self.extra.update(publish(self.learner, self.fleet, self.job.canary))
         if self.rank == 0:
-            assert isinstance(self.feed, SeedingFeed)
             rng = random.Random(f"{self.job.seed}-rollouts-{step}")
-            share = config.replay_ratio / (1.0 + config.replay_ratio) if self.feed.replay else 0.0
-            old = round(config.rollout_prompts * share)
+            old = round(config.rollout_prompts * self.feed.replay_share)
             drawn = imitation.draw(self.feed.new, config.rollout_prompts - old, config, rng)
             drawn += imitation.draw(self.feed.replay, old, config, rng) if old else []
             prompts, sampling = imitation.requests(drawn, config, rng)
             self.pending = (drawn, self.fleet.generate_later(prompts, sampling))
+        if not self.feed.streams:
+            self._collect()
 
     def _collect(self) -> None:
-        rows: list[Row] = []
+        """Take what was asked for; where nothing was, what a checkpoint brought stays."""
+        shared: list[list[Row] | None] = [None]
         if self.pending is not None:
             drawn, pending = self.pending
-            rows, self.extra = imitation.rows(drawn, pending.wait(), self.job.config, self.chat)
+            rows, told = imitation.rows(drawn, pending.wait(), self.config, self.chat)
             random.Random(self.learner.steps).shuffle(rows)
-        shared = [rows]
+            self.extra.update(told)
+            self.pending = None
+            shared = [rows]
         if self.world > 1:
             dist.broadcast_object_list(shared, src=0)
-        self.student_rows = shared[0]
+        if shared[0] is not None:
+            self.student_rows = shared[0]
 
     def rows(self, step: int) -> list[Row]:
-        rows = self.feed.rows(step, self.rank, self.world)
-        every = self.job.config.rollout_every
-        mine = self.student_rows[step % every :: every] if self.on_policy else []
-        return rows + mine[self.rank :: self.world]
+        """What is learnt from in ``step``, over all ranks."""
+        every = self.config.rollout_every
+        return self.feed.rows(step) + self.student_rows[step % every :: every]
 
     # --- state --------------------------------------------------------------------
 
     def report(self, step: int, rows: list[Row], metrics: dict[str, float]) -> None:
-        self.tokens += trained_tokens(rows) * self.world
+        self.tokens += trained_tokens(rows)
         if self.rank == 0:
             record = {**metrics, **self.extra, "trained_tokens": self.tokens}
             self.mailbox.put.remote({"step": step + 1, **record})
@@ -169,11 +186,11 @@ class _Worker:
         self.student_rows = [Row(**r) for r in position["student_rows"]]
 
     def finish(self) -> None:
-        """Leave the final weights in the engines and, for a grown model, the expert on disk."""
+        """Leave the final weights in the engines and, where it is wanted, the expert on disk."""
         if self.pending is not None:
             self.pending[1].wait()
         publish(self.learner, self.fleet, self.job.canary)
-        if self.job.learner.slot is not None:
+        if self.job.output:
             save_expert(self.learner, Path(self.job.output), self.job.canary)
         end = {"step": self.learner.steps, "tokens": self.tokens, "version": self.fleet.version}
         if self.rank == 0:

@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from sleeprl.reporting.summary import RATES, STATES, Summary, figure, percent, short
+from sleeprl.reporting.summary import RATES, Summary, figure, measured, percent, short
 
 State = Literal["waiting", "running", "done", "failed", "skipped"]
 _MARKS: dict[State, tuple[str, str]] = {
@@ -201,8 +201,8 @@ class NightProgress:
 
 def before_after_table(summary: Summary) -> Table:
     """The morning's figures for the terminal: rates with 95 % Wilson intervals in points."""
-    shown = [state for state in STATES if summary.get(state)]
-    found = [figure(summary, shown[-1], name) for name in RATES] if shown else []
+    shown = measured(summary)
+    found = [figure(shown[-1][2], shown[-1][0], name) for name in RATES] if shown else []
     counts = " / ".join("-" if f is None or f.n is None else str(f.n) for f in found)
     table = Table(
         title="Before and after the night",
@@ -215,11 +215,11 @@ def before_after_table(summary: Summary) -> Table:
     table.add_column("", no_wrap=True)
     for name in (*RATES.values(), "Perplexity"):
         table.add_column(name, justify="right", no_wrap=True)
-    for state in shown:
-        cells = [_rate_cell(summary, state, name) for name in RATES]
-        perplexity = figure(summary, state, "perplexity")
+    for state, label, where in shown:
+        cells = [_rate_cell(where, state, name) for name in RATES]
+        perplexity = figure(where, state, "perplexity")
         table.add_row(
-            STATES[state],
+            label,
             *cells,
             short(perplexity.value) if perplexity else "-",
             style="bold" if state == "after" else "",

@@ -23,6 +23,7 @@ from sleeprl.reporting.summary import (
     duration,
     figure,
     headline,
+    measured,
     short,
     title,
 )
@@ -177,12 +178,19 @@ def _table(summary: Summary) -> list[dict[str, Any]]:
         {
             "key": key,
             "label": label,
-            "rates": {name: figure(summary, key, name) for name in RATES},
-            "perplexity": figure(summary, key, "perplexity"),
+            "cost": _cost(where[key]),
+            "rates": {name: figure(where, key, name) for name in RATES},
+            "perplexity": figure(where, key, "perplexity"),
         }
-        for key, label in STATES.items()
-        if summary.get(key)
+        for key, label, where in measured(summary)
     ]
+
+
+def _cost(block: Mapping[str, Any]) -> str:
+    """What a baseline took, in words; '' for a state of the night itself."""
+    told = [f"{block['tokens']:,} tokens"] if block.get("tokens") else []
+    told += [duration(block["seconds"])] if block.get("seconds") else []
+    return ", ".join(told)
 
 
 def _timeline(seconds: Mapping[str, float | None]) -> list[Bar]:

@@ -19,6 +19,7 @@ STATES = {
     "fine_tuned": "Plain fine-tuning",
     "after": "After the night",
 }
+_PICTURED = "fine_tuning"  # the baseline whose figures are `fine_tuned` too
 RATES = {"recall": "Recall", "two_hop": "Two-hop", "retention": "Retention"}
 _Z95 = 1.959963984540054
 
@@ -53,6 +54,20 @@ def figure(summary: Summary, state: str, name: str) -> Figure | None:
     if name not in RATES:
         return Figure(value, n)
     return Figure(value, n, wilson_interval(round(value * n), n))
+
+
+def measured(summary: Summary) -> list[tuple[str, str, Summary]]:
+    """Every state with figures, in the order of a table: its key, the name a reader sees, and
+    where ``figure`` finds it. The baselines stand before the state after the night."""
+    states = [(key, label, summary) for key, label in STATES.items() if summary.get(key)]
+    baselines = summary.get("baselines") or {}
+    others = [
+        (key, block.get("title") or title(key), baselines)
+        for key, block in baselines.items()
+        if block and key != _PICTURED
+    ]
+    last = len(states) - bool(summary.get("after"))
+    return [*states[:last], *others, *states[last:]]
 
 
 def percent(rate: float, digits: int = 1) -> str:
