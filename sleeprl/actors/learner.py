@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sleeprl.actors.anchor import Anchor
+from sleeprl.actors.response import ResponseModel, all_logits
 from sleeprl.files import locked
 from sleeprl.losses.chunked import chunked_top_k, token_logprobs
 from sleeprl.losses.ewc import diagonal_fisher
@@ -82,41 +83,6 @@ class LearnerOptions:
     micro_batch_tokens: int = 8192
     """Padded tokens that one forward pass may hold."""
     held: tuple[int, ...] = ()
-
-
-Within = Callable[[Tensor, Tensor], Any]
-"""What is made of hidden states [B, R, H] and the head [V, H] while the head is there."""
-
-
-class Head(nn.Linear):
-    """A language head that lends its weight: logits of a whole batch are never made."""
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> Head:
-        head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        head.weight = linear.weight
-        return head
-
-    def forward(self, hidden_BRH: Tensor, within: Within) -> Any:  # type: ignore[override]
-        return within(hidden_BRH, self.weight)
-
-
-class ResponseModel(nn.Module):
-    """The hidden states at the positions that predict a response token, and what ``within``
-    makes of them. ZeRO-3 gathers the head's weight for that moment only."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        head: Any = model.get_submodule("lm_head")
-        assert isinstance(head, nn.Linear) and "bias" not in dict(head.named_parameters())
-        model.set_submodule("lm_head", Head.of(head))
-
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor, index_BR: Tensor, within: Within) -> Any:
-        decoder: Any = self.model.get_submodule("model")
-        hidden_BTH = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)[0]
-        index_BRH = index_BR[..., None].expand(-1, -1, hidden_BTH.shape[-1])
-        return self.model.get_submodule("lm_head")(hidden_BTH.gather(1, index_BRH), within)
 
 
 class Learner:
@@ -279,7 +245,7 @@ class Learner:
         for parameter in origin.values():
             parameter.requires_grad_(True)
         passes = (
-            self._origin(*self._inputs([row.prompt_ids], [row]), _logits)[0]
+            self._origin(*self._inputs([row.prompt_ids], [row]), all_logits)[0]
             for row in rows
             if row.response_ids
         )
@@ -476,10 +442,6 @@ class Learner:
             for key, value in (part or {}).items():
                 merged[key] = merged.get(key, 0.0) + value
         return merged
-
-
-def _logits(hidden_BRH: Tensor, head_VH: Tensor) -> Tensor:
-    return hidden_BRH @ head_VH.T
 
 
 def load_shared_memory_op() -> None:
