@@ -102,11 +102,11 @@ def ladder(config: NightConfig) -> list[str]:
     lines = []
     for number, level in enumerate(clock.levels, start=1):
         ahead = (clock.now // level.period + 1) * level.period
-        slowest = " (the slowest: keeps what it has)" if number == slots.levels else ""
-        lines.append(
-            f"level {number}         every {level.period} {unit}, next at {ahead} (now {clock.now}); "
-            f"{len(slots.used_in(number))} of {level.slots} slots used{slowest}"
-        )
+        sleeps = f"every {level.period} {unit}, next at {ahead} (now {clock.now})"
+        if number == slots.levels:
+            sleeps = f"the slowest: keeps what it has; when_full={config.memory.when_full}"
+        used = f"{len(slots.used_in(number))} of {level.slots} slots used"
+        lines.append(f"{f'level {number}':16}{used}; {sleeps}")
     if unit in ("tokens", "episodes"):
         return [
             *lines,

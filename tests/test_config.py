@@ -192,12 +192,43 @@ def test_the_edges_are_allowed(word: str) -> None:
     [
         ("model.dtype=float8", "bfloat16"),
         ("dreaming.correction_level=word", "sequence"),
+        ("memory.growth=high_rank", "low_rank"),
+        ("memory.unit=days", "optimizer_steps"),
+        ("memory.when_full=forget", "merge"),
         ("dreaming.correction_mode=soft", "truncate"),
     ],
 )
 def test_a_choice_lists_the_others(word: str, choice: str) -> None:
     message = refused(word)
     assert word.split("=")[0] in message and choice in message
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ("", "at least one level"),
+        ("{period: 0, slots: 1}", "period=0"),
+        ("{period: 2, slots: 1}", "at least 2 slots"),  # one expert arrives every night
+        ("{period: 2, slots: 2}, {period: 3, slots: 2}", "no multiple"),
+        ("{period: 2, slots: 2}, {period: 6, slots: 2}", "level 2 has slots=2"),
+    ],
+)
+def test_levels_that_cannot_be_say_what_the_clock_says(levels: str, said: str) -> None:
+    message = refused(f"memory.levels=[{levels}]")
+    assert message.startswith(f"memory.levels=[{levels}]: ") and said in message
+
+
+def test_levels_are_typed_and_a_file_may_list_them(tmp_path: Path) -> None:
+    path = tmp_path / "levels.yaml"
+    path.write_text("memory:\n  levels:\n  - {period: 2, slots: 2}\n  - {period: 4, slots: 3}\n")
+    config = cfg.load(path)
+    assert config.memory.levels == [cfg.LevelConfig(2, 2), cfg.LevelConfig(4, 3)]
+    assert cfg.from_dict(cfg.to_dict(config)) == config
+    assert config.memory.clock().pools == (2, 3)
+    assert "slots" in refused("memory.levels=[{period: 2}]")
+    assert "slotz" in refused("memory.levels=[{period: 2, slotz: 2}]")
+    # Where a night's length in tokens is not known, the clock cannot count what arrives in a period.
+    cfg.load(None, ["memory.unit=tokens", "memory.levels=[{period: 9000, slots: 2}]"])
 
 
 def test_staleness_needs_a_correction() -> None:

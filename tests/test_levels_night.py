@@ -177,8 +177,8 @@ def test_the_clock_goes_on_from_the_generation(generations: LineageStore) -> Non
     assert ladder.clock_of(config, manifest).now == 2
     assert ladder.clock_of(config, None).now == 0
     lines = "\n".join(ladder.ladder(config))
-    assert "level 1" in lines and "every 2 nights, next at 4 (now 2); 0 of 2 slots" in lines
-    assert "1 of 2 slots used (the slowest" in lines
+    assert "level 1         0 of 2 slots used; every 2 nights, next at 4 (now 2)" in lines
+    assert "level 2         1 of 2 slots used; the slowest: keeps what it has" in lines
     assert "context into slot 0 of level 1" in lines
     assert ladder.parent(cfg.load(None, [f"generations={generations.root}"])) is None
 
@@ -211,7 +211,7 @@ def test_the_dry_run_shows_the_ladder(generations: LineageStore) -> None:
         cwd=ROOT, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "every 4 nights, next at 4 (now 2)" in done.stdout
+    assert "every 2 nights, next at 4 (now 2)" in done.stdout
     assert "this night      context into slot 0 of level 1" in done.stdout
 
 

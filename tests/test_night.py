@@ -17,6 +17,7 @@ import yaml
 from sleeprl.config import load
 from sleeprl.lineage import LineageStore
 from sleeprl.memory.slots import Slots
+from sleeprl.memory.transfer import Transfer, from_dict
 from sleeprl.morning import commit, gate
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import Run
@@ -118,6 +119,9 @@ def test_the_generation_is_an_ordinary_checkpoint(place: Path) -> None:
     assert store.get(told["generation"]).figures["after"] == told["after"]
     slots = Slots.load(path)
     assert slots is not None and slots.used == (0,)
+    manifest = store.get(told["generation"])
+    assert manifest.clock == {"unit": "nights", "now": 1}
+    assert [from_dict(step) for step in manifest.steps] == [Transfer(0, 1, (), (0,), 0, ())]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert model.config.intermediate_size == slots.total_width
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -87,7 +87,7 @@ def trial(
             value = score(figures, before, config.gate.tolerance)
             tune.report({"score": value, "step": step, **figures})
 
-    night.transfer(night.selves.last, report)
+    night.transfer(0, report)
 
 
 def search(path: Path, words: list[str], console: Console) -> Path:
