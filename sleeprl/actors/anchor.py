@@ -34,6 +34,7 @@ class Anchor:
             for parameter, value, matters in zip(trained, origin, fisher, strict=True)
         ]
 
+    @torch.no_grad()
     def pull(self) -> float:
         """Between the last backward pass and the step. This rank's share of the penalty, in the
         units of the loss; the ranks' sum is the whole."""
