@@ -23,7 +23,7 @@ from test_night import SMALL, sleeprl, summary
 from torch import Tensor
 
 from sleeprl import config as cfg
-from sleeprl.actors.learner import Learner, ResponseModel, Row
+from sleeprl.actors.learner import Learner, Row
 from sleeprl.config import ConfigError, ConsolidationConfig, FixedCapacityConfig
 from sleeprl.consolidation import imitation
 from sleeprl.consolidation.feed import Feed, trained_tokens
@@ -347,12 +347,12 @@ def plain_ewc(directory: Path) -> tuple[dict[str, Tensor], list[float]]:
     slots = SLOTS.filled(1)
 
     def load() -> Any:
-        return ResponseModel(load_training_form(directory / "grown", slots, torch.float32))
+        return load_training_form(directory / "grown", slots, torch.float32)
 
     def logits(model: Any, row: Row) -> Tensor:
         ids = torch.tensor([row.prompt_ids + row.response_ids])
         first = len(row.prompt_ids) - 1
-        return model.model(input_ids=ids).logits[0, first : first + len(row.response_ids)]
+        return model(input_ids=ids).logits[0, first : first + len(row.response_ids)]
 
     model, origin = load(), load()
     generator = torch.Generator().manual_seed(options(directory).seed)
@@ -382,8 +382,8 @@ def plain_ewc(directory: Path) -> tuple[dict[str, Tensor], list[float]]:
         (-torch.cat(chosen).mean() + STRENGTH * penalty).backward()
         optimiser.step()
         penalties.append(STRENGTH * float(penalty.detach()))
-    named = ((n.removeprefix("model."), p.detach()) for n, p in model.named_parameters())
-    return {n: scatter_columns(n, p, slots) for n, p in named}, penalties
+    named = dict(model.named_parameters())
+    return {n: scatter_columns(n, p.detach(), slots) for n, p in named.items()}, penalties
 
 
 def test_ewc_is_the_penalty_in_the_loss(saw: Any) -> None:
