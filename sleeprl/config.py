@@ -159,7 +159,7 @@ METHODS = (
 class FixedCapacityConfig:
     """The baselines that train every parameter."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-3
     """Tuned for ``fine_tuning`` by ``benchmarks/night.py --tune`` on nights that are not reported."""
     learning_rates: dict[str, float] = field(default_factory=dict)
     """Learning rates of methods, by name, that have one of their own."""
