@@ -237,6 +237,14 @@ class ResourcesConfig:
     max_failures: int = 1
     """How often a worker group is restarted from its last checkpoint."""
 
+    @property
+    def learner_threads(self) -> int:
+        """Of one learner worker: its cores and, on this machine's CPUs, its share of the engines',
+        which mostly wait while the learner works."""
+        if self.address is not None or self.engine_gpus:
+            return self.learner_cpus
+        return self.learner_cpus + self.engines * self.engine_cpus // self.learner_workers
+
 
 @dataclass
 class NightConfig:

@@ -141,7 +141,7 @@ class Selves:
             warmup=min(seeding.warmup, steps // 4),
             weight_decay=seeding.weight_decay,
             grad_clip=seeding.grad_clip,
-            threads=resources.learner_cpus,
+            threads=resources.learner_threads,
             gpu=resources.learner_gpus > 0,
         )
 

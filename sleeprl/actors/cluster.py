@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,8 @@ def cluster(resources: ResourcesConfig, *, state_api: bool = False) -> Iterator[
         was stopped, and frees what the job held. A night on its own does without.
     """
     if resources.address is None:
+        # Threads that spin while they wait would take the core from whoever has work.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         ray.init(
             address="local",  # also where RAY_ADDRESS names a cluster: joining one is asked for
             num_cpus=resources.cpus or available_cpus(),
