@@ -100,7 +100,7 @@ class SelfStudyConfig:
     """Question-answer pairs that the teacher writes with the document in its prompt."""
     facts_per_document: int = 24
     """Single facts that the teacher writes with the document in its prompt."""
-    replay: int = 4800
+    replay: int = 3600
     """Questions that the smaller self asks itself freely, with nothing in its prompt."""
     temperature: float = 0.7
     """Below 1: what is taught must be true before it is varied."""
@@ -111,7 +111,7 @@ class SelfStudyConfig:
 
 @dataclass
 class ConsolidationConfig:
-    steps: int = 200
+    steps: int = 120
     batch_size: int = 16
     """Teacher texts of the new experience per step, over all workers."""
     replay_ratio: float = 4.0
@@ -172,7 +172,7 @@ class FixedCapacityConfig:
 @dataclass
 class DreamingConfig:
     enabled: bool = True
-    steps: int = 10
+    steps: int = 8
     """Learner updates."""
     tasks_per_step: int = 4
     """Groups per update; a group is one task's dreams."""
