@@ -111,11 +111,11 @@ def test_or_the_night_stops_before_anything_is_trained() -> None:
 
 @pytest.mark.parametrize(
     ("unit", "amount"),
-    [("tokens", 70), ("episodes", 3), ("nights", 1), ("optimizer_steps", 150)],
+    [("tokens", 70), ("episodes", 3), ("nights", 1), ("optimizer_steps", 77)],
 )
 def test_what_a_night_adds_to_the_clock(unit: str, amount: int) -> None:
     levels = "memory.levels=[{period: 1000, slots: 1000}]"
-    config = cfg.load(None, [f"memory.unit={unit}", levels])
+    config = cfg.load(None, [f"memory.unit={unit}", levels, "consolidation.steps=77"])
     assert ladder.lived(config, [10, 20, 40]) == amount
 
 
