@@ -195,7 +195,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.legend(loc="center left", frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def main() -> None:
