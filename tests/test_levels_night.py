@@ -500,9 +500,9 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
     told, two = sleep(tmp_path, "two", "model.name=HEAD", "seed=7")
     manifest = store.get(two.name)
     assert manifest.parent == one.name and manifest.clock == {"unit": "nights", "now": 2}
-    assert manifest.steps == [
-        to_dict(Transfer(0, 1, (0,), (0, 1), 1, ())),
-        to_dict(Transfer(1, 2, (0, 1), (2,), 2, (0, 1))),
+    assert list(map(from_dict, manifest.steps)) == [
+        Transfer(0, 1, (0,), (0, 1), 1, ()),
+        Transfer(1, 2, (0, 1), (2,), 2, (0, 1)),
     ]
     assert told["memory"]["steps"] == manifest.steps
     slots, run = slots_of(two), tmp_path / "runs" / "two"
@@ -535,9 +535,9 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
     store.set_head(full)
     told, three = sleep(tmp_path, "three", "model.name=HEAD", "seed=8", "dreaming.enabled=false")
     manifest = store.get(three.name)
-    assert manifest.steps == [
-        to_dict(Transfer(2, 2, (2, 3), (2,), 2, (2, 3))),
-        to_dict(Transfer(0, 1, (2,), (2, 0), 0, ())),
+    assert list(map(from_dict, manifest.steps)) == [
+        Transfer(2, 2, (2, 3), (2,), 2, (2, 3)),
+        Transfer(0, 1, (2,), (2, 0), 0, ()),
     ]
     assert manifest.clock == {"unit": "nights", "now": 3} and manifest.parent == full
     assert slots_of(three).used == (2, 0)
