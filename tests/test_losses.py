@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_tail
 from sleeprl.losses.imitation import imitation_reward, lexical, normalise, semantic
-from sleeprl.losses.policy import Correction, clipped_policy_loss, group_advantages, mismatch
+from sleeprl.losses.policy import Correction, mismatch
 from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
 
 E = math.e
@@ -165,42 +165,6 @@ def test_the_tail_of_a_sure_student_is_right_and_still_pulls(gap: float) -> None
     assert sure.grad[0, 7].item() == pytest.approx(expected.item(), rel=1e-2)
 
 
-# --- advantages -------------------------------------------------------------------
-
-
-def test_group_advantages_by_hand() -> None:
-    rewards = [1.0, None, 3.0, 5.0, 2.0, 2.0, 7.0, None]
-    groups = ["a", "a", "b", "a", "b", "c", "d", "d"]
-    # a: 1, 5 (mean 3, deviation sqrt 8); b: 3, 2; c and d have one scored row each.
-    expected = [-2 / math.sqrt(8), None, 0.5 / math.sqrt(0.5), 2 / math.sqrt(8)]
-    expected += [-0.5 / math.sqrt(0.5), 0.0, 0.0, None]
-    assert group_advantages(rewards, groups) == pytest.approx(expected)
-    plain = [-2.0, None, 0.5, 2.0, -0.5, 0.0, 0.0, None]
-    assert group_advantages(rewards, groups, normalise=False) == pytest.approx(plain)
-
-
-def test_an_unscored_row_is_not_a_zero() -> None:
-    with_none = group_advantages([1.0, None, 2.0], ["g"] * 3)
-    with_zero = group_advantages([1.0, 0.0, 2.0], ["g"] * 3)
-    assert with_none[1] is None
-    assert with_none[0] != pytest.approx(with_zero[0])
-    assert group_advantages([None, None], ["g", "g"]) == [None, None]
-
-
-@given(st.floats(-1e3, 1e3), st.integers(2, 8), st.booleans())
-def test_equal_rewards_teach_nothing(reward: float, count: int, normalised: bool) -> None:
-    got = group_advantages([reward] * count, ["g"] * count, normalise=normalised)
-    assert got == pytest.approx([0.0] * count, abs=1e-9)
-
-
-@given(st.lists(st.integers(-20, 20), min_size=2, max_size=8))
-def test_advantages_are_centred_and_of_unit_deviation(rewards: list[int]) -> None:
-    got = [x for x in group_advantages([float(r) for r in rewards], ["g"] * len(rewards)) if x]
-    assert sum(got) == pytest.approx(0.0, abs=1e-9)
-    if len(set(rewards)) > 1:
-        assert sum(x * x for x in got) == pytest.approx(len(rewards) - 1)
-
-
 # --- off-policy correction --------------------------------------------------------
 
 # One row of three tokens (the last is padding) with ratios 4 and 1/4, one with 3, 3, 1/3.
@@ -250,41 +214,6 @@ def test_mismatch_by_hand() -> None:
     found = mismatch(torch.tensor([[0.0, -1.0]]), torch.tensor([[0.0, -2.0]]))
     torch.testing.assert_close(found["ratio"], torch.tensor([[1.0, E]]))
     torch.testing.assert_close(found["mismatch_kl"], torch.tensor([[0.0, E - 2.0]]))
-
-
-# --- clipped objective ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "slope"),
-    [
-        (1.0, 2.0, -2.0, -2.0),
-        (1.2, 2.0, -2.4, -2.4),
-        (1.5, 2.0, -2.56, 0.0),  # clipped above at 1.28: no further push up
-        (0.5, 2.0, -1.0, -1.0),  # below, with a positive advantage: not clipped
-        (0.5, -2.0, 1.6, 0.0),  # clipped below at 0.8: no further push down
-        (1.5, -2.0, 3.0, 3.0),  # above, with a negative advantage: not clipped
-        (1.0, 0.0, 0.0, 0.0),
-    ],
-)
-def test_clipped_loss_and_its_gradient_by_hand(
-    ratio: float, advantage: float, loss: float, slope: float
-) -> None:
-    logprobs = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
-    got = clipped_policy_loss(
-        logprobs, torch.tensor([[-1.0]]), torch.tensor([advantage]), 0.2, 0.28
-    )
-    assert got.item() == pytest.approx(loss, rel=1e-5)
-    got.sum().backward()
-    assert logprobs.grad is not None
-    assert logprobs.grad.item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
-
-
-def test_no_gradient_flows_through_the_proximal_policy() -> None:
-    logprobs = torch.tensor([[-1.0]], requires_grad=True)
-    clipped_policy_loss(logprobs, logprobs, torch.tensor([3.0]), 0.2, 0.28).sum().backward()
-    assert logprobs.grad is not None
-    assert logprobs.grad.item() == pytest.approx(-3.0)  # REINFORCE: -A * grad log p
 
 
 # --- imitation reward -------------------------------------------------------------
@@ -362,7 +291,7 @@ def window(rows: list[int]) -> tuple[Tensor, Window]:
         tokens_BR=tokens[rows],
         mask_BR=mask[rows],
         part=[PART_OF[row] for row in rows],
-        advantages_B=torch.tensor([0.0, 0.0, 1.5, 0.0, -0.5, 0.0])[rows],
+        advantages_BR=torch.tensor([0.0, 0.0, 1.5, 0.0, -0.5, 0.0])[rows, None],
         behaviour_BR=-logits(16, 6, R).abs()[rows],
         teacher_ids_BRK=teacher_ids[rows],
         teacher_BRK1=teacher[rows],
@@ -371,8 +300,13 @@ def window(rows: list[int]) -> tuple[Tensor, Window]:
 
 def test_token_counts() -> None:
     counts = token_counts(PARTS, PART_OF, LENGTHS)
-    assert counts.tolist() == [6, 7, 7, 0]
+    assert counts.tolist() == [[6, 6, 2], [7, 7, 2], [7, 7, 2], [0, 0, 0]]
     assert counts.dtype == torch.float64
+    scored = token_counts(PARTS, PART_OF, LENGTHS, [1.0, None, 0.0, 0.5, None, None])
+    assert scored[:, 0].tolist() == [6, 7, 7, 0]
+    kept = [[LENGTHS[row] for row in (0, 2, 3) if PART_OF[row] == name] for name in PARTS]
+    assert scored[:, 1].tolist() == [sum(lengths) for lengths in kept]
+    assert scored[:, 2].tolist() == [len(lengths) for lengths in kept]
 
 
 def test_stream_loss_by_hand() -> None:
@@ -397,7 +331,7 @@ def test_stream_loss_by_hand() -> None:
                 totals["new/ce"] -= chosen / 6
             if part == "student":
                 weight = min(2.0, math.exp(chosen - float(batch.behaviour_BR[row, t])))
-                totals["student/pg"] -= weight * float(batch.advantages_B[row]) / 7
+                totals["student/pg"] -= weight * float(batch.advantages_BR[row, 0]) / 7
     for key, value in totals.items():
         assert metrics[key] == pytest.approx(value, abs=1e-5), key
     weights = {"new/ce": 0.5, "new/kl": 0.7, "replay/kl": 0.3, "student/pg": 0.4, "student/kl": 0.2}

@@ -29,6 +29,7 @@ from sleeprl.losses.streams import (
     stream_loss,
     token_counts,
 )
+from sleeprl.registry import BUILTIN, create
 
 BETAS = [0.0, 0.3, 1.0]
 
@@ -273,7 +274,7 @@ def batch(source: str, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, 
         tokens_BR=torch.randint(0, V, (B, R), generator=torch.Generator().manual_seed(33)),
         mask_BR=(torch.arange(R) < torch.tensor(LENGTHS)[:, None]).double(),
         part=PART_OF,
-        advantages_B=torch.tensor([0.0, 0.0, 1.5, 0.0, -0.5, 0.0, 0.0]).double(),
+        advantages_BR=torch.tensor([0.0, 0.0, 1.5, 0.0, -0.5, 0.0, 0.0]).double()[:, None],
         behaviour_BR=-normal(34, B, R).abs(),
     )
     if source == "top-k":
@@ -293,7 +294,7 @@ def batch(source: str, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, 
     source=st.sampled_from(["top-k", "hidden", "logits"]),
     top_k=st.integers(1, 12),
     clip=st.sampled_from([None, 0.05]),
-    proximal=st.sampled_from(["current", "behaviour"]),
+    name=st.sampled_from(list(BUILTIN["algorithm"])),
     level=st.sampled_from(["token", "sequence", "geometric", "off"]),
 )
 def test_chunked_stream_loss_is_stream_loss(
@@ -303,7 +304,7 @@ def test_chunked_stream_loss_is_stream_loss(
     source: str,
     top_k: int,
     clip: float | None,
-    proximal: str,
+    name: str,
     level: str,
 ) -> None:
     options = LossOptions(
@@ -312,7 +313,8 @@ def test_chunked_stream_loss_is_stream_loss(
         correction=Correction(level),
         support="teacher" if source == "top-k" else support,
         pointwise_clip=clip,
-        proximal=proximal,
+        policy=create(name, "algorithm", {}),
+        limit=9,
     )
     counts = token_counts(PARTS, PART_OF, LENGTHS)
     naive_source = "logits" if source == "hidden" else source

@@ -1,4 +1,4 @@
-"""The estimators, the judges, the joint objective, and invariants 5 to 8 of method 6.12."""
+"""The judges, the joint objective, and invariants 5 to 8 of method 6.12."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sleeprl.losses.algorithms.dapo import DAPOUnscaled
 from sleeprl.losses.divergence import generalised_jsd
-from sleeprl.losses.estimators import ESTIMATORS, estimator
 from sleeprl.losses.imitation import imitation_reward, lexical
 from sleeprl.losses.judges import same_by_embedding, same_by_verdict
 from sleeprl.losses.objective import on_policy_share, seeding_weights
@@ -24,112 +24,6 @@ rewards_of_a_batch = st.lists(st.one_of(st.none(), st.integers(0, 4)), min_size=
 
 def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# --- estimators -------------------------------------------------------------------
-
-REWARDS = [1.0, 0.0, 0.5, 0.2, 0.2, None, 0.8, None]
-GROUPS = ["a", "a", "a", "b", "b", "b", "c", "c"]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        # a: mean 0.5; b is all equal and c has one scored row, both skipped.
-        ("grpo", [0.5, -0.5, 0.0, None, None, None, None, None]),
-        # a: 1 - (0 + 0.5)/2, 0 - (1 + 0.5)/2, 0.5 - (1 + 0)/2; c has nobody to leave in.
-        ("rloo", [0.75, -0.75, 0.0, 0.0, 0.0, None, None, None]),
-        # The mean of the six scored rows is 2.7 / 6 = 0.45.
-        ("reinforce", [0.55, -0.45, 0.05, -0.25, -0.25, None, 0.35, None]),
-    ],
-)
-def test_advantages_by_hand(name: str, expected: list[float | None]) -> None:
-    got = estimator(name).advantages(REWARDS, GROUPS)
-    assert [a is None for a in got] == [a is None for a in expected]
-    assert [a for a in got if a is not None] == pytest.approx(
-        [a for a in expected if a is not None]
-    )
-
-
-def test_an_unknown_estimator_names_the_known() -> None:
-    with pytest.raises(ValueError, match=r"estimator='ppo'.*grpo, rloo, reinforce"):
-        estimator("ppo")
-
-
-@given(rewards_of_a_batch, st.integers(1, 3), st.randoms(use_true_random=False))
-def test_estimators_agree_where_they_must(rewards: list, groups: int, rng) -> None:
-    names = [str(rng.randrange(groups)) for _ in rewards]
-    got = {key: e.advantages(rewards, names) for key, e in ESTIMATORS.items()}
-    for name in set(names):
-        rows = [i for i, n in enumerate(names) if n == name and rewards[i] is not None]
-        grpo, rloo = ([got[key][i] for i in rows] for key in ("grpo", "rloo"))
-        if len({rewards[i] for i in rows}) < 2:
-            assert all(a is None for a in grpo)
-        else:
-            assert sum(grpo) == pytest.approx(0.0, abs=1e-9)
-            # RLOO is the centred reward times n / (n - 1).
-            assert rloo == pytest.approx([a * len(rows) / (len(rows) - 1) for a in grpo])
-            # And, by its definition, the reward minus the mean of the others.
-            for i, advantage in zip(rows, rloo, strict=True):
-                others = [rewards[j] for j in rows if j != i]
-                assert advantage == pytest.approx(rewards[i] - sum(others) / len(others))
-    scored = [a for a in got["reinforce"] if a is not None]
-    assert len(scored) == sum(r is not None for r in rewards)
-    assert sum(scored) == pytest.approx(0.0, abs=1e-9)
-
-
-def two_rows(proximal: str) -> tuple[Tensor, Window, LossOptions]:
-    """Two rows of two tokens over three words; ratios to behaviour are 2, 1/2 and 1.1, 0.9."""
-    logits = normal(1, 2, 2, 3).requires_grad_()
-    tokens = torch.tensor([[0, 2], [1, 1]])
-    now = logits.detach().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-    ratios = torch.tensor([[2.0, 0.5], [1.1, 0.9]], dtype=torch.float64)
-    window = Window(
-        tokens_BR=tokens,
-        mask_BR=torch.ones(2, 2, dtype=torch.float64),
-        part=["student"] * 2,
-        advantages_B=torch.tensor([1.0, -3.0], dtype=torch.float64),
-        behaviour_BR=now - ratios.log(),
-    )
-    return logits, window, LossOptions(proximal=proximal, correction=Correction("off"))
-
-
-@pytest.mark.parametrize(
-    ("name", "loss", "slopes"),
-    [
-        # -min(rho A, clip(rho, 0.8, 1.28) A) / 4 tokens: 1.28, 0.5 | 3.3, 2.7 as -1, -1, +, +.
-        ("grpo", (-1.28 - 0.5 + 3.3 + 2.7) / 4, [[0.0, -0.5], [3.3, 2.7]]),
-        # -A * d log p, at ratio 1 in value.
-        ("rloo", (-1.0 - 1.0 + 3.0 + 3.0) / 4, [[-1.0, -1.0], [3.0, 3.0]]),
-        ("reinforce", (-1.0 - 1.0 + 3.0 + 3.0) / 4, [[-1.0, -1.0], [3.0, 3.0]]),
-    ],
-)
-def test_the_loss_of_each_estimator_by_hand(
-    name: str, loss: float, slopes: list[list[float]]
-) -> None:
-    logits, window, options = two_rows(estimator(name).proximal)
-    parts = {"student": Part(pg=1.0)}
-    counts = token_counts(parts, window.part, [2, 2])
-    got, metrics = stream_loss(logits, window, parts, counts, options)
-    assert got.item() == pytest.approx(loss)
-    assert metrics["student/pg"] == pytest.approx(loss)
-    got.backward()
-    # d log p(token) / d logits = onehot - p; each token has a quarter of the mean.
-    onehot = torch.nn.functional.one_hot(window.tokens_BR, 3)
-    slope = torch.tensor(slopes, dtype=torch.float64)[..., None] / 4
-    torch.testing.assert_close(logits.grad, slope * (onehot - logits.detach().softmax(-1)))
-
-
-def test_the_ratio_to_behaviour_is_not_corrected_twice() -> None:
-    logits, window, options = two_rows("behaviour")
-    parts = {"student": Part(pg=1.0)}
-    counts = token_counts(parts, window.part, [2, 2])
-    plain, _ = stream_loss(logits, window, parts, counts, options)
-    corrected = LossOptions(proximal="behaviour", correction=Correction("token", "truncate"))
-    same, _ = stream_loss(logits, window, parts, counts, corrected)
-    assert same.item() == plain.item()
-    with pytest.raises(ValueError, match="proximal='reference'"):
-        LossOptions(proximal="reference")
 
 
 # --- invariant 5, and the judges --------------------------------------------------
@@ -202,7 +96,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor, Window, list[int]]:
         tokens_BR=tokens,
         mask_BR=(torch.arange(4) < torch.tensor(lengths)[:, None]).double(),
         part=["texts", "rollouts", "rollouts", "texts"],
-        advantages_B=torch.tensor([0.0, 0.7, -0.3, 0.0], dtype=torch.float64),
+        advantages_BR=torch.tensor([0.0, 0.7, -0.3, 0.0], dtype=torch.float64)[:, None],
         behaviour_BR=now + 0.3 * normal(seed + 2, 4, 4),
         teacher_logits_BRV=teacher,
     )
@@ -215,7 +109,9 @@ def joint(seed: int, beta: float, step: int = 0, **objective: float) -> tuple[fl
     weights = seeding_weights(step, **objective)  # type: ignore[arg-type]
     parts = {"texts": weights.texts, "rollouts": weights.rollouts}
     counts = token_counts(parts, window.part, lengths)
-    options = LossOptions(beta=beta, support="full", proximal=estimator("grpo").proximal)
+    options = LossOptions(
+        beta=beta, support="full", policy=DAPOUnscaled(), correction=Correction("off")
+    )
     loss, _ = stream_loss(logits, window, parts, counts, options)
     loss.backward()
     assert logits.grad is not None
@@ -243,7 +139,7 @@ def grpo(seed: int) -> tuple[float, Tensor]:
     for r in (1, 2):
         for t in range(lengths[r]):
             logprob = logits[r, t].log_softmax(-1)[window.tokens_BR[r, t]]
-            rho, advantage = (logprob - window.behaviour_BR[r, t]).exp(), window.advantages_B[r]
+            rho, advantage = (logprob - window.behaviour_BR[r, t]).exp(), window.advantages_BR[r, 0]
             tokens.append(-torch.minimum(rho * advantage, rho.clamp(0.8, 1.28) * advantage))
     loss = torch.stack(tokens).mean()
     loss.backward()

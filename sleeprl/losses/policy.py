@@ -1,4 +1,4 @@
-"""Policy gradient: advantages within a group, the clipped objective, off-policy correction.
+"""Off-policy correction, and how far two policies are apart.
 
 Shapes: B rows, R response positions. Log-probabilities are of the tokens that
 were sampled, in nats.
@@ -6,36 +6,9 @@ were sampled, in nats.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
-
-
-def group_advantages(
-    rewards: Sequence[float | None], groups: Sequence[str], *, normalise: bool = True
-) -> list[float | None]:
-    """GRPO advantages: reward minus the mean of its group, over the group's deviation.
-
-    ``None`` is unscored: such a row gets no advantage and does not enter the mean.
-    A group with one scored row, or with equal rewards, teaches nothing: all zeros.
-    """
-    members: dict[str, list[int]] = {}
-    for index, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
-        if reward is not None:
-            members.setdefault(group, []).append(index)
-    advantages: list[float | None] = [None] * len(rewards)
-    for rows in members.values():
-        scores = np.array([rewards[i] for i in rows], dtype=np.float64)
-        centred = scores - scores.mean()
-        deviation = scores.std(ddof=1) if len(rows) > 1 else 0.0
-        if normalise:
-            centred = centred / deviation if deviation > 1e-8 else np.zeros_like(centred)
-        for row, value in zip(rows, centred, strict=True):
-            advantages[row] = float(value)
-    return advantages
 
 
 @dataclass(frozen=True)
@@ -81,21 +54,3 @@ def mismatch(learner_BR: Tensor, behaviour_BR: Tensor) -> dict[str, Tensor]:
     log_ratio_BR = (learner_BR - behaviour_BR).detach().float().clamp(-20, 20)
     ratio_BR = log_ratio_BR.exp()
     return {"mismatch_kl": ratio_BR - 1.0 - log_ratio_BR, "ratio": ratio_BR}
-
-
-def clipped_policy_loss(
-    logprobs_BR: Tensor,
-    proximal_BR: Tensor,
-    advantages_B: Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> Tensor:
-    """PPO's clipped objective with DAPO's two bounds, per token [B, R], to be minimised.
-
-    proximal: the policy at the start of this update, detached. With one step per
-    batch it equals the current one and the ratio is 1 in value, not in gradient.
-    """
-    ratio_BR = (logprobs_BR - proximal_BR.detach()).exp()
-    advantages_B1 = advantages_B[:, None]
-    clipped_BR = ratio_BR.clamp(1.0 - clip_low, 1.0 + clip_high)
-    return -torch.minimum(ratio_BR * advantages_B1, clipped_BR * advantages_B1)

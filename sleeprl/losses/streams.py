@@ -14,46 +14,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sleeprl.losses.algorithms.base import Algorithm, Sampled
+from sleeprl.losses.algorithms.dapo import DAPO
+from sleeprl.losses.algorithms.ppo import PPO
 from sleeprl.losses.chunked import Values, chunked_values
 from sleeprl.losses.divergence import TopK, divergence, logprobs_of
-from sleeprl.losses.policy import Correction, clipped_policy_loss, mismatch
+from sleeprl.losses.policy import Correction, mismatch
+from sleeprl.losses.reference import reference_kl
 
 
 @dataclass(frozen=True)
 class Part:
-    """Weights of the three streams for the rows of one part."""
+    """Weights of the three streams for the rows of one part.
+
+    quiet: weight of how loud the newborn expert is on the part's tokens, the prompts' too
+        (``experts.Listener``). It is no stream of the logits: the learner adds it.
+    """
 
     pg: float = 0.0
     ce: float = 0.0
     kl: float = 0.0
+    quiet: float = 0.0
 
 
 @dataclass(frozen=True)
 class LossOptions:
     """beta, support, top_k, pointwise_clip: of the ``kl`` stream, see ``divergence``.
 
-    proximal: the policy that the ``pg`` stream's ratio is taken to. ``current`` has
-        ratio 1, so its gradient is that of REINFORCE, and being off-policy is left to
-        ``correction``. ``behaviour`` is the policy that sampled (GRPO's ratio in method
-        2.4): the clip bounds it, and ``correction`` is not applied on top.
+    policy: of the ``pg`` stream. limit: the most response tokens there can be, for its mean
+        ``constant``.
+    correction: for texts of another policy. The ratio of ``policy`` is then taken to the
+        current one, where it is 1 in value and not in gradient, and the correction weighs
+        the token (the decoupled objective, 2505.24298, with one step per batch). ``off``
+        takes the ratio to the policy that sampled, which the algorithm itself bounds.
+    reference, reference_estimator: weight and kind of the KL to the reference policy.
     """
 
     beta: float = 0.0
     top_k: int = 32
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    correction: Correction = Correction()
     support: str = "teacher"
     pointwise_clip: float | None = None
-    proximal: str = "current"
+    policy: Algorithm = DAPO()
+    limit: int = 0
+    correction: Correction = Correction()
+    reference: float = 0.0
+    reference_estimator: str = "k3"
 
     def __post_init__(self) -> None:
-        if self.proximal not in ("current", "behaviour"):
-            raise ValueError(f"proximal={self.proximal!r} must be 'current' or 'behaviour'")
+        if self.policy.mean == "constant" and self.limit <= 0:
+            raise ValueError(f"limit={self.limit} must be positive for a mean over a constant")
 
 
 @dataclass
@@ -61,7 +75,11 @@ class Window:
     """What the loss needs of B rows, padded to R response tokens.
 
     tokens_BR: sampled ids. mask_BR: 1 on response tokens. part: name per row.
-    advantages_B, behaviour_BR: for ``pg`` rows, 0 elsewhere.
+    advantages_BR, behaviour_BR: for ``pg`` rows; [B, 1] where all tokens of a row share one.
+        An advantage that is NaN is none: the ``pg`` stream passes over the row, which is
+        not a zero to average with.
+    reference_BR: log-probabilities of the reference policy. values_BR, returns_BR: of the critic
+        before the step, and what it is to learn.
     The teacher of the ``kl`` stream is one of: teacher_ids_BRK and teacher_BRK1, its
     top-k ids and k+1 log-probabilities; teacher_logits_BRV; or, for
     ``chunked_stream_loss``, teacher_hidden_BRH.
@@ -70,8 +88,11 @@ class Window:
     tokens_BR: Tensor
     mask_BR: Tensor
     part: Sequence[str]
-    advantages_B: Tensor
+    advantages_BR: Tensor
     behaviour_BR: Tensor
+    reference_BR: Tensor | None = None
+    values_BR: Tensor | None = None
+    returns_BR: Tensor | None = None
     teacher_ids_BRK: Tensor | None = None
     teacher_BRK1: Tensor | None = None
     teacher_logits_BRV: Tensor | None = None
@@ -79,13 +100,21 @@ class Window:
 
 
 def token_counts(
-    parts: Mapping[str, Part], part_of: Sequence[str], lengths: Sequence[int]
+    parts: Mapping[str, Part],
+    part_of: Sequence[str],
+    lengths: Sequence[int],
+    advantages: Sequence[Any] | None = None,
 ) -> Tensor:
-    """Response tokens of each part, [P] float64, in the order of ``parts``."""
+    """What the means of each part are over, [P, 3] float64, in the order of ``parts``.
+
+    Its response tokens, over which ``ce`` and ``kl`` are means; and, for ``pg``, the tokens and
+    the number of rows that have an advantage (not ``None``). By default all rows have one.
+    """
     names = list(parts)
-    counts = torch.zeros(len(names), dtype=torch.float64)
-    for name, length in zip(part_of, lengths, strict=True):
-        counts[names.index(name)] += length
+    counts = torch.zeros(len(names), 3, dtype=torch.float64)
+    for row, (name, length) in enumerate(zip(part_of, lengths, strict=True)):
+        scored = length > 0 and (advantages is None or advantages[row] is not None)
+        counts[names.index(name)] += torch.tensor([length, length * scored, scored])
     return counts
 
 
@@ -93,12 +122,12 @@ def stream_loss(
     logits_BRV: Tensor,
     window: Window,
     parts: Mapping[str, Part],
-    counts_P: Tensor,
+    counts_P3: Tensor,
     options: LossOptions,
 ) -> tuple[Tensor, dict[str, float]]:
     """This micro-batch's share of the loss, and of each mean as ``part/stream``.
 
-    counts_P: ``token_counts`` of the *global* batch. Summing the returned loss and
+    counts_P3: ``token_counts`` of the *global* batch. Summing the returned loss and
     the metrics over micro-batches and ranks gives the means.
     """
 
@@ -107,9 +136,8 @@ def stream_loss(
         logits_BRV,
         window,
         parts,
-        counts_P,
+        counts_P3,
         options,
-        None,
     )
 
 
@@ -118,10 +146,11 @@ def chunked_stream_loss(
     head_VH: Tensor,
     window: Window,
     parts: Mapping[str, Part],
-    counts_P: Tensor,
+    counts_P3: Tensor,
     options: LossOptions,
     *,
     teacher_head_VH: Tensor | None = None,
+    critic_BR: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """``stream_loss`` of the logits ``hidden_BRH @ head_VH.T``, which are never there as a whole.
@@ -130,6 +159,7 @@ def chunked_stream_loss(
         response. Padding is not projected.
     teacher_head_VH: of a ``window.teacher_hidden_BRH``; by default the student's head,
         without gradient.
+    critic_BR: the values that a critic gives now, with their gradient.
     chunk: see ``chunked_values``; it changes the memory used, not the result.
     """
     return _streams(
@@ -139,9 +169,10 @@ def chunked_stream_loss(
         hidden_BRH,
         window,
         parts,
-        counts_P,
+        counts_P3,
         options,
         (head_VH if teacher_head_VH is None else teacher_head_VH).detach(),
+        critic_BR,
     )
 
 
@@ -150,16 +181,19 @@ def _streams(
     anchor: Tensor,
     window: Window,
     parts: Mapping[str, Part],
-    counts_P: Tensor,
+    counts_P3: Tensor,
     options: LossOptions,
-    teacher_head_VH: Tensor | None,
+    teacher_head_VH: Tensor | None = None,
+    critic_BR: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """evaluate: gives the values [N] of the N positions that are true in its mask [B, R]."""
     loss = anchor.sum() * 0.0  # keeps the graph whole when no row has weight
+    if critic_BR is not None:
+        loss = loss + critic_BR.sum() * 0.0
     metrics: dict[str, float] = {}
     for index, (name, weight) in enumerate(parts.items()):
         members = [part == name for part in window.part]
-        count = float(counts_P[index])
+        count, scored, rows = counts_P3[index].tolist()
         if not any(members) or count == 0:
             continue
         mask_BR = window.mask_BR * torch.tensor(members, device=window.mask_BR.device)[:, None]
@@ -171,15 +205,25 @@ def _streams(
             found_N.new_zeros(where_BR.shape).masked_scatter(where_BR, found_N)
             for found_N in evaluate(where_BR, values, differentiable)
         )
-        streams = {"ce": (weight.ce, -logprobs_BR)}
+        even_BR = mask_BR / count
+        streams = {"ce": (weight.ce, -logprobs_BR, even_BR)}
         if divergence_BR:
-            streams["kl"] = (weight.kl, divergence_BR[0])
-        if weight.pg:
-            streams["pg"] = (weight.pg, _policy(logprobs_BR, mask_BR, window, options))
-            for key, found_BR in mismatch(logprobs_BR, window.behaviour_BR).items():
-                metrics[f"{name}/{key}"] = float((found_BR * mask_BR).sum() / count)
-        for stream, (factor, found_BR) in streams.items():
-            mean = (found_BR * mask_BR).sum() / count
+            streams["kl"] = (weight.kl, divergence_BR[0], even_BR)
+        if weight.pg and scored:
+            scored_BR = mask_BR * ~window.advantages_BR.isnan()
+            policy_BR = _policy(logprobs_BR, scored_BR, window, options)
+            streams["pg"] = (weight.pg, policy_BR, _weights(scored_BR, scored, rows, options))
+            if critic_BR is not None and window.values_BR is not None:
+                assert isinstance(options.policy, PPO) and window.returns_BR is not None
+                squared_BR = options.policy.value_loss(
+                    critic_BR, window.values_BR, window.returns_BR
+                )
+                factor = weight.pg * options.policy.value_weight
+                streams["value"] = (factor, squared_BR, scored_BR / scored)
+            for key, found_BR in _distances(logprobs_BR, window).items():
+                metrics[f"{name}/{key}"] = float((found_BR * even_BR).sum())
+        for stream, (factor, found_BR, weights_BR) in streams.items():
+            mean = (found_BR * weights_BR).sum()
             metrics[f"{name}/{stream}"] = float(mean.detach())
             if factor:
                 loss = loss + factor * mean
@@ -187,19 +231,40 @@ def _streams(
 
 
 def _policy(logprobs_BR: Tensor, mask_BR: Tensor, window: Window, options: LossOptions) -> Tensor:
-    current = options.proximal == "current"
-    policy_BR = clipped_policy_loss(
-        logprobs_BR,
-        logprobs_BR if current else window.behaviour_BR,
-        window.advantages_B,
-        options.clip_low,
-        options.clip_high,
-    )
-    if current:
-        policy_BR = policy_BR * options.correction.weights(
-            logprobs_BR, window.behaviour_BR, mask_BR
-        )
+    corrected = options.correction.level != "off"
+    advantages_BR = window.advantages_BR.nan_to_num().expand_as(logprobs_BR)
+    proximal_BR = logprobs_BR.detach() if corrected else window.behaviour_BR
+    policy_BR = options.policy.surrogate(Sampled(logprobs_BR, proximal_BR, advantages_BR, mask_BR))
+    if corrected:
+        weights_BR = options.correction.weights(logprobs_BR, window.behaviour_BR, mask_BR)
+        policy_BR = policy_BR * weights_BR
+    if options.reference:
+        if window.reference_BR is None:
+            raise ValueError(
+                f"a KL to the reference (weight {options.reference}) needs the reference's "
+                "log-probabilities of every row"
+            )
+        kl_BR = reference_kl(logprobs_BR, window.reference_BR, options.reference_estimator)
+        policy_BR = policy_BR + options.reference * kl_BR
     return policy_BR
+
+
+def _weights(scored_BR: Tensor, tokens: float, rows: float, options: LossOptions) -> Tensor:
+    """What each token counts in the ``pg`` stream; they add up to 1 over the global batch, but for
+    a ``constant`` mean, where only texts of the full length would."""
+    if options.policy.mean == "token":
+        return scored_BR / tokens
+    if options.policy.mean == "constant":
+        return scored_BR / (rows * options.limit)
+    return scored_BR / scored_BR.sum(-1, keepdim=True).clamp_min(1) / rows
+
+
+def _distances(logprobs_BR: Tensor, window: Window) -> dict[str, Tensor]:
+    """From the policy that sampled, and from the reference where it was asked; always recorded."""
+    found = mismatch(logprobs_BR, window.behaviour_BR)
+    if window.reference_BR is not None:
+        found["reference_kl"] = reference_kl(logprobs_BR.detach(), window.reference_BR, "k3")
+    return found
 
 
 def _token_values(

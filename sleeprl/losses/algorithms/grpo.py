@@ -1,0 +1,12 @@
+"""GRPO (2402.03300, eq. 3): the group is the critic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sleeprl.losses.algorithms.base import GroupClipped
+
+
+@dataclass(frozen=True)
+class GRPO(GroupClipped):
+    """Its KL to the reference is ``dreaming.kl``, which any algorithm may have."""
