@@ -1,10 +1,19 @@
-"""Buckets in shared memory, and the canary that proves what arrived."""
+"""Transports from one process to itself, checksums, and the canary that proves what arrived.
+
+The same transports into the real engines are in ``test_engine``.
+"""
 
 from __future__ import annotations
 
+import gc
 import math
 import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,22 +21,54 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sleeprl.weights import shared_memory
-from sleeprl.weights.shared_memory import ALIGNMENT, as_update_info, discard, pack, unpack
-from sleeprl.weights.verify import Canary, Certificate, largest_difference
+from sleeprl.weights import gpu
+from sleeprl.weights.buckets import ALIGNMENT, receive
+from sleeprl.weights.disk import DiskTransport
+from sleeprl.weights.shared_memory import SharedMemoryTransport
+from sleeprl.weights.transport import (
+    Delivery,
+    TransportError,
+    WeightTransport,
+    make_transport,
+    split,
+)
+from sleeprl.weights.verify import (
+    Canary,
+    Certificate,
+    Corrupted,
+    checksum,
+    is_sampled,
+    largest_difference,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
+Named = tuple[str, Tensor]
+Make = Callable[[int], WeightTransport]
 
 
-def buckets_on_disk() -> set[str]:
-    return {p.name for p in shared_memory.directory().glob("sleeprl-weights-*")}
+@pytest.fixture(params=["shared_memory", "disk"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
+    """A transport of each kind that runs without a GPU, by its bucket limit."""
+    made: list[WeightTransport] = []
+
+    def make(limit: int) -> WeightTransport:
+        if request.param == "disk":
+            made.append(DiskTransport(str(tmp_path / "weights"), limit))
+        else:
+            made.append(SharedMemoryTransport(limit))
+        return made[-1]
+
+    yield make
+    for transport in made:
+        transport.close()
+    assert not list(tmp_path.glob("weights/*"))
 
 
 @st.composite
-def named_tensors(draw: st.DrawFn) -> list[tuple[str, Tensor]]:
+def named_tensors(draw: st.DrawFn) -> list[Named]:
     tensors = []
-    for number in range(draw(st.integers(1, 6))):
-        shape = draw(st.lists(st.integers(1, 5), max_size=3))
+    for number in range(draw(st.integers(0, 6))):
+        shape = draw(st.lists(st.integers(0, 5), max_size=3))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
         tensor = (100 * torch.randn(shape, generator=generator)).to(draw(st.sampled_from(DTYPES)))
         if draw(st.booleans()) and tensor.dim() > 1:
@@ -36,86 +77,227 @@ def named_tensors(draw: st.DrawFn) -> list[tuple[str, Tensor]]:
     return tensors
 
 
-@settings(deadline=None, max_examples=80)
-@given(named_tensors(), st.integers(1, 600))
-def test_round_trip_and_bucket_limit(tensors: list[tuple[str, Tensor]], limit: int) -> None:
-    before = buckets_on_disk()
-    arrived: list[tuple[str, Tensor]] = []
-    for bucket in pack(tensors, limit):
-        assert os.path.getsize(bucket.path) == bucket.nbytes
-        assert bucket.nbytes <= limit or len(bucket.names) == 1
-        assert all(offset % ALIGNMENT == 0 for offset in bucket.offsets)
-        arrived += [(name, tensor.clone()) for name, tensor in unpack(bucket)]
-        discard(bucket)
-    assert [name for name, _ in arrived] == [name for name, _ in tensors]
-    for (_, sent), (_, got) in zip(tensors, arrived, strict=True):
-        assert got.dtype == sent.dtype and got.shape == sent.shape
-        assert torch.equal(got, sent)
-    assert buckets_on_disk() == before
+def send(
+    transport: WeightTransport, tensors: list[Named], version: int = 1
+) -> Iterator[tuple[dict[str, Any], list[Named]]]:
+    """Each bucket as an engine takes it, one at a time."""
+    transport.begin(version)
+    for info in transport.buckets(iter(tensors)):
+        yield info, receive(**info)[1]
+    transport.finish()
 
 
-def test_buckets_are_filled_and_made_one_at_a_time() -> None:
+def test_what_is_sent_arrives(make: Make) -> None:
+    @settings(deadline=None, max_examples=60)
+    @given(named_tensors(), st.integers(1, 600), st.integers(0, 9))
+    def round_trip(tensors: list[Named], limit: int, version: int) -> None:
+        transport = make(limit)
+        arrived: list[Named] = []
+        for info, part in send(transport, tensors, version):
+            offsets = info["layout"]["offsets"]
+            assert all(offset % ALIGNMENT == 0 for offset in offsets)
+            sizes = [tensor.numel() * tensor.element_size() for _, tensor in part]
+            assert sum(sizes) <= limit or len(part) == 1
+            assert part[0][0] in info["layout"]["checksums"]
+            arrived += [(name, tensor.clone()) for name, tensor in part]
+        transport.close()
+        assert [name for name, _ in arrived] == [name for name, _ in tensors]
+        for (_, sent), (_, got) in zip(tensors, arrived, strict=True):
+            assert got.dtype == sent.dtype and got.shape == sent.shape
+            assert torch.equal(got, sent)
+
+    round_trip()
+
+
+def test_trap_1_tensors_travel_in_buckets(make: Make) -> None:
     tensors = [(str(i), torch.full((16,), float(i))) for i in range(6)]  # 64 bytes each
-    stream = pack(iter(tensors), limit=128)
-    before = buckets_on_disk()
-    first = next(stream)
-    assert first.names == ["0", "1"]
-    assert len(buckets_on_disk() - before) == 1
-    discard(first)
-    rest = list(stream)
-    assert [bucket.names for bucket in rest] == [["2", "3"], ["4", "5"]]
-    for bucket in rest:
-        discard(bucket)
+    infos = [info for info, _ in send(make(128), tensors)]
+    assert [info["layout"]["names"] for info in infos] == [["0", "1"], ["2", "3"], ["4", "5"]]
 
 
-def test_tensors_are_copied_so_a_gather_may_close() -> None:
+def test_trap_4_tensors_are_copied_so_a_gather_may_close(make: Make) -> None:
     source = torch.arange(8.0)
-    (bucket,) = pack([("w", source[2:6])])
+    ((_, ((_, got),)),) = send(make(1 << 10), [("w", source[2:6])])
     source.zero_()
-    ((_, got),) = unpack(bucket)
     assert got.tolist() == [2.0, 3.0, 4.0, 5.0]
-    discard(bucket)
 
 
-def test_a_generator_may_reuse_its_storage_between_buckets() -> None:
-    scratch = torch.empty(16)
+def test_trap_5_no_more_than_two_buckets_of_a_model_are_held(make: Make) -> None:
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
 
-    def gathered() -> list[tuple[str, Tensor]]:
-        return [(str(i), scratch.clone().fill_(i)) for i in range(3)]
+    def gathered() -> Iterator[Named]:
+        nonlocal most
+        for number in range(40):
+            tensor = torch.full((16,), float(number))
+            alive.add(tensor)
+            most = max(most, len(alive))
+            yield str(number), tensor
+            del tensor
 
-    for expected, bucket in enumerate(pack(gathered(), limit=64)):
-        ((_, got),) = unpack(bucket)
-        assert (got == expected).all()
-        discard(bucket)
-
-
-def test_views_survive_the_file_and_share_its_memory() -> None:
-    (bucket,) = pack([("a", torch.ones(4)), ("b", torch.full((4,), 2.0))])
-    first, second = unpack(bucket), unpack(bucket)
-    first[0][1].fill_(7.0)
-    assert second[0][1].tolist() == [7.0] * 4  # one memory, mapped twice
-    discard(bucket)
-    assert not Path(bucket.path).exists()
-    assert second[1][1].tolist() == [2.0] * 4  # the mapping outlives the name
-    discard(bucket)  # twice is no error
-
-
-def test_a_bucket_is_plain_data() -> None:
-    (bucket,) = pack([("w", torch.ones(2, 3, dtype=torch.bfloat16))])
-    info = as_update_info(bucket)["bucket"]
-    assert info == {
-        "path": bucket.path,
-        "names": ["w"],
-        "dtypes": ["bfloat16"],
-        "shapes": [[2, 3]],
-        "offsets": [0],
-        "nbytes": ALIGNMENT,
-    }
-    discard(bucket)
+    transport = make(4 * 64)
+    transport.begin(1)
+    files = set()
+    for info in transport.buckets(gathered()):
+        files.add(info["file"]["path"])
+        assert len([path for path in files if os.path.exists(path)]) <= 2
+    transport.finish()
+    gc.collect()
+    assert most <= 2 * 4 + 1
 
 
-def test_nothing_to_send_is_no_bucket() -> None:
-    assert list(pack([])) == []
+def test_trap_6_the_gathers_stay_in_the_callers_thread(make: Make) -> None:
+    """They are collectives of the learner's group: from two threads these dead-lock."""
+    threads = set()
+
+    def gathered() -> Iterator[Named]:
+        for number in range(8):
+            threads.add(threading.get_ident())
+            yield str(number), torch.ones(16)
+
+    list(make(128).buckets(gathered()))
+    assert threads == {threading.get_ident()}
+
+
+def test_trap_10_a_collective_with_a_dead_peer_ends_in_an_error() -> None:
+    hanging = threading.Event()
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="waited 0 s for a broadcast; an engine may be dead"):
+        gpu.within(0.2, "a broadcast", lambda: hanging.wait(60))
+    assert time.monotonic() - began < 30
+    (thread,) = [t for t in threading.enumerate() if t.name == "sleeprl: a broadcast"]
+    assert thread.daemon, "it would keep the process"
+    hanging.set()
+    assert gpu.within(5.0, "a sum", lambda: 1 + 1) == 2
+    with pytest.raises(ZeroDivisionError):
+        gpu.within(5.0, "a fraction", lambda: 1 / 0)
+
+
+def test_a_bucket_stays_as_it_is_until_the_next_but_one(make: Make) -> None:
+    """So that it can be loaded while the next is packed."""
+    tensors = [(str(i), torch.full((16,), float(i))) for i in range(5)]
+    transport = make(64)
+    transport.begin(1)
+    before: Tensor | None = None
+    for number, info in enumerate(transport.buckets(iter(tensors))):
+        ((_, got),) = receive(**info)[1]
+        assert (got == number).all()
+        assert before is None or (before == number - 1).all()
+        before = got
+    transport.finish()
+
+
+def test_shared_memory_is_mapped_in_place_and_written_again() -> None:
+    transport = SharedMemoryTransport(64)
+    received = list(send(transport, [(str(i), torch.full((16,), float(i))) for i in range(3)]))
+    assert received[0][0]["file"] == received[2][0]["file"]
+    assert (received[0][1][0][1] == 2).all()  # the same memory, as the third bucket left it
+    again = list(send(transport, [("0", torch.full((16,), 7.0))]))
+    assert again[0][0]["file"] == received[0][0]["file"], "its pages are made once"
+
+
+def test_a_tensor_larger_than_a_bucket_has_one_of_its_own(make: Make) -> None:
+    tensors = [("small", torch.ones(4)), ("large", torch.arange(100.0)), ("last", torch.ones(4))]
+    arrived = [(info["layout"]["names"], part) for info, part in send(make(64), tensors)]
+    assert [names for names, _ in arrived] == [["small"], ["large"], ["last"]]
+    assert torch.equal(arrived[1][1][0][1], tensors[1][1])
+
+
+def test_a_segment_leaves_nothing_behind() -> None:
+    transport = SharedMemoryTransport(64)
+    ((info, _),) = send(transport, [("w", torch.ones(4))])
+    path = info["file"]["path"]
+    segment = os.stat(path)
+    transport.close()
+    gc.collect()
+    # Another thread may have been given the descriptor's number since.
+    assert not (os.path.exists(path) and os.path.samestat(os.stat(path), segment))
+
+
+def test_weights_that_are_not_on_this_host_are_not_taken_for_zeros(tmp_path: Path) -> None:
+    transport = SharedMemoryTransport(64)
+    ((info, _),) = send(transport, [("w", torch.ones(4))])
+    other = tmp_path / "other"
+    for file in ({"path": str(other)}, {"inode": 1}, {"nbytes": 128}):
+        with pytest.raises(FileNotFoundError, match=r"resources\.transport=disk"):
+            receive({**info["file"], **file}, info["layout"])
+    assert not other.exists()
+
+
+def test_disk_removes_what_a_killed_sender_left(tmp_path: Path) -> None:
+    first = DiskTransport(str(tmp_path), 64)
+    first.begin(1)
+    left = next(first.buckets([("w", torch.ones(4))]))
+    assert Path(left["file"]["path"]).exists()
+    second = DiskTransport(str(tmp_path), 64)
+    assert len(list(send(second, [("w", torch.ones(4))], version=2))) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_kind_is_made_or_says_what_it_needs(tmp_path: Path) -> None:
+    assert isinstance(make_transport(Delivery()), SharedMemoryTransport)
+    assert isinstance(make_transport(Delivery("disk", directory=str(tmp_path))), DiskTransport)
+    with pytest.raises(TransportError, match="needs a directory"):
+        make_transport(Delivery("disk"))
+    if not torch.cuda.is_available():
+        for kind in ("nccl", "ipc"):
+            with pytest.raises(TransportError, match=f"resources.transport={kind} needs a GPU"):
+                make_transport(Delivery(kind))
+
+
+def test_split_reads_one_tensor_ahead() -> None:
+    read = []
+
+    def tensors() -> Iterator[Named]:
+        for number in range(6):
+            read.append(number)
+            yield str(number), torch.ones(16)
+
+    groups = split(tensors(), 128)
+    assert [name for name, _ in next(groups)] == ["0", "1"]
+    assert read == [0, 1, 2]
+
+
+# --- checksums --------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 2048), st.integers(0, 10**6), st.sampled_from(DTYPES))
+def test_a_changed_bit_changes_the_checksum(count: int, where: int, dtype: torch.dtype) -> None:
+    tensor = torch.zeros(count, dtype=dtype)
+    other = tensor.clone()
+    raw = other.view(torch.uint8)
+    raw[where % len(raw)] ^= 1
+    assert checksum(tensor) != checksum(other)
+    assert checksum(other) == checksum(other.clone())
+
+
+def test_a_checksum_knows_dtype_and_shape_and_looks_at_all_of_a_large_tensor() -> None:
+    zeros = torch.zeros(4, 6)
+    assert len({checksum(zeros), checksum(zeros.T), checksum(zeros.int()), checksum(zeros[0])}) == 4
+    large = torch.zeros(10**6)
+    for part in range(8):
+        other = large.clone()
+        other[part * 125_000 : (part + 1) * 125_000] = 1.0
+        assert checksum(other) != checksum(large)
+
+
+def test_in_time_every_tensor_is_sampled() -> None:
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(100)]
+    of_one = [sum(is_sampled(name, version) for name in names) for version in range(40)]
+    assert all(2 < count < 30 for count in of_one)
+    assert all(any(is_sampled(name, version) for version in range(100)) for name in names)
+
+
+def test_a_damaged_tensor_is_named(make: Make) -> None:
+    transport = make(1 << 10)
+    transport.begin(1)
+    for info in transport.buckets([("first", torch.ones(8)), ("second", torch.ones(8))]):
+        with open(info["file"]["path"], "r+b") as file:
+            file.write(b"x")
+        with pytest.raises(Corrupted, match="first did not arrive as it was sent"):
+            receive(**info)
+    transport.finish()
 
 
 # --- canary -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.learner import Learner
 from sleeprl.files import atomic_path
-from sleeprl.memory.checkpoint import EXPERT
+from sleeprl.memory.checkpoint import EXPERT, WEIGHTS
 
 CANARY = "canary.json"
 
@@ -18,7 +18,8 @@ def publish(learner: Learner, fleet: Fleet, canary: list[int]) -> dict[str, floa
     """Send what the learner trained to every engine, in flight. Collective over the ranks.
 
     canary: token ids that both sides score afterwards. Returns how long generation
-    stood still (seconds) and how far the two sides differ (nats); empty but on rank 0.
+    stood still (seconds), how far the two sides differ (nats), and how many engines did not
+    end verified; empty but on rank 0.
     """
     expected = learner.canary(canary)
     tensors = learner.export()
@@ -26,17 +27,28 @@ def publish(learner: Learner, fleet: Fleet, canary: list[int]) -> dict[str, floa
         for _ in tensors:  # the gathers are collective
             pass
         return {}
-    certificates = fleet.publish(tensors, expected)
+    try:
+        certificates = fleet.publish(tensors, expected)
+    finally:
+        for _ in tensors:  # also when an engine died: the other ranks are in these gathers
+            pass
+    verified = [certificate for certificate in certificates if certificate.verified]
     return {
-        "sync_seconds": max(c.seconds for c in certificates),
-        "canary": max(c.difference or 0.0 for c in certificates),
+        "sync_seconds": max(c.seconds for c in verified),
+        "canary": max(c.difference or 0.0 for c in verified),
+        "stale_engines": float(len(certificates) - len(verified)),
     }
 
 
-def save_expert(learner: Learner, directory: Path, canary: list[int]) -> None:
-    """Write the trained expert, and what an engine that holds it must answer. Collective."""
-    expert, expected = learner.expert(), learner.canary(canary)
+def save_trained(learner: Learner, directory: Path, canary: list[int]) -> None:
+    """Write what was trained, and what an engine that holds it must answer. Collective.
+
+    It is the expert alone, or of a model that was trained in full what it exports.
+    """
+    grown = learner.options.slot is not None
+    tensors = learner.expert() if grown else dict(learner.export())
+    expected = learner.canary(canary)
     if learner.rank == 0:
         expected.save(directory / CANARY)
-        with atomic_path(directory / EXPERT) as path:
-            save_file(expert, path)
+        with atomic_path(directory / (EXPERT if grown else WEIGHTS)) as path:
+            save_file(tensors, path)

@@ -1,119 +1,76 @@
 """Weights through shared memory on one host: written once, loaded in place, never pickled.
 
-The sender packs tensors into a file below ``/dev/shm`` and passes only its path
-and layout; the engine maps that file and loads straight from it. Imports no ray.
+Two segments of memory are written in turn for as long as the sender lives. They are small
+enough to stay in the processor's cache between the writer and the reader, and their pages
+are made once: making them costs several times what copying does. A segment has no name in
+any file system, so it needs no room in ``/dev/shm`` and a killed sender leaves nothing.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from sleeprl.weights.buckets import BACKEND, describe, lay_out, map_file, views
+from sleeprl.weights.transport import Named, TransportError, split
 
-ALIGNMENT = 64
-BUCKET_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Some whole tensors packed into one file; plain data, so it can cross any RPC."""
-
-    path: str
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-    offsets: list[int]
-    nbytes: int
+BUCKET_BYTES = 8 << 20
 
 
-def directory() -> Path:
-    """Memory-backed where the system has it, the temporary directory elsewhere."""
-    shm = Path("/dev/shm")
-    return shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+class Segment:
+    """Anonymous memory that another process of this user maps by ``path``."""
+
+    def __init__(self, nbytes: int) -> None:
+        handle = os.memfd_create("sleeprl-weights")
+        weakref.finalize(self, os.close, handle)
+        # Reserved now: full memory must say so here, not end the process later.
+        os.posix_fallocate(handle, 0, nbytes)
+        self.nbytes = nbytes
+        self.path = f"/proc/{os.getpid()}/fd/{handle}"
+        self.inode = os.fstat(handle).st_ino
+        self.storage = map_file(self.path, nbytes)
 
 
-def pack(tensors: Iterable[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> Iterator[Bucket]:
-    """Pack a stream of tensors into buckets of at most ``limit`` bytes (one tensor at least).
+class SharedMemoryTransport:
+    """A ``WeightTransport`` for engines on the sender's host."""
 
-    A generator: at most one bucket's tensors are held at a time. Tensors are
-    copied, so views into a gather that closes later are safe to pass.
-    """
-    pending: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        nbytes = _aligned(tensor.numel() * tensor.element_size())
-        if pending and size + nbytes > limit:
-            yield _write(pending, size)
-            pending, size = [], 0
-        pending.append((name, tensor))
-        size += nbytes
-    if pending:
-        yield _write(pending, size)
+    backend = BACKEND
 
+    def __init__(self, limit: int = BUCKET_BYTES) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise TransportError(
+                "resources.transport=shared_memory needs Linux; set resources.transport=disk"
+            )
+        self.limit = limit
+        self._version = 0
+        self._segments: list[Segment] = []
 
-def unpack(bucket: Bucket) -> list[tuple[str, Tensor]]:
-    """Tensors that share memory with the bucket's file.
+    def connect(self, engines: int) -> Iterator[list[dict[str, Any]]]:
+        yield from ()
 
-    Raises FileNotFoundError where the file is not, or not whole: on another host than the
-    sender's, mapping it would create it, full of zeros, without a word.
-    """
-    path = Path(bucket.path)
-    if not path.is_file() or path.stat().st_size != bucket.nbytes:
-        raise FileNotFoundError(
-            f"weights {bucket.path} ({bucket.nbytes} bytes) are not on this host; engines and "
-            "learner must share one (transport: shared memory)"
-        )
-    storage = torch.UntypedStorage.from_file(bucket.path, shared=True, nbytes=bucket.nbytes)
-    tensors = []
-    for name, dtype_name, shape, offset in zip(
-        bucket.names, bucket.dtypes, bucket.shapes, bucket.offsets, strict=True
-    ):
-        dtype = getattr(torch, dtype_name)
-        count = math.prod(shape)
-        flat = torch.empty(0, dtype=dtype)
-        flat.set_(storage, offset // dtype.itemsize, (count,))  # type: ignore[call-overload]
-        tensors.append((name, flat.view(shape)))
-    return tensors
+    def begin(self, version: int) -> None:
+        self._version = version
 
+    def buckets(self, tensors: Iterable[Named]) -> Iterator[dict[str, Any]]:
+        for number, group in enumerate(split(tensors, self.limit)):
+            layout = lay_out(group, self._version)
+            segment = self._segment(number % 2, layout.nbytes)
+            for (_, target), (_, source) in zip(views(segment.storage, layout), group, strict=True):
+                target.copy_(source)
+            yield describe(segment.path, segment.nbytes, layout, segment.inode)
 
-def discard(bucket: Bucket) -> None:
-    """Remove the bucket's file; mappings that still exist stay valid until they close."""
-    Path(bucket.path).unlink(missing_ok=True)
+    def _segment(self, turn: int, nbytes: int) -> Segment:
+        """The one whose turn it is, a larger one in its place where it is too small."""
+        if turn == len(self._segments):
+            self._segments.append(Segment(max(nbytes, self.limit)))
+        elif self._segments[turn].nbytes < nbytes:
+            self._segments[turn] = Segment(nbytes)
+        return self._segments[turn]
 
+    def finish(self) -> None:
+        pass
 
-def as_update_info(bucket: Bucket) -> dict[str, Any]:
-    return {"bucket": vars(bucket)}
-
-
-def _write(tensors: list[tuple[str, Tensor]], size: int) -> Bucket:
-    handle, path = tempfile.mkstemp(prefix="sleeprl-weights-", dir=directory())
-    try:
-        # Reserved now: a full memory file system must say so here, not end the process later.
-        os.posix_fallocate(handle, 0, size)
-    except OSError:
-        Path(path).unlink()
-        raise
-    finally:
-        os.close(handle)
-    bucket = Bucket(path, [], [], [], [], size)
-    offset = 0
-    for name, tensor in tensors:
-        bucket.names.append(name)
-        bucket.dtypes.append(str(tensor.dtype).removeprefix("torch."))
-        bucket.shapes.append(list(tensor.shape))
-        bucket.offsets.append(offset)
-        offset += _aligned(tensor.numel() * tensor.element_size())
-    for (_, source), (_, target) in zip(tensors, unpack(bucket), strict=True):
-        target.copy_(source)
-    return bucket
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    def close(self) -> None:
+        self._segments.clear()

@@ -1,18 +1,56 @@
-"""The canary: a text whose log-probabilities both sides must agree on after an update.
+"""The proof that what arrived is what was sent.
 
-An engine that was sent half of a fused layer, or whose packed head kept its old
-weights, reports success and the new version; only its numbers tell.
+Checksums tell that a tensor was damaged on its way, and which. The canary, a text whose
+log-probabilities both sides must agree on after an update, tells that it was put to use: an
+engine that was sent half of a fused layer, or whose packed head kept its old weights, reports
+success and the new version; only its numbers tell.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from sleeprl.files import write_json_atomic
+
+BLOCKS, BLOCK = 8, 1 << 11
+SAMPLED = 8
+"""Beside the first of each bucket about one tensor in so many is checked, others at each version."""
+
+
+class StaleWeights(ConnectionError):
+    """An engine's weights are not known to be right, so it does no work; another one may."""
+
+
+class Corrupted(RuntimeError):
+    """A tensor did not arrive as it was sent."""
+
+
+def is_sampled(name: str, version: int) -> bool:
+    return zlib.crc32(f"{version}:{name}".encode()) % SAMPLED == 0
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of dtype, shape and bytes; of a large tensor 8 blocks of 2 KiB, spread over it."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    if len(flat) > BLOCKS * BLOCK:
+        flat = flat.as_strided((BLOCKS, BLOCK), (len(flat) // BLOCKS, 1)).reshape(-1)
+    about = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    return zlib.crc32(flat.cpu().numpy().data, about)
+
+
+def check(tensors: Iterable[tuple[str, Tensor]], checksums: Mapping[str, int]) -> None:
+    """Raise Corrupted for the first tensor whose checksum is not the sender's."""
+    for name, tensor in tensors:
+        if name in checksums and checksum(tensor) != checksums[name]:
+            raise Corrupted(f"{name} did not arrive as it was sent (its checksum differs)")
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,65 @@
-"""The engine's side of the shared-memory transport, as a weight-transfer engine of vLLM."""
+"""The engine's side of a transport by buckets, as a weight-transfer engine of vLLM."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload import (
+from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
+    get_layerwise_info,
     initialize_layerwise_reload,
 )
 
-from sleeprl.weights.shared_memory import Bucket, unpack
+from sleeprl.weights.buckets import receive
 
 
 @dataclass
-class SharedMemoryInitInfo(WeightTransferInitInfo):
+class BucketInitInfo(WeightTransferInitInfo):
     """Nothing to agree on: each bucket describes itself."""
 
 
 @dataclass
-class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    bucket: dict[str, Any]
+class BucketUpdateInfo(WeightTransferUpdateInfo):
+    file: dict[str, Any]
+    layout: dict[str, Any]
 
 
-class SharedMemoryWeightTransferEngine(
-    WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]
-):
-    """Loads tensors from buckets in shared memory.
+class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo]):
+    """Loads tensors from mapped buckets.
 
     Through vLLM's layer-wise reload, because kernels re-lay-out weights after
     loading (on the CPU the live parameter is empty): writing into live parameters
     would be silently lost.
     """
 
-    init_info_cls = SharedMemoryInitInfo
-    update_info_cls = SharedMemoryUpdateInfo
+    init_info_cls = BucketInitInfo
+    update_info_cls = BucketUpdateInfo
 
-    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+    def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        self.model.load_weights(unpack(Bucket(**update_info.bucket)))
+    def receive_weights(self, update_info: BucketUpdateInfo) -> None:
+        storage, tensors = receive(update_info.file, update_info.layout)
+        self.model.load_weights(tensors)
+        self._own(storage.data_ptr())
+
+    def _own(self, mapped: int) -> None:
+        """Copy what vLLM holds back until a layer is whole: the sender writes that memory again."""
+        for layer in self.model.modules():
+            for _, call in get_layerwise_info(layer).loaded_weights:
+                for name, value in call.arguments.items():
+                    if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == mapped:
+                        call.arguments[name] = value.clone()
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

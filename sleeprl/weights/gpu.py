@@ -1,0 +1,161 @@
+"""vLLM's own transports between GPUs: NCCL, and CUDA IPC where both share one GPU.
+
+The receiving side is vLLM's; this is the sender's, on vLLM's own functions. **Neither has been
+run by the tests, which have no GPU**: they check that the calls fit vLLM's interface. vLLM's
+receivers take no checksums, so the canary alone verifies these updates. One GPU per engine.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from sleeprl.weights.transport import Named, TransportError, split
+
+BUCKET_BYTES = 256 << 20
+SECONDS = 300.0
+T = TypeVar("T")
+
+
+class NcclTransport:
+    """A ``WeightTransport`` by broadcast, the sender being rank 0 of a group of its own."""
+
+    backend = "nccl"
+
+    def __init__(self, limit: int = BUCKET_BYTES) -> None:
+        _need_gpu("nccl")
+        self.limit = limit
+        self._group: Any = None
+
+    def connect(self, engines: int) -> Iterator[list[dict[str, Any]]]:
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        from vllm.utils.network_utils import get_ip, get_open_port
+
+        address, port = get_ip(), get_open_port()
+        yield join_infos(address, port, engines)
+        where = {"master_address": address, "master_port": port, "world_size": engines + 1}
+        self._group = within(SECONDS, "the engines to join", lambda: trainer_init(where))
+
+    def begin(self, version: int) -> None:
+        pass
+
+    def buckets(self, tensors: Iterable[Named]) -> Iterator[dict[str, Any]]:
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        for group in split(tensors, self.limit):
+            there = [(name, tensor.cuda()) for name, tensor in group]
+            yield metadata(there)  # the engines now wait for what follows
+            send = lambda there=there: packed_nccl_broadcast_producer(  # noqa: E731
+                iter(there), self._group, src=0, post_iter_func=lambda named: named[1]
+            )
+            within(SECONDS, "a broadcast of weights", send)
+            torch.cuda.synchronize()
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.destroy()
+            self._group = None
+
+
+class IpcTransport:
+    """A ``WeightTransport`` by handles to the sender's own GPU memory."""
+
+    backend = "ipc"
+
+    def __init__(self, limit: int = BUCKET_BYTES) -> None:
+        _need_gpu("ipc")
+        self.limit = limit
+        self._held: list[list[Named]] = []
+
+    def connect(self, engines: int) -> Iterator[list[dict[str, Any]]]:
+        yield [{"packed": False}] * engines
+
+    def begin(self, version: int) -> None:
+        pass
+
+    def buckets(self, tensors: Iterable[Named]) -> Iterator[dict[str, Any]]:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        for group in split(tensors, self.limit):
+            there = [(name, tensor.cuda().contiguous()) for name, tensor in group]
+            self._held = [*self._held[-1:], there]  # a handle keeps nothing alive
+            handles = [{uuid: reduce_tensor(tensor)[1]} for _, tensor in there]
+            torch.cuda.synchronize()
+            yield {**metadata(there), "ipc_handles": handles}
+
+    def finish(self) -> None:
+        self._held = []
+        torch.cuda.ipc_collect()
+
+    def close(self) -> None:
+        self._held = []
+
+
+def join_infos(address: str, port: int, engines: int) -> list[dict[str, Any]]:
+    """What each engine joins the sender's NCCL group with: engine i is rank i + 1."""
+    from vllm.distributed.weight_transfer.nccl_common import (
+        NCCLWeightTransferInitInfo,
+        worker_init_payload,
+    )
+
+    return [
+        worker_init_payload(
+            NCCLWeightTransferInitInfo(
+                master_address=address,
+                master_port=port,
+                rank_offset=1 + number,
+                world_size=1 + engines,
+                packed=True,
+            )
+        )
+        for number in range(engines)
+    ]
+
+
+def metadata(group: Iterable[Named]) -> dict[str, Any]:
+    """vLLM's update info of these tensors, without their data."""
+    pairs = list(group)
+    return {
+        "names": [name for name, _ in pairs],
+        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in pairs],
+        "shapes": [list(tensor.shape) for _, tensor in pairs],
+    }
+
+
+def within(seconds: float, what: str, work: Callable[[], T]) -> T:
+    """``work`` on a thread of its own; TimeoutError where a dead peer would hang it for ever.
+
+    The thread is a daemon: it stays in the collective, but does not keep the process.
+    """
+    ended: list[tuple[T | None, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            ended.append((work(), None))
+        except BaseException as error:
+            ended.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True, name=f"sleeprl: {what}")
+    thread.start()
+    thread.join(seconds)
+    if not ended:
+        raise TimeoutError(f"waited {seconds:.0f} s for {what}; an engine may be dead")
+    value, error = ended[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
+
+
+def _need_gpu(kind: str) -> None:
+    if not torch.cuda.is_available():
+        raise TransportError(
+            f"resources.transport={kind} needs a GPU and this process sees none; set "
+            "resources.transport=shared_memory, or resources.learner_gpus and engine_gpus"
+        )
