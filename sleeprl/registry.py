@@ -14,18 +14,60 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+BUILTIN: Mapping[str, Mapping[str, str]] = {
+    "reward": {"likelihood_gain": "sleeprl.dreaming.rewards.LikelihoodGain"},
+    "curriculum": {
+        "uniform": "sleeprl.dreaming.curricula.Uniform",
+        "weak_spots": "sleeprl.dreaming.curricula.WeakSpots",
+    },
+    "engine": {
+        "vllm": "sleeprl.actors.vllm_engine.VLLMEngine",
+        "torch": "sleeprl.actors.torch_engine.TorchEngine",
+    },
+    "judge": {
+        "exact": "sleeprl.consolidation.judges.Exact",
+        "embedding": "sleeprl.consolidation.judges.Embedding",
+        "teacher": "sleeprl.consolidation.judges.Teacher",
+    },
+    "algorithm": {
+        "grpo": "sleeprl.losses.algorithms.grpo.GRPO",
+        "dr_grpo": "sleeprl.losses.algorithms.dr_grpo.DrGRPO",
+        "dapo": "sleeprl.losses.algorithms.dapo.DAPO",
+        "dapo_unscaled": "sleeprl.losses.algorithms.dapo.DAPOUnscaled",
+        "gspo": "sleeprl.losses.algorithms.gspo.GSPO",
+        "cispo": "sleeprl.losses.algorithms.cispo.CISPO",
+        "rloo": "sleeprl.losses.algorithms.rloo.RLOO",
+        "reinforce": "sleeprl.losses.algorithms.reinforce.Reinforce",
+        "reinforce_plus_plus": "sleeprl.losses.algorithms.reinforce_plus_plus.ReinforcePlusPlus",
+        "ppo": "sleeprl.losses.algorithms.ppo.PPO",
+        "rest_em": "sleeprl.losses.algorithms.rest_em.RestEM",
+    },
+    "growth": {
+        "gated_mlp": "sleeprl.memory.growth.GatedMLPGrowth",
+        "low_rank": "sleeprl.memory.lowrank.LowRankGrowth",
+    },
+}
+"""What comes with sleepRL, by kind and short name."""
+
 
 class PluginError(ValueError):
     """A plug-in that cannot be found or made; the message says where it was looked for."""
 
 
-def resolve(name: str, kind: str, builtin: Mapping[str, str]) -> Callable[..., Any]:
+def check(name: str, kind: str) -> None:
+    """Raise PluginError unless ``resolve`` would find ``name``; imports nothing of sleepRL's own."""
+    if name not in BUILTIN.get(kind, {}):
+        resolve(name, kind)
+
+
+def resolve(name: str, kind: str) -> Callable[..., Any]:
     """Find the factory called ``name``.
 
-    name: a key of ``builtin`` (short name to dotted path), the name of an entry
-        point in the group ``sleeprl.<kind>``, or ``package.module.Thing``; the
-        working directory counts as importable, so a plug-in may be a file there.
+    name: a short name in ``BUILTIN[kind]``, the name of an entry point in the group
+        ``sleeprl.<kind>``, or ``package.module.Thing``; the working directory counts as
+        importable, so a plug-in may be a file there.
     """
+    builtin = BUILTIN.get(kind, {})
     if name in builtin:
         return _import(builtin[name], kind)
     installed = {point.name: point for point in entry_points(group=f"sleeprl.{kind}")}
@@ -42,12 +84,12 @@ def resolve(name: str, kind: str, builtin: Mapping[str, str]) -> Callable[..., A
     )
 
 
-def create(name: str, kind: str, builtin: Mapping[str, str], options: Mapping[str, Any]) -> Any:
+def create(name: str, kind: str, options: Mapping[str, Any]) -> Any:
     """``resolve`` and call with ``options``; a wrong option is named with the plug-in."""
-    factory = resolve(name, kind, builtin)
+    factory = resolve(name, kind)
     try:
         return factory(**options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise PluginError(f"{kind} {name!r} with options {dict(options)}: {error}") from error
 
 

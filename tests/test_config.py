@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sleeprl import checks
 from sleeprl import config as cfg
-from sleeprl.config import ConfigError, NightConfig
+from sleeprl.catalogue import CATALOGUE, Spec
+from sleeprl.settings import ConfigError, DreamingConfig, LevelConfig, NightConfig, keys
 
 
 @pytest.fixture(autouse=True)
 def enough_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cfg, "available_cpus", lambda: 4)
+    monkeypatch.setattr(checks, "available_cpus", lambda: 4)
 
 
 def refused(*words: str, path: Path | None = None) -> str:
@@ -40,6 +42,21 @@ def test_words_lie_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert config.consolidation.beta == NightConfig().consolidation.beta
 
 
+def test_settings_of_a_model_lie_below_what_the_user_says(tmp_path: Path) -> None:
+    path = tmp_path / "night.yaml"
+    path.write_text("model: {name: small}\nconsolidation: {steps: 7}\n")
+    of_model = {"small": {"seed": 9, "consolidation": {"steps": 3, "warmup": 2, "batch_size": 4}}}
+    config = cfg.load(path, ["consolidation.warmup=1"], of_model)
+    seeding = config.consolidation
+    assert (config.seed, seeding.steps, seeding.warmup, seeding.batch_size) == (9, 7, 1, 4)
+    assert cfg.load(path, ["model.name=embedded"], of_model).seed == 0
+
+
+@pytest.mark.parametrize("spec", CATALOGUE.values(), ids=lambda spec: spec.name)
+def test_the_settings_of_every_named_model_are_accepted(spec: Spec) -> None:
+    cfg.load(None, [f"model.name={spec.name}"], {spec.name: spec.night})
+
+
 def test_values_have_the_types_of_their_fields(tmp_path: Path) -> None:
     document = tmp_path / "day.txt"
     document.write_text("text")
@@ -58,7 +75,7 @@ def test_values_have_the_types_of_their_fields(tmp_path: Path) -> None:
     assert config.wake.inputs == [str(document)]
     assert config.dreaming.reward_options == {"scale": 3.0}
     assert config.resources.address == "auto"
-    assert isinstance(config.dreaming, cfg.DreamingConfig)
+    assert isinstance(config.dreaming, DreamingConfig)
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
@@ -82,7 +99,7 @@ def test_keys_are_all_leaves_of_the_resolved_file() -> None:
             return [prefix[:-1]]
         return [leaf for key, value in node.items() for leaf in leaves(value, f"{prefix}{key}.")]
 
-    assert list(cfg.keys()) == leaves(yaml.safe_load(cfg.to_yaml(NightConfig())))
+    assert list(keys()) == leaves(yaml.safe_load(cfg.to_yaml(NightConfig())))
 
 
 def test_run_dir() -> None:
@@ -180,6 +197,17 @@ def test_a_value_out_of_range_names_key_and_value(word: str) -> None:
     assert str(yaml.safe_load(value)) in message or str(float(value.strip("."))) in message
 
 
+def test_wake_learning_needs_a_level_that_is_handed_on() -> None:
+    rate, levels = (
+        "wake.learning_rate=0.001",
+        "memory.levels=[{period: 2, slots: 2}, {period: 4, slots: 2}]",
+    )
+    assert "memory.levels has one level" in refused(rate)
+    assert cfg.load(None, [rate, levels]).wake.learning_rate == 0.001
+    with pytest.raises(ConfigError, match=r"wake\.learning_rate=0\.001.*when_full=merge"):
+        cfg.load(None, [rate, levels, "memory.when_full=merge"])
+
+
 @pytest.mark.parametrize("word", ["seed=0", "consolidation.beta=0", "consolidation.beta=1",
                                   "gate.tolerance=0", "dreaming.staleness=0",
                                   "consolidation.warmup=0", "self_study.replay=0"])  # fmt: skip
@@ -222,7 +250,7 @@ def test_levels_are_typed_and_a_file_may_list_them(tmp_path: Path) -> None:
     path = tmp_path / "levels.yaml"
     path.write_text("memory:\n  levels:\n  - {period: 2, slots: 2}\n  - {period: 4, slots: 3}\n")
     config = cfg.load(path)
-    assert config.memory.levels == [cfg.LevelConfig(2, 2), cfg.LevelConfig(4, 3)]
+    assert config.memory.levels == [LevelConfig(2, 2), LevelConfig(4, 3)]
     assert cfg.from_dict(cfg.to_dict(config)) == config
     assert config.memory.clock().pools == (2, 3)
     assert "slots" in refused("memory.levels=[{period: 2}]")
@@ -232,9 +260,12 @@ def test_levels_are_typed_and_a_file_may_list_them(tmp_path: Path) -> None:
 
 
 def test_staleness_needs_a_correction() -> None:
-    message = refused("dreaming.staleness=1", "dreaming.correction_level=off")
+    """Of itself an algorithm bounds its ratio; one that has none needs the correction."""
+    words = ["dreaming.algorithm=reinforce", "dreaming.correction_level=off"]
+    message = refused("dreaming.staleness=1", *words)
     assert "dreaming.staleness=1" in message and "correction_level" in message
-    cfg.load(None, ["dreaming.staleness=0", "dreaming.correction_level=off"])
+    cfg.load(None, ["dreaming.staleness=0", *words])
+    cfg.load(None, ["dreaming.staleness=1", "dreaming.algorithm=gspo", words[1]])
 
 
 def test_prefix_bounds_and_room_for_a_prompt() -> None:
@@ -260,12 +291,25 @@ def test_an_impossible_split_of_the_machine() -> None:
     cfg.load(None, ["resources.engines=30", "resources.address=auto"])  # another machine's cores
 
 
-def test_the_batch_divides_over_the_workers() -> None:
-    message = refused("consolidation.batch_size=5", "resources.learner_workers=2")
-    assert "consolidation.batch_size=5" in message and "resources.learner_workers=2" in message
-
-
 def test_importing_the_configuration_brings_neither_torch_nor_ray() -> None:
     code = "import sys, sleeprl.config; print([m for m in ('torch', 'ray') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["nccl", "ipc"])
+def test_transports_between_gpus_need_gpus(kind: str) -> None:
+    words = [f"resources.transport={kind}"]
+    assert "resources.engine_gpus=0" in refused(*words)
+    words.append("resources.engine_gpus=0.5")
+    message = refused(*words)
+    assert f"resources.transport={kind}" in message and "resources.learner_gpus=0" in message
+    words.append("resources.learner_gpus=0.5")
+    assert cfg.load(None, words).resources.transport == kind
+    assert "resources.engine=torch" in refused(*words, "resources.engine=torch")
+    assert "memory.growth=low_rank" in refused(*words, "memory.growth=low_rank")
+
+
+def test_transport_and_update_mode_are_of_those_there_are() -> None:
+    assert "shared_memory, disk, nccl, ipc" in refused("resources.transport=pigeon")
+    assert "keep, drain, abort" in refused("resources.update_mode=stop")

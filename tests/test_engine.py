@@ -1,4 +1,5 @@
-"""The rollout engine on the real vLLM: one engine for the whole file, updated as it goes on.
+"""The rollout engines, the real vLLM and the small one on torch: one of each for the whole file,
+updated as it goes on. What is asked of one is asked of the other.
 
 Every test leaves the checkpoint's own weights in the engine. Expected log-probabilities
 are those of transformers on the same checkpoint.
@@ -20,12 +21,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sleeprl.actors.engine import Completion, EngineOptions, Sampling, VLLMEngine
+from sleeprl.actors.engine import Completion, EngineOptions, Sampling
+from sleeprl.actors.torch_engine import TorchEngine
+from sleeprl.actors.vllm_engine import VLLMEngine
 from sleeprl.memory.checkpoint import WEIGHTS, all_tensors, fold, mlp_tensors, widen
 from sleeprl.memory.slots import Slots
-from sleeprl.weights import shared_memory
-from sleeprl.weights.shared_memory import as_update_info, discard, pack
-from sleeprl.weights.verify import Canary, Certificate
+from sleeprl.registry import BUILTIN, resolve
+from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
+from sleeprl.weights import gpu
+from sleeprl.weights.disk import DiskTransport
+from sleeprl.weights.shared_memory import SharedMemoryTransport
+from sleeprl.weights.transport import Delivery, WeightTransport
+from sleeprl.weights.verify import Canary, Certificate, StaleWeights
 
 T = TypeVar("T")
 MAX_LENGTH = 512
@@ -35,7 +42,7 @@ CANARY_IDS = [1, *range(40, 60), 2, *range(100, 130)]
 class Rig:
     """The engine, its event loop, and the model that says what is right."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, kind: str) -> None:
         self.checkpoint = checkpoint
         self.loop = asyncio.new_event_loop()
         options = EngineOptions(
@@ -48,9 +55,19 @@ class Rig:
             gpu_utilization=0.4,
             seed=0,
         )
-        self.engine = VLLMEngine("engine-0", options)
+        self.kind = kind
+        self.engine: VLLMEngine | TorchEngine = resolve(kind, "engine")("engine-0", options)
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.version = 0
+        self.directory = checkpoint.parent / "weights"
+        self.shared_memory = SharedMemoryTransport()
+
+    def transport(self, kind: str, limit: int) -> WeightTransport:
+        """Of every kind that runs without a GPU."""
+        if kind == "disk":
+            return DiskTransport(str(self.directory), limit)
+        self.shared_memory.limit = limit  # one for the whole file, as a learner has
+        return self.shared_memory
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, 120))
@@ -67,13 +84,32 @@ class Rig:
         return Canary(CANARY_IDS, self.expected(CANARY_IDS, weights), tolerance)
 
     async def update(
-        self, weights: Mapping[str, Tensor], canary: Canary | None, limit: int = 1 << 16
+        self,
+        weights: Mapping[str, Tensor],
+        canary: Canary | None,
+        limit: int = 1 << 16,
+        kind: str = "shared_memory",
+        damage: str = "",
     ) -> Certificate:
+        """As ``Fleet.publish`` does: a bucket is packed while the one before it is loaded.
+
+        damage: a tensor of which a bit is turned on its way.
+        """
         self.version += 1
+        transport = self.transport(kind, limit)
+        transport.begin(self.version)
         await self.engine.begin_update(self.version)
-        for bucket in pack(weights.items(), limit):
-            await self.engine.load_bucket(as_update_info(bucket))
-            discard(bucket)
+        loading: asyncio.Future[None] | None = None
+        for info in transport.buckets(weights.items()):
+            if damage in info["layout"]["names"]:
+                turn_a_bit(info, damage)
+            if loading is not None:
+                await loading
+            loading = asyncio.ensure_future(self.engine.load_bucket(info))
+            await asyncio.sleep(0)
+        if loading is not None:
+            await loading
+        transport.finish()
         return await self.engine.finish_update(canary)
 
     def restore(self) -> None:
@@ -82,13 +118,24 @@ class Rig:
         assert certificate.verified, certificate
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+def turn_a_bit(info: dict[str, Any], name: str) -> None:
+    layout = info["layout"]
+    with open(info["file"]["path"], "r+b") as file:
+        file.seek(layout["offsets"][layout["names"].index(name)])
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.fixture(scope="module", params=sorted(BUILTIN["engine"]))
+def started(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Rig]:
     directory = tmp_path_factory.mktemp("engine")
     make_tiny_model(directory / "plain", architecture="qwen3", seed=2)
     widen(directory / "plain", directory / "wide", 2, 8, "float32")
     kept = dict(os.environ)
-    rig = Rig(directory / "wide")
+    rig = Rig(directory / "wide", request.param)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -107,7 +154,7 @@ def rig(started: Rig) -> Iterator[Rig]:
     yield started
     if started.run(started.engine.version()) != 0:
         started.restore()
-    left = list(shared_memory.directory().glob("sleeprl-weights-*"))
+    left = list(started.directory.glob("*"))
     assert not left, f"buckets left behind: {left}"
 
 
@@ -209,7 +256,8 @@ def test_an_update_in_flight_loses_nothing_and_verifies(rig: Rig) -> None:
     canary = rig.canary(weights)
 
     async def scenario() -> tuple[list[Completion], Certificate]:
-        running = asyncio.ensure_future(rig.engine.generate(asked, sampling(32, 400)))
+        long = 400 if rig.kind == "vllm" else 48
+        running = asyncio.ensure_future(rig.engine.generate(asked, sampling(32, long)))
         # When this short one has ended, the others are some tokens in.
         await rig.engine.generate(asked[:1], sampling(1, 12))
         assert not running.done(), "too fast to be in flight"
@@ -264,7 +312,6 @@ def test_every_tensor_of_the_model_can_be_replaced(rig: Rig) -> None:
 def test_the_size_of_the_buckets_does_not_matter(rig: Rig) -> None:
     """Down to one tensor each: gate and up of a layer then arrive in different buckets."""
     weights = grown(rig, seed=4)
-    assert len(list(map(discard, pack(weights.items(), 1)))) == len(weights)
     certificate = rig.run(rig.update(weights, rig.canary(weights), limit=1))
     assert certificate.verified, certificate
 
@@ -275,12 +322,22 @@ def test_a_wrong_canary_leaves_the_engine_stale(rig: Rig) -> None:
     assert not certificate.verified
     assert certificate.difference is not None and certificate.difference > 1e-2
     assert certificate.error and "STALE" in str(certificate)
+    for work in (
+        rig.engine.generate(prompts(1), sampling(1, 4)),
+        rig.engine.logprobs(prompts(1)),
+        rig.engine.rollout("task", ["uid"], prompts(1)[0], sampling(1, 4)),
+    ):
+        with pytest.raises(StaleWeights, match=r"engine-0 is STALE .*differ from the sender"):
+            rig.run(work)
     # It is not stuck: the same update with the right canary verifies.
     assert rig.run(rig.update(weights, rig.canary(weights))).verified
+    assert rig.run(rig.engine.generate(prompts(1), sampling(1, 4)))[0].versions
 
 
 def test_half_of_a_fused_layer_is_caught(rig: Rig) -> None:
     """vLLM packs gate and up together; sent only one, it reports success and computes nonsense."""
+    if rig.kind != "vllm":
+        pytest.skip("packs nothing")
     name = "model.layers.1.mlp.gate_proj.weight"
     weights = {name: grown(rig, seed=6)[name]}
     certificate = rig.run(rig.update(weights, rig.canary(weights)))
@@ -320,9 +377,8 @@ def test_a_request_that_arrives_during_an_update_gets_only_the_new_weights(rig: 
         rig.version += 1
         await rig.engine.begin_update(rig.version)
         asked = asyncio.ensure_future(rig.engine.generate([prompt], [how]))
-        for bucket in pack(weights.items()):
-            await rig.engine.load_bucket(as_update_info(bucket))
-            discard(bucket)
+        for info in rig.transport("shared_memory", 1 << 24).buckets(weights.items()):
+            await rig.engine.load_bucket(info)
         await asyncio.sleep(0.1)
         assert not asked.done(), "an engine that is paused must not generate"
         certificate = await rig.engine.finish_update(canary)
@@ -333,3 +389,186 @@ def test_a_request_that_arrives_during_an_update_gets_only_the_new_weights(rig: 
     assert completion.versions == [rig.version]
     right = rig.expected(prompt + completion.token_ids, weights)[-1:]
     assert completion.logprobs == pytest.approx(right, abs=1e-4)
+
+
+def test_a_group_goes_on_from_its_tokens(rig: Rig) -> None:
+    """Cut in the middle and handed to an engine again, it keeps what it had, and ends as a whole."""
+    (prompt,), how, uids = prompts(1), sampling(3, 60), [f"dream-7-{n}" for n in range(3)]
+    how[0] = replace(how[0], max_tokens=4)  # this one has ended when the others are cut
+
+    async def cut() -> list[Trajectory]:
+        writing = asyncio.create_task(rig.engine.write("task", uids, prompt, how))
+        while True:
+            await asyncio.sleep(0)
+            found = [from_batch(batch) for batch in rig.engine.so_far().values()]
+            if found and min(len(t.response_ids) for t in found[0]) >= 4:
+                writing.cancel()
+                return found[0]
+
+    was = rig.run(rig.engine.version())
+    begun = rig.run(cut())
+    assert rig.engine.so_far() == {}
+    assert [t.finish_reason for t in begun] == ["length", "running", "running"]
+    rig.run(rig.update(grown(rig), None))  # the rest is written with other weights
+    whole = from_batch(rig.run(rig.engine.write("task", uids, prompt, how, to_batch(begun))))
+    for before, after, asked in zip(begun, whole, how, strict=True):
+        had = len(before.response_ids)
+        assert 4 <= had < 60 and len(after.response_ids) <= asked.max_tokens
+        assert after.finish_reason in ("stop", "length")
+        assert after.response_ids[:had] == before.response_ids
+        assert after.logprobs[:had] == before.logprobs
+        assert after.versions == [was] * had + [rig.version] * (len(after.response_ids) - had)
+        expected = rig.expected(prompt + after.response_ids, grown(rig))[len(prompt) - 1 :]
+        assert after.logprobs[had:] == pytest.approx(expected[had:], abs=1e-4)
+    assert whole[0].response_ids == begun[0].response_ids
+
+
+def test_the_torch_engine_goes_on_to_the_bit(rig: Rig) -> None:
+    if rig.kind != "torch":
+        pytest.skip("vLLM cannot set a request's generator forward")
+    (prompt,), how, uids = prompts(1), sampling(2, 40), ["dream-1-0", "dream-1-1"]
+    whole = rig.run(rig.engine.write("task", uids, prompt, how))
+    half = [
+        replace(t, response_ids=t.response_ids[:9], logprobs=t.logprobs[:9],
+                versions=t.versions[:9], finish_reason="running")
+        for t in from_batch(whole)
+    ]  # fmt: skip
+    assert rig.run(rig.engine.write("task", uids, prompt, how, to_batch(half))) == whole
+
+
+# --- every transport, every mode --------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 100_000, 1 << 28], ids=["single", "some", "all"])
+@pytest.mark.parametrize("kind", ["shared_memory", "disk"])
+def test_every_transport_delivers_every_tensor(rig: Rig, kind: str, limit: int) -> None:
+    """``single``: the parts of a fused layer come in buckets that share memory with others."""
+    weights = shaken(rig, seed=limit % 97)
+    certificate = rig.run(rig.update(weights, rig.canary(weights), limit, kind))
+    assert certificate.verified, certificate
+    assert rig.run(rig.update(grown(rig, seed=9), None, limit, kind)).verified
+    both = weights | grown(rig, seed=9)
+    assert rig.run(rig.update({}, rig.canary(both), limit, kind)).verified
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "disk"])
+def test_a_damaged_tensor_is_named_and_leaves_the_engine_stale(rig: Rig, kind: str) -> None:
+    weights = grown(rig, seed=10)
+    first = next(iter(weights))  # of the first in a bucket there is always a checksum
+    certificate = rig.run(rig.update(weights, rig.canary(weights), kind=kind, damage=first))
+    assert not certificate.verified
+    assert certificate.error is not None
+    assert f"{first} did not arrive as it was sent" in certificate.error
+    with pytest.raises(StaleWeights, match="did not arrive as it was sent"):
+        rig.run(rig.engine.generate(prompts(1), sampling(1, 4)))
+    assert rig.run(rig.update(weights, rig.canary(weights), kind=kind)).verified
+
+
+def test_trap_9_a_failure_half_way_leaves_the_engine_stale(rig: Rig) -> None:
+    """The second half of an update is not to be had; whatever the engine is now, it is not well."""
+    weights = shaken(rig, seed=11)
+    canary = rig.canary(weights)
+
+    async def half() -> Certificate:
+        rig.version += 1
+        await rig.engine.begin_update(rig.version)
+        infos = rig.transport("disk", 1 << 17)
+        infos.begin(rig.version)
+        for number, info in enumerate(infos.buckets(weights.items())):
+            if number == 1:
+                Path(info["file"]["path"]).unlink()
+            await rig.engine.load_bucket(info)
+        assert number > 1
+        infos.finish()
+        return await rig.engine.finish_update(canary)
+
+    certificate = rig.run(half())
+    assert not certificate.verified and certificate.difference is None
+    assert certificate.error is not None and "not on this host" in certificate.error
+    with pytest.raises(StaleWeights):
+        rig.run(rig.engine.generate(prompts(1), sampling(1, 4)))
+    assert rig.run(rig.update(weights, canary)).verified
+
+
+def test_trap_8_an_update_that_never_arrived_is_caught(rig: Rig) -> None:
+    """An adapter that binds no module: no error anywhere, the new version, the old weights."""
+    certificate = rig.run(rig.update({}, rig.canary(grown(rig, seed=12))))
+    assert not certificate.verified and certificate.version == rig.version
+
+
+def test_what_runs_when_an_update_fails_is_not_answered(rig: Rig) -> None:
+    weights = shaken(rig, seed=13)
+
+    async def scenario() -> None:
+        running = asyncio.ensure_future(rig.engine.generate(prompts(4), sampling(4, 300)))
+        await rig.engine.generate(prompts(1), sampling(1, 8))
+        assert not running.done()
+        assert not (await rig.update(weights, rig.canary({}))).verified
+        with pytest.raises(StaleWeights):
+            await running
+
+    rig.run(scenario())
+
+
+@pytest.mark.parametrize("mode", ["keep", "drain", "abort"])
+def test_no_mode_loses_a_token(rig: Rig, mode: str) -> None:
+    """Each token is there once, with the version of the weights that wrote it."""
+    asked, weights = prompts(16), shaken(rig, seed=14)
+    canary, before = rig.canary(weights), rig.version
+    length = 300 if rig.kind == "vllm" else 48
+    plain = rig.engine.options
+
+    async def scenario() -> list[Completion]:
+        running = asyncio.ensure_future(rig.engine.generate(asked, sampling(16, length)))
+        await rig.engine.generate(asked[:1], sampling(1, 12))
+        assert not running.done(), "too fast to be in flight"
+        late: list[asyncio.Future[list[Completion]]] = []
+
+        async def ask_late() -> None:
+            await asyncio.sleep(0.01)
+            late.append(asyncio.ensure_future(rig.engine.generate(asked[:2], sampling(2, 8))))
+
+        _, certificate = await asyncio.gather(ask_late(), rig.update(weights, canary))
+        assert certificate.verified, certificate
+        assert [set(c.versions) for c in await late[0]] == [{rig.version}] * 2
+        return await running
+
+    rig.engine.options = replace(plain, delivery=Delivery(mode=mode))
+    try:
+        made = rig.run(scenario())
+    finally:
+        rig.engine.options = plain
+    assert len(made) == 16
+    crossed = 0
+    for prompt, completion in zip(asked, made, strict=True):
+        ids, old = completion.token_ids, completion.versions.count(before)
+        assert len(ids) == len(completion.versions) == len(completion.logprobs)
+        assert completion.versions == [before] * old + [rig.version] * (len(ids) - old)
+        ended = ids[-1] == 0
+        assert completion.finish_reason == ("stop" if ended else "length")
+        assert ended or len(ids) == length
+        assert 0 not in ids[:-1]
+        crossed += 0 < old < len(ids)
+        first = len(prompt) - 1
+        right = rig.expected(prompt + ids[:old])[first:]
+        assert completion.logprobs[:old] == pytest.approx(right, abs=1e-4)
+        if mode == "abort":  # nothing of what the old weights cached is left
+            right = rig.expected(prompt + ids, weights)[first + old :]
+            assert completion.logprobs[old:] == pytest.approx(right, abs=1e-4)
+    assert crossed == 0 if mode == "drain" else crossed > 4
+
+
+def test_what_vllm_s_own_engines_are_told_fits_their_interface() -> None:
+    """As far as it goes without a GPU: their dataclasses take our messages."""
+    from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
+
+    infos = gpu.join_infos("10.0.0.1", 29500, 2)
+    parsed = [nccl_engine.NCCLWeightTransferInitInfo(**info) for info in infos]
+    assert [info.rank_offset for info in parsed] == [1, 2]
+    assert {info.world_size for info in parsed} == {3} and all(info.packed for info in parsed)
+    told = gpu.metadata([("w", torch.ones(2, 3, dtype=torch.bfloat16))])
+    update = nccl_engine.NCCLWeightTransferUpdateInfo(**told)
+    assert (update.names, update.dtype_names, update.shapes) == (["w"], ["bfloat16"], [[2, 3]])
+    handles = [{"GPU-0": (None,)}]
+    assert ipc_engine.IPCWeightTransferUpdateInfo(**told, ipc_handles=handles).names == ["w"]
+    assert ipc_engine.IPCWeightTransferInitInfo(packed=False) is not None

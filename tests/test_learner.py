@@ -29,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sleeprl.actors.learner import Learner, LearnerOptions, Row
+from sleeprl.actors import batches
+from sleeprl.actors.batches import Row
+from sleeprl.actors.learner import Learner, LearnerOptions
 from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_tail
 from sleeprl.losses.streams import LossOptions, Part
 from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, scatter_columns, widen, write_grown
@@ -90,11 +92,6 @@ def options(directory: Path, **changes: Any) -> LearnerOptions:
     return replace(base, **changes)
 
 
-def share(all_rows: list[Row]) -> list[Row]:
-    """This rank's rows."""
-    return all_rows[dist.get_rank() :: dist.get_world_size()]
-
-
 class Notes:
     """What a rank saw: numbers by name, tensors in one file each, errors by scene."""
 
@@ -135,6 +132,12 @@ def first_steps(directory: Path, notes: Notes) -> None:
     seen["step-3"] = learner.step(rows(3), PARTS, LOSS)
     notes.tensors("state-3", learner.state())
     seen["step-4"] = learner.step(rows(4), PARTS, LOSS)
+
+
+def one_text(directory: Path, notes: Notes) -> None:
+    learner = Learner(options(directory))
+    notes.numbers["one text"] = learner.step(rows(1)[:1], PARTS, LOSS)
+    notes.tensors("expert-one-text", learner.expert())
 
 
 def micro_batches(directory: Path, notes: Notes) -> None:
@@ -233,14 +236,14 @@ def two_first_steps(directory: Path, notes: Notes) -> None:
     seen = notes.numbers
     learner = Learner(options(directory))
     notes.tensors("two-born", learner.expert())
-    seen["step-1"] = learner.step(share(rows(1)), PARTS, LOSS)
+    seen["step-1"] = learner.step(rows(1), PARTS, LOSS)
     notes.tensors("two-expert-1", learner.expert())
-    seen["step-2"] = learner.step(share(rows(2)), PARTS, LOSS)
+    seen["step-2"] = learner.step(rows(2), PARTS, LOSS)
     notes.tensors("two-state-2", learner.state())
     notes.tensors("two-export-2", dict(learner.export()))
     seen["after two"] = learner.logprobs(rows(1))
     seen["after two, smaller"] = learner.logprobs(rows(1), smaller=True)
-    seen["step-3"] = learner.step(share(rows(3)), PARTS, LOSS)
+    seen["step-3"] = learner.step(rows(3), PARTS, LOSS)
     notes.tensors("two-state-3", learner.state())
 
 
@@ -248,21 +251,21 @@ def two_resuming(directory: Path, notes: Notes) -> None:
     dist.barrier()  # rank 0 has written the state
     resumed = Learner(options(directory, seed=8))
     resumed.load_state(load_file(directory / "two-state-2.safetensors"))
-    resumed.step(share(rows(3)), PARTS, LOSS)
+    resumed.step(rows(3), PARTS, LOSS)
     notes.tensors("two-state-3-resumed", resumed.state())
 
 
 def moving(directory: Path, notes: Notes) -> None:
     moved = Learner(options(directory, seed=8))
     moved.load_state(load_file(directory / "state-2.safetensors"))  # of one rank
-    notes.numbers["moved, step-3"] = moved.step(share(rows(3)), PARTS, LOSS)
+    notes.numbers["moved, step-3"] = moved.step(rows(3), PARTS, LOSS)
     notes.tensors("two-state-3-moved", moved.state())
 
 
 def uneven(directory: Path, notes: Notes) -> None:
-    learner = Learner(options(directory, micro_batch_tokens=40))
-    mine = rows(1) if dist.get_rank() == 0 else []
-    notes.numbers["uneven"] = learner.step(mine, PARTS, LOSS)
+    """One text for two ranks: one of them has nothing to do but to take part."""
+    learner = Learner(options(directory))
+    notes.numbers["uneven"] = learner.step(rows(1)[:1], PARTS, LOSS)
     notes.tensors("two-uneven", learner.expert())
 
 
@@ -270,14 +273,18 @@ def two_remembering(directory: Path, notes: Notes) -> None:
     """In the second step only one rank's texts are known: the teacher is asked by both or none."""
     for name, key in (("named", "text-{}"), ("unnamed", "")):
         learner = Learner(options(directory))
-        mine = [replace(r, key=key.format(i)) for i, r in enumerate(rows(1))][dist.get_rank() :: 2]
-        learner.step(mine, PARTS, LOSS)
-        learner.step(mine if dist.get_rank() == 0 else share(rows(2)), PARTS, LOSS)
+        known = [replace(r, key=key.format(i)) for i, r in enumerate(rows(1))]
+        learner.step(known, PARTS, LOSS)
+        # The longest goes to rank 0, so the other gets a text that it has learned from before.
+        longest = [replace(r, prompt_ids=[5] * 40) for r in rows(2)[:1]]
+        mine = batches.micro_batches(known, Row.student_length, 8192, rank=1, ranks=2)[0]
+        learner.step([*longest, mine[0]], PARTS, LOSS)
         notes.tensors(f"two-expert-{name}", learner.expert())
 
 
 ONE_RANK = (
     first_steps,
+    one_text,
     micro_batches,
     resuming,
     resuming_after_a_step,
@@ -318,8 +325,10 @@ def launch(world: int, directory: Path, scenes: Sequence[Scene]) -> list[Notes]:
         context.Process(target=work, args=(rank, world, port, directory, scenes))
         for rank in range(world)
     ]
-    for process in processes:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for process in processes:
+            process.start()
     seen = []
     for rank, process in enumerate(processes):
         process.join(240)
@@ -351,9 +360,8 @@ class Saw:
         return load_file(path)
 
 
-@pytest.fixture(scope="module")
-def saw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saw]:
-    directory = tmp_path_factory.mktemp("learner")
+def write_checkpoints(directory: Path) -> None:
+    """``plain``, ``wide`` with empty slots, and ``grown`` with an expert in slot 1."""
     make_tiny_model(directory / "plain", seed=4)
     widen(directory / "plain", directory / "wide", SLOTS.count, SLOTS.width, "float32")
     generator = torch.Generator().manual_seed(11)
@@ -363,17 +371,16 @@ def saw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saw]:
         for part, shape in (("gate_proj", (8, 64)), ("up_proj", (8, 64)), ("down_proj", (64, 8)))
     }
     write_grown(directory / "wide", directory / "grown", SLOTS, 1, expert)
-    kept, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
-    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="module")
+def saw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saw]:
+    directory = tmp_path_factory.mktemp("learner")
+    write_checkpoints(directory)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        yield Saw(directory)
-    finally:
-        torch.set_num_threads(threads)
-        if kept is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = kept
+    yield Saw(directory)
+    torch.set_num_threads(threads)
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-5) -> None:
@@ -540,8 +547,8 @@ def test_two_ranks_step_where_one_does(saw: Saw) -> None:
 
 
 def test_a_rank_without_rows_steps_along(saw: Saw) -> None:
-    assert saw.two["uneven"] == pytest.approx(saw.one["step-1"], abs=1e-4, rel=1e-3)
-    close(saw.file("two-uneven"), saw.file("expert-1"), atol=2e-4)
+    assert saw.two["uneven"] == pytest.approx(saw.one["one text"], abs=1e-4, rel=1e-3)
+    close(saw.file("two-uneven"), saw.file("expert-one-text"), atol=2e-4)
 
 
 # --- state ------------------------------------------------------------------------
@@ -644,7 +651,7 @@ def test_the_guard_of_a_killed_compile_does_not_stop_the_next(tmp_path: Path) ->
     built = next(Path(get_default_build_root()).rglob("deepspeed_shm_comm"))
     shutil.copytree(built, tmp_path / built.name)  # compiled already: there is only to load
     (tmp_path / built.name / "lock").touch()
-    code = "from sleeprl.actors.learner import load_shared_memory_op as f; f(); print('loaded')"
+    code = "from sleeprl.actors.cpu_op import load_shared_memory_op as f; f(); print('loaded')"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240

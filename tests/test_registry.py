@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from sleeprl.dreaming import curricula, rewards
-from sleeprl.registry import PluginError, create, resolve
+from sleeprl import registry
+from sleeprl.registry import BUILTIN, PluginError, check, create, resolve
 
-BUILTIN = {"ordered": "collections.OrderedDict", "counter": "collections.Counter"}
+
+@pytest.fixture(autouse=True)
+def things(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind of plug-in of this file's own."""
+    mine = {"ordered": "collections.OrderedDict", "counter": "collections.Counter"}
+    monkeypatch.setattr(registry, "BUILTIN", {**BUILTIN, "thing": mine})
 
 
 @pytest.fixture
@@ -27,24 +32,25 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_short_name() -> None:
     from collections import OrderedDict
 
-    assert resolve("ordered", "thing", BUILTIN) is OrderedDict
+    assert resolve("ordered", "thing") is OrderedDict
 
 
 def test_every_builtin_can_be_found() -> None:
-    for kind, builtin in (("curriculum", curricula.BUILTIN), ("reward", rewards.BUILTIN)):
+    for kind, builtin in BUILTIN.items():
         for name in builtin:
-            assert callable(resolve(name, kind, builtin))
+            assert callable(resolve(name, kind))
+            check(name, kind)
 
 
 def test_a_dotted_path_into_the_working_directory(here: Path) -> None:
     (here / "plugin_mine.py").write_text("def make(size=1):\n    return ['x'] * size\n")
-    assert create("plugin_mine.make", "thing", BUILTIN, {"size": 3}) == ["x"] * 3
-    assert create("plugin_mine.make", "thing", BUILTIN, {}) == ["x"]
+    assert create("plugin_mine.make", "thing", {"size": 3}) == ["x"] * 3
+    assert create("plugin_mine.make", "thing", {}) == ["x"]
 
 
 def test_an_installed_module_wins_over_a_file_of_its_name(here: Path) -> None:
     (here / "json.py").write_text("loads = None\n")
-    assert resolve("json.loads", "thing", BUILTIN) is not None
+    assert resolve("json.loads", "thing") is not None
 
 
 def test_an_entry_point_of_an_installed_package(
@@ -56,16 +62,16 @@ def test_an_entry_point_of_an_installed_package(
     (info / "entry_points.txt").write_text("[sleeprl.thing]\ninstalled = plugin_package:Made\n")
     (here / "plugin_package.py").write_text("class Made:\n    pass\n")
     monkeypatch.syspath_prepend(str(here))
-    assert resolve("installed", "thing", BUILTIN).__name__ == "Made"
+    assert resolve("installed", "thing").__name__ == "Made"
     with pytest.raises(PluginError, match="installed"):  # named among the known ones
-        resolve("other", "thing", BUILTIN)
+        resolve("other", "thing")
     with pytest.raises(PluginError):  # of another kind
-        resolve("installed", "reward", BUILTIN)
+        resolve("installed", "reward")
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(PluginError, match="did you mean 'ordered'") as caught:
-        resolve("orderd", "thing", BUILTIN)
+        resolve("orderd", "thing")
     assert "counter, ordered" in str(caught.value) and "dotted path" in str(caught.value)
 
 
@@ -80,16 +86,16 @@ def test_an_unknown_name_lists_what_there_is() -> None:
 )
 def test_a_path_that_leads_nowhere(name: str, words: str) -> None:
     with pytest.raises(PluginError, match=words):
-        resolve(name, "thing", BUILTIN)
+        resolve(name, "thing")
 
 
 def test_a_plug_in_with_a_fault_says_whose_it_is(here: Path) -> None:
     (here / "plugin_broken.py").write_text("def make(:\n")
     with pytest.raises(PluginError, match=r"plugin_broken\.make"):
-        resolve("plugin_broken.make", "thing", BUILTIN)
+        resolve("plugin_broken.make", "thing")
 
 
 def test_a_wrong_option_is_named_with_the_plug_in(here: Path) -> None:
     (here / "plugin_options.py").write_text("def make(size):\n    return size\n")
     with pytest.raises(PluginError, match=r"plugin_options\.make.*siz"):
-        create("plugin_options.make", "thing", BUILTIN, {"siz": 1})
+        create("plugin_options.make", "thing", {"siz": 1})

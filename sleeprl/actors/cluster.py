@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import ray
 
-from sleeprl.config import ResourcesConfig, available_cpus
+from sleeprl.settings import ResourcesConfig, available_cpus
 
 
 @contextmanager

@@ -1,20 +1,22 @@
-"""The rollout engine: tokens in, tokens out, on vLLM's AsyncLLM. One Ray actor each."""
+"""The rollout engine: tokens in, tokens out. One Ray actor each; a night's is ``VLLMEngine``."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import pyarrow as pa
 import ray
 
 from sleeprl.actors.group import ServedAsync
-from sleeprl.trajectories.schema import Trajectory, to_batch
-from sleeprl.weights.verify import Canary, Certificate, largest_difference
+from sleeprl.registry import resolve
+from sleeprl.settings import NightConfig
+from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
+from sleeprl.weights.transport import Delivery
+from sleeprl.weights.verify import Canary, Certificate, StaleWeights, largest_difference
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,22 @@ class Completion:
     finish_reason: str
 
 
+RUNNING = "running"
+NOTHING = Completion([], [], [], RUNNING)
+
+
 class RolloutEngine(Protocol):
     """Token in, token out; ``begin``/``load``/``finish`` loses no token of a running request,
-    and the versions of a completion cover each of its tokens exactly once."""
+    and the versions of a completion cover each of its tokens exactly once.
+
+    Whatever goes wrong in an update, it ends in a certificate. An engine that did not end
+    verified raises StaleWeights (INFRA) for all work, also for what was running, until a later
+    update verifies.
+    """
+
+    async def delivery(self) -> Delivery: ...
+
+    async def join(self, info: dict[str, Any]) -> None: ...
 
     async def generate(
         self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
@@ -66,15 +81,39 @@ class EngineOptions:
     gpu: bool
     gpu_utilization: float
     seed: int
+    delivery: Delivery = Delivery()
+
+    @classmethod
+    def of(cls, config: NightConfig, model: str, dtype: str) -> EngineOptions:
+        """What a night's settings say of an engine that holds a checkpoint."""
+        resources = config.resources
+        return cls(
+            model=model,
+            dtype=dtype,
+            max_length=config.model.max_length,
+            threads=resources.engine_cpus,
+            memory_gb=resources.engine_memory_gb,
+            gpu=resources.engine_gpus > 0,
+            gpu_utilization=resources.engine_gpu_utilization,
+            seed=config.seed,
+            delivery=Delivery(
+                resources.transport,
+                resources.update_mode,
+                str((config.run_dir / "weights").resolve()),
+            ),
+        )
 
 
-class VLLMEngine(ServedAsync):
-    """A ``RolloutEngine`` on vLLM.
+def spawn(index: int, options: EngineOptions, cpus: float, gpus: float, engine: str) -> Any:
+    """The actor of one engine; it can generate when its ``start`` has returned."""
+    kind: Any = resolve(engine, "engine")
+    actor = ray.remote(kind).options(num_cpus=cpus, num_gpus=gpus, max_concurrency=256)
+    return actor.remote(name=f"engine-{index}", options=options)
 
-    Between ``begin_update`` and ``finish_update`` running requests are frozen with
-    their KV blocks and continue under the new weights (vLLM's ``keep``). The
-    prefix cache is salted with the version, so blocks of old weights never match.
-    """
+
+class TokenEngine(ServedAsync):
+    """What engines have in common, over ``_one`` request, the ``_score`` of one sequence, and
+    the four steps of an update: ``_pause``, ``_load``, ``_commit``, ``_resume``."""
 
     def __init__(self, name: str, options: EngineOptions) -> None:
         self.name = name
@@ -82,184 +121,231 @@ class VLLMEngine(ServedAsync):
         self._version = 0
         self._updating = 0.0
         self._pending_version = 0
+        self._groups: dict[str, Callable[[], pa.RecordBatch]] = {}
+        self._fault: str | None = None
+        """What went wrong in the update that is under way."""
+        self._stale: str | None = None
+        """Why the last update did not end verified."""
+        self._settled = asyncio.Event()
+        self._settled.set()
 
-    async def start(self) -> float:
-        """Bring the engine up; returns the seconds that took."""
-        began = time.monotonic()
-        if not self.options.gpu:
-            os.environ["OMP_NUM_THREADS"] = str(self.options.threads)
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self.options.memory_gb)))
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-            # Eager anyway; without this the first batch waits 16 s for stray compilations.
-            os.environ["TORCH_COMPILE_DISABLE"] = "1"
-        # A partial update warns once per module that was not sent; the canary is what checks it.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        from vllm import AsyncEngineArgs
-        from vllm.config import WeightTransferConfig
-        from vllm.v1.engine.async_llm import AsyncLLM
+    async def _one(
+        self, prompt: list[int], sampling: Sampling, begun: Sequence[int] = (), uid: str = ""
+    ) -> Completion:
+        """One request. begun: response tokens to go on from; only what follows them is returned."""
+        raise NotImplementedError
 
-        from sleeprl.weights.plugin import BACKEND
+    def _so_far(self, uid: str) -> Completion:
+        """What ``_one`` of this uid would return by now."""
+        raise NotImplementedError
 
-        arguments: dict[str, Any]
-        if self.options.gpu:
-            arguments = {"gpu_memory_utilization": self.options.gpu_utilization}
-        else:
-            # vLLM 0.32 rewinds the generator of a seeded request whose prefill is cut in two,
-            # which a CPU generator cannot do: the engine dies. So no prompt is ever cut.
-            arguments = {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(8192, self.options.max_length),
-            }
-        self.llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=self.options.model,
-                dtype=self.options.dtype,
-                max_model_len=self.options.max_length,
-                enforce_eager=not self.options.gpu,
-                seed=self.options.seed,
-                enable_prefix_caching=True,
-                max_num_seqs=128,
-                logprobs_mode="processed_logprobs",
-                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-                disable_log_stats=True,
-                **arguments,
-            )
-        )
-        await self._sync_version()
-        return time.monotonic() - began
+    async def _score(self, sequence: list[int]) -> list[float]:
+        raise NotImplementedError
 
-    async def _sync_version(self) -> None:
-        await self.llm.update_weight_version(str(self._version))
+    async def _pause(self) -> None:
+        raise NotImplementedError
+
+    async def _load(self, update_info: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    async def _commit(self) -> None:
+        """Put what was loaded to use as ``self._version``."""
+        raise NotImplementedError
+
+    async def _resume(self, *, ending: bool) -> None:
+        """ending: requests that were running end now, and are not gone on with."""
+        raise NotImplementedError
 
     async def generate(
         self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
     ) -> list[Completion]:
         """One completion per prompt, in their order."""
-        return list(await asyncio.gather(*map(self._one, prompts, sampling)))
+        self._refuse_if_stale()
+        made = list(await asyncio.gather(*map(self._one, prompts, sampling)))
+        await self._settle()
+        return made
+
+    async def _settle(self) -> None:
+        """No answer leaves while an update is being judged, and none of weights that are wrong."""
+        await self._settled.wait()
+        self._refuse_if_stale()
+
+    async def ping(self) -> str:  # type: ignore[override]
+        """Raises StaleWeights of an engine that lives and is of no use."""
+        self._refuse_if_stale()
+        return "pong"
+
+    def _refuse_if_stale(self) -> None:
+        if self._stale is not None:
+            raise StaleWeights(f"{self.name} is STALE since version {self._version}: {self._stale}")
 
     async def rollout(
-        self, task: str, attempts: Sequence[str], prompt: list[int], sampling: Sequence[Sampling]
+        self,
+        task: str,
+        attempts: Sequence[str],
+        prompt: list[int],
+        sampling: Sequence[Sampling],
+        begun: pa.RecordBatch | None = None,
     ) -> dict[str, Any]:
-        """A group of dreams on one prompt, as a record batch in the object store.
+        """``write`` into the object store: the caller moves references only.
 
-        attempts: the uid of each. Returns ``batch`` (a reference), ``tokens``, and the
-        oldest and newest policy ``versions`` in it: the caller moves references only.
+        Returns ``batch`` (a reference), ``tokens``, and the oldest and newest policy
+        ``versions`` in it.
         """
-        completions = await self.generate([prompt] * len(attempts), sampling)
-        batch = to_batch(
-            [
-                Trajectory(
-                    uid=uid,
-                    task_id=task,
-                    attempt=number,
-                    purpose="dream",
-                    prompt_ids=prompt,
-                    response_ids=completion.token_ids,
-                    logprobs=completion.logprobs,
-                    versions=completion.versions,
-                    finish_reason=completion.finish_reason,
-                )
-                for number, (uid, completion) in enumerate(zip(attempts, completions, strict=True))
-            ]
-        )
-        versions = [v for c in completions for v in c.versions]
+        batch = await self.write(task, attempts, prompt, sampling, begun)
+        versions = batch.column("versions").flatten().to_pylist() or [self._version]
+        tokens = batch.column("response_ids").flatten()
         return {
             "batch": ray.put(batch),
-            "tokens": len(versions),
-            "versions": (
-                min(versions, default=self._version),
-                max(versions, default=self._version),
-            ),
+            "tokens": len(tokens),
+            "versions": (min(versions), max(versions)),
         }
 
-    async def _one(self, prompt: list[int], sampling: Sampling) -> Completion:
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
+    async def prefixes(self) -> dict[str, Any]:
+        """``so_far`` by reference."""
+        return {group: ray.put(batch) for group, batch in self.so_far().items()}
 
-        parameters = SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            seed=sampling.seed,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        text = TokensPrompt(prompt_token_ids=prompt, cache_salt=str(self._pending_version))
-        final = None
-        async for output in self.llm.generate(text, parameters, request_id=uuid.uuid4().hex):
-            final = output
-        if final is None:
-            raise RuntimeError(f"{self.name}: the engine returned nothing for a request")
-        return _completion(final.outputs[0], self._version)
+    async def write(
+        self,
+        task: str,
+        attempts: Sequence[str],
+        prompt: list[int],
+        sampling: Sequence[Sampling],
+        begun: pa.RecordBatch | None = None,
+    ) -> pa.RecordBatch:
+        """A group of dreams on one prompt. attempts: the uid of each. begun: what ``so_far`` told of
+        the group in another life; its tokens are kept, with their versions."""
+        before = dict(zip(attempts, _completions(begun), strict=True)) if begun is not None else {}
+        ended: dict[str, Completion] = {}
+
+        async def one(uid: str, how: Sampling) -> None:
+            known = before.get(uid, NOTHING)
+            if known.finish_reason == RUNNING:
+                known = join(known, await self._one(prompt, how, known.token_ids, uid))
+            ended[uid] = known
+
+        def batch() -> pa.RecordBatch:
+            now = [
+                ended.get(uid) or join(before.get(uid, NOTHING), self._so_far(uid))
+                for uid in attempts
+            ]
+            return _dreams(task, prompt, attempts, now)
+
+        self._refuse_if_stale()
+        group = attempts[0].rpartition("-")[0]
+        self._groups[group] = batch
+        try:
+            await asyncio.gather(*map(one, attempts, sampling))
+            await self._settle()
+        finally:
+            self._groups.pop(group, None)
+        return batch()
+
+    def so_far(self) -> dict[str, pa.RecordBatch]:
+        """Every group of dreams that is being written, by its uid, with the tokens it has by now;
+        what goes on has the finish reason ``running``."""
+        return {group: batch() for group, batch in self._groups.items()}
 
     async def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         """For each sequence of T ids the T-1 log-probabilities of ids 1..T-1, in nats."""
-        return list(await asyncio.gather(*map(self._score, sequences)))
+        self._refuse_if_stale()
+        found = list(await asyncio.gather(*map(self._score, sequences)))
+        await self._settle()
+        return found
 
-    async def _score(self, sequence: list[int]) -> list[float]:
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
+    async def version(self) -> int:
+        return self._version
 
-        parameters = SamplingParams(
-            max_tokens=1,
-            temperature=1.0,
-            prompt_logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        text = TokensPrompt(prompt_token_ids=sequence, cache_salt=f"score-{uuid.uuid4().hex}")
-        final = None
-        async for output in self.llm.generate(text, parameters, request_id=uuid.uuid4().hex):
-            final = output
-        assert final is not None and final.prompt_logprobs is not None
-        pairs = zip(sequence[1:], final.prompt_logprobs[1:], strict=True)
-        return [entry[token].logprob for token, entry in pairs if entry is not None]
+    # --- updates ------------------------------------------------------------------
+
+    async def delivery(self) -> Delivery:
+        """How this engine wants to be sent weights."""
+        return self.options.delivery
+
+    async def join(self, info: dict[str, Any]) -> None:
+        """Meet the sender where the transport is a collective; here none is."""
 
     async def begin_update(self, version: int) -> None:
-        self._updating = time.monotonic()
+        """Bring running requests to rest, in the way that ``delivery.mode`` says."""
+        self._updating, self._fault = time.monotonic(), None
         self._pending_version = version
-        await self.llm.pause_generation(mode="keep", clear_cache=False)
-        await self.llm.start_weight_update()
+        await self._pause()
 
     async def load_bucket(self, update_info: dict[str, Any]) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        await self.llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        """A failure makes the update fail, not the call: half of the weights may be new."""
+        if self._fault is None:
+            try:
+                await self._load(update_info)
+            except Exception as error:
+                self._fault = f"{type(error).__name__}: {error}"
 
     async def finish_update(self, canary: Canary | None = None) -> Certificate:
-        """Commit, resume, and score the canary; never raises for a canary that disagrees."""
-        version = self._pending_version
-        await self.llm.finish_weight_update(weight_version=str(version))
-        self._version = version
-        await self.llm.resume_generation()
-        seconds = time.monotonic() - self._updating
+        """Commit, resume, and score the canary; no answer leaves before that is judged."""
+        self._settled.clear()
+        self._version = self._pending_version
+        try:
+            try:
+                await self._commit()
+            except Exception as error:
+                self._fault = self._fault or f"{type(error).__name__}: {error}"
+            self._stale = self._fault
+            await self._resume(ending=self._stale is not None)
+            seconds = time.monotonic() - self._updating
+            certificate = await self._certificate(canary, seconds)
+            if not certificate.verified and self._stale is None:
+                self._stale = certificate.error
+                await self._resume(ending=True)
+        finally:
+            self._settled.set()
+        return certificate
+
+    async def _certificate(self, canary: Canary | None, seconds: float) -> Certificate:
+        """How an update ended; never raises for a canary that disagrees."""
+        version = self._version
+        if self._fault is not None:
+            return Certificate(self.name, version, False, None, None, seconds, self._fault)
         if canary is None:
             return Certificate(self.name, version, True, None, None, seconds)
-        found = await self._score(canary.token_ids)
-        difference = largest_difference(canary.logprobs, found)
+        difference = largest_difference(canary.logprobs, await self._score(canary.token_ids))
         verified = difference <= canary.tolerance
         error = None if verified else "its log-probabilities differ from the sender's"
         return Certificate(
             self.name, version, verified, difference, canary.tolerance, seconds, error
         )
 
-    async def version(self) -> int:
-        return self._version
 
-    async def shutdown(self) -> None:
-        self.llm.shutdown()
-        del self.llm
-
-
-def _completion(output: Any, version: int) -> Completion:
-    token_ids = list(output.token_ids)
-    logprobs = [
-        entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)
+def _completions(batch: pa.RecordBatch) -> list[Completion]:
+    return [
+        Completion(t.response_ids, t.logprobs, t.versions, t.finish_reason)
+        for t in from_batch(batch)
     ]
-    versions = [version] * len(token_ids)
-    for span in output.weight_versions or []:
-        versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
-    return Completion(token_ids, logprobs, versions, output.finish_reason or "unknown")
+
+
+def join(first: Completion, then: Completion) -> Completion:
+    return Completion(
+        first.token_ids + then.token_ids,
+        first.logprobs + then.logprobs,
+        first.versions + then.versions,
+        then.finish_reason,
+    )
+
+
+def _dreams(
+    task: str, prompt: list[int], attempts: Sequence[str], completions: Sequence[Completion]
+) -> pa.RecordBatch:
+    return to_batch(
+        [
+            Trajectory(
+                uid=uid,
+                task_id=task,
+                attempt=number,
+                purpose="dream",
+                prompt_ids=prompt,
+                response_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                versions=completion.versions,
+                finish_reason=completion.finish_reason,
+            )
+            for number, (uid, completion) in enumerate(zip(attempts, completions, strict=True))
+        ]
+    )

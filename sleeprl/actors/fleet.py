@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from torch import Tensor
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from sleeprl.actors.engine import Completion, EngineOptions, Sampling, VLLMEngine
-from sleeprl.actors.group import ActorGroup
-from sleeprl.weights.shared_memory import as_update_info, discard, pack
+from sleeprl.actors.engine import Completion, EngineOptions, Sampling, spawn
+from sleeprl.actors.group import ActorFailure, ActorGroup, Failure, Kind, classify
+from sleeprl.actors.health import Event, FleetHealth
+from sleeprl.weights.transport import Named, WeightTransport, make_transport
 from sleeprl.weights.verify import Canary, Certificate
 
+PATIENCE = 600.0
+"""Seconds an engine may take for one step of an update."""
 
-class StaleEngine(RuntimeError):
-    """An engine did not end an update verified, so nothing it writes can be trusted."""
+
+class StaleEngine(ConnectionError):
+    """No engine is left whose weights are known to be right; others may be started."""
 
 
 class Fleet:
-    """Engines behind an ``ActorGroup``. Versions are given by the caller and only grow."""
+    """Engines behind an ``ActorGroup``. Versions are given by the caller and only grow.
 
-    def __init__(self, group: ActorGroup) -> None:
+    Only engines that ended the last update verified get work. patience: seconds after which
+    an engine that does not answer during an update counts as not updated.
+    """
+
+    def __init__(self, group: ActorGroup, patience: float = PATIENCE) -> None:
         self.group = group
         self.version = 0
-        self.certificates: list[Certificate] = []
+        self.health = FleetHealth(len(group))
+        self._patience = patience
+        self._transport: WeightTransport | None = None
+        self._connected: list[int] = []
 
     @classmethod
-    def launch(cls, count: int, options: EngineOptions, cpus: float, gpus: float) -> Fleet:
-        """Start ``count`` engines at once and wait until all can generate."""
-        actor = ray.remote(VLLMEngine).options(num_cpus=cpus, num_gpus=gpus, max_concurrency=256)
-        handles = [actor.remote(name=f"engine-{i}", options=options) for i in range(count)]
+    def launch(
+        cls, count: int, options: EngineOptions, cpus: float, gpus: float, engine: str = "vllm"
+    ) -> Fleet:
+        """Start ``count`` engines of a kind at once and wait until all can generate."""
+        handles = [spawn(index, options, cpus, gpus, engine) for index in range(count)]
         fleet = cls(ActorGroup("engine", handles))
         fleet.group.call("start")
         return fleet
+
+    # --- work ---------------------------------------------------------------------
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
@@ -51,53 +65,174 @@ class Fleet:
         return self._spread("logprobs", sequences=sequences).wait()
 
     def _spread(self, method: str, **columns: Sequence[Any]) -> Pending:
-        count = len(self.group)
+        engines = self.health.working
+        if not engines:
+            states = ", ".join(f"engine-{i} is {self.health[i]}" for i in range(len(self.health)))
+            raise StaleEngine(f"no engine may be given work: {states}")
         total = len(next(iter(columns.values())))
-        shares = [
-            {name: list(values[index::count]) for name, values in columns.items()}
-            for index in range(count)
-        ]
-        return Pending(self.group, method, self.group.send(method, shares), total)
+        shares = {
+            engine: {name: list(values[turn :: len(engines)]) for name, values in columns.items()}
+            for turn, engine in enumerate(engines)
+        }
+        return Pending(self.group.name, method, self._send(method, shares), total)
+
+    # --- weights ------------------------------------------------------------------
 
     def publish(
         self,
-        tensors: Iterable[tuple[str, Tensor]],
+        tensors: Iterable[Named],
         canary: Canary | None = None,
         version: int | None = None,
     ) -> list[Certificate]:
-        """Send weights to every engine, in flight; each ends verified or this raises StaleEngine."""
+        """Send weights to every engine that is there; those that end verified get work again.
+
+        Raises StaleEngine when none does, and ActorFailure for a fault of the code.
+        """
         self.version = self.version + 1 if version is None else version
-        self.group.call("begin_update", version=self.version)
-        for bucket in pack(tensors):
-            try:
-                self.group.call("load_bucket", update_info=as_update_info(bucket))
-            finally:
-                discard(bucket)
-        certificates = self.group.call("finish_update", canary=canary)
-        self.certificates = certificates
-        stale = [c for c in certificates if not c.verified]
-        if stale:
-            raise StaleEngine("; ".join(map(str, stale)))
+        update = _Update(self, self.health.updatable)
+        transport = self._connect(update)
+        transport.begin(self.version)
+        update.call("begin_update", version=self.version)
+        try:
+            for info in transport.buckets(tensors):
+                update.finish_call()  # of the bucket before, which was loaded meanwhile
+                update.start_call("load_bucket", update_info=info)
+            update.finish_call()
+        finally:
+            transport.finish()
+        certificates = update.certificates(update.call("finish_update", canary=canary))
+        if not any(certificate.verified for certificate in certificates):
+            raise StaleEngine("; ".join(map(str, certificates)) or "no engine is left")
         return certificates
+
+    def _connect(self, update: _Update) -> WeightTransport:
+        """The transport that the engines were started for, joined with those in the update."""
+        if self._transport is None:
+            deliveries = update.call("delivery")
+            if not deliveries:
+                raise StaleEngine(
+                    "no engine answers: " + "; ".join(map(str, update.failed.values()))
+                )
+            self._transport = make_transport(next(iter(deliveries.values())))
+        if self._connected != update.engines:
+            if self._connected:
+                self._transport.close()
+            for infos in self._transport.connect(len(update.engines)):
+                told = dict(zip(update.engines, infos, strict=True))
+                update.start("join", {engine: {"info": info} for engine, info in told.items()})
+            update.finish_call()
+            self._connected = list(update.engines)
+        return self._transport
+
+    def disconnect(self) -> None:
+        """Let go of the transport; a later update makes another."""
+        if self._transport is not None:
+            self._transport.close()
+        self._transport, self._connected = None, []
 
     def shutdown(self) -> None:
         try:
+            self.disconnect()
             self.group.call("shutdown")
         finally:
             self.group.kill()
 
+    def _send(self, method: str, per_engine: Mapping[int, Mapping[str, Any]]) -> dict[int, Any]:
+        call = lambda actor, **kwargs: getattr(actor, method)(**kwargs)  # noqa: E731
+        actors = self.group.actors
+        return {
+            engine: actors[engine].apply.remote(call, **kw) for engine, kw in per_engine.items()
+        }
+
+
+class _Update:
+    """One update over the engines that still take part in it; who fails drops out."""
+
+    def __init__(self, fleet: Fleet, engines: Sequence[int]) -> None:
+        self.fleet = fleet
+        self.engines = list(engines)
+        self.failed: dict[int, Failure] = {}
+        self._under_way: tuple[str, dict[int, Any]] = "", {}
+
+    def call(self, method: str, **kwargs: Any) -> dict[int, Any]:
+        self.start_call(method, **kwargs)
+        return self.finish_call()
+
+    def start_call(self, method: str, **kwargs: Any) -> None:
+        self.start(method, dict.fromkeys(self.engines, kwargs))
+
+    def start(self, method: str, per_engine: Mapping[int, Mapping[str, Any]]) -> None:
+        self._under_way = method, self.fleet._send(method, per_engine)
+
+    def finish_call(self) -> dict[int, Any]:
+        """The answers to the call that is under way. Raises ActorFailure for a fault of the code."""
+        (method, refs), self._under_way = self._under_way, ("", {})
+        patience, health = self.fleet._patience, self.fleet.health
+        if refs:
+            ray.wait(list(refs.values()), num_returns=len(refs), timeout=patience)
+        answers = {}
+        for engine, ref in refs.items():
+            value, event = _answer(ref)
+            if not isinstance(value, Failure):
+                answers[engine] = value
+                continue
+            where = f"{self.fleet.group.name}-{engine}.{method}"
+            if value.kind is Kind.DATA:
+                raise ActorFailure(where, value)
+            health.note(engine, event)
+            self.failed[engine] = Failure(value.kind, f"{where}: {value.message}")
+            self.engines.remove(engine)
+        return answers
+
+    def certificates(self, found: Mapping[int, Certificate]) -> list[Certificate]:
+        """Of all engines that were to be updated, in their order, and noted."""
+        for engine, one in found.items():
+            self.fleet.health.note(engine, Event.VERIFIED if one.verified else Event.UNVERIFIED)
+        lost = {
+            engine: Certificate(
+                f"{self.fleet.group.name}-{engine}",
+                self.fleet.version,
+                False,
+                None,
+                None,
+                0.0,
+                failure.message,
+            )
+            for engine, failure in self.failed.items()
+        }
+        return [one for _, one in sorted({**found, **lost}.items())]
+
+
+def _answer(ref: Any) -> tuple[Any, Event]:
+    """A call's value or Failure, and what a failure says of the engine."""
+    try:
+        return ray.get(ref, timeout=0.1), Event.UNVERIFIED
+    except GetTimeoutError as error:
+        return classify(error), Event.UNVERIFIED
+    except RayActorError as error:
+        return classify(error), Event.LOST
+    except RayError as error:
+        return classify(error), Event.UNVERIFIED
+
 
 @dataclass(frozen=True)
 class Pending:
-    """Work spread over the engines that may not be done yet."""
+    """Work spread over the engines that may not be done yet. refs: by engine."""
 
-    group: ActorGroup
+    name: str
     method: str
-    refs: list[Any]
+    refs: dict[int, Any]
     total: int
 
     def wait(self) -> list[Any]:
+        """What was asked for, in its order. Raises ActorFailure for the first that failed."""
         merged: list[Any] = [None] * self.total
-        for index, answers in enumerate(self.group.collect(self.method, self.refs)):
-            merged[index :: len(self.refs)] = answers
+        for turn, (engine, ref) in enumerate(self.refs.items()):
+            try:
+                answers = ray.get(ref)
+            except RayError as error:
+                answers = classify(error)
+            if isinstance(answers, Failure):
+                raise ActorFailure(f"{self.name}-{engine}.{self.method}", answers)
+            merged[turn :: len(self.refs)] = answers
         return merged

@@ -9,65 +9,58 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sleeprl.actors.anchor import Anchor
+from sleeprl.actors.batches import (
+    EMPTY,
+    Row,
+    Targets,
+    inputs,
+    micro_batches,
+    shared,
+    shared_inputs,
+    window,
+)
+from sleeprl.actors.cpu_op import load_shared_memory_op
 from sleeprl.actors.response import ResponseModel, all_logits
-from sleeprl.files import locked
-from sleeprl.losses.chunked import chunked_top_k, token_logprobs
+from sleeprl.actors.teacher import Teachers, teach
+from sleeprl.losses.chunked import token_logprobs
 from sleeprl.losses.ewc import diagonal_fisher
-from sleeprl.losses.streams import LossOptions, Part, Window, chunked_stream_loss, token_counts
+from sleeprl.losses.streams import LossOptions, Part, chunked_stream_loss, token_counts
 from sleeprl.memory import checkpoint as ckpt
-from sleeprl.memory.experts import load_training_form, smaller_self
+from sleeprl.memory.experts import Listener, listening, load_training_form, smaller_self
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
 from sleeprl.weights.verify import Canary
+from sleeprl.weights.zero import gathered
 
-
-@dataclass(frozen=True)
-class Row:
-    """One text to learn from.
-
-    prompt_ids: what the student sees. response_ids: the tokens that are trained on.
-    teacher_prompt_ids: what the teacher sees instead; None means the same prompt.
-    advantage, behaviour: of a row in a ``pg`` part; behaviour has one entry per token.
-    key: names a text that comes again; the teacher, who never changes, is asked about it once.
-    """
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    part: str
-    teacher_prompt_ids: list[int] | None = None
-    advantage: float = 0.0
-    behaviour: list[float] = field(default_factory=list)
-    key: str = ""
-
-    @property
-    def teacher_prompt(self) -> list[int]:
-        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
-
-    def student_length(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-    def teacher_length(self) -> int:
-        return len(self.teacher_prompt) + len(self.response_ids)
-
-
-Targets = tuple[Tensor, Tensor]
-"""The teacher on one row's R response tokens: top-k ids [R, K] and k+1 log-probabilities."""
+_IN_CACHE: dict[str, Any] = {
+    "sub_group_size": 2**20,
+    "reduce_bucket_size": 2**20,
+    "contiguous_gradients": False,
+    "memory_efficient_linear": False,
+}
+"""ZeRO-3 on CPUs: gradients are reduced and parameters updated piece by piece (elements), while
+they are in the cache. DeepSpeed's own sizes are a GPU's, and with them each operation goes
+through all of the memory (benchmarks/learner.py has the speed against a bare loop)."""
 
 
 @dataclass(frozen=True)
 class LearnerOptions:
     """checkpoint: one that can grow. slot: the one to grow in; None trains every parameter.
-    held: slots that only the smaller self has (``Transfer.reset``)."""
+    held: slots that only the smaller self has (``Transfer.reset``). routed: the expert gets a
+    gate of its own, which ``Part.quiet`` teaches to close. wake: file of the gradients that only
+    the larger self has applied (``wake_learning``)."""
 
     checkpoint: str
     slot: int | None
@@ -83,22 +76,28 @@ class LearnerOptions:
     micro_batch_tokens: int = 8192
     """Padded tokens that one forward pass may hold."""
     held: tuple[int, ...] = ()
+    routed: bool = False
+    wake: str = ""
+    critic: bool = False
+    """A value head beside the language head, for an algorithm that asks for one (PPO)."""
 
 
 class Learner:
     """A rank of the learner. All ranks call the same methods in the same order.
 
     Same rows in, same step out, at any world size, within the dtype's rounding.
+    teachers: the smaller self in actors of its own; without them it is this module with
+    its newborn expert off.
     """
 
-    def __init__(self, options: LearnerOptions) -> None:
+    def __init__(self, options: LearnerOptions, teachers: Teachers | None = None) -> None:
         os.environ["DS_ACCELERATOR"] = "cuda" if options.gpu else "cpu"
         torch.set_num_threads(options.threads)
         import deepspeed
 
         if not options.gpu:
             load_shared_memory_op()
-        self.options = options
+        self.options, self.teachers = options, teachers
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.device = (
@@ -112,13 +111,19 @@ class Learner:
             raise ValueError(f"{options.checkpoint} has no slots; widen it first")
         self.slots, self.growth = slots, growth_of(slots)
         dtype = getattr(torch, options.dtype)
-        model = self.growth.load(self.directory, slots, dtype, options.held)
+        self._wake = load_file(options.wake) if options.wake else None
+        model = self.growth.load(self.directory, slots, dtype, options.held, self._wake)
         if options.slot is None:
             trained = _all_but_tied(model)
         else:
-            trained = self.growth.grow(model, slots.width, options.seed, options.slot)
+            trained = self.growth.grow(
+                model, slots.width, options.seed, options.slot, routed=options.routed
+            )
+        module = ResponseModel(model.to(self.device), critic=options.critic)
+        if module.critic is not None:
+            trained = [*trained, *module.critic.parameters()]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=ResponseModel(model.to(self.device)),
+            model=module,
             optimizer=torch.optim.AdamW(
                 trained,
                 lr=options.learning_rate,
@@ -129,7 +134,7 @@ class Learner:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": options.grad_clip,
-                "zero_optimization": {"stage": 3},
+                "zero_optimization": {"stage": 3, **({} if options.gpu else _IN_CACHE)},
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "bf16": {"enabled": dtype == torch.bfloat16},
@@ -146,26 +151,35 @@ class Learner:
     def step(
         self, rows: Sequence[Row], parts: Mapping[str, Part], options: LossOptions
     ) -> dict[str, float]:
-        """One optimiser step on this rank's rows; the returned means are global."""
-        counts_P = token_counts(parts, [r.part for r in rows], [len(r.response_ids) for r in rows])
-        self._sum(counts_P)
+        """One optimiser step; the returned means are global.
+
+        rows: of the whole batch, the same on every rank. They are shared out here.
+        """
+        counts_P3 = token_counts(
+            parts,
+            [row.part for row in rows],
+            [len(row.response_ids) for row in rows],
+            [row.advantage for row in rows],
+        )
+        quiet = [row.student_length() for row in rows if parts[row.part].quiet]
+        micro = self._micro_batches(rows, Row.student_length)
+        mine = [row for batch in micro for row in batch if row is not EMPTY]
         taught = any(part.kl for part in parts.values())
-        targets = self._targets(rows, options.top_k) if taught else [None] * len(rows)
-        of_row = dict(zip(map(id, rows), targets, strict=True))
-        micro = self._micro_batches(rows, Row.student_length, least=1)
+        targets = self._targets(mine, options) if taught else [None] * len(mine)
+        of_row = dict(zip(map(id, mine), targets, strict=True))
+        head = self._teacher_head() if taught and options.support != "teacher" else None
         self._set_learning_rate()
         totals: dict[str, float] = {}
         for number, batch in enumerate(micro):
-            window = self._window(batch, [of_row.get(id(row)) for row in batch])
             within = partial(
                 chunked_stream_loss,
-                window=window,
+                window=window(batch, self.device, [of_row.get(id(row)) for row in batch]),
                 parts=parts,
-                counts_P=counts_P,
+                counts_P3=counts_P3,
                 options=options,
+                teacher_head_VH=head,
             )
-            inputs = self._inputs([row.prompt_ids for row in batch], batch)
-            loss, metrics = self.engine(*inputs, within)
+            loss, metrics = self._forward(batch, parts, sum(quiet), within)
             last = number == len(micro) - 1
             self.engine.set_gradient_accumulation_boundary(last)
             # DeepSpeed averages gradients over ranks; the loss is already a global mean.
@@ -180,8 +194,48 @@ class Learner:
         merged = self._sum_metrics(totals)
         merged["grad_norm"] = float(norm) if norm is not None else math.nan
         merged["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        merged["tokens"] = float(counts_P.sum())
+        merged["tokens"] = float(counts_P3[:, 0].sum())
         return merged
+
+    def _micro_batches(self, rows: Sequence[Row], length: Callable[[Row], int]) -> list[list[Row]]:
+        budget = self.options.micro_batch_tokens
+        return micro_batches(rows, length, budget, rank=self.rank, ranks=self.world)
+
+    def _inputs(
+        self, prompts: Sequence[list[int]], answered: Sequence[Row]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return inputs(prompts, answered, self.device)
+
+    def _forward(
+        self, batch: Sequence[Row], parts: Mapping[str, Part], quiet: int, within: Any
+    ) -> tuple[Tensor, dict[str, float]]:
+        """A micro-batch's share of the loss and of the metrics. A prompt that rows have in common is
+        read once; but not where the loudness of each row's tokens is wanted."""
+        pieces = shared(batch)
+        if len(pieces) < len(batch) and not quiet:
+            ids, mask, index, *where = shared_inputs(batch, pieces, self.device)
+            judged = self.options.critic
+            loss, metrics = self.engine(ids, mask, index, within, *where, judged=judged)
+            return loss, metrics
+        ids, mask, index = self._inputs([row.prompt_ids for row in batch], batch)
+        with self._listening(batch, parts, mask, quiet) as listener:
+            loss, metrics = self.engine(ids, mask, index, within, judged=self.options.critic)
+        if listener is None:
+            return loss, metrics
+        return loss + listener.total, {**metrics, "quiet": float(listener.total.detach())}
+
+    @contextmanager
+    def _listening(
+        self, rows: Sequence[Row], parts: Mapping[str, Part], mask_BT: Tensor, tokens: int
+    ) -> Iterator[Listener | None]:
+        """Around a forward pass: how loud the newborn expert is, as its share of the penalty."""
+        if not tokens:
+            yield None
+            return
+        weights = [parts[row.part].quiet if row.part else 0.0 for row in rows]
+        weights_B1 = torch.tensor(weights, device=self.device)[:, None]
+        with listening(self.engine.module, weights_B1 * mask_BT / tokens) as listener:
+            yield listener
 
     def _set_learning_rate(self) -> None:
         done, options = self.steps, self.options
@@ -194,29 +248,56 @@ class Learner:
             group["lr"] = options.learning_rate * scale
 
     @torch.no_grad()
-    def _targets(self, rows: Sequence[Row], k: int) -> list[Targets | None]:
+    def _targets(self, rows: Sequence[Row], options: LossOptions) -> list[Targets | None]:
         """What the smaller self says of each row, from memory where it said so before. Collective."""
+        k = options.top_k if options.support == "teacher" else 0
         found = [self._taught.get((row.key, k)) if row.key else None for row in rows]
         missing = [index for index, target in enumerate(found) if target is None]
-        place = {id(rows[index]): index for index in missing}
-        for batch in self._micro_batches([rows[i] for i in missing], Row.teacher_length, least=0):
-            lengths = [len(row.response_ids) for row in batch]
-            kept_BR = self._window(batch).mask_BR != 0
-            within = lambda hidden_BRH, head_VH, kept_BR=kept_BR: chunked_top_k(  # noqa: E731
-                hidden_BRH[kept_BR], head_VH, k
-            )
-            inputs = self._inputs([row.teacher_prompt for row in batch], batch)
-            ids_NK, logprobs_NK1 = self._smaller(*inputs, within)
-            # Copies: a piece of a batch would keep the whole batch in memory.
-            pieces = zip(ids_NK.int().cpu().split(lengths), logprobs_NK1.cpu().split(lengths))
-            for row, (ids_RK, logprobs_RK1) in zip(batch, pieces, strict=True):
-                if not row.response_ids:
-                    continue
-                target = (ids_RK.clone(), logprobs_RK1.clone())
-                found[place[id(row)]] = target
-                if row.key:
-                    self._taught[row.key, k] = target
+        said = self._taught_now([rows[index] for index in missing], k)
+        for index, target in zip(missing, said, strict=True):
+            found[index] = target
+            if key := rows[index].key:
+                self._taught[key, k] = target
         return found
+
+    def _taught_now(self, rows: Sequence[Row], k: int) -> list[Targets]:
+        """Collective, unless there are teachers apart."""
+        if self.teachers is not None:
+            budget = self.options.micro_batch_tokens
+            return self.teachers.targets(rows, k, budget) if rows else []
+        said: dict[int, Targets] = {}
+        for batch in self._in_step(rows):
+            said |= zip(map(id, batch), teach(self._smaller, batch, k, self.device), strict=True)
+        return [said[id(row)] for row in rows]
+
+    def _in_step(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """This rank's rows in batches for the teacher, as many as on the rank that has most."""
+        budget = self.options.micro_batch_tokens
+        found = micro_batches(rows, Row.teacher_length, budget, rank=0, ranks=1) if rows else []
+        most = torch.tensor([len(found)], device=self.device)
+        if self.world > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return found + [[EMPTY] for _ in range(int(most) - len(found))]
+
+    def taught(self) -> dict[str, Tensor]:
+        """What this rank remembers of the teacher, to be kept with a checkpoint.
+
+        It could be asked again, but in other batches, and the last bit of an answer
+        depends on its batch.
+        """
+        return {
+            f"{k}:{number}:{key}": part
+            for (key, k), parts in self._taught.items()
+            for number, part in enumerate(parts)
+        }
+
+    def load_taught(self, kept: Mapping[str, Tensor]) -> None:
+        """Remember what ``taught`` gave, of this rank or another; what is known stays."""
+        found: dict[tuple[str, int], Targets] = {}
+        for name in sorted(kept):
+            k, _, key = name.split(":", 2)
+            found[key, int(k)] = (*found.get((key, int(k)), ()), kept[name])
+        self._taught = found | self._taught
 
     def _smaller(self, *inputs: Any) -> Any:
         """What ``ResponseModel`` gives of the smaller self. Collective where the model has grown."""
@@ -224,6 +305,12 @@ class Learner:
             return self._origin(*inputs)
         with smaller_self(self.engine.module):
             return self.engine(*inputs)
+
+    def _teacher_head(self) -> Tensor | None:
+        """Of a model that is trained in full the smaller self has a head of its own."""
+        if self.options.slot is not None:
+            return None
+        return self._origin.get_parameter("model.lm_head.weight")
 
     @cached_property
     def _origin(self) -> nn.Module:
@@ -254,76 +341,14 @@ class Learner:
         self._origin.requires_grad_(False)
         self._anchor = Anchor(list(trained.values()), list(origin.values()), fisher, strength)
 
-    # --- batches ------------------------------------------------------------------
-
-    def _micro_batches(
-        self, rows: Sequence[Row], length: Callable[[Row], int], least: int
-    ) -> list[list[Row]]:
-        """Rows in order of length, in batches of bounded padded size; equally many on every rank."""
-        batches: list[list[Row]] = []
-        for row in sorted(rows, key=length):
-            if batches and length(row) * (len(batches[-1]) + 1) <= self.options.micro_batch_tokens:
-                batches[-1].append(row)
-            else:
-                batches.append([row])
-        most = torch.tensor([len(batches)], device=self.device)
-        if self.world > 1:
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        # An empty row keeps the ranks' collectives in step without adding to the loss.
-        return batches + [[Row([0], [], "")] for _ in range(max(least, int(most)) - len(batches))]
-
-    def _window(self, rows: Sequence[Row], targets: Sequence[Targets | None] = ()) -> Window:
-        """What the loss needs of the rows, padded to the longest response."""
-        longest = max(1, *(len(row.response_ids) for row in rows))
-        pad = lambda lists, fill: torch.tensor(  # noqa: E731
-            [list(values) + [fill] * (longest - len(values)) for values in lists],
-            device=self.device,
-        )
-        window = Window(
-            tokens_BR=pad([row.response_ids for row in rows], 0),
-            mask_BR=pad([[1.0] * len(row.response_ids) for row in rows], 0.0),
-            part=[row.part for row in rows],
-            advantages_B=torch.tensor([row.advantage for row in rows], device=self.device),
-            behaviour_BR=pad([row.behaviour or [0.0] * len(row.response_ids) for row in rows], 0.0),
-        )
-        known = [target for target in targets if target is not None]
-        if known:
-            k = known[0][0].shape[-1]
-            window.teacher_ids_BRK = torch.zeros(
-                len(rows), longest, k, dtype=torch.long, device=self.device
-            )
-            window.teacher_BRK1 = torch.zeros(len(rows), longest, k + 1, device=self.device)
-            for row, target in enumerate(targets):
-                if target is not None:
-                    window.teacher_ids_BRK[row, : len(target[0])] = target[0]
-                    window.teacher_BRK1[row, : len(target[1])] = target[1]
-        return window
-
-    def _inputs(
-        self, prompts: Sequence[list[int]], answered: Sequence[Row]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Right-padded ids and mask [B, T] of the prompts with the rows' responses, and the
-        positions [B, R] whose logits predict a response token."""
-        responses = [row.response_ids for row in answered]
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        rows, width, window = len(prompts), max(lengths), max(1, max(map(len, responses)))
-        ids = torch.zeros(rows, width, dtype=torch.long)
-        mask = torch.zeros(rows, width, dtype=torch.long)
-        index = torch.zeros(rows, window, dtype=torch.long)
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            ids[row, : lengths[row]] = torch.tensor(prompt + response)
-            mask[row, : lengths[row]] = 1
-            index[row] = torch.arange(window).clamp(max=max(0, len(response) - 1)) + len(prompt) - 1
-        return ids.to(self.device), mask.to(self.device), index.to(self.device)
-
     # --- reading ------------------------------------------------------------------
 
     @torch.no_grad()
     def logprobs(self, rows: Sequence[Row], *, smaller: bool = False) -> list[list[float]]:
         """Log-probabilities of each row's response tokens; ``smaller`` asks the smaller self."""
-        window = self._window(rows)
-        kept_BR = window.mask_BR != 0
-        tokens_N = window.tokens_BR[kept_BR]
+        asked = window(rows, self.device)
+        kept_BR = asked.mask_BR != 0
+        tokens_N = asked.tokens_BR[kept_BR]
         within = lambda hidden_BRH, head_VH: token_logprobs(  # noqa: E731
             hidden_BRH[kept_BR], head_VH, tokens_N
         )
@@ -331,10 +356,29 @@ class Learner:
         found_N = forward(*self._inputs([row.prompt_ids for row in rows], rows), within)
         return [piece.tolist() for piece in found_N.split([len(row.response_ids) for row in rows])]
 
+    @torch.no_grad()
+    def values(self, rows: Sequence[Row]) -> list[list[float]]:
+        """What the critic expects at each response token of each row. Collective."""
+        found: dict[int, list[float]] = {}
+        budget = self.options.micro_batch_tokens
+        for batch in micro_batches(rows, Row.student_length, budget, rank=0, ranks=1):
+            asked = self._inputs([row.prompt_ids for row in batch], batch)
+            judge = lambda hidden_BRH, head_VH, critic_BR: critic_BR  # noqa: E731
+            values_BR = self.engine(*asked, judge, judged=True).tolist()
+            found |= {
+                id(row): values[: len(row.response_ids)]
+                for row, values in zip(batch, values_BR, strict=True)
+            }
+        return [found[id(row)] for row in rows]
+
     def canary(self, token_ids: list[int]) -> Canary:
-        """What an engine must reproduce after it received this learner's weights. Collective."""
+        """What an engine must reproduce after it received this learner's weights. Collective.
+
+        In half precision right weights differ by as much as 0.4 nats on an unlikely token (135 M,
+        seen on a CPU), wrong ones by several.
+        """
         (logprobs,) = self.logprobs([Row(token_ids[:1], token_ids[1:], "")])
-        return Canary(token_ids, logprobs, 2e-3 if self.options.dtype == "float32" else 0.25)
+        return Canary(token_ids, logprobs, 2e-3 if self.options.dtype == "float32" else 1.0)
 
     # --- weights and state --------------------------------------------------------
 
@@ -343,31 +387,37 @@ class Learner:
         return ckpt.expert_tensors(dict(self._gathered()))
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Checkpoint tensors that differ from the checkpoint this learner started from. Collective.
+        """Checkpoint tensors that differ from the checkpoint this learner started from. Collective;
+        rank 0 alone is given them, the others take part and get nothing.
 
         A grown model exports its MLPs with the expert folded in; a model trained in
         full exports all that it trained, at the checkpoint's width.
         """
+        first = self.rank == 0
         if self.options.slot is not None:
-            expert, held = self.expert(), self.options.held
-            yield from self.growth.fold(
-                self.directory, self.slots, self.options.slot, expert, reset=held
-            )
+            expert, held = ckpt.expert_tensors(dict(self._gathered(keep=first))), self.options.held
+            if first:
+                yield from self.growth.fold(
+                    self.directory,
+                    self.slots,
+                    self.options.slot,
+                    expert,
+                    reset=held,
+                    wake=self._wake,
+                )
             return
-        for name, tensor in self._gathered():
+        for name, tensor in self._gathered(keep=first):
             name = name.removeprefix("model.")
             yield name, ckpt.scatter_columns(name, tensor, self.slots)
 
-    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+    def _gathered(self, *, keep: bool = True) -> Iterator[tuple[str, Tensor]]:
         """The trained parameters, whole."""
-        import deepspeed
-
-        for name, parameter in self.engine.module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            with deepspeed.zero.GatheredParameters([parameter]):
-                # A clone: the gathered storage is gone when the gather closes.
-                yield name, parameter.data.detach().cpu().clone()
+        named = [
+            (name, parameter)
+            for name, parameter in self.engine.module.named_parameters()
+            if parameter.requires_grad and not name.startswith("critic.")
+        ]
+        return gathered(named, keep=keep)
 
     def set_expert(self, expert: Mapping[str, Tensor]) -> None:
         """Put an expert, whole, under checkpoint names, in the place of the present one. Collective."""
@@ -378,7 +428,8 @@ class Learner:
         from deepspeed.utils import safe_set_full_fp32_param
 
         for name, parameter in self.engine.module.named_parameters():
-            if parameter.requires_grad:
+            # An expert comes without a critic.
+            if parameter.requires_grad and (name in values or not name.startswith("critic.")):
                 value = values[name].to(self.device)
                 # Both copies: the optimiser's master and the one the forward pass reads.
                 safe_set_full_fp32_param(parameter, value)
@@ -425,12 +476,6 @@ class Learner:
 
     # --- collectives --------------------------------------------------------------
 
-    def _sum(self, values: Tensor) -> None:
-        if self.world > 1:
-            moved = values.to(self.device)
-            dist.all_reduce(moved)
-            values.copy_(moved)
-
     def _sum_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Sum over ranks. Keys may differ from rank to rank."""
         if self.world == 1:
@@ -442,23 +487,6 @@ class Learner:
             for key, value in (part or {}).items():
                 merged[key] = merged.get(key, 0.0) + value
         return merged
-
-
-def load_shared_memory_op() -> None:
-    """Load (the first time: compile) DeepSpeed's small C++ op for ranks on one host's CPUs.
-
-    torch guards the compile with a file that a killed process leaves behind, and then waits
-    for ever, without a word. We hold a lock of our own meanwhile, which dies with its process;
-    so a guard that is found here is a dead one's.
-    """
-    from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    with locked(root / ".sleeprl.lock"):
-        for guard in root.rglob("deepspeed_shm_comm/lock"):
-            guard.unlink(missing_ok=True)
-        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
 
 
 def _all_but_tied(model: nn.Module) -> list[nn.Parameter]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-Within = Callable[[Tensor, Tensor], Any]
-"""What is made of hidden states [B, R, H] and the head [V, H] while the head is there."""
+Within = Callable[..., Any]
+"""What is made of hidden states [B, R, H] and the head [V, H] while the head is there; of a
+model with a critic it may also ask for ``critic_BR``."""
 
 
 class Head(nn.Linear):
@@ -26,20 +28,53 @@ class Head(nn.Linear):
 
 class ResponseModel(nn.Module):
     """The hidden states at the positions that predict a response token, and what ``within``
-    makes of them. ZeRO-3 gathers the head's weight for that moment only."""
+    makes of them. ZeRO-3 gathers the head's weight for that moment only.
 
-    def __init__(self, model: nn.Module) -> None:
+    critic: a linear value of each such state. It reads the policy's states and leaves them alone.
+    """
+
+    def __init__(self, model: nn.Module, *, critic: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.critic: nn.Linear | None = None
         head: Any = model.get_submodule("lm_head")
         assert isinstance(head, nn.Linear) and "bias" not in dict(head.named_parameters())
+        if critic:
+            weight = head.weight
+            self.critic = nn.Linear(
+                head.in_features, 1, bias=False, dtype=weight.dtype, device=weight.device
+            )
+            nn.init.zeros_(self.critic.weight)
         model.set_submodule("lm_head", Head.of(head))
 
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor, index_BR: Tensor, within: Within) -> Any:
+    def forward(
+        self,
+        ids_ST: Tensor,
+        mask: Tensor,
+        index_BR: Tensor,
+        within: Within,
+        positions_ST: Tensor | None = None,
+        sequence_B: Tensor | None = None,
+        *,
+        judged: bool = False,
+    ) -> Any:
+        """Of ``batches.inputs``, a sequence per row, or of ``batches.shared_inputs``.
+
+        judged: give ``within`` the critic's values.
+        """
         decoder: Any = self.model.get_submodule("model")
-        hidden_BTH = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)[0]
-        index_BRH = index_BR[..., None].expand(-1, -1, hidden_BTH.shape[-1])
-        return self.model.get_submodule("lm_head")(hidden_BTH.gather(1, index_BRH), within)
+        hidden_STH = decoder(
+            input_ids=ids_ST, attention_mask=mask, position_ids=positions_ST, use_cache=False
+        )[0]
+        if sequence_B is None:
+            index_BRH = index_BR[..., None].expand(-1, -1, hidden_STH.shape[-1])
+            hidden_BRH = hidden_STH.gather(1, index_BRH)
+        else:
+            hidden_BRH = hidden_STH[sequence_B[:, None], index_BR]
+        if judged:
+            assert self.critic is not None, "this model has no critic"
+            within = partial(within, critic_BR=self.critic(hidden_BRH.detach()).squeeze(-1).float())
+        return self.model.get_submodule("lm_head")(hidden_BRH, within)
 
 
 def all_logits(hidden_BRH: Tensor, head_VH: Tensor) -> Tensor:

@@ -1,0 +1,25 @@
+"""DeepSpeed's C++ op for ranks on one host's CPUs, loaded so that a killed compile stops nobody."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sleeprl.files import locked
+
+
+def load_shared_memory_op() -> None:
+    """Load (the first time: compile) DeepSpeed's small C++ op for ranks on one host's CPUs.
+
+    torch guards the compile with a file that a killed process leaves behind, and then waits
+    for ever, without a word. We hold a lock of our own meanwhile, which dies with its process;
+    so a guard that is found here is a dead one's.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    with locked(root / ".sleeprl.lock"):
+        for guard in root.rglob("deepspeed_shm_comm/lock"):
+            guard.unlink(missing_ok=True)
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load()

@@ -1,0 +1,223 @@
+"""What is refused before anything starts: values out of range, and settings that do not fit together.
+
+Every message names the fields, their values and a fix. Imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sleeprl import registry
+from sleeprl.memory.levels import UNITS
+from sleeprl.prompts import EXAMPLES
+from sleeprl.settings import (
+    METHODS,
+    ConfigError,
+    NightConfig,
+    ResourcesConfig,
+    available_cpus,
+    keys,
+)
+
+_AT_LEAST_ZERO = {
+    "seed", "consolidation.replay_ratio", "consolidation.warmup", "consolidation.weight_decay",
+    "wake.learning_rate",
+    "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",
+    "consolidation.ce", "consolidation.expert_gate", "consolidation.semantic", "consolidation.prefix_min",
+    "consolidation.rollout_prompts", "consolidation.on_policy_warmup", "consolidation.seed_steps",
+    "dreaming.staleness", "dreaming.policy", "dreaming.learn", "dreaming.hold",
+    "dreaming.reference_kl", "dreaming.correction_low", "gate.tolerance",
+    "resources.cpus", "resources.engine_gpus", "resources.learner_gpus", "resources.max_failures",
+    "resources.teachers", "resources.teacher_gpus",
+    "self_study.probe_share", "self_study.replay", "self_study.examples", "self_study.sentences",
+    "self_study.facts_per_document", "evaluation.texts", "fixed_capacity.ewc",
+}  # fmt: skip
+_AT_MOST_ONE = {
+    "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",
+    "consolidation.semantic", "consolidation.prefix_min", "consolidation.prefix_max",
+    "gate.tolerance", "self_study.probe_share",
+    "resources.engine_gpu_utilization",
+}  # fmt: skip
+_CHOICES = {
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "memory.growth": ("gated_mlp", "low_rank"),
+    "memory.unit": UNITS,
+    "memory.when_full": ("distil", "merge", "stop"),
+    "consolidation.support": ("teacher", "student", "full"),
+    "consolidation.edit_mode": ("ratio", "abs"),
+    "dreaming.reference_estimator": ("k1", "k2", "k3"),
+    "dreaming.correction_level": ("off", "token", "sequence", "geometric"),
+    "dreaming.correction_mode": ("truncate", "mask", "clip"),
+    "resources.transport": ("shared_memory", "disk", "nccl", "ipc"),
+    "resources.update_mode": ("keep", "drain", "abort"),
+}
+_WITHOUT_RATIO = ("reinforce", "rest_em")
+
+
+def check(config: NightConfig) -> None:
+    """Raise ``ConfigError`` for what cannot work. Asks the machine for its cores, nothing else."""
+    for key in keys():
+        value = _get(config, key)
+        if isinstance(value, bool) or value is None:
+            continue
+        if isinstance(value, int | float):
+            if not math.isfinite(value):
+                raise ConfigError(f"{key}={value} must be a finite number")
+            low = 0 if key in _AT_LEAST_ZERO else None
+            if low is None and value <= 0:
+                raise ConfigError(f"{key}={value} must be greater than 0")
+            if low is not None and value < low:
+                raise ConfigError(f"{key}={value} must be at least {low}")
+            if key in _AT_MOST_ONE and value > 1:
+                raise ConfigError(f"{key}={value} must be at most 1")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise ConfigError(f"{key}={value!r} must be one of {', '.join(_CHOICES[key])}")
+    for text in config.wake.inputs:
+        if text != "-" and not Path(text).exists():
+            raise ConfigError(f"wake.inputs: {text!r} does not exist; give a file or a directory")
+    questions = config.evaluation.questions
+    if questions is not None and not Path(questions).is_file():
+        raise ConfigError(f"evaluation.questions={questions!r} does not exist; give a JSONL file")
+    config.memory.clock()
+    study, seeding, dreaming = config.self_study, config.consolidation, config.dreaming
+    if seeding.prefix_min > seeding.prefix_max:
+        raise ConfigError(
+            f"consolidation.prefix_min={seeding.prefix_min} is above "
+            f"consolidation.prefix_max={seeding.prefix_max}; lower the first or raise the second"
+        )
+    if seeding.edit_mode == "ratio" and seeding.edit_threshold > 1:
+        raise ConfigError(
+            f"consolidation.edit_threshold={seeding.edit_threshold} is a share of a text and at "
+            "most 1; set consolidation.edit_mode=abs for a number of edits"
+        )
+    if seeding.expert_gate and config.memory.growth != "gated_mlp":
+        raise ConfigError(
+            f"consolidation.expert_gate={seeding.expert_gate} closes the units of a gated MLP, but "
+            f"memory.growth={config.memory.growth} has none; set one of them back"
+        )
+    if study.examples > EXAMPLES:
+        raise ConfigError(f"self_study.examples={study.examples} must be at most {EXAMPLES}")
+    if study.max_tokens >= config.model.max_length:
+        raise ConfigError(
+            f"self_study.max_tokens={study.max_tokens} leaves no room for a prompt in "
+            f"model.max_length={config.model.max_length}; raise the latter"
+        )
+    for key, tokens in (
+        ("dreaming.max_tokens", dreaming.max_tokens),
+        ("evaluation.max_tokens", config.evaluation.max_tokens),
+    ):
+        if tokens >= config.model.max_length:
+            raise ConfigError(
+                f"{key}={tokens} leaves no room for a prompt in "
+                f"model.max_length={config.model.max_length}; raise the latter"
+            )
+    if dreaming.correction_low > dreaming.correction_high:
+        raise ConfigError(
+            f"dreaming.correction_low={dreaming.correction_low} is above "
+            f"dreaming.correction_high={dreaming.correction_high}; lower the first"
+        )
+    without = dreaming.algorithm in _WITHOUT_RATIO and dreaming.correction_level == "off"
+    if dreaming.staleness > 0 and without:
+        raise ConfigError(
+            f"dreaming.staleness={dreaming.staleness} with dreaming.correction_level=off and "
+            f"dreaming.algorithm={dreaming.algorithm}, which has no ratio, trains on old policies as "
+            "if they were new; set correction_level=token or staleness=0"
+        )
+    if seeding.algorithm == "ppo":
+        raise ConfigError(
+            "consolidation.algorithm=ppo needs a critic, and a consolidation has none; "
+            "choose another, such as dapo (dreaming has a critic)"
+        )
+    _check_wake_learning(config)
+    _check_baselines(config.baselines, config.fixed_capacity.learning_rates)
+    _check_transport(config)
+    _check_resources(config.resources)
+
+
+def _check_wake_learning(config: NightConfig) -> None:
+    rate, memory = config.wake.learning_rate, config.memory
+    if rate and len(memory.levels) < 2:
+        raise ConfigError(
+            f"wake.learning_rate={rate}, but memory.levels has one level, which is never handed on; "
+            "set it to 0, or give a slower level"
+        )
+    if rate and memory.when_full == "merge":
+        raise ConfigError(
+            f"wake.learning_rate={rate} accumulates over nights for a base that "
+            "memory.when_full=merge makes wider; set memory.when_full=distil"
+        )
+
+
+def _check_transport(config: NightConfig) -> None:
+    resources = config.resources
+    if resources.transport not in ("nccl", "ipc"):
+        return
+    for key in ("engine_gpus", "learner_gpus"):
+        if not getattr(resources, key):
+            raise ConfigError(
+                f"resources.transport={resources.transport} goes from GPU to GPU, but "
+                f"resources.{key}=0; set resources.transport=shared_memory, or give it a GPU"
+            )
+    if resources.engine != "vllm":
+        raise ConfigError(
+            f"resources.transport={resources.transport} is vLLM's, but "
+            f"resources.engine={resources.engine}; set resources.transport=shared_memory"
+        )
+    if config.memory.growth == "low_rank":
+        raise ConfigError(
+            f"resources.transport={resources.transport} cannot send what the night itself sends with "
+            "memory.growth=low_rank, without a GPU; set resources.transport=shared_memory"
+        )
+
+
+def check_plugins(config: NightConfig) -> None:
+    """Raise ``PluginError`` for a name that leads nowhere. Imports what is named by dotted path."""
+    for name, kind in (
+        (config.dreaming.reward, "reward"),
+        (config.dreaming.curriculum, "curriculum"),
+        (config.dreaming.algorithm, "algorithm"),
+        (config.consolidation.algorithm, "algorithm"),
+        (config.consolidation.judge, "judge"),
+        (config.resources.engine, "engine"),
+    ):
+        registry.check(name, kind)
+
+
+def _check_baselines(baselines: Sequence[str], rates: Mapping[str, float]) -> None:
+    for key, names in (("baselines", baselines), ("fixed_capacity.learning_rates", rates)):
+        for name in names:
+            if name not in METHODS:
+                near = difflib.get_close_matches(name, METHODS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METHODS)}"
+                raise ConfigError(f"{key}: unknown method {name!r}; {hint}")
+    for name, rate in rates.items():
+        if not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(f"fixed_capacity.learning_rates.{name}={rate} must be greater than 0")
+
+
+def _check_resources(resources: ResourcesConfig) -> None:
+    if resources.address is not None:
+        return
+    have = resources.cpus or available_cpus()
+    engines = resources.engines * resources.engine_cpus
+    learners = resources.learner_workers * resources.learner_cpus
+    teachers = resources.teachers * resources.teacher_cpus
+    if engines + learners + teachers > have:
+        apart = f" + {resources.teachers} teacher(s) x teacher_cpus={resources.teacher_cpus}"
+        raise ConfigError(
+            f"resources: {resources.engines} engine(s) x engine_cpus={resources.engine_cpus} + "
+            f"{resources.learner_workers} learner worker(s) x learner_cpus={resources.learner_cpus}"
+            f"{apart if teachers else ''} "
+            f"= {engines + learners + teachers} cores, but there are {have}; "
+            "lower these, or set resources.cpus to share cores on purpose"
+        )
+
+
+def _get(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config

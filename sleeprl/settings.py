@@ -1,0 +1,340 @@
+"""Every setting of a night, typed. Imports neither torch nor ray.
+
+Defaults are for the embedded model on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from sleeprl.memory.levels import Clock, Level
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names it, its value and a fix."""
+
+
+@dataclass
+class ModelConfig:
+    name: str = "embedded"
+    """``embedded``, a generation id, a local directory, or a Hugging Face id."""
+    dtype: str = "auto"
+    """``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU, float32 on the CPU."""
+    max_length: int = 512
+    """Longest sequence, prompt and response together, in tokens."""
+
+
+@dataclass
+class LevelConfig:
+    period: int
+    """How much of ``memory.unit`` passes between two sleeps of the level."""
+    slots: int
+    """Experts that it has room for."""
+
+
+@dataclass
+class MemoryConfig:
+    """Where experts grow. A plain checkpoint gets all its slots at once, as zeros; a generation
+    keeps the layout that it was given. The context sleeps once a night, into the fastest level."""
+
+    growth: str = "gated_mlp"
+    """``gated_mlp``, or ``low_rank``: the paper's {A, B}, a LoRA on every MLP."""
+    width: int = 64
+    """Hidden units, or rank, per layer and slot (the paper's blocks of dimension 64)."""
+    levels: list[LevelConfig] = field(default_factory=lambda: [LevelConfig(period=5, slots=5)])
+    """Fastest first. At each multiple of its period a level hands all it holds to the next."""
+    unit: str = "nights"
+    """What periods count: ``tokens`` or ``episodes`` (both of the day's documents), ``nights``, or
+    ``optimizer_steps`` (of the consolidation)."""
+    when_full: str = "distil"
+    """What makes room in the slowest level: ``distil`` all its slots into one, ``merge`` the
+    oldest into the base, or ``stop`` with an error."""
+
+    def clock(self) -> Clock:
+        """A new clock of these levels; raises ConfigError for periods or slots that cannot be."""
+        levels = [Level(level.period, level.slots) for level in self.levels]
+        try:
+            return Clock(levels, self.unit, context=1 if self.unit == "nights" else None)
+        except ValueError as error:
+            told = ", ".join(f"{{period: {each.period}, slots: {each.slots}}}" for each in levels)
+            raise ConfigError(f"memory.levels=[{told}]: {error}") from None
+
+
+@dataclass
+class WakeConfig:
+    inputs: list[str] = field(default_factory=list)
+    """JSONL, Parquet or text files of experience; empty: fresh people of the embedded world."""
+    people: int = 20
+    """How many fresh people the embedded world's day has."""
+    people_per_document: int = 2
+    """At most this many people share one document."""
+    learning_rate: float = 0.0
+    """Of wake learning (method, eq. 2): the gradients of the day's documents add up, and are applied
+    in the night in which level 1 is handed on; 0: the base does not learn in wake."""
+
+
+@dataclass
+class EvaluationConfig:
+    questions: str | None = None
+    """JSONL of ``{question, answer, kind?}`` for one's own data."""
+    retention: int = 300
+    """Questions on what was known before the night."""
+    texts: int = 100
+    """Held-out texts for the perplexity."""
+    max_tokens: int = 24
+    """Longest answer."""
+
+
+@dataclass
+class SelfStudyConfig:
+    pairs_per_document: int = 128
+    """Question-answer pairs that the teacher writes with the document in its prompt."""
+    sentences: int = 0
+    """A question is asked with so many of a document's sentences in sight, all of them in turn; 0:
+    with the whole document. The answer is always given with the whole document."""
+    facts_per_document: int = 24
+    """Single facts that the teacher writes with the document in its prompt."""
+    replay: int = 3600
+    """Questions that the smaller self asks itself freely, with nothing in its prompt."""
+    temperature: float = 0.7
+    """Below 1: what is taught must be true before it is varied."""
+    max_tokens: int = 64
+    opening: str = ""
+    """What is put into its mouth where it is to write a question and its answer: ``Question:``,
+    for a model that would not begin so by itself."""
+    examples: int = 0
+    """Worked examples that stand before an instruction to write a question and its answer, at most
+    4; for a model that was not trained to."""
+    probe_share: float = 0.2
+    """Share of the pairs kept out of training; dreams are judged on them."""
+
+
+@dataclass
+class ConsolidationConfig:
+    steps: int = 150
+    batch_size: int = 24
+    """Teacher texts of the new experience per step, over all workers."""
+    replay_ratio: float = 2.5
+    """Replay texts per text of the new experience."""
+    learning_rate: float = 1.5e-2
+    warmup: int = 10
+    """Steps over which the learning rate rises; it then falls along a cosine."""
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    beta: float = 0.0
+    """Generalised JSD: 0 is the forward KL, 1 the reverse KL (method 7, GKD)."""
+    support: str = "teacher"
+    """Tokens that are compared: the ``top_k`` of the ``teacher`` or of the ``student`` with all
+    others as one tail bin, or ``full``."""
+    top_k: int = 32
+    pointwise_clip: float | None = None
+    """The most that one token of the support may add to a divergence (OPSD: 0.05); none: no limit."""
+    on_policy: float = 0.5
+    """lambda: share of the divergence that is taken on the student's own roll-outs."""
+    on_policy_warmup: int = 0
+    """Steps over which lambda rises on a line from ``on_policy`` to 1; 0 keeps it."""
+    seed_steps: int = 0
+    """Steps of divergence alone before the imitation reward joins (seed, then imitate)."""
+    distillation: float = 0.7
+    """alpha: divergence against imitation reward."""
+    ce: float = 0.5
+    """Weight of the cross-entropy on teacher texts (0 is the paper)."""
+    expert_gate: float = 0.0
+    """Above 0 the new expert gets a gate of its own, and this is the weight of a penalty that
+    closes it: how loud the expert is on replayed texts, against the MLP beside it."""
+    rollout_every: int = 8
+    """Steps between two sets of student roll-outs, each with freshly sent weights."""
+    rollout_prompts: int = 12
+    """Prompts per set of student roll-outs."""
+    group_size: int = 4
+    """Continuations per prompt (GRPO group)."""
+    algorithm: str = "dapo_unscaled"
+    """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
+    ``Algorithm``."""
+    algorithm_options: dict[str, Any] = field(default_factory=dict)
+    semantic: float = 0.5
+    """gamma: share of the semantic part in the imitation reward."""
+    judge: str = "exact"
+    """Who says whether two texts mean the same: ``exact``, ``embedding``, ``teacher``, or the
+    dotted path of a ``Judge``."""
+    judge_options: dict[str, Any] = field(default_factory=dict)
+    edit_threshold: float = 0.5
+    """z0: beyond so many edits the lexical reward is 0."""
+    edit_mode: str = "ratio"
+    """What z0 is: a ``ratio`` of the longer text's length, or ``abs``, a number of edits (the paper)."""
+    prefix_min: float = 0.1
+    prefix_max: float = 0.6
+    """The random prefix of a teacher text that the student continues, as a share of it."""
+    checkpoint_every: int = 40
+    """Steps between two checkpoints of the job; each waits until no roll-outs are under way."""
+
+
+METHODS = (
+    "seeding", "no_imitation", "no_semantic", "no_replay", "no_growth", "fine_tuning",
+    "fine_tuning_pairs", "ewc", "replay", "self_distillation", "grpo",
+)  # fmt: skip
+"""What ``baselines`` may name; ``consolidation/methods.py`` says what each does."""
+
+
+@dataclass
+class FixedCapacityConfig:
+    """The baselines that train every parameter."""
+
+    learning_rate: float = 3e-3
+    """Tuned for ``fine_tuning`` by ``benchmarks/night.py --tune`` on nights that are not reported."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates of methods, by name, that have one of their own."""
+    ewc: float = 100.0
+    """Weight of the penalty of ``ewc``."""
+    fisher_texts: int = 256
+    """Own texts of the smaller self on which ``ewc`` estimates what each parameter is worth."""
+
+
+@dataclass
+class DreamingConfig:
+    enabled: bool = True
+    steps: int = 8
+    """Learner updates."""
+    tasks_per_step: int = 4
+    """Groups per update; a group is one task's dreams."""
+    group_size: int = 6
+    """Dreams per task."""
+    staleness: int = 1
+    """Updates by which a dream's policy may trail the learner; 0 is the synchronous loop."""
+    learning_rate: float = 2e-4
+    grad_clip: float = 1.0
+    temperature: float = 1.0
+    max_tokens: int = 64
+    reward: str = "likelihood_gain"
+    """A built-in name or the dotted path of a ``Reward``."""
+    reward_options: dict[str, Any] = field(default_factory=dict)
+    reward_deadline: float = 30.0
+    """Seconds the reward of one dream may take before it is unscored."""
+    curriculum: str = "weak_spots"
+    """A built-in name or the dotted path of a ``Curriculum``."""
+    curriculum_options: dict[str, Any] = field(default_factory=dict)
+    stall_seconds: float = 120.0
+    """An actor that waits so long is named, with whom it waits for."""
+    algorithm: str = "dapo"
+    """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
+    ``Algorithm``."""
+    algorithm_options: dict[str, Any] = field(default_factory=dict)
+    reference_kl: float = 0.0
+    """Weight of the KL of the dream writer to the smaller self, on its dreams."""
+    reference_estimator: str = "k3"
+    """Of that KL: ``k1``, ``k2`` or ``k3``."""
+    correction_level: str = "token"
+    """Off-policy correction: ``token``, ``sequence`` or ``geometric``; ``off`` leaves it to the
+    algorithm, whose ratio is then taken to the policy that wrote the dream."""
+    correction_mode: str = "truncate"
+    """``truncate`` caps the weight, ``mask`` drops what lies outside the band."""
+    correction_low: float = 0.5
+    correction_high: float = 2.0
+    policy: float = 1.0
+    """Weight of the policy gradient on the dream writer."""
+    learn: float = 0.5
+    """Weight of the cross-entropy on the dreams that taught something."""
+    hold: float = 2.0
+    """Weight of the divergence from the smaller self on its own texts."""
+    trial_learning_rate: float = 0.05
+    """SGD step of the trial that asks what a dream teaches."""
+    trial_probes: int = 8
+    """Questions of the task on which a trial is judged."""
+
+
+@dataclass
+class GateConfig:
+    tolerance: float = 0.02
+    """Retention may fall by this much; beyond it the night is rolled back."""
+
+
+@dataclass
+class ResourcesConfig:
+    cpus: int = 0
+    """Cores Ray may use; 0 is all of this machine."""
+    address: str | None = None
+    """Ray cluster to join (``auto`` on a cluster's head node); none starts a local one."""
+    engine: str = "vllm"
+    """``vllm``, or ``torch``: small, slow and the same to the bit each time; or the dotted path of a
+    ``TokenEngine``."""
+    engines: int = 1
+    engine_cpus: int = 1
+    engine_gpus: float = 0.0
+    engine_memory_gb: float = 1.0
+    """KV cache of one CPU engine."""
+    engine_gpu_utilization: float = 0.4
+    transport: str = "shared_memory"
+    """How new weights reach the engines: ``shared_memory`` on the learner's host, ``disk`` below
+    ``runs`` on any host, vLLM's ``nccl`` between GPUs or ``ipc`` within one GPU."""
+    update_mode: str = "keep"
+    """What becomes of running requests when new weights come: ``keep`` freezes them, ``drain``
+    waits for their end, ``abort`` goes on from their tokens without what the old weights cached."""
+    learner_workers: int = 1
+    learner_cpus: int = 1
+    learner_gpus: float = 0.0
+    """Per worker."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens in one forward pass of a learner worker; fewer take less memory and more time,
+    and change nothing else."""
+    teachers: int = 0
+    """Actors that hold the teacher, a second copy of the model; none: the learner's own module
+    teaches, with its new expert off."""
+    teacher_cpus: int = 1
+    teacher_gpus: float = 0.0
+    max_failures: int = 1
+    """How often in a phase a dead worker group, or while dreaming a dead engine, is restarted from
+    the last checkpoint."""
+
+    @property
+    def learner_threads(self) -> int:
+        """Of one learner worker: its cores and, on this machine's CPUs, its share of the engines',
+        which mostly wait while the learner works."""
+        if self.address is not None or self.engine_gpus:
+            return self.learner_cpus
+        return self.learner_cpus + self.engines * self.engine_cpus // self.learner_workers
+
+
+@dataclass
+class NightConfig:
+    name: str = "night"
+    """Directory of the run below ``runs``."""
+    runs: str = "runs"
+    generations: str = "generations"
+    """Where committed generations live."""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    wake: WakeConfig = field(default_factory=WakeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    self_study: SelfStudyConfig = field(default_factory=SelfStudyConfig)
+    consolidation: ConsolidationConfig = field(default_factory=ConsolidationConfig)
+    baselines: list[str] = field(default_factory=lambda: ["fine_tuning"])
+    """Methods to train and measure beside Sleep, on the same day and as many tokens."""
+    fixed_capacity: FixedCapacityConfig = field(default_factory=FixedCapacityConfig)
+    dreaming: DreamingConfig = field(default_factory=DreamingConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+def keys(node: Any = NightConfig, prefix: str = "") -> Iterator[str]:
+    """All dotted keys, in the order of their definition."""
+    instance = node() if isinstance(node, type) else node
+    for entry in fields(instance):
+        value = getattr(instance, entry.name)
+        if is_dataclass(value):
+            yield from keys(value, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}"
+
+
+def available_cpus() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

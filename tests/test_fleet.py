@@ -1,0 +1,159 @@
+"""Several engines as one, in real actors: who ends an update, and who gets work afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sleeprl.actors.engine import EngineOptions, Sampling
+from sleeprl.actors.fleet import Fleet, StaleEngine
+from sleeprl.actors.group import ActorFailure, Kind
+from sleeprl.actors.health import Health
+from sleeprl.actors.torch_engine import TorchEngine
+from sleeprl.memory.checkpoint import WEIGHTS
+from sleeprl.weights.verify import Canary
+
+IDS = [1, *range(40, 70)]
+PROMPTS = [[1, 50 + i, 7] for i in range(6)]
+SAMPLING = [Sampling(5, seed=i) for i in range(6)]
+
+
+class Forgetful(TorchEngine):
+    """Like an engine whose adapter binds no module: of odd versions the last one keeps nothing."""
+
+    async def _load(self, update_info: dict[str, Any]) -> None:
+        if self.name == "engine-0" or self._pending_version % 2 == 0:
+            await super()._load(update_info)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    here = Path(__file__).parent  # the actors unpickle this module's classes
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def fleet(tiny_model: Path) -> Iterator[Fleet]:
+    options = EngineOptions(str(tiny_model), "float32", 128, 1, 1.0, False, 0.4, 0)
+    fleet = Fleet.launch(2, options, 0, 0, f"{__name__}.Forgetful")
+    yield fleet
+    fleet.group.kill()
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_model: Path) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(tiny_model / WEIGHTS).items()
+        if "norm" not in name
+    }
+
+
+@torch.no_grad()
+def canary(directory: Path, weights: Mapping[str, Tensor]) -> Canary:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    state = model.state_dict() | dict(weights)
+    out = torch.func.functional_call(model, state, (torch.tensor([IDS]),))
+    chosen = torch.tensor(IDS[1:])[:, None]
+    logprobs = out.logits[0, :-1].log_softmax(-1).gather(-1, chosen)[:, 0]
+    return Canary(IDS, logprobs.tolist(), 1e-3)
+
+
+def states(fleet: Fleet) -> list[Health]:
+    return [fleet.health[i] for i in range(len(fleet.health))]
+
+
+def test_a_stale_engine_gets_no_work_until_an_update_verifies(
+    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+) -> None:
+    right = canary(tiny_model, weights)
+    good, bad = fleet.publish(weights.items(), right)
+    assert good.verified and not bad.verified and (bad.engine, bad.version) == ("engine-1", 1)
+    assert states(fleet) == [Health.HEALTHY, Health.STALE]
+    pending = fleet.generate_later(PROMPTS, SAMPLING)
+    assert list(pending.refs) == [0]
+    made = pending.wait()
+    assert len(made) == 6 and {v for c in made for v in c.versions} == {1}
+    assert fleet.logprobs([IDS])[0] == pytest.approx(right.logprobs, abs=1e-4)
+    # Whoever does not know and asks it all the same is refused, as by an engine that is gone.
+    with pytest.raises(ActorFailure, match="engine-1 is STALE since version 1") as refused:
+        fleet.group.call("logprobs", sequences=[IDS])
+    assert refused.value.failure.kind is Kind.INFRA
+    certificates = fleet.publish(weights.items(), right)
+    assert [c.verified for c in certificates] == [True, True]
+    assert states(fleet) == [Health.HEALTHY] * 2
+    again = fleet.generate_later(PROMPTS, SAMPLING)
+    assert list(again.refs) == [0, 1]
+    assert [c.token_ids for c in again.wait()] == [c.token_ids for c in made]
+
+
+def test_no_engine_left_is_an_error_that_names_them(
+    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+) -> None:
+    with pytest.raises(StaleEngine, match=r"engine-0 at version 2: STALE.*engine-1 at version 2"):
+        fleet.publish(weights.items(), canary(tiny_model, {}), version=2)
+    with pytest.raises(StaleEngine, match="engine-0 is stale, engine-1 is stale"):
+        fleet.generate(PROMPTS, SAMPLING)
+    fleet.publish(weights.items(), canary(tiny_model, weights), version=4)
+    assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
+
+
+def test_an_engine_that_dies_is_left_out(
+    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+) -> None:
+    right = canary(tiny_model, weights)
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for number, pair in enumerate(weights.items()):
+            if number == 3:
+                os.kill(ray.get(fleet.group.actors[1].pid.remote()), signal.SIGKILL)
+            yield pair
+
+    good, lost = fleet.publish(stream(), right, version=2)
+    assert good.verified and not lost.verified and lost.engine == "engine-1"
+    assert lost.error is not None and "its process is gone" in lost.error
+    assert states(fleet) == [Health.HEALTHY, Health.DEAD]
+    assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
+    (alone,) = fleet.publish(weights.items(), right, version=4)
+    assert alone.engine == "engine-0" and states(fleet)[1] is Health.DEAD
+
+
+def test_trap_10_an_engine_that_hangs_does_not_hang_the_update(
+    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+) -> None:
+    right = canary(tiny_model, weights)
+    fleet.publish(weights.items(), right, version=2)
+    impatient = Fleet(fleet.group, patience=5.0)
+    pid = ray.get(fleet.group.actors[1].pid.remote())
+    impatient.publish(weights.items(), right, version=4)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        good, hung = impatient.publish(weights.items(), right, version=6)
+        assert time.monotonic() - began < 60
+        assert good.verified and not hung.verified
+        assert hung.error is not None and "GetTimeoutError" in hung.error
+        assert states(impatient) == [Health.HEALTHY, Health.STALE]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    patient = Fleet(fleet.group)
+    assert [c.verified for c in patient.publish(weights.items(), right, version=8)] == [True, True]

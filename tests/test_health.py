@@ -1,0 +1,106 @@
+"""What may become of an engine: the transitions, over random histories."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sleeprl.actors.health import TRANSITIONS, Event, FleetHealth, Health
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+histories = st.lists(st.one_of(st.sampled_from(list(Event)), st.floats(0.0, 40.0)), max_size=40)
+
+
+def play(history: list[Event | float]) -> tuple[FleetHealth, list[tuple[Health, Event, Health]]]:
+    """An engine's history, without what cannot happen in its state; floats are seconds."""
+    clock = Clock()
+    health = FleetHealth(2, dead_after=60.0, clock=clock)
+    steps = []
+    for item in history:
+        if not isinstance(item, Event):
+            clock.now += item
+            continue
+        before = health[1]
+        if item in TRANSITIONS[before]:
+            steps.append((before, item, health.note(1, item)))
+        else:
+            with pytest.raises(ValueError, match=f"engine-1 is {before}; it cannot be {item}"):
+                health.note(1, item)
+            assert health[1] is before
+    assert health[0] is Health.HEALTHY  # the other one has nothing to do with it
+    return health, steps
+
+
+@given(histories)
+def test_only_a_verified_update_brings_an_engine_back(history: list[Event | float]) -> None:
+    _, steps = play(history)
+    for before, event, after in steps:
+        if after is Health.HEALTHY and before not in (Health.HEALTHY, Health.SUSPECT):
+            assert event is Event.VERIFIED and before is Health.STALE
+
+
+@given(histories)
+def test_the_dead_come_back_through_a_restart_and_an_update(history: list[Event | float]) -> None:
+    _, steps = play(history)
+    states = [after for _, _, after in steps]
+    for number, state in enumerate(states):
+        if state is Health.HEALTHY and Health.DEAD in states[:number]:
+            last = number - 1 - states[:number][::-1].index(Health.DEAD)
+            since = states[last:number]
+            assert Health.RESTARTING in since and Health.STALE in since
+
+
+@given(histories)
+def test_work_goes_to_the_healthy_and_weights_to_whoever_is_there(
+    history: list[Event | float],
+) -> None:
+    health, _ = play(history)
+    assert (1 in health.working) == (health[1] is Health.HEALTHY)
+    there = (Health.HEALTHY, Health.SUSPECT, Health.STALE)
+    assert (1 in health.updatable) == (health[1] in there)
+
+
+@given(histories)
+def test_a_retired_engine_stays_retired(history: list[Event | float]) -> None:
+    _, steps = play([Event.RETIRE, *history])
+    assert {after for _, _, after in steps} == {Health.RETIRED}
+
+
+def test_every_state_says_what_a_loss_means() -> None:
+    assert TRANSITIONS.keys() == set(Health)
+    for state, events in TRANSITIONS.items():
+        lost = events[Event.LOST]
+        assert lost is (Health.RETIRED if state is Health.RETIRED else Health.DEAD)
+
+
+def test_who_is_suspect_for_too_long_is_dead() -> None:
+    clock = Clock()
+    health = FleetHealth(1, dead_after=60.0, clock=clock)
+    health.note(0, Event.MISSED)
+    clock.now += 50.0
+    assert health.note(0, Event.MISSED) is Health.SUSPECT  # not anew: it is still the same silence
+    clock.now += 9.0
+    assert health[0] is Health.SUSPECT
+    assert health.note(0, Event.ANSWERED) is Health.HEALTHY
+    health.note(0, Event.MISSED)
+    clock.now += 61.0
+    assert health[0] is Health.DEAD and health.updatable == []
+    assert health.note(0, Event.ANSWERED) is Health.DEAD
+
+
+def test_a_stale_engine_is_not_dead_for_being_so_for_long() -> None:
+    clock = Clock()
+    health = FleetHealth(1, clock=clock)
+    health.note(0, Event.UNVERIFIED)
+    clock.now += 10_000.0
+    assert health[0] is Health.STALE
+    assert health.note(0, Event.VERIFIED) is Health.HEALTHY
