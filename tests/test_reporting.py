@@ -21,7 +21,7 @@ from sleeprl.reporting import charts
 from sleeprl.reporting.charts import Series
 from sleeprl.reporting.metrics import MetricsLog, read_metrics
 from sleeprl.reporting.progress import NightProgress, before_after_table
-from sleeprl.reporting.report import phase_curves, write_report
+from sleeprl.reporting.report import phase_curves, spreads, write_report
 from sleeprl.reporting.summary import duration, figure, headline, short, wilson_interval
 from sleeprl.reporting.waits import Waits, Watchdog
 
@@ -229,6 +229,24 @@ def test_idle_seconds_are_attributed_to_waiter_and_kind() -> None:
         clock.now += 3
         assert waits.idle()["engine-0"] == {"train": 3}, "open waits count"
     assert waits.idle() == {"learner": {"data": 5, "sync": 2}, "engine-0": {"train": 3}}
+
+
+def test_a_loop_that_looks_says_who_waits_and_who_no_longer() -> None:
+    clock = Clock()
+    waits = Waits(clock=clock)
+    waits.now("learner", "engine", what="4 groups", kind="data")
+    clock.now += 3
+    waits.now("learner", "engine", what="3 groups", kind="data")
+    (wait,) = waits.current()
+    assert wait.describe(clock()) == "learner has waited 3 s for data from engine: 4 groups"
+    clock.now += 2
+    waits.now("learner", "scorer", what="3 groups", kind="data")  # another wait, since now
+    assert [w.since for w in waits.current()] == [clock()]
+    clock.now += 1
+    waits.now("learner", None)
+    clock.now += 7
+    waits.now("learner", None)
+    assert waits.current() == [] and waits.idle() == {"learner": {"data": 6}}
 
 
 def test_overlapping_waits_never_add_up_to_more_than_the_time() -> None:
@@ -591,6 +609,27 @@ def test_all_figures_may_be_null(run_dir: Path) -> None:
     summary["seconds"] = dict.fromkeys(summary["seconds"])
     (run_dir / "summary.json").write_text(json.dumps(summary))
     assert "no morning figures yet" in page_of(run_dir).text
+
+
+def test_histograms_of_staleness_age_and_lag(run_dir: Path) -> None:
+    assert "How old dreams were" not in page_of(run_dir).text
+    with MetricsLog(run_dir / "metrics.jsonl") as log:
+        for step, tokens in enumerate(({"0": 30}, {"0": 10, "2": 60}), start=1):
+            log.write("dreaming", step, staleness_tokens=tokens, age_seconds=[0.5, 6.0],
+                      publish_lag_seconds=0.25)  # fmt: skip
+    found = spreads(read_metrics(run_dir / "metrics.jsonl"))
+    assert [spread.name.partition(":")[0] for spread in found] == [
+        "staleness",
+        "age",
+        "publish lag",
+    ]
+    assert [spread.middle for spread in found] == ["mean 1.2", "median 3.2 s", "median 0.25 s"]
+    assert "<desc>0: 40.0 %; 2: 60.0 %</desc>" in found[0].svg and found[0].svg.count("<rect") == 3
+    assert sum(n for _, n in charts.bins([0.5, 6.0, 0.5, 6.0])) == 4 and charts.bins([0.0])[0] == (
+        "0",
+        1,
+    )
+    assert "How old dreams were" in page_of(run_dir).text
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:

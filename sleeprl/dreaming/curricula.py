@@ -8,11 +8,6 @@ from typing import Any
 
 from sleeprl.dreaming.tasks import Outcome, Task
 
-BUILTIN = {
-    "uniform": "sleeprl.dreaming.curricula.Uniform",
-    "weak_spots": "sleeprl.dreaming.curricula.WeakSpots",
-}
-
 
 class Uniform:
     """Every task once, in a random order, then again."""

@@ -7,8 +7,9 @@ import os
 import random
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,30 @@ from typing import Any
 import pyarrow as pa
 import ray
 import torch.distributed as dist
-from safetensors.torch import load_file
+from ray.exceptions import ObjectLostError
+from safetensors.torch import load_file, save_file
 
+from sleeprl.actors.batches import Row
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.group import ActorGroup, Served
-from sleeprl.actors.learner import Learner, LearnerOptions, Row
-from sleeprl.actors.publish import publish, save_expert
+from sleeprl.actors.learner import Learner, LearnerOptions
+from sleeprl.actors.publish import publish, save_trained
 from sleeprl.chat import Chat
-from sleeprl.config import DreamingConfig
+from sleeprl.dreaming.position import write_group
 from sleeprl.dreaming.tasks import Outcome
-from sleeprl.losses.policy import Correction, group_advantages
+from sleeprl.files import atomic_directory
+from sleeprl.losses.algorithms.base import Algorithm, Scores
+from sleeprl.losses.algorithms.ppo import PPO
+from sleeprl.losses.policy import Correction
 from sleeprl.losses.streams import LossOptions, Part
 from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.prompts import parse_qa
+from sleeprl.registry import create
+from sleeprl.settings import DreamingConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import Trajectory, from_batch
 
+STATE, TAUGHT = "learner.safetensors", "taught-{rank}.safetensors"
 DREAM, LEARN, HOLD = "dream", "learn", "hold"
 
 
@@ -56,13 +65,15 @@ class LearnerActor(Served):
     def __init__(self, job: LearnerJob, rank: int, world: int, engines: Sequence[Any]) -> None:
         self.job, self.rank, self.world = job, rank, world
         self.engines = list(engines)
+        self.fleet = Fleet(ActorGroup("engine", self.engines))
 
     def rendezvous(self) -> str:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def start(self, address: str) -> None:
+    def start(self, address: str, state: str | None = None) -> None:
+        """Join the other ranks. state: directory of a ``save`` to go on from."""
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK="0")
         dist.init_process_group(
             "nccl" if self.job.learner.gpu else "gloo",
@@ -72,10 +83,13 @@ class LearnerActor(Served):
             timeout=timedelta(minutes=10),
         )
         config = self.job.config
-        self.learner = Learner(self.job.learner)
+        self.algorithm: Algorithm = create(config.algorithm, "algorithm", config.algorithm_options)
+        critic = isinstance(self.algorithm, PPO)
+        self.learner = Learner(replace(self.job.learner, critic=critic))
         self.learner.set_expert(load_file(Path(self.job.expert) / EXPERT))
-        self.fleet = Fleet(ActorGroup("engine", self.engines))
-        self.fleet.version = self.job.first_version - 1
+        if state is not None:
+            self._restore(Path(state))
+        self.use(self.engines)
         self.chat = Chat(self.job.learner.checkpoint)
         texts = from_batch(Lake(self.job.lake).read("trajectories"))
         self.replay = [t for t in texts if t.purpose == "replay"]
@@ -87,18 +101,30 @@ class LearnerActor(Served):
         self.loss = LossOptions(
             beta=self.job.beta,
             top_k=self.job.top_k,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
+            policy=self.algorithm,
+            limit=config.max_tokens,
             correction=Correction(
                 config.correction_level,
                 config.correction_mode,
                 config.correction_low,
                 config.correction_high,
             ),
+            reference=config.reference_kl,
+            reference_estimator=config.reference_estimator,
         )
 
+    def use(self, engines: Sequence[Any]) -> None:
+        """Publish to these engines from now on."""
+        self.fleet.disconnect()
+        self.engines = list(engines)
+        self.fleet = Fleet(ActorGroup("engine", self.engines))
+
     def publish(self) -> dict[str, Any]:
-        """Send the present weights; on rank 0 with the expert by reference, for the scorers."""
+        """Send the present weights; on rank 0 with the expert by reference, for the scorers.
+
+        May be done again: a version is known by the number of steps, not of publications.
+        """
+        self.fleet.version = self.job.first_version - 1 + self.learner.steps
         metrics: dict[str, Any] = publish(self.learner, self.fleet, self.job.canary)
         expert = self.learner.expert()
         if self.rank == 0:
@@ -108,26 +134,46 @@ class LearnerActor(Served):
     def step(self, batches: Sequence[Any]) -> dict[str, Any]:
         """One update on whole groups of dreams, by reference.
 
-        Returns ``metrics`` and ``outcomes``. Rank 0 appends the dreams to the lake.
+        Returns ``metrics`` and ``outcomes``.
         """
         began = time.monotonic()
         table = pa.Table.from_batches(ray.get(list(batches)))
         dreams = from_batch(table)
-        advantages = group_advantages([d.reward for d in dreams], [_group(d) for d in dreams])
-        rows = self._rows(dreams, advantages)
-        metrics = self.learner.step(rows[self.rank :: self.world], self.parts, self.loss)
+        rows = [*self._judged(dreams), *self._others(dreams)]
+        metrics: dict[str, Any] = self.learner.step(rows, self.parts, self.loss)
         metrics |= _describe(dreams, self.learner.steps - 1 + self.job.first_version)
-        if self.rank == 0:
-            Lake(self.job.lake).append(table, "trajectories")
+        self.table = table
         metrics["step_seconds"] = time.monotonic() - began
         return {"metrics": metrics, "outcomes": outcomes(dreams)}
 
-    def _rows(self, dreams: Sequence[Trajectory], advantages: Sequence[float | None]) -> list[Row]:
+    def _judged(self, dreams: Sequence[Trajectory]) -> list[Row]:
+        """The dreams that have an advantage, for the policy gradient on their writer."""
+        advantages = self.algorithm.advantages(scores(dreams, self.job.config.max_tokens))
         rows = [
-            Row(d.prompt_ids, d.response_ids, DREAM, None, advantage, d.logprobs)
+            Row(
+                prompt_ids=d.prompt_ids,
+                response_ids=d.response_ids,
+                part=DREAM,
+                advantage=advantage,
+                behaviour=d.logprobs,
+                reference=d.ref_logprobs or [],
+            )
             for d, advantage in zip(dreams, advantages, strict=True)
             if advantage is not None and d.response_ids
         ]
+        if not isinstance(self.algorithm, PPO):
+            return rows
+        values = self.learner.values(rows)
+        rewards = [row.advantage for row in rows if not isinstance(row.advantage, list)]
+        judged = zip(rows, values, *self.algorithm.estimate(rewards, values), strict=True)
+        return [
+            replace(row, advantage=advantage, values=expected, returns=returns)
+            for row, expected, advantage, returns in judged
+        ]
+
+    def _others(self, dreams: Sequence[Trajectory]) -> list[Row]:
+        """The pairs of dreams that taught something, and the smaller self's own texts."""
+        rows = []
         for dream in dreams:
             pair = parse_qa(self.chat.decode(dream.response_ids))
             if pair and dream.reward is not None and dream.reward > 0:
@@ -140,8 +186,31 @@ class LearnerActor(Served):
             ]
         return rows
 
+    def save(self, directory: str, groups: Mapping[str, Any] | None = None) -> None:
+        """Keep the learner's state in a new directory, and the last step's dreams in the lake.
+
+        groups: references of those under way, by ``NUMBER-STAGE``, to be kept beside it.
+        """
+        state = self.learner.state()
+        if self.rank == 0:
+            with atomic_directory(directory, overwrite=True) as target:
+                save_file(state, target / STATE)
+                for name, ref in (groups or {}).items():
+                    with suppress(ObjectLostError):  # its writer died; it will be written again
+                        write_group(target, name, ray.get(ref))
+            Lake(self.job.lake).append(self.table, "trajectories")
+        dist.barrier()  # the directory is there
+        save_file(self.learner.taught(), Path(directory) / TAUGHT.format(rank=self.rank))
+
+    def _restore(self, directory: Path) -> None:
+        self.learner.load_state(load_file(directory / STATE))
+        mine = directory / TAUGHT.format(rank=self.rank)
+        # Its own alone, as in an unbroken run; what others were told only for a new rank.
+        for path in [mine] if mine.is_file() else sorted(directory.glob(TAUGHT.format(rank="*"))):
+            self.learner.load_taught(load_file(path))
+
     def finish(self, output: str) -> dict[str, Any]:
-        save_expert(self.learner, Path(output), self.job.canary)
+        save_trained(self.learner, Path(output), self.job.canary)
         return {"version": self.fleet.version}
 
 
@@ -156,21 +225,24 @@ def outcomes(dreams: Sequence[Trajectory]) -> list[Outcome]:
     return made
 
 
+def scores(dreams: Sequence[Trajectory], limit: int) -> Scores:
+    """What an algorithm makes advantages of. limit: tokens that a dream may have."""
+    return Scores(
+        [d.reward for d in dreams],
+        [_group(d) for d in dreams],
+        [len(d.response_ids) for d in dreams],
+        limit,
+    )
+
+
 def _group(dream: Trajectory) -> str:
     """The uid without its attempt: dreams that were written together."""
     return dream.uid.rpartition("-")[0]
 
 
-def _describe(dreams: Sequence[Trajectory], version: int) -> dict[str, float]:
+def _describe(dreams: Sequence[Trajectory], version: int) -> dict[str, Any]:
     scored = [d.reward for d in dreams if d.reward is not None]
     ages = [version - v for d in dreams for v in d.versions]
-    drift = [
-        behaviour - reference
-        for d in dreams
-        for behaviour, reference in zip(
-            d.logprobs, d.ref_logprobs or [], strict=bool(d.ref_logprobs)
-        )
-    ]
     return {
         "reward": sum(scored) / max(1, len(scored)),
         "reward_positive": sum(r > 0 for r in scored) / max(1, len(scored)),
@@ -178,6 +250,6 @@ def _describe(dreams: Sequence[Trajectory], version: int) -> dict[str, float]:
         "gap": sum(json.loads(d.meta)["gap"] for d in dreams) / len(dreams),
         "staleness": sum(ages) / max(1, len(ages)),
         "staleness_max": float(max(ages, default=0)),
-        "reference_kl": sum(drift) / max(1, len(drift)),
+        "staleness_tokens": {str(age): ages.count(age) for age in sorted(set(ages))},
         "response_tokens": sum(len(d.response_ids) for d in dreams) / len(dreams),
     }

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from sleeprl.actors.engine import EngineOptions, spawn
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.group import ActorGroup, Served
 from sleeprl.actors.learner import LearnerOptions
 from sleeprl.chat import Chat
-from sleeprl.config import NightConfig
-from sleeprl.consolidation.self_study import Pair
-from sleeprl.dreaming.curricula import BUILTIN
+from sleeprl.consolidation.self_study import Pair, asks
 from sleeprl.dreaming.learning import LearnerActor, LearnerJob
-from sleeprl.dreaming.pipeline import OnStep, Pipeline, fleet_group
+from sleeprl.dreaming.mending import Mender, join
+from sleeprl.dreaming.pipeline import OnStep, Pipeline
+from sleeprl.dreaming.position import Position
 from sleeprl.dreaming.rewards import RewardActor
 from sleeprl.dreaming.tasks import Curriculum, Outcome, Task
 from sleeprl.dreaming.trials import Scorer
 from sleeprl.prompts import STUDY_QA, with_experience
 from sleeprl.registry import create
+from sleeprl.settings import DreamingConfig, NightConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import from_batch
 
@@ -34,7 +38,7 @@ class CurriculumActor(Served):
         self, name: str, options: dict[str, Any], tasks: Sequence[Task], seed: int
     ) -> None:
         self.curriculum: Curriculum = create(
-            name, "curriculum", BUILTIN, {**options, "tasks": list(tasks), "seed": seed}
+            name, "curriculum", {**options, "tasks": list(tasks), "seed": seed}
         )
 
     def next(self, n: int) -> list[Task]:
@@ -42,6 +46,12 @@ class CurriculumActor(Served):
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         self.curriculum.observe(outcomes)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.curriculum.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.curriculum.load_state_dict(state)
 
 
 def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> list[Task]:
@@ -56,6 +66,144 @@ def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> l
     return tasks
 
 
+@dataclass(frozen=True)
+class Actors:
+    """All of a phase but the engines. new_engine, new_learner: start one more, by its index."""
+
+    learners: ActorGroup
+    scorers: ActorGroup
+    rewards: ActorGroup
+    curriculum: ActorGroup
+    new_engine: Callable[[int], Any]
+    new_learner: Callable[[int], Any]
+
+    def start(self, position: Position) -> None:
+        """Go on from a position; engines and scorers then have the learner's weights."""
+        self.curriculum.call("ping")
+        self.rewards.call("ping")
+        if position.curriculum is not None:
+            self.curriculum.call("load_state_dict", state=position.curriculum)
+        join(self.learners, position)
+        first = self.learners.call("publish")[0]
+        self.scorers.call("set_expert", expert=ray.get(first["expert"]))
+
+    def kill(self) -> None:
+        for group in (self.learners, self.scorers, self.rewards, self.curriculum):
+            group.kill()
+
+
+def learner_job(
+    config: NightConfig,
+    learner: LearnerOptions,
+    expert: Path,
+    run_dir: Path,
+    canary: list[int],
+    first_version: int,
+) -> LearnerJob:
+    return LearnerJob(
+        learner=learner,
+        config=config.dreaming,
+        expert=str(expert.resolve()),
+        lake=str((run_dir / "lake").resolve()),
+        seed=config.seed,
+        beta=config.consolidation.beta,
+        top_k=config.consolidation.top_k,
+        canary=canary,
+        first_version=first_version,
+    )
+
+
+def _beside(actor: Any, *arguments: Any) -> list[Any]:
+    """One that works in the gaps of the others, so it reserves no core."""
+    return [ray.remote(actor).options(num_cpus=0).remote(*arguments)]
+
+
+def judges(config: NightConfig, learner: LearnerOptions) -> tuple[ActorGroup, ActorGroup]:
+    """The scorers and the rewards."""
+    dreaming = config.dreaming
+    scorers = _beside(
+        Scorer, learner.checkpoint, learner.seed, learner.dtype, dreaming.trial_learning_rate,
+        dreaming.trial_probes, 1, learner.held, learner.wake,
+    )  # fmt: skip
+    rewards = _beside(
+        RewardActor, learner.checkpoint, dreaming.reward, dreaming.reward_options,
+        dreaming.reward_deadline,
+    )  # fmt: skip
+    return ActorGroup("scorer", scorers), ActorGroup("reward", rewards)
+
+
+def launch(
+    config: NightConfig, job: LearnerJob, engines: list[Any], tasks: Sequence[Task]
+) -> Actors:
+    """engines: actor handles, to which the learners publish; a list, in which a restarted one
+    takes its place."""
+    dreaming, resources, learner = config.dreaming, config.resources, job.learner
+    world = resources.learner_workers
+    of_learner = ray.remote(LearnerActor).options(
+        num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus
+    )
+    options = EngineOptions.of(config, learner.checkpoint, learner.dtype)
+
+    def new_learner(rank: int) -> Any:
+        return of_learner.remote(job, rank, world, engines)
+
+    curriculum = _beside(
+        CurriculumActor, dreaming.curriculum, dreaming.curriculum_options, tasks, config.seed
+    )
+    return Actors(
+        ActorGroup("learner", [new_learner(rank) for rank in range(world)]),
+        *judges(config, learner),
+        ActorGroup("curriculum", curriculum),
+        partial(
+            spawn,
+            options=options,
+            cpus=resources.engine_cpus,
+            gpus=resources.engine_gpus,
+            engine=resources.engine,
+        ),
+        new_learner,
+    )
+
+
+def assemble(
+    config: NightConfig,
+    actors: Actors,
+    engines: ActorGroup,
+    tasks: Sequence[Task],
+    chat: Chat,
+    position: Position,
+    on_stall: Callable[[str], None],
+) -> Pipeline:
+    """The pipeline over these actors, which goes on from a position."""
+    return Pipeline(
+        config=config.dreaming,
+        tasks={task.id: task for task in tasks},
+        engines=engines,
+        scorers=actors.scorers,
+        rewards=actors.rewards,
+        curriculum=actors.curriculum,
+        learner=actors.learners,
+        asks=lambda message: asks(chat, config.self_study, message),
+        on_stall=on_stall,
+        seed=config.seed,
+        position=position,
+        mender=Mender(
+            engines,
+            actors.learners,
+            actors.new_engine,
+            actors.new_learner,
+            config.resources.max_failures,
+            on_stall,
+        ),
+    )
+
+
+def with_room(engines: Sequence[Any], dreaming: DreamingConfig) -> ActorGroup:
+    """These engines with room for all groups that admission may let in."""
+    room = (dreaming.staleness + 2) * dreaming.tasks_per_step
+    return ActorGroup("engine", engines, in_flight=room)
+
+
 def run(
     config: NightConfig,
     fleet: Fleet,
@@ -66,101 +214,33 @@ def run(
     probes: Sequence[Pair],
     run_dir: Path,
     canary: list[int],
+    on_stall: Callable[[str], None],
     on_step: OnStep,
 ) -> dict[str, Any]:
     """Dream for ``dreaming.steps`` updates; the expert is in ``run_dir/dreaming`` at the end.
 
     expert: directory of the one that consolidation left, from which dreaming goes on.
     """
-    dreaming, resources = config.dreaming, config.resources
+    dreaming = config.dreaming
     tasks = make_tasks(documents, probes, config.seed)
     if not tasks:
         raise ValueError("no document has probes to judge dreams on; raise self_study.probe_share")
-    job = LearnerJob(
-        learner=learner,
-        config=dreaming,
-        expert=str(expert.resolve()),
-        lake=str((run_dir / "lake").resolve()),
-        seed=config.seed,
-        beta=config.consolidation.beta,
-        top_k=config.consolidation.top_k,
-        canary=canary,
-        first_version=fleet.version + 1,
-    )
-    world = resources.learner_workers
-    learner_actor = ray.remote(LearnerActor).options(
-        num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus
-    )
-    engines = fleet.group.actors
-    # Scorer, reward and curriculum work in the gaps of the others, so they reserve no core.
-    beside = {"num_cpus": 0}
-    learners = ActorGroup(
-        "learner", [learner_actor.remote(job, r, world, engines) for r in range(world)]
-    )
-    scorers = ActorGroup(
-        "scorer",
-        [
-            ray.remote(Scorer)
-            .options(**beside)
-            .remote(
-                learner.checkpoint,
-                learner.seed,
-                learner.dtype,
-                dreaming.trial_learning_rate,
-                dreaming.trial_probes,
-                1,
-                learner.held,
-            )
-        ],
-    )
-    rewards = ActorGroup(
-        "reward",
-        [
-            ray.remote(RewardActor)
-            .options(**beside)
-            .remote(
-                learner.checkpoint,
-                dreaming.reward,
-                dreaming.reward_options,
-                dreaming.reward_deadline,
-            )
-        ],
-    )
-    curriculum = ActorGroup(
-        "curriculum",
-        [
-            ray.remote(CurriculumActor)
-            .options(**beside)
-            .remote(dreaming.curriculum, dreaming.curriculum_options, tasks, config.seed)
-        ],
-    )
+    position = Position.load(run_dir / "dreaming-state", fleet.version + 1)
+    job = learner_job(config, learner, expert, run_dir, canary, position.first_version)
+    engines = with_room(fleet.group.actors, dreaming)
+    actors = launch(config, job, engines.actors, tasks)
     try:
-        curriculum.call("ping")
-        rewards.call("ping")
-        address = learners.scatter("rendezvous", [{}] * world)[0]
-        learners.call("start", address=address)
-        first = learners.call("publish")[0]
-        scorers.call("set_expert", expert=ray.get(first["expert"]))
-        pipeline = Pipeline(
-            config=dreaming,
-            tasks={task.id: task for task in tasks},
-            engines=fleet_group(fleet, (dreaming.staleness + 2) * dreaming.tasks_per_step),
-            scorers=scorers,
-            rewards=rewards,
-            curriculum=curriculum,
-            learner=learners,
-            chat=chat,
-            seed=config.seed,
-        )
+        actors.start(position)
+        pipeline = assemble(config, actors, engines, tasks, chat, position, on_stall)
         pipeline.run(on_step)
-        last = learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]
+        last = actors.learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]
         fleet.version = last["version"]
     finally:
-        for group in (learners, scorers, rewards, curriculum):
-            group.kill()
+        actors.kill()
+        fleet.group.actors[:] = engines.actors
     return {
         "dreams": pipeline.counts.learned * dreaming.group_size,
-        "idle": pipeline.idle,
+        "idle": pipeline.waits.idle(),
         "samples": _samples(run_dir, chat),
     }
 

@@ -6,52 +6,38 @@ Everything between the arrows is in flight at the same time; the driver moves
 references. What bounds it is admission: a group is admitted only while
 ``admitted < (staleness + version + 1) * tasks_per_step``, so no dream can be older
 than ``staleness`` updates when it is learned from, and nothing is thrown away.
+
+After each update the position is kept: learner, curriculum, which groups were admitted,
+which are learned, and what the others have come to. A killed run goes on from there, and
+an engine or a learner worker that dies is restarted: groups that were lost are admitted
+again under their numbers, so each is learned from exactly once.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
+from sleeprl.actors.group import ActorGroup
+from sleeprl.dreaming.counts import Ages, Counts
+from sleeprl.dreaming.mending import Mender
+from sleeprl.dreaming.position import Position
+from sleeprl.dreaming.tasks import Task, request
+from sleeprl.reporting.failures import ActorFailure, Failure, Kind
+from sleeprl.reporting.waits import Waits, Watchdog
+from sleeprl.settings import DreamingConfig
 
-from sleeprl.actors.engine import Sampling
-from sleeprl.actors.fleet import Fleet
-from sleeprl.actors.group import ActorFailure, ActorGroup, Result
-from sleeprl.chat import Chat
-from sleeprl.config import DreamingConfig
-from sleeprl.dreaming.tasks import Task
-
-OnStep = Callable[[int, dict[str, float]], None]
-
-
-@dataclass
-class Counts:
-    """Groups of dreams by where they are; the identity is asserted at every turn."""
-
-    admitted: int = 0
-    generating: int = 0
-    scoring: int = 0
-    rewarding: int = 0
-    queued: int = 0
-    learning: int = 0
-    learned: int = 0
-
-    def check(self) -> None:
-        inside = self.generating + self.scoring + self.rewarding + self.queued + self.learning
-        assert self.admitted == inside + self.learned, (
-            f"a group of dreams was lost or doubled: {self}"
-        )
+OnStep = Callable[[int, dict[str, Any]], None]
 
 
 @dataclass
 class Pipeline:
     """The actors of one dreaming phase. ``learner`` ranks step together; ``scorers``,
-    ``rewards`` and ``curriculum`` are groups of their own processes."""
+    ``rewards`` and ``curriculum`` are groups of their own processes. asks: the prompt of a
+    task's message."""
 
     config: DreamingConfig
     tasks: Mapping[str, Task]
@@ -60,131 +46,242 @@ class Pipeline:
     rewards: ActorGroup
     curriculum: ActorGroup
     learner: ActorGroup
-    chat: Chat
+    asks: Callable[[str], list[int]]
+    on_stall: Callable[[str], None]
     seed: int
+    position: Position
+    mender: Mender
     counts: Counts = field(default_factory=Counts)
-    idle: dict[str, dict[str, float]] = field(default_factory=dict)
+    ages: Ages = field(default_factory=Ages)
+    waits: Waits = field(default_factory=Waits)
 
     def run(self, on_step: OnStep) -> None:
-        """Learn ``config.steps`` times. Raises ActorFailure for what cannot be retried."""
-        config, counts = self.config, self.counts
-        version = 0
-        to_score: deque[tuple[str, Any]] = deque()
-        to_reward: deque[tuple[str, Any]] = deque()
-        queue: deque[tuple[int, Any]] = deque()
-        step: list[Any] = []
-        batches: list[Any] = []
-        began = time.monotonic()
-        while version < config.steps:
-            moved = self._admit(version)
-            for result in self._ends(self.engines):
-                to_score.append((result.tag, result.value["batch"]))
-                counts.generating -= 1
-                counts.scoring += 1
-            for result in self._ends(self.scorers):
-                to_reward.append((result.tag, result.value["batch"]))
-                counts.scoring -= 1
-                counts.rewarding += 1
-            for result in self._ends(self.rewards):
-                queue.append((int(result.tag), result.value["batch"]))
-                counts.rewarding -= 1
-                counts.queued += 1
-            moved |= self._send(self.scorers, "score", to_score)
-            moved |= self._send(self.rewards, "score", to_reward)
-            if not step and len(queue) >= config.tasks_per_step:
-                # Oldest first: a slow group must not be overtaken for ever.
-                queue = deque(sorted(queue, key=lambda item: item[0]))
-                batches = [queue.popleft()[1] for _ in range(config.tasks_per_step)]
-                step = self.learner.send("step", [{"batches": batches}] * len(self.learner))
-                counts.queued -= len(batches)
-                counts.learning += len(batches)
-                moved = True
-            if step and len(ray.wait(step, num_returns=len(step), timeout=0)[0]) == len(step):
-                version += 1
-                metrics = self._learned(step)
-                counts.learning -= len(batches)
-                counts.learned += len(batches)
-                on_step(version, metrics)
-                step, moved = [], True
-            counts.check()
-            if not moved:
-                time.sleep(0.005)
-            began = self._account(began, bool(step))
+        """Learn ``config.steps`` times. Raises ActorFailure for what cannot be mended."""
+        with Watchdog(self.waits, self.config.stall_seconds, self.on_stall):
+            self._begin()
+            while self.position.version < self.config.steps:
+                try:
+                    moved = self._turn(on_step)
+                except ActorFailure as failure:
+                    self._failed(failure)
+                    moved = True
+                self.counts.check()
+                if not moved:
+                    time.sleep(0.005)
+                self._account()
+            for name in ("engine", "scorer", "reward", "learner"):
+                self.waits.now(name, None)
 
-    def _admit(self, version: int) -> bool:
+    def _begin(self) -> None:
+        """Take up what the position kept; what it did not is admitted again."""
+        position, counts = self.position, self.counts
+        learned = position.version * self.config.tasks_per_step
+        counts.admitted = counts.learned = learned
+        self.step: list[Any] = []
+        self.broken = False
+        self.lost: dict[int, Failure] = {}
+        self.losses: Counter[int] = Counter()
+        self.begun: dict[int, Any] = {}
+        # Of each group that was written its batch, and the stage that it waits for or is in.
+        self.held: dict[int, tuple[str, Any]] = {}
+        self.waiting: dict[str, deque[int]] = {"scoring": deque(), "rewarding": deque()}
+        kept = position.groups()
+        paths = [str(path) for _, path in kept.values()]
+        loaded = self.rewards.call("load", paths=paths)[0] if paths else []
+        for (number, (stage, _)), found in zip(kept.items(), loaded, strict=True):
+            if self._too_old(number, found["oldest"]):
+                continue
+            if stage == "generating":
+                self.begun[number] = found["batch"]
+                continue
+            self.held[number] = (stage, found["batch"])
+            counts.move("admitted", stage)
+            if stage in self.waiting:
+                self.waiting[stage].append(number)
+        rest = range(learned, len(position.admitted))
+        self.again = deque(number for number in rest if number not in self.held)
+
+    def _turn(self, on_step: OnStep) -> bool:
+        """Look at everything once, and say whether anything moved. May be repeated where it fails."""
+        if self.broken:
+            self._mend()
+        moved = self._admit()
+        for group, stage, following in (
+            (self.engines, "generating", "scoring"),
+            (self.scorers, "scoring", "rewarding"),
+            (self.rewards, "rewarding", "queued"),
+        ):
+            for number, value in self._ends(group, stage):
+                self.held[number] = (following, value["batch"])
+                self.counts.move(stage, following)
+                self.ages.seen(number)
+                if following in self.waiting:
+                    self.waiting[following].append(number)
+        moved |= self._send(self.scorers, "scoring") | self._send(self.rewards, "rewarding")
+        moved |= self._learn(on_step)
+        if self.lost:
+            number, failure = next(iter(self.lost.items()))
+            raise ActorFailure(f"group {number} of dreams", failure)
+        return moved
+
+    def _admit(self) -> bool:
         """Fill the room that the staleness bound leaves, one group per engine call."""
-        config, counts = self.config, self.counts
-        batch = config.tasks_per_step
-        capacity = min((config.staleness + version + 1) * batch, config.steps * batch)
+        config, batch = self.config, self.config.tasks_per_step
+        updates = min(config.staleness + self.position.version + 1, config.steps)
         moved = False
-        while counts.admitted < capacity:
-            number = counts.admitted
-            (chosen,) = self.curriculum.call("next", n=1)
-            task: Task = chosen[0]
-            rng = random.Random(f"{self.seed}-dream-{number}")
-            sampling = [
-                Sampling(config.max_tokens, config.temperature, rng.randrange(2**31))
-                for _ in range(config.group_size)
-            ]
-            sent = self.engines.submit(
-                "rollout",
-                str(number),
-                task=task.id,
-                attempts=[f"dream-{number}-{attempt}" for attempt in range(config.group_size)],
-                prompt=self.chat.prompt(task.message),
-                sampling=sampling,
-            )
+        while (self.again[0] if self.again else len(self.position.admitted)) < updates * batch:
+            number, task = self._next()
+            asked = request(self.config, self.seed, number, task, self.asks)
+            begun = self.begun.pop(number, None)
+            sent = self.engines.submit("rollout", str(number), begun=begun, **asked)
             if not sent:
                 raise RuntimeError("no healthy rollout engine is left to dream on")
-            counts.admitted += 1
-            counts.generating += 1
+            self.counts.move("admitted", "generating")
             moved = True
         return moved
 
-    def _send(self, group: ActorGroup, method: str, waiting: deque[tuple[str, Any]]) -> bool:
-        moved = False
+    def _next(self) -> tuple[int, Task]:
+        """The number and task of the group to admit: one that was lost, or a new one."""
+        admitted = self.position.admitted
+        if self.again:
+            number = self.again.popleft()
+            return number, self.tasks[admitted[number]]
+        (task,) = self._ask_curriculum("next", n=1)
+        admitted.append(task.id)
+        return len(admitted) - 1, task
+
+    def _ends(self, group: ActorGroup, stage: str) -> list[tuple[int, dict[str, Any]]]:
+        """What a stage has done; what it lost is admitted again, if that can be mended."""
+        done = []
+        for result in group.ready():
+            number, failure = int(result.tag), result.failure
+            if failure is not None and failure.kind is Kind.DATA:
+                raise ActorFailure(f"{group.name}-{result.actor}, group {number}", failure)
+            if failure is None and stage == "generating":
+                oldest = result.value["versions"][0]
+                if self._too_old(number, oldest):
+                    # Going on from its tokens would keep those that are too old: written anew.
+                    told = f"engine-{result.actor} wrote with policy version {oldest}"
+                    failure = Failure(Kind.INFRA, f"{told}, older than dreaming.staleness allows")
+            if failure is None:
+                done.append((number, result.value))
+                continue
+            self.lost[number] = failure
+            self.held.pop(number, None)
+            self.counts.move(stage, "admitted")
+            self.again = deque(sorted([*self.again, number]))
+        return done
+
+    def _too_old(self, number: int, oldest: int | None) -> bool:
+        """Whether tokens of a policy version would break the bound in the update that learns the
+        group. Admission sees to it that none does, unless an engine missed an update, or a run
+        goes on with a smaller ``staleness``."""
+        update = number // self.config.tasks_per_step + self.position.first_version
+        return oldest is not None and update - oldest > self.config.staleness
+
+    def _send(self, group: ActorGroup, stage: str) -> bool:
+        moved, waiting = False, self.waiting[stage]
         while waiting:
-            tag, batch = waiting[0]
-            if not group.submit(method, tag, batch=batch, tasks=self.tasks):
+            _, batch = self.held[waiting[0]]
+            if not group.submit("score", str(waiting[0]), batch=batch, tasks=self.tasks):
                 break
             waiting.popleft()
             moved = True
         return moved
 
-    def _ends(self, group: ActorGroup) -> list[Result]:
-        results = group.ready()
-        for result in results:
-            if result.failure is not None:
-                raise ActorFailure(
-                    f"{group.name}-{result.actor}, group {result.tag}", result.failure
-                )
-        return results
+    def _learn(self, on_step: OnStep) -> bool:
+        """Start an update whose groups are there, or end one that is done."""
+        if self.step:
+            if not self.learner.ended(self.step):
+                return False
+            self._learned(on_step)
+            return True
+        size = self.config.tasks_per_step
+        wanted = range(self.position.version * size, (self.position.version + 1) * size)
+        # In the order of admission: whom others overtake gets older than the bound allows.
+        if not all(self.held.get(number, ("", None))[0] == "queued" for number in wanted):
+            return False
+        batches = [self.held[number][1] for number in wanted]
+        for number, batch in zip(wanted, batches, strict=True):
+            self.held[number] = ("learning", batch)
+        self.step = self.learner.send("step", [{"batches": batches}] * len(self.learner))
+        self.counts.move("queued", "learning", size)
+        self.ages.learning(wanted)
+        return True
 
-    def _learned(self, step: Sequence[Any]) -> dict[str, float]:
-        """Publish the new weights to engines and scorers, and tell the curriculum."""
-        outcome = self.learner.collect("step", step)[0]
-        sent = self.learner.call("publish")[0]
-        expert = sent.pop("expert")
-        self.scorers.scatter("set_expert", [{"expert": expert}] * len(self.scorers))
-        self.curriculum.call("observe", outcomes=outcome["outcomes"])
+    def _learned(self, on_step: OnStep) -> None:
+        """Publish the new weights, make this the position, and tell the curriculum.
+
+        What comes before ``observe`` may be done twice, when somebody dies on the way.
+        """
+        position, size = self.position, self.config.tasks_per_step
+        outcome = self.learner.collect("step", self.step)[0]
+        self.ages.updated()
+        sent = {**self._publish(), "publish_lag_seconds": self.ages.lag()}
+        groups = self._under_way()
+        after = str(position.at(position.version + 1))
+        with self.waits.on("learner", what="its state of this version", kind="sync"):
+            self.learner.call("save", directory=after, groups=groups)
+        self._ask_curriculum("observe", outcomes=outcome["outcomes"])
+        position.curriculum = self._ask_curriculum("state_dict")
+        position.version += 1
+        position.save()
+        self.step = []
+        self.held = {n: held for n, held in self.held.items() if held[0] != "learning"}
+        self.counts.move("learning", "learned", size)
+        on_step(position.version, {**outcome["metrics"], **sent, "age_seconds": self.ages.last})
+
+    def _under_way(self) -> dict[str, Any]:
+        """All groups but those of this update, as they are now, by number and stage."""
+        held = {f"{n}-{s}": batch for n, (s, batch) in self.held.items() if s != "learning"}
+        if self.counts.generating:
+            with self.waits.on("engine", what="the tokens so far", kind="generate"):
+                for begun in self.engines.call("prefixes"):
+                    held |= {f"{uid.split('-')[1]}-generating": ref for uid, ref in begun.items()}
+        return held
+
+    def _publish(self) -> dict[str, Any]:
+        """The learner's weights to all engines and scorers. Whoever fails to get them gets no work."""
+        with self.waits.on("learner", what="the new weights", kind="sync"):
+            sent: dict[str, Any] = self.learner.call("publish")[0]
+            if stale := sent.pop("stale_engines", 0):
+                told = f"{stale:.0f} did not end the update verified"
+                raise ActorFailure("engines", Failure(Kind.INFRA, told))
+            expert = sent.pop("expert")
+            self.scorers.scatter("set_expert", [{"expert": expert}] * len(self.scorers))
+        self.engines.verified()
         sent.pop("version")
-        return {**outcome["metrics"], **sent}
+        return sent
 
-    def _account(self, since: float, learning: bool) -> float:
-        """Seconds in which an actor had nothing to do, by what it waited for."""
-        now = time.monotonic()
-        states = (
-            ("engines", self.engines.outstanding == 0, "gate"),
-            ("scorers", self.scorers.outstanding == 0, "data"),
-            ("learner", not learning, "data"),
-        )
-        for name, waits, kind in states:
-            if waits:
-                mine = self.idle.setdefault(name, {})
-                mine[kind] = mine.get(kind, 0.0) + now - since
-        return now
+    def _failed(self, failure: ActorFailure) -> None:
+        """Find out what a failure is, and raise it where nothing can be done about it."""
+        lost, self.lost = self.lost, {}
+        self.losses.update(lost.keys())
+        died = self.mender.diagnose(failure)
+        often = any(self.losses[number] > max(1, self.mender.limit) for number in lost)
+        if often or not (died or lost):
+            raise failure
+        self.broken |= died
 
+    def _mend(self) -> None:
+        """Restart who died; then all have the learner's weights."""
+        with self.waits.on("engine", what="a restart", kind="sync"):
+            back = self.mender.mend(self.position)
+        if back and self.step:  # its groups are still here
+            self.counts.move("learning", "queued", self.config.tasks_per_step)
+            for number, (stage, batch) in self.held.items():
+                self.held[number] = ("queued" if stage == "learning" else stage, batch)
+            self.step = []
+        self._publish()
+        self.broken = False
 
-def fleet_group(fleet: Fleet, groups: int) -> ActorGroup:
-    """The fleet's engines with room for all groups that admission may let in."""
-    return ActorGroup("engine", fleet.group.actors, in_flight=groups)
+    def _ask_curriculum(self, method: str, **arguments: Any) -> Any:
+        with self.waits.on("curriculum", what=method, kind="data"):
+            return self.curriculum.call(method, **arguments)[0]
+
+    def _account(self) -> None:
+        """Who has nothing to do now, and for whom it waits."""
+        groups = {"engine": self.engines, "scorer": self.scorers, "reward": self.rewards}
+        busy = {name: group.outstanding > 0 for name, group in groups.items()}
+        for name, whom, what, kind in self.counts.idle({**busy, "learner": bool(self.step)}):
+            self.waits.now(name, whom, what=what, kind=kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -13,12 +13,11 @@ import ray
 
 from sleeprl.actors.group import Served
 from sleeprl.chat import Chat
+from sleeprl.dreaming.position import read_group
 from sleeprl.dreaming.tasks import Dream, Reward, Task
 from sleeprl.prompts import parse_qa
 from sleeprl.registry import create
 from sleeprl.trajectories.schema import FLOAT32_MAX, from_batch, with_rewards
-
-BUILTIN = {"likelihood_gain": "sleeprl.dreaming.rewards.LikelihoodGain"}
 
 
 class LikelihoodGain:
@@ -41,7 +40,7 @@ class RewardActor(Served):
 
     def __init__(self, model: str, name: str, options: Mapping[str, Any], deadline: float) -> None:
         self.chat = Chat(model)
-        self.reward: Reward = create(name, "reward", BUILTIN, options)
+        self.reward: Reward = create(name, "reward", options)
         self.deadline = deadline
 
     def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> dict[str, Any]:
@@ -62,6 +61,15 @@ class RewardActor(Served):
             rewards.append(reward)
             reasons.append(reason)
         return {"batch": ray.put(with_rewards(batch, rewards, reasons))}
+
+    def load(self, paths: Sequence[str]) -> list[dict[str, Any]]:
+        """Groups that a position kept: ``batch`` (a reference) and the ``oldest`` policy version."""
+        batches = [read_group(path) for path in paths]
+        versions = [batch.column("versions").flatten().to_pylist() for batch in batches]
+        return [
+            {"batch": ray.put(batch), "oldest": min(found, default=None)}
+            for batch, found in zip(batches, versions, strict=True)
+        ]
 
     def _one(self, dream: Dream) -> tuple[float | None, str | None]:
         # A thread of its own: one that hangs must not take the actor with it.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from sleeprl.actors.engine import Sampling
+from sleeprl.settings import DreamingConfig
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Reward(Protocol):
 
 
 class Curriculum(Protocol):
-    """Chooses tasks. ``state_dict`` restores the exact next choice.
+    """Chooses tasks. ``state_dict``, which is plain JSON, restores the exact next choice.
 
     A factory of one is called as ``factory(tasks=..., seed=..., **options)``.
     """
@@ -67,3 +71,19 @@ class Curriculum(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def request(
+    config: DreamingConfig, seed: int, number: int, task: Task, asks: Callable[[str], list[int]]
+) -> dict[str, Any]:
+    """What an engine's ``rollout`` is asked for a group; the same whenever that is."""
+    rng = random.Random(f"{seed}-dream-{number}")
+    return {
+        "task": task.id,
+        "attempts": [f"dream-{number}-{attempt}" for attempt in range(config.group_size)],
+        "prompt": asks(task.message),
+        "sampling": [
+            Sampling(config.max_tokens, config.temperature, rng.randrange(2**31))
+            for _ in range(config.group_size)
+        ],
+    }

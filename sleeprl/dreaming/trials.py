@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sleeprl.actors.group import Served
@@ -25,6 +26,7 @@ from sleeprl.memory.experts import smaller_self
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
 from sleeprl.prompts import parse_qa
+from sleeprl.trajectories.packing import pad_batch
 from sleeprl.trajectories.schema import from_batch, with_column, with_ref_logprobs
 
 
@@ -40,6 +42,7 @@ class Scorer(Served):
         probes: int,
         threads: int,
         held: Collection[int] = (),
+        wake: str = "",
     ) -> None:
         torch.set_num_threads(threads)
         directory = Path(checkpoint)
@@ -47,7 +50,8 @@ class Scorer(Served):
         assert slots is not None
         self.chat = Chat(checkpoint)
         growth = growth_of(slots)
-        self.model = growth.load(directory, slots, getattr(torch, dtype), held)
+        applied = load_file(wake) if wake else None
+        self.model = growth.load(directory, slots, getattr(torch, dtype), held, applied)
         self.parameters = growth.grow(self.model, slots.width, slot_seed)
         self.rate, self.probes = rate, probes
 
@@ -107,13 +111,8 @@ class Scorer(Served):
 
     def _logprobs(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
         """Log-probabilities of each row's response tokens, given its prompt."""
-        width = max(len(p) + len(r) for p, r in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for index, (prompt, response) in enumerate(rows):
-            length = len(prompt) + len(response)
-            ids[index, :length] = torch.tensor(prompt + response)
-            mask[index, :length] = 1
+        padded = pad_batch([prompt + response for prompt, response in rows], 0)
+        ids, mask = (torch.from_numpy(part).long() for part in padded)
         logits_BTV = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         logprobs_BT = (
             torch.log_softmax(logits_BTV[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)

@@ -128,6 +128,36 @@ def curve(series: Series, *, large: bool) -> Markup:
     return _svg(width, height, series.name, told, parts)
 
 
+def histogram(name: str, bars: Sequence[tuple[str, float]]) -> Markup:
+    """How much falls into each bin; ``bars`` are labels, in order, with non-negative counts."""
+    highest, total = max(count for _, count in bars), sum(count for _, count in bars)
+    axes = _Axes((0, len(bars)), (0, 1.06 * highest), left=52, top=8, right=408, bottom=166)
+    parts = _grid(axes, x_ticks=[], y_ticks=ticks(0, highest, count=4), rates=False)
+    every = math.ceil(len(bars) / 6)  # so many labels have room
+    for index, (label, count) in enumerate(bars):
+        left, right, top = axes.px(index + 0.06), axes.px(index + 0.94), axes.py(count)
+        parts.append(
+            f'<rect class="bin" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
+            f'height="{max(0.0, axes.bottom - top):.1f}"/>'
+        )
+        if index % every == 0:
+            parts.append(
+                f'<text class="tick" x="{axes.px(index + 0.5):.1f}" y="{axes.bottom + 17}" '
+                f'text-anchor="middle">{escape(label)}</text>'
+            )
+    told = "; ".join(f"{label}: {percent(count / total)}" for label, count in bars if count)
+    return _svg(420, 190, name, told, parts)
+
+
+def bins(values: Sequence[float], count: int = 12) -> list[tuple[str, float]]:
+    """``values`` in equal bins from 0 to the highest; the label is where a bin begins."""
+    width = max(values) / count or 1.0
+    found = [0] * count
+    for value in values:
+        found[min(count - 1, int(value / width))] += 1
+    return [(short(index * width), n) for index, n in enumerate(found)]
+
+
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About ``count`` round numbers within [low, high]."""
     if high <= low:
@@ -291,7 +321,7 @@ def _labels(axes: _Axes, states: Sequence[State], taken: Sequence[_Box]) -> list
         width = 8.6 * len(state.label)
         places = [
             (x0, y0, anchor)
-            for y0 in (y - 10, y + 20, y - 28, y + 38, y - 46, y + 56)
+            for y0 in (y - 10, y + 20, y - 28, y + 38, y - 46, y + 56, y - 64, y + 74, y + 92)
             for x0, anchor in ((x + 13, "start"), (x - 13, "end"), (x, "middle"))
         ]
         boxes = {place: _text_box(*place, width) for place in places}

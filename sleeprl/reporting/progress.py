@@ -152,6 +152,14 @@ class NightProgress:
             phase.state, phase.note = "skipped", why
             self._say(phase, f"skipped, {why}")
 
+    def warn(self, text: str) -> None:
+        """A line of its own, for what a user should know while it goes on."""
+        with self._lock:
+            since = _clock_text(self._clock() - self._began_s)
+            self._console.print(
+                f"[{since}] {text}", style="yellow", markup=False, highlight=False, soft_wrap=True
+            )
+
     def _end(self, key: str, state: State, note: str) -> None:
         with self._lock:
             phase = self._phases[key]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -24,6 +25,7 @@ from sleeprl.reporting.summary import (
     figure,
     headline,
     measured,
+    percent,
     short,
     title,
 )
@@ -43,6 +45,15 @@ class Curve:
     last: float
     not_finite: int
     svg: Markup | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A distribution over a whole phase with its picture."""
+
+    name: str
+    middle: str
+    svg: Markup
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ def write_report(run_dir: str | Path) -> Path:
         table=_table(summary),
         rate_names=RATES,
         phases=phase_curves(rows),
+        spreads=spreads(rows),
         timeline=_timeline(summary.get("seconds") or {}),
         idle=_idle(summary.get("idle") or {}),
         wait_kinds=WAIT_KINDS,
@@ -127,6 +139,33 @@ def phase_curves(rows: Sequence[Mapping[str, Any]]) -> list[PhaseCurves]:
             if name not in _NOT_METRICS and (numeric or name in lost):
                 of_phase.setdefault(name, {})[row.get("step", 0)] = value
     return [_phase(key, metrics) for key, metrics in values.items() if metrics]
+
+
+def spreads(rows: Sequence[Mapping[str, Any]]) -> list[Spread]:
+    """How old dreams were when they were learned from: in updates by token, in seconds by group; and
+    how long after an update the engines had its weights. Only what a run has recorded."""
+    updates: dict[int, float] = {}
+    ages: list[float] = []
+    lags: list[float] = []
+    for row in rows:
+        for age, tokens in (row.get("staleness_tokens") or {}).items():
+            updates[int(age)] = updates.get(int(age), 0) + tokens
+        ages += row.get("age_seconds") or []
+        lags += [row["publish_lag_seconds"]] if row.get("publish_lag_seconds") is not None else []
+    found = []
+    if updates:
+        bars = [(str(age), updates.get(age, 0)) for age in range(max(updates) + 1)]
+        mean = sum(age * n for age, n in updates.items()) / max(1, sum(updates.values()))
+        name = "staleness: tokens by age in updates"
+        found.append(Spread(name, f"mean {short(mean)}", charts.histogram(name, bars)))
+    for name, values in (
+        ("age: groups by seconds from written to learned", ages),
+        ("publish lag: updates by seconds until engines had them", lags),
+    ):
+        if values:
+            told = f"median {duration(median(values))}"
+            found.append(Spread(name, told, charts.histogram(name, charts.bins(values))))
+    return found
 
 
 def _phase(key: str, metrics: Mapping[str, Mapping[float, float | None]]) -> PhaseCurves:
@@ -225,6 +264,9 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     facts = [
         (name, str(summary[name])) for name in ("model", "seed") if summary.get(name) is not None
     ]
+    covered = (summary.get("self_study") or {}).get("replay_coverage")
+    if covered is not None:
+        facts.append(("replay coverage", percent(covered, 0)))
     seconds = summary.get("seconds") or {}
     total = seconds.get("total") or sum(s for k, s in seconds.items() if s and k != "total")
     return [*facts, ("time", duration(total))] if total else facts

@@ -66,6 +66,7 @@ class Waits:
         self._waiter = waiter
         self._lock = threading.Lock()
         self._open: dict[str, list[Wait]] = defaultdict(list)
+        self._looked: set[Wait] = set()
         self._settled_at: dict[str, float] = {}
         self._idle: dict[str, dict[WaitKind, float]] = defaultdict(lambda: defaultdict(float))
 
@@ -86,6 +87,24 @@ class Waits:
             with self._lock:
                 self._settle(waiter)
                 self._open[waiter].remove(wait)
+
+    def now(
+        self, waiter: str, whom: str | None, *, what: str = "", kind: WaitKind = "data"
+    ) -> None:
+        """For a loop that looks instead of blocking: from now on ``waiter`` waits for ``whom``, or,
+        with None, for nobody. Saying the same again changes nothing."""
+        with self._lock:
+            open_ = next((w for w in self._open[waiter] if w in self._looked), None)
+            if open_ is not None and (open_.whom, open_.kind) == (whom, kind):
+                return
+            since = self._settle(waiter)
+            if open_ is not None:
+                self._open[waiter].remove(open_)
+                self._looked.remove(open_)
+            if whom is not None:
+                wait = Wait(waiter, whom, what, kind, since)
+                self._open[waiter].append(wait)
+                self._looked.add(wait)
 
     def current(self) -> list[Wait]:
         """The waits going on now, oldest first."""

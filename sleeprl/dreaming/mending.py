@@ -1,0 +1,69 @@
+"""Restarting what died while dreaming: engines one by one, learner workers all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sleeprl.actors.group import ActorGroup
+from sleeprl.dreaming.position import Position
+from sleeprl.reporting.failures import ActorFailure, Kind
+
+
+@dataclass
+class Mender:
+    """new_engine, new_learner: start the actor of an index, without waiting for it. limit: how
+    often somebody may be restarted. on_restart: is told who is, and why.
+
+    Only INFRA is mended. A restarted engine gets no work before all weights are published again.
+    """
+
+    engines: ActorGroup
+    learner: ActorGroup
+    new_engine: Callable[[int], Any]
+    new_learner: Callable[[int], Any]
+    limit: int
+    on_restart: Callable[[str], None]
+    done: int = 0
+    dead: dict[str, list[int]] = field(default_factory=dict)
+
+    def diagnose(self, failure: ActorFailure) -> bool:
+        """Whether an engine or a learner worker is dead; raises what cannot be mended."""
+        if failure.failure.kind is Kind.DATA:
+            raise failure
+        self.dead = {group.name: group.dead() for group in (self.engines, self.learner)}
+        if not any(self.dead.values()):
+            return False
+        if self.done >= self.limit:
+            raise failure
+        self.done += 1
+        names = [f"{name}-{index}" for name, found in self.dead.items() for index in found]
+        self.on_restart(
+            f"{' and '.join(names)} died and will be restarted "
+            f"({self.done} of resources.max_failures={self.limit}): {failure.failure.message}"
+        )
+        return True
+
+    def mend(self, position: Position) -> bool:
+        """Restart who is dead. True where the learner went back to the position."""
+        dead, self.dead = self.dead, {}
+        engines, learners = (dead.get(group.name, []) for group in (self.engines, self.learner))
+        for index in engines:
+            self.engines.replace(index, self.new_engine(index))
+        if engines:
+            ActorGroup("engine", [self.engines.actors[index] for index in engines]).call("start")
+        if learners:  # the others wait for it in a collective that will never end
+            for index in range(len(self.learner)):
+                self.learner.replace(index, self.new_learner(index))
+            join(self.learner, position)
+        elif engines:
+            self.learner.call("use", engines=self.engines.actors)
+        return bool(learners)
+
+
+def join(learner: ActorGroup, position: Position) -> None:
+    """Let new learner workers find each other and go on from a position."""
+    address = learner.call("rendezvous")[0]
+    state = str(position.checkpoint) if position.version else None
+    learner.call("start", address=address, state=state)

@@ -1,0 +1,289 @@
+"""Dreaming with the real learner, scorer and rewards, and engines on torch, while things die.
+
+With ``staleness=0`` a group's dreams depend on its number alone, so whatever died, each group is
+learned from once and the expert is, to the bit, that of a run in which nothing did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from guard import Puts
+from test_staleness import DOCUMENTS, PROBES, engines, learner, place, settings  # noqa: F401
+
+from sleeprl.actors.fleet import Fleet
+from sleeprl.actors.group import ActorGroup
+from sleeprl.actors.torch_engine import TorchEngine
+from sleeprl.chat import Chat
+from sleeprl.consolidation.self_study import asks
+from sleeprl.dreaming import phase
+from sleeprl.dreaming.position import Position
+from sleeprl.files import sha256_file
+from sleeprl.memory.checkpoint import EXPERT
+from sleeprl.replay import engines_alone, learner_alone
+from sleeprl.trajectories.lake import Lake
+
+pytestmark = pytest.mark.slow  # all of it against one unbroken run
+UPDATES, GROUPS, SIZE = 24, 2, 4
+RAY: dict[str, Any] = {
+    "address": "local", "num_cpus": 4, "include_dashboard": False, "log_to_driver": False,
+    "logging_level": "error",
+}  # fmt: skip
+
+
+def init() -> None:
+    """A Ray in which a batch that is opened in this process raises."""
+    here = Path(__file__).parent
+    variables = {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+    os.environ["SLEEPRL_TEST_DRIVER"] = str(os.getpid())
+    hook = "guard.guard"
+    ray.init(**RAY, runtime_env={"env_vars": variables, "worker_process_setup_hook": hook})
+
+
+def dream(
+    place: Path,  # noqa: F811
+    run: Path,
+    on_step: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
+    fleet: Fleet | None = None,
+    failures: int = 0,
+    told: Callable[[str], None] = print,
+) -> None:
+    """One phase, or the rest of one, in ``run``."""
+    config, chat = settings(place), Chat(place / "wide")
+    config.dreaming.steps = UPDATES
+    config.resources.max_failures = failures
+    if not (run / "lake").is_dir():
+        shutil.copytree(place / "loop" / "lake", run / "lake")
+    fleet = fleet or engines(place)
+    phase.run(
+        config, fleet, learner(place), place / "born", chat, DOCUMENTS, PROBES, run,
+        chat.prompt(DOCUMENTS[0]), told, on_step,
+    )  # fmt: skip
+    fleet.shutdown()
+
+
+def outcome(run: Path) -> tuple[str, list[str]]:
+    """Hash of the expert, and the uids of what was learned from, in order."""
+    rows = Lake(run / "lake").read("trajectories", ["purpose"]).to_pylist()
+    return (
+        sha256_file(run / "dreaming" / EXPERT),
+        [row["uid"] for row in rows if row["purpose"] == "dream"],
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, unbroken: Path) -> tuple[str, list[str]]:  # noqa: F811
+    """What an unbroken run comes to; its driver has not opened one batch."""
+    init()
+    dream(place, unbroken)
+    found = outcome(unbroken)
+    puts = ray.remote(Puts).remote()
+    refs = ray.get(puts.put.remote())
+    assert ray.get(puts.opened.remote(refs)) == 1
+    with pytest.raises(Exception, match="references only"):
+        ray.get(refs[0])
+    ray.shutdown()
+    assert found[1] == [
+        f"dream-{group}-{attempt}" for group in range(UPDATES * GROUPS) for attempt in range(SIZE)
+    ]
+    return found
+
+
+class Mortal(TorchEngine):
+    """Kills itself, or its learner, at the moments that files name; each once."""
+
+    def __init__(self, name: str, options: Any) -> None:
+        super().__init__(name, options)
+        self.place = Path(os.environ["MORTAL"])
+
+    def _once(self, moment: str) -> bool:
+        path = self.place / moment
+        if path.exists():
+            path.unlink()
+            return True
+        return False
+
+    async def _turn(self) -> None:
+        await super()._turn()
+        tokens = sum(len(made.token_ids) for made in self._made.values())
+        if self._version == 3 and tokens > 20 and self._once("generation"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    async def load_bucket(self, update_info: dict[str, Any]) -> None:
+        await super().load_bucket(update_info)
+        if self._pending_version == 6 and self._once("update"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_driver_opens_no_batch(whole: tuple[str, list[str]]) -> None:
+    """``whole`` would have raised where one was opened; that it would is shown there."""
+    assert len(whole[1]) == UPDATES * GROUPS * SIZE
+
+
+def test_engines_and_learner_are_replayed_alone(
+    place: Path,  # noqa: F811
+    unbroken: Path,
+    whole: tuple[str, list[str]],
+    tmp_path: Path,
+) -> None:
+    config, chat = settings(place), Chat(place / "wide")
+    position = Position.load(unbroken / "dreaming-state")
+    canary = chat.prompt(DOCUMENTS[0])
+    job = phase.learner_job(
+        config, learner(place), place / "born", unbroken, canary, position.first_version
+    )
+    init()
+    try:
+        found = learner_alone(config, job, tmp_path)
+        fleet = engines(place)  # the newborn expert is zero, so they have its weights
+        tasks = {task.id: task for task in phase.make_tasks(DOCUMENTS, PROBES, config.seed)}
+        wrote = engines_alone(
+            config, fleet, job, tasks, position.admitted[:6],
+            lambda message: asks(chat, config.self_study, message), tmp_path,
+        )  # fmt: skip
+        fleet.shutdown()
+    finally:
+        ray.shutdown()
+    assert (found.groups, found.work) == (UPDATES * GROUPS, UPDATES)
+    assert sha256_file(tmp_path / EXPERT) == whole[0]
+    texts = [
+        Lake(run / "lake").read("trajectories", ["purpose", "response_ids"]).to_pylist()
+        for run in (unbroken, tmp_path)
+    ]
+    recorded, again = ([r for r in rows if r["purpose"] == "dream"] for rows in texts)
+    assert len(again) == 6 * SIZE and wrote.work == sum(len(row["response_ids"]) for row in again)
+    # Before the first update both were written with the same weights, after it not any more.
+    first = GROUPS * SIZE
+    assert again[:first] == recorded[:first] and again[first:] != recorded[first : 6 * SIZE]
+
+
+def test_engines_and_a_learner_worker_die_and_the_same_is_learned(
+    place: Path,  # noqa: F811
+    whole: tuple[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An engine in the middle of generation, during a weight update, and between updates; then a
+    learner worker in the middle of a step."""
+    moments = tmp_path / "moments"
+    moments.mkdir()
+    for moment in ("generation", "update"):
+        (moments / moment).touch()
+    monkeypatch.setenv("MORTAL", str(moments))
+    told: list[str] = []
+    victims: list[str] = []
+
+    def kill(name: str) -> None:
+        for actor in [a for a in psutil_children() if name in a[1]]:
+            os.kill(actor[0], signal.SIGKILL)
+            victims.append(name)
+
+    def on_step(step: int, metrics: Mapping[str, Any]) -> None:
+        if step == 8:
+            kill("Mortal")  # between two updates: nothing has been admitted yet
+        if step == 10:  # while the next step is under way
+            threading.Timer(0.5, kill, ["LearnerActor"]).start()
+
+    config = settings(place)
+    config.resources.engine = "test_failing.Mortal"
+    monkeypatch.setattr(sys.modules[__name__], "settings", lambda _: config)
+    init()
+    try:
+        options = phase.EngineOptions.of(config, str(place / "wide"), "float32")
+        first = phase.spawn(0, options, 1, 0, "test_failing.Mortal")
+        fleet = Fleet(ActorGroup("engine", [first]))
+        fleet.group.call("start")
+        dream(place, tmp_path / "run", on_step, fleet, failures=4, told=told.append)
+    finally:
+        ray.shutdown()
+    assert list(moments.iterdir()) == [] and victims == ["Mortal", "LearnerActor"]
+    assert [line.partition(" died")[0] for line in told] == ["engine-0"] * 3 + ["learner-0"]
+    assert outcome(tmp_path / "run") == whole
+
+
+def psutil_children() -> list[tuple[int, str]]:
+    """Process ids and titles of this session's Ray actors."""
+    import psutil
+
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            found.append((process.pid, " ".join(process.cmdline())))
+        except psutil.Error:
+            continue
+    return [each for each in found if each[1].startswith("ray::")]
+
+
+def driver(place: Path, run: Path) -> subprocess.Popen[bytes]:  # noqa: F811
+    here = Path(__file__).parent
+    return subprocess.Popen(
+        [sys.executable, __file__, str(place), str(run)],
+        env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        stdout=subprocess.DEVNULL, stderr=(run / "stderr").open("ab"), start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(1800)
+def test_a_driver_killed_at_ten_random_moments_learns_the_same(
+    place: Path,  # noqa: F811
+    whole: tuple[str, list[str]],
+    tmp_path: Path,
+) -> None:
+    """Each kill comes at a random moment of the update after the first that the driver has done."""
+    rng, run, kills = random.Random(11), tmp_path, []
+    (run / "stderr").touch()
+
+    def version() -> int:
+        return Position.load(run / "dreaming-state").version
+
+    for _ in range(10):
+        before = version()
+        process, deadline = driver(place, run), time.monotonic() + 300
+        while version() == before:
+            assert process.poll() is None, (run / "stderr").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        moment = time.monotonic() + rng.uniform(0, 0.6)
+        while time.monotonic() < moment and version() < before + 2:
+            time.sleep(0.005)
+        assert process.poll() is None, "the run was over before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what its Ray leaves behind
+        kills.append(version())
+    assert driver(place, run).wait(timeout=300) == 0, (run / "stderr").read_text()[-3000:]
+    assert len(kills) == 10 and kills == sorted(kills) and kills[-1] < UPDATES
+    assert outcome(run) == whole
+    told = [json.loads(line)["step"] for line in (run / "steps.jsonl").read_text().splitlines()]
+    assert sorted(set(told)) == list(range(1, UPDATES + 1))
+
+
+if __name__ == "__main__":
+    init()
+    steps = Path(sys.argv[2]) / "steps.jsonl"
+
+    def tell(step: int, _: Mapping[str, Any]) -> None:
+        with steps.open("a") as file:
+            file.write(json.dumps({"step": step}) + "\n")
+
+    dream(Path(sys.argv[1]), Path(sys.argv[2]), tell)

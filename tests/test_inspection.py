@@ -1,0 +1,103 @@
+"""``sleeprl inspect``: what a run's engines wrote, as a list and token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from sleeprl.chat import Chat
+from sleeprl.cli import app
+from sleeprl.reporting.inspection import NothingToInspect, inspect
+from sleeprl.trajectories.lake import Lake
+from sleeprl.trajectories.schema import Trajectory, to_batch
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two groups of dreams, one of them unscored in part, and some replay."""
+    run = tmp_path_factory.mktemp("runs") / "night"
+    run.mkdir()
+    (run / "smaller-self-0").symlink_to(tiny_model)
+    chat = Chat(tiny_model)
+
+    def made(uid: str, purpose: str, text: str, reward: float | None = None) -> Trajectory:
+        ids = chat.response(text)
+        dream = purpose == "dream"
+        return Trajectory(
+            uid=uid, task_id="document-1", attempt=0, purpose=purpose,  # type: ignore[arg-type]
+            prompt_ids=chat.prompt("tell me"), response_ids=ids,
+            logprobs=[-0.25 * (1 + n) for n in range(len(ids))],
+            versions=[7] * (len(ids) - 1) + [8 if dream else 7], finish_reason="stop",
+            teacher_prompt_ids=None if dream else chat.prompt("read this tell me"),
+            reward=reward, unscored="malformed" if dream and reward is None else None,
+            ref_logprobs=[-0.5] * len(ids) if dream else None,
+        )  # fmt: skip
+
+    written = [
+        made("dream-0-0", "dream", "ab", 1.0),
+        made("dream-0-1", "dream", "cd", 3.0),
+        made("dream-0-2", "dream", "ef"),
+        *(made(f"replay-answer-{n}", "replay", "gh") for n in range(4)),
+    ]
+    Lake(run / "lake").append(to_batch(written), "trajectories")
+    return run
+
+
+def told(run: Path, **words: str | int) -> str:
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(inspect(run, **words))  # type: ignore[arg-type]
+    return capture.get()
+
+
+def line(text: str, of: str) -> list[str]:
+    (found,) = [row for row in text.splitlines() if row.split()[:1] == [of]]
+    return found.split()
+
+
+def test_a_list_has_versions_rewards_and_advantages(run: Path) -> None:
+    said = told(run)
+    assert "7 trajectories: 3 dream, 4 replay" in said
+    first, second = line(said, "dream-0-0"), line(said, "dream-0-1")
+    assert first[2:5] == ["7-8", "1.000", "-0.707"] and second[2:5] == ["7-8", "3.000", "0.707"]
+    assert line(said, "dream-0-2")[3:5] == ["malformed", "-"]
+    assert line(said, "replay-answer-3")[2:5] == ["7", "-", "-"]
+
+
+def test_only_some_of_them(run: Path) -> None:
+    said = told(run, purpose="replay", limit=3)
+    assert "4 trajectories: 4 replay; the first 3 are shown" in said
+    assert "dream" not in said and "replay-answer-3" not in said
+    assert "7 trajectories" in told(run, task="document-1")
+
+
+def test_one_token_by_token(run: Path, tiny_model: Path) -> None:
+    ids = Chat(tiny_model).response("cd")
+    said = told(run, uid="dream-0-1")
+    rows = [row.split() for row in said.splitlines() if row.rstrip()[-1:] in ("7", "8")]
+    assert [row[-3:] for row in rows] == [
+        [f"{-0.25 * (1 + n):.3f}", "-0.500", "8" if n == len(ids) - 1 else "7"]
+        for n in range(len(ids))
+    ]
+    assert "tell me" in said and "reward 3.000, finished by stop" in said
+    assert "read this tell me" in told(run, uid="replay-answer-0")
+
+
+def test_what_is_not_there_is_said_with_what_is(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(NothingToInspect, match=r"purpose='drem'; there are dream, replay"):
+        inspect(run, purpose="drem")
+    with pytest.raises(NothingToInspect, match=r"uid='x'.*and 1 more"):
+        inspect(run, uid="x")
+    with pytest.raises(NothingToInspect, match="not the directory of a night"):
+        inspect(tmp_path)
+    (tmp_path / "smaller-self-0").symlink_to(run / "smaller-self-0")
+    with pytest.raises(NothingToInspect, match="has no trajectories"):
+        inspect(tmp_path)
+
+
+def test_the_command(run: Path) -> None:
+    done = CliRunner().invoke(app, ["inspect", str(run), "--purpose", "dream"])
+    assert done.exit_code == 0 and "dream-0-1" in done.output

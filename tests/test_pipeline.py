@@ -1,0 +1,303 @@
+"""The dreaming loop with small actors of real Ray: what is learned, and what a broken run learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from sleeprl.actors.group import ActorFailure, ActorGroup, Served
+from sleeprl.dreaming.curricula import WeakSpots
+from sleeprl.dreaming.mending import Mender, join
+from sleeprl.dreaming.phase import CurriculumActor
+from sleeprl.dreaming.pipeline import Pipeline
+from sleeprl.dreaming.position import POSITION, Position
+from sleeprl.dreaming.tasks import Outcome, Task
+from sleeprl.settings import DreamingConfig
+
+TASKS = [Task(f"t{i}", i, f"message {i}", ()) for i in range(3)]
+BY_ID = {task.id: task for task in TASKS}
+CONFIG = DreamingConfig(steps=6, tasks_per_step=2, group_size=3, staleness=1)
+
+
+class Stage(Served):
+    """Engine, scorer or reward: passes a batch on. A batch is [number, task, version at birth].
+
+    dies: directory in which a file ``NUMBER`` ends the process that meets that group, once.
+    """
+
+    def __init__(self, dies: Path | None = None) -> None:
+        self.version = 0
+        self.dies = dies
+
+    def start(self) -> None:
+        pass
+
+    def set_expert(self, expert: int) -> None:
+        self.version = expert
+
+    def rollout(
+        self, attempts: list[str], task: str, prompt: list[int], sampling: Any, begun: Any
+    ) -> Any:
+        number = int(attempts[0].split("-")[1])
+        assert prompt == [number % 1, len(attempts)] and len(sampling) == len(attempts)
+        if begun is not None:
+            assert begun[0] == number
+            return {"batch": begun, "versions": (begun[2], begun[2])}
+        time.sleep(0.002 * (number % 3))
+        if self.dies:
+            die_once(self.dies / str(number))
+        return {"batch": (number, task, self.version), "versions": (self.version, self.version)}
+
+    def prefixes(self) -> Any:
+        return {}
+
+    def score(self, batch: Any, tasks: Mapping[str, Task]) -> Any:
+        assert batch[1] in tasks
+        return {"batch": batch}
+
+    def load(self, paths: list[str]) -> Any:
+        batches = [json.loads(Path(path).read_text()) for path in paths]
+        return [{"batch": batch, "oldest": batch[2]} for batch in batches]
+
+
+def die_once(marker: Path) -> None:
+    if marker.exists():
+        marker.unlink()
+        os._exit(7)
+
+
+class Learns(Served):
+    """Learns numbers, and keeps them as the real one keeps weights."""
+
+    def __init__(self, engines: list[Any], dies: Path | None) -> None:
+        self.learned: list[Any] = []
+        self.engines, self.dies = engines, dies
+
+    def rendezvous(self) -> str:
+        return "here"
+
+    def start(self, address: str, state: str | None) -> None:
+        if state is not None:
+            self.learned = json.loads((Path(state) / "learner.json").read_text())
+
+    def use(self, engines: list[Any]) -> None:
+        self.engines = engines
+
+    def step(self, batches: Sequence[Any]) -> Any:
+        if self.dies:
+            die_once(self.dies / f"step-{len(self.learned)}")
+        self.learned += map(list, batches)
+        outcomes = [Outcome(task, [], 0.5) for _, task, _ in batches]
+        return {"metrics": {}, "outcomes": outcomes}
+
+    def publish(self) -> Any:
+        version = len(self.learned) // CONFIG.tasks_per_step
+        for engine in self.engines:
+            ray.get(engine.set_expert.remote(version))
+        if self.dies:
+            die_once(self.dies / f"publish-{version}")
+        return {"version": version, "expert": version}
+
+    def save(self, directory: str, groups: Mapping[str, Any]) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / "learner.json").write_text(json.dumps(self.learned))
+        for name, batch in groups.items():
+            (Path(directory) / f"{name}.arrow").write_text(json.dumps(batch))
+        if self.dies:
+            die_once(self.dies / f"save-{len(self.learned)}")
+
+    def all(self) -> list[Any]:
+        return self.learned
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    here = Path(__file__).parent
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
+        runtime_env={"env_vars": {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}},
+    )  # fmt: skip
+    stages = [
+        ray.remote(Stage).options(num_cpus=0, name=name).remote()
+        for name in ("engine", "scorer", "reward")
+    ]
+    yield
+    del stages
+    ray.shutdown()
+
+
+class Broken(Exception):
+    pass
+
+
+def fresh(actor: Any, *arguments: Any) -> Any:
+    return ray.remote(actor).options(num_cpus=0).remote(*arguments)
+
+
+def dream(
+    directory: Path,
+    stop_at: int | None = None,
+    *,
+    config: DreamingConfig = CONFIG,
+    engines: Sequence[Any] = (),
+    dies: Path | None = None,
+    limit: int = 0,
+    tasks: Mapping[str, Task] = BY_ID,
+    **stages: Any,
+) -> tuple[list[Any], Position]:
+    """Go on from what is in ``directory``; break in the callback of step ``stop_at``.
+
+    stages, engines: other actors in the place of the passing ones, which all runs share.
+    """
+    position = Position.load(directory, 0)
+    passing = {
+        name: ActorGroup(name, [stages.get(name) or ray.get_actor(name)], in_flight=8)
+        for name in ("scorer", "reward")
+    }
+    of_engines = ActorGroup("engine", list(engines) or [ray.get_actor("engine")], in_flight=8)
+    curriculum = ActorGroup("curriculum", [fresh(CurriculumActor, "weak_spots", {}, TASKS, 5)])
+    learner = ActorGroup("learner", [fresh(Learns, of_engines.actors, dies)])
+    if position.curriculum is not None:
+        curriculum.call("load_state_dict", state=position.curriculum)
+    steps: list[int] = []
+    told: list[str] = []
+
+    def on_step(step: int, metrics: Mapping[str, float]) -> None:
+        steps.append(step)
+        if step == stop_at:
+            raise Broken
+
+    pipeline = Pipeline(
+        config=config,
+        tasks=tasks,
+        engines=of_engines,
+        scorers=passing["scorer"],
+        rewards=passing["reward"],
+        curriculum=curriculum,
+        learner=learner,
+        asks=lambda message: [0, config.group_size],
+        on_stall=print,
+        seed=1,
+        position=position,
+        mender=Mender(
+            of_engines, learner, lambda index: fresh(Stage, dies),
+            lambda rank: fresh(Learns, of_engines.actors, dies), limit, told.append,
+        ),
+    )  # fmt: skip
+    try:
+        join(learner, position)
+        learner.call("publish")
+        pipeline.run(on_step)
+        assert steps == list(range(config.steps - len(steps) + 1, config.steps + 1))
+        assert pipeline.counts.learned == config.steps * config.tasks_per_step
+        assert len(told) == pipeline.mender.done == limit
+        return learner.call("all")[0], position
+    finally:
+        curriculum.kill()
+        learner.kill()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_broken_run_learns_what_a_whole_one_does(tmp_path: Path) -> None:
+    place = tmp_path / "state"
+    for stop in (2, 3):
+        with pytest.raises(Broken):
+            dream(place, stop)
+        kept = Position.load(place)
+        assert kept.version == stop and len(kept.admitted) > stop * CONFIG.tasks_per_step
+    learned, position = dream(place)
+    numbers = [number for number, _, _ in learned]
+    assert numbers == list(range(CONFIG.steps * CONFIG.tasks_per_step))
+    # Under its number a group keeps its task, whenever it was written.
+    assert [task for _, task, _ in sorted(learned)] == position.admitted
+    assert {task for _, task, _ in learned} == {task.id for task in TASKS}
+    for index, (_, _, born) in enumerate(learned):
+        assert index // CONFIG.tasks_per_step - born <= CONFIG.staleness
+    assert sorted(path.name for path in place.iterdir()) == [POSITION, "version-6"]
+
+
+class Fails(Stage):
+    def score(self, batch: Any, tasks: Mapping[str, Task]) -> Any:
+        if batch[0] == 3:
+            raise ValueError("the reward of group 3 is wrong")
+        return super().score(batch, tasks)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_failed_stage_is_named_and_what_was_learned_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(ActorFailure, match=r"reward-0, group 3 failed \(data\).*group 3 is wrong"):
+        dream(tmp_path / "state", reward=fresh(Fails))
+    kept = Position.load(tmp_path / "state")
+    assert kept.version <= 1  # group 3 is of the second update
+    learned, _ = dream(tmp_path / "state")
+    assert sorted(n for n, _, _ in learned) == list(range(CONFIG.steps * CONFIG.tasks_per_step))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_whoever_dies_is_restarted_and_each_group_is_learned_once(tmp_path: Path) -> None:
+    dies = tmp_path / "dies"
+    dies.mkdir()
+    for marker in ("4", "step-4", "publish-3", "save-8", "9"):
+        (dies / marker).touch()
+    two = [fresh(Stage, dies) for _ in range(2)]
+    learned, position = dream(tmp_path / "state", engines=two, dies=dies, limit=5)
+    assert list(dies.iterdir()) == []
+    assert [number for number, _, _ in learned] == list(range(12))
+    assert [task for _, task, _ in learned] == position.admitted
+    for index, (_, _, born) in enumerate(learned):
+        assert index // CONFIG.tasks_per_step - born <= CONFIG.staleness
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_there_is_a_limit_to_restarts(tmp_path: Path) -> None:
+    (tmp_path / "4").touch()
+    with pytest.raises(ActorFailure, match="without an exit code"):
+        dream(tmp_path / "state", engines=[fresh(Stage, tmp_path)], limit=0)
+    assert Position.load(tmp_path / "state").version <= 2
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_was_under_way_is_kept_unless_it_is_too_old(tmp_path: Path) -> None:
+    """A position with groups of every stage; with a smaller bound the older ones are written anew."""
+    for name, staleness in (("same", 1), ("less", 0)):
+        place = tmp_path / name
+        checkpoint = place / "version-2"
+        checkpoint.mkdir(parents=True)
+        learned = [[number, "t0", 0] for number in range(4)]
+        (checkpoint / "learner.json").write_text(json.dumps(learned))
+        kept = {"4-queued": 1, "5-generating": 2, "6-scoring": 2, "7-rewarding": 2}
+        for group, version in kept.items():
+            batch = [int(group[0]), "kept", version]
+            (checkpoint / f"{group}.arrow").write_text(json.dumps(batch))
+        state = WeakSpots(TASKS, 3).state_dict()
+        Position(place, 2, [*["t0"] * 8], state, first_version=0).save()
+        config = replace(CONFIG, staleness=staleness, steps=4)
+        tasks = {task.id: task for task in [*TASKS, Task("kept", 0, "", ())]}
+        found, _ = dream(place, config=config, tasks=tasks)
+        whole = {number: task for number, task, _ in found[4:]}
+        assert list(whole) == [4, 5, 6, 7]
+        anew = {number for number, task in whole.items() if task != "kept"}
+        assert anew == (set() if staleness else {4, 6, 7})
+
+
+def test_a_position_is_read_back(tmp_path: Path) -> None:
+    curriculum = WeakSpots(TASKS, 3)
+    curriculum.next(4)
+    kept = Position(tmp_path, 2, ["t0", "t1", "t0"], curriculum.state_dict())
+    kept.save()
+    found = Position.load(tmp_path)
+    assert found.checkpoint.name == "version-2"
+    assert (found.version, found.admitted) == (2, kept.admitted)
+    other = WeakSpots(TASKS, 99)
+    assert found.curriculum is not None
+    other.load_state_dict(found.curriculum)
+    assert other.next(5) == curriculum.next(5)
+    assert Position.load(tmp_path / "nowhere").version == 0
