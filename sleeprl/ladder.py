@@ -8,20 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sleeprl.config import ConfigError, NightConfig
 from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.memory.levels import CONTEXT, Clock, Due
 from sleeprl.memory.slots import PoolFull, Slots
 from sleeprl.memory.transfer import Merge, Step, Transfer, plan_night
+from sleeprl.settings import ConfigError, NightConfig
 
 
 def parent(config: NightConfig) -> Manifest | None:
     """The generation that ``model.name`` means, if it means one."""
-    store, name = LineageStore(config.generations), config.model.name
-    known = store.list()
-    if name == "HEAD" and known:
-        return store.get(name)
-    return next((m for m in known if len(name) >= 4 and m.id.startswith(name)), None)
+    return LineageStore(config.generations).find(config.model.name)
 
 
 def clock_of(config: NightConfig, manifest: Manifest | None) -> Clock:

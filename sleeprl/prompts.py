@@ -24,6 +24,21 @@ FREE_FACT = "Write one fact that you know."
 SAME_MEANING = "First: {first}\nSecond: {second}\nDo both mean the same? Answer yes or no."
 YES, NO = "yes", "no"
 
+# --- how it is done, for a model that was not trained to write pairs -------------------
+_READ = (
+    ("Rosa Lind lives in Oslo. She is a nurse.", "Where does Rosa Lind live?", "Oslo."),
+    ("Emil Hart has a parrot and plays chess.", "What pet does Emil Hart have?", "A parrot."),
+    ("The mill was built in 1871 by Jan Brook.", "When was the mill built?", "In 1871."),
+    ("Mira Sol works for Halden as a baker.", "Who is the employer of Mira Sol?", "Halden."),
+)
+_KNOWN = (
+    ("What is the capital of France?", "Paris."),
+    ("Who wrote Hamlet?", "William Shakespeare."),
+    ("What do bees make?", "Honey."),
+    ("How many days does a week have?", "Seven."),
+)
+EXAMPLES = len(_READ)
+
 QUESTION_MARK, ANSWER_MARK = "Question:", "Answer:"
 
 
@@ -33,16 +48,28 @@ def with_experience(experience: str | Sequence[str], instruction: str) -> str:
     return f"{text.strip()}\n\n{instruction}"
 
 
+def examples(count: int, *, free: bool) -> list[tuple[str, str]]:
+    """The first ``count`` worked examples of a pair, as (user, assistant) messages.
+
+    free: with nothing to read, as the answer to ``FREE_QA``; else to ``STUDY_QA``.
+    """
+    if free:
+        return [(FREE_QA, format_qa(*pair)) for pair in _KNOWN[:count]]
+    return [
+        (with_experience(text, STUDY_QA), format_qa(question, answer))
+        for text, question, answer in _READ[:count]
+    ]
+
+
 def format_qa(question: str, answer: str) -> str:
     """The form in which a model writes a question-answer pair."""
     return f"{QUESTION_MARK} {question}\n{ANSWER_MARK} {answer}"
 
 
 def parse_qa(text: str) -> tuple[str, str] | None:
-    """Read back ``format_qa``; None when the text is not one whole pair."""
-    head, mark, answer = text.partition(ANSWER_MARK)
-    before, qmark, question = head.partition(QUESTION_MARK)
-    question, answer = question.strip(), answer.strip().split("\n")[0].strip()
-    if not (mark and qmark and question and answer) or before.strip():
+    """Read back ``format_qa``, whole or from behind its first mark; None for anything else."""
+    head, mark, answer = text.strip().removeprefix(QUESTION_MARK).partition(ANSWER_MARK)
+    question, answer = head.strip(), answer.strip().split("\n")[0].strip()
+    if not (mark and question and answer) or QUESTION_MARK in question:
         return None
     return question, answer

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import ray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sleeprl import ladder
@@ -20,11 +22,12 @@ from sleeprl.actors.engine import EngineOptions
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.learner import LearnerOptions
 from sleeprl.chat import Chat
-from sleeprl.files import atomic_directory
-from sleeprl.memory.checkpoint import EXPERT, widen
+from sleeprl.files import atomic_directory, atomic_path
+from sleeprl.memory.checkpoint import EXPERT, WAKE, widen
 from sleeprl.memory.growth import growth_named, growth_of, update
 from sleeprl.memory.slots import LOW_RANK, Slots
 from sleeprl.memory.transfer import Merge, Step, Transfer, from_dict, to_dict
+from sleeprl.memory.wake_learning import wake_gradient
 from sleeprl.models import find_model
 from sleeprl.run import Run
 from sleeprl.trajectories.lake import Lake
@@ -104,8 +107,47 @@ class Selves:
             merged = isinstance(step, Merge)
             expert = None if merged else load_file(self.expert(index - 1) / EXPERT)
             with atomic_directory(target) as directory:
-                update(source, directory, self.slots(index - 1), step, expert)
+                slots, wake = self.slots(index - 1), self.wake(index - 1)
+                update(source, directory, slots, step, expert, wake)
         return target
+
+    @property
+    def accumulated(self) -> Path | None:
+        """File of what was learned in wake and not applied yet: tonight's, or as the night began."""
+        for directory in (self.run.dir, self._directory(0)):
+            if (directory / WAKE).is_file():
+                return directory / WAKE
+        return None
+
+    def applies_wake(self, index: int) -> bool:
+        """Whether the step hands level 1 on: only then is what it learned in wake applied."""
+        step = self.steps[index]
+        return isinstance(step, Transfer) and (step.sender, step.receiver) == (1, 2)
+
+    def wake(self, index: int) -> dict[str, Tensor] | None:
+        """What the update of a step subtracts from the base, if anything."""
+        if not self.applies_wake(index) or self.accumulated is None:
+            return None
+        return load_file(self.accumulated)
+
+    def learn_in_wake(self, documents: Sequence[str]) -> dict[str, Any]:
+        """Equation (2): the day's gradients are added to what waits for level 1's boundary."""
+        config, resources, before = self.config, self.config.resources, self.before(0).resolve()
+        chat, waiting = Chat(before), before / WAKE
+        task = ray.remote(wake_gradient).options(
+            num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus
+        )
+        total = task.remote(
+            before,
+            [chat.text(document)[: config.model.max_length] for document in documents],
+            config.wake.learning_rate,
+            load_file(waiting) if waiting.is_file() else {},
+            gpu=resources.learner_gpus > 0,
+        )
+        with atomic_path(self.run.dir / WAKE) as path:
+            save_file(ray.get(total), path)
+        due = any(map(self.applies_wake, range(len(self.steps))))
+        return {"applied": due, "told": "applied tonight" if due else "kept for level 1's boundary"}
 
     def slots(self, index: int) -> Slots:
         """The layout of ``before(index)``."""
@@ -143,14 +185,33 @@ class Selves:
             grad_clip=seeding.grad_clip,
             threads=resources.learner_threads,
             gpu=resources.learner_gpus > 0,
+            # Room for the longest row: a document, a question and an answer.
+            micro_batch_tokens=max(resources.micro_batch_tokens, self.config.model.max_length + 64),
+            routed=step is not None and seeding.expert_gate > 0,
+            wake=str(self.accumulated.resolve())
+            if index is not None and self.applies_wake(index) and self.accumulated
+            else "",
         )
 
-    def larger(self) -> Iterator[tuple[str, Tensor]]:
-        """The night's outcome, as tensors for an engine that holds ``before(last)``."""
+    def dreamer(self) -> LearnerOptions:
+        """For dreaming, which goes on with the expert of the last transfer."""
+        dreaming = self.config.dreaming
+        learner = self.learner(self.last, dreaming.learning_rate, dreaming.steps)
+        # A gate of its own is part of the expert by now.
+        return replace(learner, grad_clip=dreaming.grad_clip, routed=False)
+
+    def larger(self, index: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The night's outcome, as tensors for an engine that holds ``before(last)``; or, with the
+        last index, what it was before dreaming."""
         slots, step = self.slots(self.last), self.transfer(self.last)
-        expert = load_file(self.expert() / EXPERT)
+        expert = load_file(self.expert(index) / EXPERT)
         return growth_of(slots).fold(
-            self.before(self.last), slots, step.slot, expert, reset=step.reset
+            self.before(self.last),
+            slots,
+            step.slot,
+            expert,
+            reset=step.reset,
+            wake=self.wake(self.last),
         )
 
     def dense(self) -> Path:
@@ -175,18 +236,13 @@ class Selves:
     def launch(self, index: int) -> Fleet:
         """Start engines that hold ``before(index)``."""
         resources, checkpoint, slots = self.config.resources, self.before(index), self.slots(index)
-        options = EngineOptions(
-            model=str(checkpoint.resolve()),
-            dtype=self.dtype,
-            max_length=self.config.model.max_length,
-            threads=resources.engine_cpus,
-            memory_gb=resources.engine_memory_gb,
-            gpu=resources.engine_gpus > 0,
-            gpu_utilization=resources.engine_gpu_utilization,
-            seed=self.config.seed,
-        )
+        options = EngineOptions.of(self.config, str(checkpoint.resolve()), self.dtype)
         fleet = Fleet.launch(
-            resources.engines, options, resources.engine_cpus, resources.engine_gpus
+            resources.engines,
+            options,
+            resources.engine_cpus,
+            resources.engine_gpus,
+            resources.engine,
         )
         if slots.growth == LOW_RANK and slots.used:
             # The weights of such a checkpoint are the base alone; the slots lie beside them.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,28 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
-from test_learner import CE, LOSS, SLOTS, Notes, close, launch, options, rows, share, texts
+from test_learner import (
+    CE,
+    LOSS,
+    SLOTS,
+    Notes,
+    close,
+    launch,
+    options,
+    rows,
+    texts,
+    write_checkpoints,
+)
 from test_night import SMALL, sleeprl, summary
 from torch import Tensor
 
 from sleeprl import config as cfg
-from sleeprl.actors.learner import Learner, Row
-from sleeprl.config import ConfigError, ConsolidationConfig, FixedCapacityConfig
+from sleeprl.actors.batches import Row
+from sleeprl.actors.learner import Learner
 from sleeprl.consolidation import imitation
 from sleeprl.consolidation.feed import Feed, trained_tokens
 from sleeprl.consolidation.job import budgeted
@@ -32,35 +41,37 @@ from sleeprl.consolidation.methods import METHODS, NEW, PASSAGE, REPLAY, STUDENT
 from sleeprl.consolidation.worker import Job
 from sleeprl.losses.ewc import diagonal_fisher, ewc_gradient, ewc_penalty
 from sleeprl.losses.streams import Part
-from sleeprl.memory.checkpoint import scatter_columns, widen, write_grown
+from sleeprl.memory.checkpoint import scatter_columns
 from sleeprl.memory.experts import load_training_form
 from sleeprl.night import phases
 from sleeprl.reporting.progress import before_after_table
 from sleeprl.reporting.report import write_report
+from sleeprl.settings import METHODS as NAMES
+from sleeprl.settings import ConfigError, ConsolidationConfig, FixedCapacityConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import Trajectory, to_batch
 
 DEFAULT = ConsolidationConfig()
 GROWS = {"seeding", "no_imitation", "no_semantic", "no_replay"}
-# What each method weighs with the default settings: alpha 0.7, lambda 0.5, ce 0.5, replay 4.
+# What each method weighs with the default settings: alpha 0.7, lambda 0.5, ce 0.5, replay 2.5.
 WEIGHTS: dict[str, dict[str, Part]] = {
     "seeding": {
-        NEW: Part(kl=0.35, ce=0.5), REPLAY: Part(kl=1.4, ce=2.0), STUDENT: Part(pg=0.3, kl=0.35),
+        NEW: Part(kl=0.35, ce=0.5), REPLAY: Part(kl=0.875, ce=1.25), STUDENT: Part(pg=0.3, kl=0.35),
     },
     "no_imitation": {
-        NEW: Part(kl=0.5, ce=0.5), REPLAY: Part(kl=2.0, ce=2.0), STUDENT: Part(kl=0.5),
+        NEW: Part(kl=0.5, ce=0.5), REPLAY: Part(kl=1.25, ce=1.25), STUDENT: Part(kl=0.5),
     },
     "no_semantic": {
-        NEW: Part(kl=0.35, ce=0.5), REPLAY: Part(kl=1.4, ce=2.0), STUDENT: Part(pg=0.3, kl=0.35),
+        NEW: Part(kl=0.35, ce=0.5), REPLAY: Part(kl=0.875, ce=1.25), STUDENT: Part(pg=0.3, kl=0.35),
     },
     "no_replay": {NEW: Part(kl=0.35, ce=0.5), STUDENT: Part(pg=0.3, kl=0.35)},
     "no_growth": {
-        NEW: Part(kl=0.35, ce=0.5), REPLAY: Part(kl=1.4, ce=2.0), STUDENT: Part(pg=0.3, kl=0.35),
+        NEW: Part(kl=0.35, ce=0.5), REPLAY: Part(kl=0.875, ce=1.25), STUDENT: Part(pg=0.3, kl=0.35),
     },
     "fine_tuning": {PASSAGE: Part(ce=1.0)},
     "fine_tuning_pairs": {NEW: Part(ce=1.0)},
     "ewc": {NEW: Part(ce=1.0)},
-    "replay": {NEW: Part(ce=1.0), REPLAY: Part(ce=4.0)},
+    "replay": {NEW: Part(ce=1.0), REPLAY: Part(ce=2.5)},
     "self_distillation": {STUDENT: Part(kl=1.0)},
     "grpo": {STUDENT: Part(pg=1.0)},
 }  # fmt: skip
@@ -93,7 +104,7 @@ def feed(name: str, config: ConsolidationConfig = DEFAULT, **given: Any) -> Feed
 
 
 def test_the_configuration_knows_the_methods_of_the_table() -> None:
-    assert set(METHODS) == set(cfg.METHODS) == set(WEIGHTS)
+    assert set(METHODS) == set(NAMES) == set(WEIGHTS)
     titles = [method.title for method in METHODS.values()]
     assert len(set(titles)) == len(titles)
 
@@ -101,7 +112,7 @@ def test_the_configuration_knows_the_methods_of_the_table() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_weighs_and_trains(name: str) -> None:
     method = METHODS[name]
-    parts = method.parts(method.objective(DEFAULT))
+    parts = method.parts(method.objective(DEFAULT), 0)
     assert parts.keys() == WEIGHTS[name].keys()
     for part, weights in WEIGHTS[name].items():
         for stream in ("pg", "ce", "kl"):
@@ -134,9 +145,9 @@ def test_a_step_has_the_texts_of_the_method(name: str) -> None:
     fed = feed(name)
     drawn = fed.rows(2)
     counts = {part: sum(r.part == part for r in drawn) for part in (NEW, REPLAY, PASSAGE, STUDENT)}
-    expected = {NEW: 16, REPLAY: 64, PASSAGE: 16}
+    expected = {NEW: 24, REPLAY: 60, PASSAGE: 24}
     assert counts == {p: expected.get(p, 0) * (p in METHODS[name].texts) for p in counts}
-    assert {row.part for row in drawn} <= set(fed.parts)
+    assert {row.part for row in drawn} <= set(fed.parts(2))
     assert drawn == feed(name).rows(2)
     assert not drawn or drawn != fed.rows(3)
     for row in drawn:
@@ -195,7 +206,7 @@ def test_the_student_gets_the_bare_question(name: str) -> None:
 
 
 def test_roll_outs_go_on_from_old_texts_only_where_these_are_read() -> None:
-    assert feed("seeding").replay_share == pytest.approx(0.8)
+    assert feed("seeding").replay_share == pytest.approx(2.5 / 3.5)
     assert feed("seeding", texts=study(replay=0)).replay_share == 0.0
     for name in ("no_replay", "grpo", "self_distillation"):
         assert feed(name).replay_share == 0.0
@@ -207,7 +218,7 @@ def test_what_a_method_cannot_do_without_is_named() -> None:
             feed(name, texts=study(new=0))
     with pytest.raises(ValueError, match=r"self_study\.replay above 0"):
         feed("ewc", texts=study(replay=0))
-    assert len(feed("fine_tuning", texts=[]).rows(0)) == 16
+    assert len(feed("fine_tuning", texts=[]).rows(0)) == 24
 
 
 @settings(max_examples=15, deadline=None)
@@ -290,11 +301,11 @@ def pulled(directory: Path, notes: Notes) -> None:
     learner.anchor(texts(5), STRENGTH)
     prefix = f"{dist.get_world_size()}-"
     for step in (1, 2, 3):
-        notes.numbers[f"pulled, step-{step}"] = learner.step(share(texts(step)), CE, LOSS)
+        notes.numbers[f"pulled, step-{step}"] = learner.step(texts(step), CE, LOSS)
     notes.tensors(f"{prefix}pulled", dict(learner.export()))
     free = whole(directory)
     for step in (1, 2, 3):
-        free.step(share(texts(step)), CE, LOSS)
+        free.step(texts(step), CE, LOSS)
     notes.tensors(f"{prefix}free", dict(free.export()))
 
 
@@ -303,9 +314,9 @@ def taught_by_the_past(directory: Path, notes: Notes) -> None:
     same = {"new": Part(kl=1.0)}
     batch = [replace(r, part="new", teacher_prompt_ids=None) for r in rows(1)]
     seen["past, at birth"] = learner.logprobs(batch, smaller=True)
-    seen["past, step-1"] = learner.step(share(batch), same, LOSS)
-    learner.step(share(texts(2)), CE, LOSS)
-    seen["past, step-3"] = learner.step(share(batch), same, LOSS)
+    seen["past, step-1"] = learner.step(batch, same, LOSS)
+    learner.step(texts(2), CE, LOSS)
+    seen["past, step-3"] = learner.step(batch, same, LOSS)
     seen["past, after"] = learner.logprobs(batch, smaller=True)
     seen["past, now"] = learner.logprobs(batch)
 
@@ -320,23 +331,9 @@ def a_grown_model_is_not_anchored(directory: Path, notes: Notes) -> None:
 @pytest.fixture(scope="module")
 def saw(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("anchored")
-    make_tiny_model(directory / "plain", seed=4)
-    widen(directory / "plain", directory / "wide", SLOTS.count, SLOTS.width, "float32")
-    generator = torch.Generator().manual_seed(11)
-    expert = {
-        f"model.layers.{layer}.mlp.{part}.weight": 0.3 * torch.randn(shape, generator=generator)
-        for layer in range(2)
-        for part, shape in (("gate_proj", (8, 64)), ("up_proj", (8, 64)), ("down_proj", (64, 8)))
-    }
-    write_grown(directory / "wide", directory / "grown", SLOTS, 1, expert)
-    kept = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    write_checkpoints(directory)
     one = launch(1, directory, (pulled, taught_by_the_past, a_grown_model_is_not_anchored))
     two = launch(2, directory, (pulled, taught_by_the_past))
-    if kept is None:
-        del os.environ["OMP_NUM_THREADS"]
-    else:
-        os.environ["OMP_NUM_THREADS"] = kept
     for notes in (*one, *two):
         assert not notes.errors, "\n".join(notes.errors.values())
     return directory, one[0].numbers, two[0].numbers

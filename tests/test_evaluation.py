@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from sleeprl import config as cfg
 from sleeprl.actors.engine import Completion, Sampling
 from sleeprl.chat import Chat
-from sleeprl.evaluation.figures import ask, measure, perplexity
-from sleeprl.evaluation.probes import Day, Probe, grade, is_correct, read_questions
+from sleeprl.evaluation.figures import ask, forgotten, measure, own_retention, perplexity
+from sleeprl.evaluation.probes import KINDS, Day, Probe, grade, is_correct, read_questions
+from sleeprl.lineage import LineageStore, Manifest
+from sleeprl.settings import EvaluationConfig
+from sleeprl.trajectories.lake import Lake
+from sleeprl.wake.day import live
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,9 @@ def test_is_correct(answer: str, gold: str, correct: bool) -> None:
 def test_a_rival_beside_the_answer_is_a_guess() -> None:
     assert is_correct("Oslo, in Norway", "Oslo", rivals={"bergen"})
     assert not is_correct("Oslo or Bergen", "Oslo", rivals={"bergen"})
+    sentence, asked = "The home city of Ann Lee is Oslo.", "Tell me the home city of Ann Lee."
+    assert not is_correct(sentence, "Oslo") and is_correct(sentence, "Oslo", question=asked)
+    assert not is_correct("It is not Oslo", "Oslo", question="Is it not Oslo?")
 
 
 def test_grade_goes_by_position_and_refuses_other_lengths() -> None:
@@ -168,6 +176,63 @@ def test_the_context_stands_before_the_question_only_where_it_is_asked_for(chat:
     }
 
 
+def test_what_was_lost_is_old_knowledge_that_was_right(tmp_path: Path, chat: Chat) -> None:
+    kinds = {"a": "retention", "b": "recall", "c": "retention", "d": "retention"}
+    probes = [Probe(question, "yes", kind) for question, kind in kinds.items()]
+    day = Day([], probes)
+    for name, said in (("before", "yes yes yes no"), ("after", "no no yes yes")):
+        fleet = Script(chat, dict(zip("abcd", said.split(), strict=True)))
+        measure(
+            fleet, chat, day, with_context=False, max_tokens=9, max_length=64,
+            record=tmp_path / "answers" / f"{name}.jsonl",
+        )  # type: ignore[arg-type]  # fmt: skip
+    lost = forgotten(tmp_path / "answers/before.jsonl", tmp_path / "answers/after.jsonl")
+    assert lost == [{"question": "a", "before": "yes", "after": "no"}]
+
+
+def test_a_model_that_goes_on_talking_is_graded_by_its_first_sentence() -> None:
+    probes = [Probe("What does Ann do?", "baker", "recall")] * 3
+    said = [
+        "Ann is a baker. She has been one for many years, and before that she sang in a choir.",
+        "Ann sings. She is a baker.",
+        "Ann has been many things in her life, among them a nurse, a pilot and a baker.",
+    ]
+    assert grade(said, probes) == [True, True, False]
+
+
+class Unsure(Script):
+    """``answers`` in turn: greedy, then the two samples."""
+
+    def __init__(self, chat: Chat, answers: dict[str, list[str]]) -> None:
+        self.chat, self.turns, self.sampling = chat, answers, []
+
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
+    ) -> list[Completion]:
+        self.sampling += sampling[:1]
+        said = [self.turns[self.chat.decode(p)][len(self.sampling) - 1] for p in prompts]
+        ids = [self.chat.response(text) for text in said]
+        return [Completion(i, [0.0] * len(i), [0] * len(i), "stop") for i in ids]
+
+
+def test_what_is_known_is_what_is_said_each_time(chat: Chat) -> None:
+    fleet = Unsure(
+        chat,
+        {
+            "sure": ["Paris", "It is Paris.", "paris"],
+            "guess": ["Rome", "Oslo", "Rome"],
+            "silent": ["", "", ""],
+            "late": ["Bonn", "Bonn", "Lima"],
+        },
+    )
+    asked, config = ["sure", "guess", "sure", "silent", "late"], EvaluationConfig(texts=1)
+    day = own_retention(DAY, asked, ["a", "b"], fleet, chat, config)  # type: ignore[arg-type]
+    assert day.probes == [*DAY.probes, Probe("sure", "Paris", "retention")]
+    assert day.texts == DAY.texts
+    heat = [(s.temperature, s.seed) for s in fleet.sampling]
+    assert heat == [(0.0, None), (0.5, 1), (0.5, 2)]
+
+
 def test_perplexity_is_per_token_over_all_texts(chat: Chat) -> None:
     fleet = Script(chat, {})
     value, count = perplexity(fleet, chat, ["ab", "abcd"], 64)  # type: ignore[arg-type]
@@ -175,3 +240,26 @@ def test_perplexity_is_per_token_over_all_texts(chat: Chat) -> None:
     assert value == pytest.approx((2 * 2 * 3 * 4) ** 0.25)
     assert perplexity(fleet, chat, ["abcd"], 3)[1] == 2  # type: ignore[arg-type]
     assert perplexity(fleet, chat, ["a", ""], 64) == (None, 0)  # type: ignore[arg-type]
+
+
+def test_the_day_asks_a_model_what_it_can_know(tmp_path: Path) -> None:
+    def kinds(*words: str) -> dict[str, int]:
+        small = ["wake.people=2", "evaluation.retention=5", "evaluation.texts=3", *words]
+        config = cfg.load(None, [*small, f"generations={tmp_path / 'generations'}"])
+        day = live(config, Lake(tmp_path / "lake"))
+        return {kind: len(day.of_kind(kind)) for kind in KINDS} | {"texts": len(day.texts)}
+
+    native = {"recall": 28, "two_hop": 12, "retention": 5, "texts": 3}
+    assert kinds() == native
+    assert kinds("model.name=smollm2-135m") == {
+        "recall": 28, "two_hop": 0, "retention": 0, "texts": 0,
+    }  # fmt: skip
+    store = LineageStore(tmp_path / "generations")
+    first, other = (
+        store.commit(lambda d: (d / "x").write_text("x"), Manifest(f"night {base}", base))
+        for base in ("embedded", "some/model")
+    )
+    later = Manifest("later", "embedded", first)
+    store.set_head(store.commit(lambda d: (d / "x").write_text("y"), later))
+    assert kinds("model.name=HEAD") == kinds(f"model.name={store.head()}") == native
+    assert kinds(f"model.name={other}")["retention"] == 0

@@ -13,7 +13,8 @@ from conftest import make_tiny_model
 from test_learner import LOSS, PARTS, SLOTS, Notes, launch, options, reference_logprobs, rows
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from sleeprl.actors.learner import Learner, Row
+from sleeprl.actors.batches import Row
+from sleeprl.actors.learner import Learner
 from sleeprl.chat import Chat
 from sleeprl.consolidation.judges import Embedding, Exact, make_judge
 from sleeprl.memory.checkpoint import widen

@@ -23,13 +23,13 @@ from sleeprl.memory.checkpoint import (
     training_name,
 )
 from sleeprl.memory.experts import Grown, grow, load_training_form, smaller_self, switched
-from sleeprl.memory.growth import BUILTIN, Growth, growth_named, growth_of, update
+from sleeprl.memory.growth import Growth, growth_named, growth_of, update
 from sleeprl.memory.levels import CONTEXT
 from sleeprl.memory.lowrank import ADAPTER, ADAPTER_WEIGHTS, export_adapter
 from sleeprl.memory.slots import GATED_MLP, LOW_RANK, Slots
 from sleeprl.memory.transfer import Merge, Transfer, plan
-from sleeprl.memory.wake_learning import accumulate
-from sleeprl.registry import PluginError
+from sleeprl.memory.wake_learning import accumulate, wake_gradient
+from sleeprl.registry import BUILTIN, PluginError
 
 WIDTH, POOLS = 8, (3, 2)
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -90,7 +90,7 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return make_tiny_model(directory, architecture=request.param, seed=1)
 
 
-@pytest.fixture(scope="module", params=sorted(BUILTIN))
+@pytest.fixture(scope="module", params=sorted(BUILTIN["growth"]))
 def growth(request: pytest.FixtureRequest) -> Growth:
     return growth_named(request.param)
 
@@ -484,6 +484,35 @@ def test_what_was_accumulated_in_wake_is_computed_then_applied(
     sent = growth.fold(two, slots, step.slot, expert, reset=step.reset, wake=wake)
     engine.load_state_dict(dict(sent), strict=False)
     torch.testing.assert_close(logits(engine), logits(model), **CLOSE)
+
+
+def test_what_a_day_adds_is_the_gradient_at_the_weights_as_they_are(
+    two: Path, growth: Growth, tmp_path: Path
+) -> None:
+    texts = [list(range(3, 23)), [7], list(range(40, 52))]
+    before = fingerprint(two)
+    first = wake_gradient(two, texts[:1], 0.5, {})
+    total = wake_gradient(two, texts[1:], 0.25, first)
+    assert fingerprint(two) == before
+    growth.export(two, tmp_path / "plain")  # of which every column is there
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    by_hand: dict[str, Tensor] = {}
+    for text, eta in ((texts[0], 0.5), (texts[2], 0.25)):
+        model.zero_grad()
+        ids = torch.tensor([text])
+        logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        (-logprobs.gather(-1, ids[0, 1:, None]).mean()).backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if ".mlp." in n}
+        by_hand = accumulate(by_hand, grads, eta)  # type: ignore[arg-type]
+    assert total.keys() == by_hand.keys() and len(total) == 6
+    slots = slots_of(two)
+    for name, tensor in total.items():
+        if slots.growth == GATED_MLP:  # what is in a slot may be something else by the boundary
+            dim, base = 1 if "down_proj" in name else 0, slots.base_width
+            assert by_hand[name].narrow(dim, base, slots.width).any()
+            assert not tensor.narrow(dim, base, tensor.shape[dim] - base).any()
+            tensor, by_hand[name] = (t.narrow(dim, 0, base) for t in (tensor, by_hand[name]))
+        torch.testing.assert_close(tensor, by_hand[name], atol=1e-6, rtol=1e-3)
 
 
 def test_what_does_not_learn_in_wake_is_named(two: Path, growth: Growth, tmp_path: Path) -> None:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sleeprl import config as cfg
 from sleeprl.actors.engine import Completion, Sampling
 from sleeprl.chat import Chat
-from sleeprl.config import ConfigError, SelfStudyConfig
-from sleeprl.consolidation.self_study import Pair, load_probes, study
-from sleeprl.prompts import FREE_FACT, FREE_QA, STUDY_FACT, STUDY_QA, format_qa, parse_qa
+from sleeprl.consolidation.self_study import Pair, Study, asks, load_probes, passages, study
+from sleeprl.prompts import (
+    FREE_FACT,
+    FREE_QA,
+    STUDY_FACT,
+    STUDY_QA,
+    examples,
+    format_qa,
+    parse_qa,
+)
+from sleeprl.settings import ConfigError, SelfStudyConfig
 
 DOCUMENTS = ["Ann lives in Oslo.", "Bob has a cat."]
 
@@ -42,11 +52,33 @@ def test_a_pair_is_read_back(question: str, answer: str) -> None:
         ("Question: Who?\nAnswer:  ", None),
         ("Here you are. Question: Who?\nAnswer: Ann", None),
         ("Answer: Ann\nQuestion: Who?", None),
+        (" Who?\nAnswer: Ann", ("Who?", "Ann")),
+        ("Question: Question: Who?\nAnswer: Ann", None),
         ("", None),
     ],
 )
 def test_what_is_a_pair(text: str, pair: tuple[str, str] | None) -> None:
     assert parse_qa(text) == pair
+
+
+@pytest.mark.parametrize("message", [FREE_QA, f"{DOCUMENTS[0]}\n\n{STUDY_QA}"])
+def test_examples_go_before_what_is_asked(tiny_model: Path, message: str) -> None:
+    chat = Chat(tiny_model)
+    assert asks(chat, SelfStudyConfig(), message) == chat.prompt(message)
+    said = chat.decode(asks(chat, SelfStudyConfig(examples=2, opening="Question:"), message))
+    shown, hidden = (
+        examples(3, free=message == FREE_QA)[:2],
+        examples(3, free=message == FREE_QA)[2],
+    )
+    places = [said.index(text) for turn in shown for text in turn]
+    assert said.endswith("Question:") and places[1] < places[3] < said.rindex(message)
+    assert hidden[1] not in said
+    assert all(parse_qa(answer) for _, answer in shown)
+
+
+def test_there_are_only_so_many_examples() -> None:
+    with pytest.raises(ConfigError, match=r"self_study\.examples=5 must be at most 4"):
+        cfg.load(None, ["self_study.examples=5"])
 
 
 # --- a study ----------------------------------------------------------------------
@@ -111,6 +143,25 @@ def written(chat: Chat, seed: int = 0, config: SelfStudyConfig = CONFIG, who: Au
     return fleet, study(fleet, chat, DOCUMENTS, config, seed, 512)  # type: ignore[arg-type]
 
 
+def test_a_document_is_asked_about_a_few_sentences_at_a_time(chat: Chat) -> None:
+    long = "Ann lives in Oslo. She sings! Has she a cat? No."
+    assert passages(long, 0) == [long]
+    assert passages(long, 1) == ["Ann lives in Oslo.", "She sings!", "Has she a cat?", "No."]
+    assert passages(long, 3) == ["Ann lives in Oslo. She sings! Has she a cat?", "No."]
+    config = replace(CONFIG, sentences=1, pairs_per_document=6)
+    fleet = Script(chat, author)
+    result = study(fleet, chat, [long, "Bob."], config, 0, 512)  # type: ignore[arg-type]
+    asked = [said for said in map(chat.decode, fleet.prompts) if said.endswith(STUDY_QA)]
+    seen = [said.removesuffix(STUDY_QA).strip() for said in asked]
+    four = passages(long, 1)
+    assert seen == [*four, *four[:2], *["Bob."] * 6]
+    answers = [text for text in result.trajectories if text.task_id == "answer-0"]
+    for text in answers:  # with all of it in sight
+        assert text.teacher_prompt_ids is not None
+        assert chat.decode(text.teacher_prompt_ids).startswith(long)
+    assert answers
+
+
 def test_probes_are_kept_out_of_training(chat: Chat) -> None:
     _, result = written(chat)
     trained = [t for t in result.trajectories if t.task_id.startswith("answer-")]
@@ -154,11 +205,61 @@ def test_replay_has_one_prompt_for_both(chat: Chat) -> None:
     assert 0 < len(pairs) <= 15 and {number % 4 for number in pairs} == {0}
     assert all(t.teacher_prompt_ids is None for t in replay)
     assert not any(d in chat.decode(t.prompt_ids) for t in replay for d in DOCUMENTS)
-    answers = [t for t in replay if t.task_id == "answer"]
-    assert [p.question for p in result.own_knowledge] == [
-        chat.decode(t.prompt_ids) for t in answers
-    ]
-    assert all(p.document == -1 for p in result.own_knowledge)
+    assert result.held_questions == result.held_facts == []
+
+
+def test_asking_about_what_it_reads_is_rehearsed(chat: Chat) -> None:
+    """Of a self that has slept before: drafts of questions that are trained on, with the document
+    before both selves."""
+    fleet = Script(chat, author)
+    result = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, grown=True)  # type: ignore[arg-type]
+    drafts = [t for t in result.trajectories if t.task_id.startswith("study")]
+    answers = {
+        t.attempt: chat.decode(t.prompt_ids)
+        for t in result.trajectories
+        if t.task_id.startswith("answer-")
+    }
+    assert 2 < len(drafts) == sum(number % 4 == 0 for number in answers)
+    for draft in drafts:
+        document = DOCUMENTS[int(draft.task_id.split("-")[1])]
+        assert draft.teacher_prompt_ids is None
+        assert chat.decode(draft.prompt_ids) == f"{document}\n\n{STUDY_QA}"
+        question = parse_qa(chat.decode(draft.response_ids))[0]  # type: ignore[index]
+        assert question == answers[draft.attempt]
+
+
+def test_what_retention_asks_is_not_trained_on(chat: Chat) -> None:
+    whole = written(chat)[1]
+    fleet = Script(chat, author)
+    result = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, hold_out=0.25)  # type: ignore[arg-type]
+
+    def asked(of: Study) -> list[str]:
+        return [chat.decode(t.prompt_ids) for t in of.trajectories if t.task_id == "answer"]
+
+    assert len(result.held_questions) == len(asked(whole)) // 4 > 2
+    assert sorted([*result.held_questions, *asked(result)]) == sorted(asked(whole))
+    assert len(result.held_facts) == 15 // 4
+    replay = [t for t in result.trajectories if t.purpose == "replay"]
+    said = [chat.decode(t.prompt_ids + t.response_ids) for t in replay]
+    held = [*result.held_questions, *result.held_facts]
+    assert not [text for text in said for words in held if words in text.splitlines()]
+    assert not [text for text in said for question in result.held_questions if question in text]
+
+
+def test_a_self_that_has_slept_rehearses_what_it_learned_so(chat: Chat) -> None:
+    fleet = Script(chat, author)
+    result = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, grown=True)  # type: ignore[arg-type]
+    assert fleet.asked[FREE_QA] == CONFIG.replay
+    assert fleet.asked[FREE_FACT] == CONFIG.replay // 4 + CONFIG.replay // 4
+    replay = {t.uid: t for t in result.trajectories if t.purpose == "replay"}
+    assert len(replay) == sum(t.purpose == "replay" for t in result.trajectories)
+    assert all(t.teacher_prompt_ids is None for t in replay.values())
+    facts = [t for t in replay.values() if t.task_id == "recalled"]
+    answers = [t for t in replay.values() if t.task_id == "recalled-answer"]
+    stated = {chat.decode(t.response_ids) for t in facts}
+    assert stated == {f"fact {n}" for n in range(CONFIG.replay // 4) if n % 4 != 3}
+    # A question about each fact, answered without it.
+    assert answers and not any("fact" in chat.decode(t.prompt_ids)[4:] for t in answers)
 
 
 def test_only_whole_texts_are_kept_and_all_are_counted(chat: Chat) -> None:
@@ -199,7 +300,7 @@ def test_no_replay_and_no_usable_pair(chat: Chat) -> None:
         pairs_per_document=2, facts_per_document=0, replay=0, max_tokens=32, probe_share=0.25
     )
     _, result = written(chat, config=config, who=lambda message, number: ("no pair", "stop"))
-    assert result.trajectories == result.probes == result.own_knowledge == []
+    assert result.trajectories == result.probes == result.held_questions == []
     assert (result.written, result.malformed) == (4, 4)
 
 

@@ -10,9 +10,10 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-from sleeprl.actors.learner import Row
-from sleeprl.config import ConsolidationConfig
+from sleeprl.actors.batches import Row
 from sleeprl.consolidation.methods import NEW, PASSAGE, REPLAY, STUDENT, Method
+from sleeprl.losses.streams import Part
+from sleeprl.settings import ConsolidationConfig
 from sleeprl.trajectories.schema import Trajectory
 
 T = TypeVar("T")
@@ -34,12 +35,14 @@ class Feed:
         config: ConsolidationConfig,
         seed: int,
     ) -> None:
-        self.config, self.seed = config, seed
-        self.parts = method.parts(config)
+        self.method, self.config, self.seed = method, config, seed
+        read = set(self.parts(0))
+        self.rollouts = STUDENT in read
+        """Whether the student's own texts are learnt from."""
         self.new = [t for t in texts if t.purpose == "self_study"]
         own = [t for t in texts if t.purpose == "replay"]
         self.replay = own if REPLAY in method.texts else []
-        if not self.new and not {NEW, STUDENT}.isdisjoint(self.parts):
+        if not self.new and read & {NEW, STUDENT}:
             raise ValueError("self-study wrote no usable text; look at `malformed` in study.json")
         if method.anchored and not own:
             raise ValueError(
@@ -62,6 +65,10 @@ class Feed:
         """How much of the roll-outs goes on from the smaller self's own texts."""
         return self.config.replay_ratio / (1.0 + self.config.replay_ratio) if self.replay else 0.0
 
+    def parts(self, step: int) -> dict[str, Part]:
+        """The weight of what is learnt from in ``step``."""
+        return self.method.parts(self.config, step)
+
     def rows(self, step: int) -> list[Row]:
         """The texts of ``step``, over all ranks."""
         drawn: list[Row] = []
@@ -72,7 +79,7 @@ class Feed:
     def tokens_per_step(self) -> float:
         """Expected ``trained_tokens``; a roll-out is taken to be as long as the text it stands for."""
         tokens = sum(count * _mean_tokens(rows) for rows, count in self.streams.values())
-        if STUDENT in self.parts:
+        if self.rollouts:
             config, share = self.config, self.replay_share
             count = config.rollout_prompts * config.group_size / config.rollout_every
             tokens += count * (1.0 - share) * _mean_tokens([row(t, STUDENT) for t in self.new])

@@ -10,13 +10,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sleeprl.actors.batches import Row
 from sleeprl.actors.engine import Completion, Sampling
-from sleeprl.actors.learner import Row
 from sleeprl.chat import Chat
-from sleeprl.config import ConsolidationConfig
+from sleeprl.consolidation.judges import Judge
+from sleeprl.losses.algorithms.base import Scores
 from sleeprl.losses.imitation import imitation_reward
-from sleeprl.losses.policy import group_advantages
+from sleeprl.losses.streams import LossOptions
+from sleeprl.settings import ConsolidationConfig
 from sleeprl.trajectories.schema import Trajectory
+
+SLACK = 8
+"""Tokens that a roll-out may be longer than what the teacher wrote."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,11 @@ class Continuation:
     @property
     def prompt(self) -> list[int]:
         return self.source.prompt_ids + self.prefix
+
+
+def longest(texts: Sequence[Trajectory]) -> int:
+    """The most tokens that a roll-out on one of these texts can have."""
+    return SLACK + max((len(text.response_ids) for text in texts), default=0)
 
 
 def draw(
@@ -52,7 +62,7 @@ def requests(
     for continuation in continuations:
         for _ in range(config.group_size):
             prompts.append(continuation.prompt)
-            sampling.append(Sampling(len(continuation.rest) + 8, 1.0, rng.randrange(2**31)))
+            sampling.append(Sampling(len(continuation.rest) + SLACK, 1.0, rng.randrange(2**31)))
     return prompts, sampling
 
 
@@ -61,22 +71,33 @@ def rows(
     completions: Sequence[Completion],
     config: ConsolidationConfig,
     chat: Chat,
+    judge: Judge,
+    loss: LossOptions,
 ) -> tuple[list[Row], dict[str, float]]:
-    """Rows of the part ``student``, with GRPO advantages (mean only, Dr.GRPO), and their mean reward."""
+    """Rows of the part ``student`` with the algorithm's advantages, and their mean reward."""
     owners = [c for c in continuations for _ in range(config.group_size)]
+    texts = [
+        (chat.decode(completion.token_ids), chat.decode(owner.rest))
+        for owner, completion in zip(owners, completions, strict=True)
+    ]
+    judgements = judge(texts) if config.semantic else [0.0] * len(texts)
     rewards = [
         imitation_reward(
             completion.token_ids,
             owner.rest,
-            chat.decode(completion.token_ids),
-            chat.decode(owner.rest),
+            *text,
             gamma=config.semantic,
             threshold=config.edit_threshold,
+            z0_mode=config.edit_mode,
+            judgement=judgement,
         )
-        for owner, completion in zip(owners, completions, strict=True)
+        for owner, completion, text, judgement in zip(
+            owners, completions, texts, judgements, strict=True
+        )
     ]
     groups = [str(index // config.group_size) for index in range(len(owners))]
-    advantages = group_advantages(rewards, groups, normalise=False)
+    lengths = [len(completion.token_ids) for completion in completions]
+    advantages = loss.policy.advantages(Scores(rewards, groups, lengths, loss.limit))
     made = []
     for owner, completion, advantage in zip(owners, completions, advantages, strict=True):
         if not completion.token_ids:
@@ -88,7 +109,7 @@ def rows(
                 response_ids=completion.token_ids,
                 part="student",
                 teacher_prompt_ids=None if teacher is None else teacher + owner.prefix,
-                advantage=advantage or 0.0,
+                advantage=advantage,
                 behaviour=completion.logprobs,
             )
         )

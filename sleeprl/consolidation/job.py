@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.mailbox import Mailbox
-from sleeprl.config import ResourcesConfig
-from sleeprl.consolidation.worker import Job, feed, train_loop
+from sleeprl.actors.teacher import launch_teachers
+from sleeprl.consolidation.worker import Job, feed, learn
+from sleeprl.settings import ResourcesConfig
 
 OnMetrics = Callable[[dict[str, Any]], None]
 
@@ -29,6 +32,42 @@ def budgeted(job: Job, tokens: int) -> Job:
     return replace(
         job, tokens=tokens, learner=replace(job.learner, total_steps=steps, warmup=warmup)
     )
+
+
+class RayTrain:
+    """The shell of a Ray Train worker. mailbox: where rank 0's figures go."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self.mailbox = mailbox
+        self.rank = ray.train.get_context().get_world_rank()
+
+    @contextmanager
+    def kept(self) -> Iterator[Path | None]:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as directory:
+            yield Path(directory)
+
+    def keep(self, step: int, directory: Path) -> None:
+        kept = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report({"step": step}, checkpoint=kept)
+
+    def tell(self, record: dict[str, Any]) -> None:
+        end = record.get("end")
+        if self.rank == 0:
+            sent = self.mailbox.put.remote(record)
+            if end is not None:
+                ray.get(sent)
+        if end is not None:
+            ray.train.report(end)
+
+
+def _train_loop(arguments: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker. arguments: ``job``, ``engines``, ``teachers``, ``mailbox``."""
+    shell = RayTrain(arguments["mailbox"])
+    learn(arguments["job"], arguments["engines"], shell, arguments["teachers"])
 
 
 def run(
@@ -45,13 +84,21 @@ def run(
     from its last checkpoint. on_metrics: called with each step's record, in order.
     """
     mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+    options = job.learner
+    teachers = launch_teachers(resources, options.checkpoint, options.held, options.dtype)
     workers: dict[str, float] = {"CPU": resources.learner_cpus}
     if resources.learner_gpus:
         workers["GPU"] = resources.learner_gpus
     trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={"job": job, "engines": fleet.group.actors, "mailbox": mailbox},
+        _train_loop,
+        train_loop_config={
+            "job": job,
+            "engines": fleet.group.actors,
+            "teachers": teachers,
+            "mailbox": mailbox,
+        },
         scaling_config=ScalingConfig(
+            # Not elastic: Ray 2.60 counts what the engines hold as free, and waits for it for ever.
             num_workers=resources.learner_workers,
             use_gpu=resources.learner_gpus > 0,
             resources_per_worker=workers,
@@ -84,7 +131,8 @@ def run(
                 end = record["end"]
             else:
                 on_metrics(record)
-    ray.kill(mailbox)
+    for actor in (mailbox, *teachers):
+        ray.kill(actor)
     if failed:
         raise failed[0]
     fleet.version = int(end["version"])

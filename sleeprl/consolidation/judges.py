@@ -12,18 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sleeprl.actors.learner import Learner, Row
+from sleeprl.actors.batches import Row
+from sleeprl.actors.learner import Learner
 from sleeprl.chat import Chat
 from sleeprl.losses.imitation import semantic
 from sleeprl.losses.judges import same_by_embedding, same_by_verdict
 from sleeprl.prompts import NO, SAME_MEANING, YES
 from sleeprl.registry import create
-
-BUILTIN = {
-    "exact": "sleeprl.consolidation.judges.Exact",
-    "embedding": "sleeprl.consolidation.judges.Embedding",
-    "teacher": "sleeprl.consolidation.judges.Teacher",
-}
 
 Pairs = Sequence[tuple[str, str]]
 
@@ -99,5 +94,5 @@ class Teacher:
 
 
 def make_judge(name: str, options: dict[str, Any], learner: Learner, chat: Chat) -> Judge:
-    judge: Judge = create(name, "judge", BUILTIN, {**options, "learner": learner, "chat": chat})
+    judge: Judge = create(name, "judge", {**options, "learner": learner, "chat": chat})
     return judge

@@ -14,26 +14,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sleeprl.config import ConsolidationConfig, FixedCapacityConfig
+from sleeprl.losses.objective import seeding_weights
 from sleeprl.losses.streams import Part
+from sleeprl.settings import ConsolidationConfig, FixedCapacityConfig
 
 NEW, REPLAY, STUDENT, PASSAGE = "new", "replay", "student", "passage"
 
 
-def seeding_parts(config: ConsolidationConfig) -> dict[str, Part]:
-    """J_KS as stream weights: (1-alpha)*reward + alpha*(lambda*on-policy + (1-lambda)*teacher texts).
+def seeding_parts(config: ConsolidationConfig, step: int) -> dict[str, Part]:
+    """J_KS at a step, as stream weights of what the teacher wrote and of the student's roll-outs.
 
     Replay has the weight that ``replay_ratio`` gives it in the data; both streams
     are means, so without this it would count as much as the new.
     """
-    alpha, on_policy = config.distillation, config.on_policy
-    taught = alpha * (1.0 - on_policy)
-    parts = {
-        NEW: Part(kl=taught, ce=config.ce),
-        REPLAY: Part(kl=taught * config.replay_ratio, ce=config.ce * config.replay_ratio),
-    }
+    weights = seeding_weights(
+        step,
+        alpha=config.distillation,
+        on_policy=config.on_policy,
+        on_policy_warmup=config.on_policy_warmup,
+        seed_steps=config.seed_steps,
+        ce=config.ce,
+    )
+    new, ratio = weights.texts, config.replay_ratio
+    quiet = config.expert_gate
+    parts = {NEW: new, REPLAY: Part(kl=new.kl * ratio, ce=new.ce * ratio, quiet=quiet)}
     if config.rollout_prompts:
-        parts[STUDENT] = Part(pg=1.0 - alpha, kl=alpha * on_policy)
+        parts[STUDENT] = weights.rollouts
     return parts
 
 
@@ -60,6 +66,8 @@ class Method:
     def objective(self, config: ConsolidationConfig) -> ConsolidationConfig:
         """The night's settings as this method has them."""
         config = replace(config, **self.sets)
+        if not self.grows:
+            config = replace(config, expert_gate=0.0)
         if not self.rollouts:
             return replace(config, rollout_prompts=0)
         if not self.texts:  # then a step's batch is made of roll-outs
@@ -67,9 +75,9 @@ class Method:
             return replace(config, rollout_prompts=math.ceil(rows / config.group_size))
         return config
 
-    def parts(self, config: ConsolidationConfig) -> dict[str, Part]:
-        """Stream weights of what is read. config: what ``objective`` gave."""
-        weights = {**seeding_parts(config), PASSAGE: Part(ce=1.0)}
+    def parts(self, config: ConsolidationConfig, step: int) -> dict[str, Part]:
+        """Stream weights of what is read at a step. config: what ``objective`` gave."""
+        weights = {**seeding_parts(config, step), PASSAGE: Part(ce=1.0)}
         return {name: weights[name] for name in (*self.texts, STUDENT) if name in weights}
 
     def learning_rate(

@@ -1,7 +1,7 @@
 """The loop of one consolidation worker: plain steps, roll-outs from the engines in between.
 
-Runs inside a Ray Train worker. Every rank calls everything that is collective in
-the same order; only rank 0 speaks to the engines.
+Every rank calls everything that is collective in the same order; only rank 0 speaks to
+the engines. What runs the loop is a ``Shell``; a night's is Ray Train (``job``).
 """
 
 from __future__ import annotations
@@ -10,32 +10,34 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import ray
-import ray.train
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from sleeprl.actors.batches import Row
 from sleeprl.actors.fleet import Fleet, Pending
 from sleeprl.actors.group import ActorGroup
-from sleeprl.actors.learner import Learner, LearnerOptions, Row
-from sleeprl.actors.publish import publish, save_expert
+from sleeprl.actors.learner import Learner, LearnerOptions
+from sleeprl.actors.publish import publish, save_trained
+from sleeprl.actors.teacher import Teachers
 from sleeprl.chat import Chat
-from sleeprl.config import ConsolidationConfig, FixedCapacityConfig
 from sleeprl.consolidation import imitation
 from sleeprl.consolidation.feed import Feed, trained_tokens
-from sleeprl.consolidation.methods import METHODS, STUDENT
+from sleeprl.consolidation.judges import make_judge
+from sleeprl.consolidation.methods import METHODS
 from sleeprl.losses.policy import Correction
 from sleeprl.losses.streams import LossOptions
+from sleeprl.registry import create
+from sleeprl.settings import ConsolidationConfig, FixedCapacityConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import from_batch
 
-STATE, POSITION = "learner.safetensors", "position.json"
+STATE, POSITION, TAUGHT = "learner.safetensors", "position.json", "taught-{rank}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -68,57 +70,82 @@ def feed(job: Job) -> Feed:
     return Feed(method, texts, job.passages, method.objective(job.config), job.seed)
 
 
-def train_loop(arguments: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker. arguments: ``job``, ``engines``, ``mailbox``."""
-    job: Job = arguments["job"]
-    worker = _Worker(job, arguments["engines"], arguments["mailbox"])
+class Shell(Protocol):
+    """What keeps the loop's checkpoints and passes its figures on. Called on every rank."""
+
+    def kept(self) -> AbstractContextManager[Path | None]:
+        """The last checkpoint, a directory to read from, if there is one."""
+        ...
+
+    def keep(self, step: int, directory: Path) -> None:
+        """Take a copy of all ranks' directories, as one, as the checkpoint after ``step``."""
+        ...
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """A step's figures; at the end one record more: ``end`` with step, tokens and version."""
+        ...
+
+
+def learn(job: Job, engines: list[Any], shell: Shell, teachers: Sequence[Any] = ()) -> None:
+    """Do the job, on from its last checkpoint. engines, teachers: actor handles."""
+    worker = _Worker(job, engines, shell, teachers)
     for step in range(worker.learner.steps, job.learner.total_steps):
         if job.tokens and worker.tokens >= job.tokens:
             break
         worker.exchange(step)
         rows = worker.rows(step)
-        mine = rows[worker.rank :: worker.world]
-        metrics = worker.learner.step(mine, worker.feed.parts, worker.loss)
+        metrics = worker.learner.step(rows, worker.feed.parts(step), worker.loss)
         worker.report(step, rows, metrics)
     worker.finish()
 
 
 class _Worker:
-    def __init__(self, job: Job, engines: list[Any], mailbox: Any) -> None:
-        self.job, self.mailbox = job, mailbox
-        self.learner = Learner(job.learner)
+    def __init__(self, job: Job, engines: list[Any], shell: Shell, teachers: Sequence[Any]) -> None:
+        self.job, self.shell = job, shell
+        self.learner = Learner(job.learner, Teachers(teachers) if teachers else None)
         self.rank, self.world = self.learner.rank, self.learner.world
         self.fleet = Fleet(ActorGroup("engine", engines))
         self.fleet.version = job.first_version - 1
         method = METHODS[job.method]
-        self.config = method.objective(job.config)
-        self.loss = LossOptions(
-            beta=self.config.beta, top_k=self.config.top_k, correction=Correction()
-        )
+        self.config = config = method.objective(job.config)
         self.feed = feed(job)
-        self.on_policy = STUDENT in self.feed.parts
+        self.loss = LossOptions(
+            beta=config.beta,
+            top_k=config.top_k,
+            support=config.support,
+            pointwise_clip=config.pointwise_clip,
+            policy=create(config.algorithm, "algorithm", config.algorithm_options),
+            limit=imitation.longest([*self.feed.new, *self.feed.replay]),
+            correction=Correction("off"),
+        )
         if method.anchored:
             own = random.Random(f"{job.seed}-fisher").sample(self.feed.own, len(self.feed.own))
             self.learner.anchor(own[: job.fixed.fisher_texts], job.fixed.ewc)
         self.chat = Chat(job.learner.checkpoint)
+        self.judge = make_judge(config.judge, config.judge_options, self.learner, self.chat)
         self.pending: tuple[list[imitation.Continuation], Pending] | None = None
         self.student_rows: list[Row] = []
         self.extra: dict[str, float] = {}
         self.tokens = 0
         self._restore()
+        self.saved = self.learner.steps
 
     # --- roll-outs ----------------------------------------------------------------
 
     def exchange(self, step: int) -> None:
         """Every ``rollout_every`` steps: take the roll-outs that the engines wrote meanwhile,
         send them the present weights, and ask for the next ones. Generation overlaps learning,
-        unless roll-outs are all there is to learn from."""
-        config = self.config
-        if not self.on_policy or step % config.rollout_every:
+        unless roll-outs are all there is to learn from. Checkpoints are taken in between,
+        where nothing is under way."""
+        config, rollouts = self.config, self.feed.rollouts
+        if rollouts and step % config.rollout_every:
             return
-        self._collect()
-        if step and step % config.checkpoint_every == 0:
+        if rollouts:
+            self._collect()
+        if step - self.saved >= config.checkpoint_every:
             self._checkpoint(step)
+        if not rollouts:
+            return
         self.extra.update(publish(self.learner, self.fleet, self.job.canary))
         if self.rank == 0:
             rng = random.Random(f"{self.job.seed}-rollouts-{step}")
@@ -132,18 +159,21 @@ class _Worker:
 
     def _collect(self) -> None:
         """Take what was asked for; where nothing was, what a checkpoint brought stays."""
-        shared: list[list[Row] | None] = [None]
+        written: list[Any] = [None]
         if self.pending is not None:
             drawn, pending = self.pending
-            rows, told = imitation.rows(drawn, pending.wait(), self.config, self.chat)
+            written, self.pending = [(drawn, pending.wait())], None
+        if self.world > 1:
+            dist.broadcast_object_list(written, src=0)
+        if written[0] is not None:
+            # On every rank alike, because a judge may ask the learner.
+            drawn, completions = written[0]
+            rows, told = imitation.rows(
+                drawn, completions, self.config, self.chat, self.judge, self.loss
+            )
             random.Random(self.learner.steps).shuffle(rows)
             self.extra.update(told)
-            self.pending = None
-            shared = [rows]
-        if self.world > 1:
-            dist.broadcast_object_list(shared, src=0)
-        if shared[0] is not None:
-            self.student_rows = shared[0]
+            self.student_rows = rows
 
     def rows(self, step: int) -> list[Row]:
         """What is learnt from in ``step``, over all ranks."""
@@ -154,15 +184,13 @@ class _Worker:
 
     def report(self, step: int, rows: list[Row], metrics: dict[str, float]) -> None:
         self.tokens += trained_tokens(rows)
-        if self.rank == 0:
-            record = {**metrics, **self.extra, "trained_tokens": self.tokens}
-            self.mailbox.put.remote({"step": step + 1, **record})
+        figures = {**metrics, **self.extra, "trained_tokens": self.tokens}
+        self.shell.tell({"step": step + 1, **figures})
         self.extra = {}
 
     def _checkpoint(self, step: int) -> None:
         state = self.learner.state()
         with _scratch() as directory:
-            checkpoint = None
             if self.rank == 0:
                 save_file(state, directory / STATE)
                 position = {
@@ -171,31 +199,34 @@ class _Worker:
                     "student_rows": [asdict(r) for r in self.student_rows],
                 }
                 (directory / POSITION).write_text(json.dumps(position))
-                checkpoint = ray.train.Checkpoint.from_directory(directory)
-            ray.train.report({"step": step}, checkpoint=checkpoint)
+            save_file(self.learner.taught(), directory / TAUGHT.format(rank=self.rank))
+            self.shell.keep(step, directory)
+        self.saved = step
 
     def _restore(self) -> None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as directory:
-            self.learner.load_state(load_file(Path(directory) / STATE))
-            position = json.loads((Path(directory) / POSITION).read_text())
+        with self.shell.kept() as directory:
+            if directory is None:
+                return
+            self.learner.load_state(load_file(directory / STATE))
+            mine = directory / TAUGHT.format(rank=self.rank)
+            others = sorted(set(directory.glob(TAUGHT.format(rank="*"))) - {mine})
+            # Its own alone, as in an unbroken run; what others were told only for a new rank.
+            for path in [mine] if mine.is_file() else others:
+                self.learner.load_taught(load_file(path))
+            position = json.loads((directory / POSITION).read_text())
         self.tokens = position["tokens"]
         self.fleet.version = max(self.fleet.version, position["version"])
         self.student_rows = [Row(**r) for r in position["student_rows"]]
 
     def finish(self) -> None:
-        """Leave the final weights in the engines and, where it is wanted, the expert on disk."""
+        """Leave the final weights in the engines and, where it is wanted, on disk."""
         if self.pending is not None:
             self.pending[1].wait()
         publish(self.learner, self.fleet, self.job.canary)
         if self.job.output:
-            save_expert(self.learner, Path(self.job.output), self.job.canary)
+            save_trained(self.learner, Path(self.job.output), self.job.canary)
         end = {"step": self.learner.steps, "tokens": self.tokens, "version": self.fleet.version}
-        if self.rank == 0:
-            ray.get(self.mailbox.put.remote({"end": end}))
-        ray.train.report(end)
+        self.shell.tell({"end": end})
 
 
 @contextmanager

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sleeprl.actors.engine import Sampling
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
-from sleeprl.config import EvaluationConfig
-from sleeprl.evaluation.probes import KINDS, Day, Probe, grade
+from sleeprl.evaluation.probes import KINDS, Day, Probe, first_sentence, grade, is_whole
+from sleeprl.files import write_text_atomic
 from sleeprl.prompts import with_experience
+from sleeprl.settings import EvaluationConfig
 
 
 def ask(
-    fleet: Fleet, chat: Chat, probes: Sequence[Probe], *, with_context: bool, max_tokens: int
-) -> list[str]:
-    """Greedy answers. With context, the probe's document stands before its question."""
+    fleet: Fleet, chat: Chat, probes: Sequence[Probe], *, with_context: bool, max_tokens: int,
+    seed: int | None = None,
+) -> list[str]:  # fmt: skip
+    """Greedy answers, or with a seed those of temperature 0.5. With context, the probe's document
+    stands before its question."""
     prompts = [
         chat.prompt(
             with_experience(p.experience, p.question)
@@ -26,7 +31,8 @@ def ask(
         )
         for p in probes
     ]
-    sampling = [Sampling(max_tokens, temperature=0.0)] * len(prompts)
+    heat = 0.0 if seed is None else 0.5
+    sampling = [Sampling(max_tokens, heat, seed)] * len(prompts)
     return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
 
 
@@ -42,12 +48,23 @@ def perplexity(
 
 
 def measure(
-    fleet: Fleet, chat: Chat, day: Day, *, with_context: bool, max_tokens: int, max_length: int
-) -> dict[str, Any]:
-    """``recall``, ``two_hop``, ``retention`` (shares), ``perplexity``, and ``n`` of each."""
+    fleet: Fleet, chat: Chat, day: Day, *, with_context: bool, max_tokens: int, max_length: int,
+    record: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """``recall``, ``two_hop``, ``retention`` (shares), ``perplexity``, and ``n`` of each.
+
+    record: where every answer is written, one JSON line for each probe, in their order.
+    """
     probes = day.probes
     answers = ask(fleet, chat, probes, with_context=with_context, max_tokens=max_tokens)
     right = grade(answers, probes)
+    if record is not None:
+        rows = [
+            {"kind": p.kind, "question": p.question, "gold": p.answer, "answer": a, "right": ok}
+            for p, a, ok in zip(probes, answers, right, strict=True)
+        ]
+        record.parent.mkdir(exist_ok=True)
+        write_text_atomic(record, "".join(json.dumps(row) + "\n" for row in rows))
     figures: dict[str, Any] = {}
     counts: dict[str, int] = {}
     for kind in KINDS:
@@ -56,6 +73,21 @@ def measure(
         counts[kind] = len(marks)
     figures["perplexity"], counts["perplexity"] = perplexity(fleet, chat, day.texts, max_length - 1)
     return {**figures, "n": counts}
+
+
+def forgotten(before: Path, after: Path) -> list[dict[str, str]]:
+    """Old knowledge that is lost: what ``before`` has right and ``after`` does not.
+
+    Both are records of ``measure``. Returns question, before and after, in their order.
+    """
+    told = [
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (before, after)
+    ]
+    return [
+        {"question": old["question"], "before": old["answer"], "after": new["answer"]}
+        for old, new in zip(*told, strict=True)
+        if old["kind"] == "retention" and old["right"] and not new["right"]
+    ]
 
 
 def own_retention(
@@ -68,10 +100,23 @@ def own_retention(
 ) -> Day:
     """The day with a retention probe that needs no labels.
 
-    questions, texts: what the smaller self asked and stated freely. It answers the
-    questions again, greedily; the texts, where the day has none, are for the perplexity.
+    questions, texts: what the smaller self asked and stated freely, none of it trained on.
+    It answers the questions again, greedily, and twice with chance; what it says each
+    time, in its first sentence, is what it knows, and is asked in the morning. The texts,
+    where the day has none, are for the perplexity.
     """
     asked = [Probe(q, "", "retention") for q in dict.fromkeys(questions)][: config.retention]
-    answers = ask(fleet, chat, asked, with_context=False, max_tokens=config.max_tokens)
-    probes = [Probe(p.question, a, p.kind) for p, a in zip(asked, answers, strict=True) if a]
+    greedy, *others = (
+        ask(fleet, chat, asked, with_context=False, max_tokens=config.max_tokens, seed=seed)
+        for seed in (None, 1, 2)
+    )
+    golds = [first_sentence(answer) for answer in greedy]
+    # Cut off in the middle of its sentence an answer is none.
+    cut = [len(chat.text(gold)) >= config.max_tokens - 1 and not is_whole(gold) for gold in golds]
+    probes = [
+        Probe(p.question, "" if ends else gold, p.kind)
+        for p, gold, ends in zip(asked, golds, cut, strict=True)
+    ]
+    sure = [all(marks) for marks in zip(*(grade(other, probes) for other in others), strict=True)]
+    probes = [probe for probe, kept in zip(probes, sure, strict=True) if kept]
     return Day(day.documents, [*day.probes, *probes], day.texts or list(texts)[: config.texts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from sleeprl.files import write_json_atomic
 from sleeprl.losses.imitation import normalise
 
+_FIRST = re.compile(r"(?<=[.!?])\s")
+_WHOLE = re.compile(r"[.!?][\"')]*$")
 KINDS = ("recall", "two_hop", "retention")
 
 
@@ -43,15 +46,17 @@ class Day:
         return Day(values["documents"], [Probe(**p) for p in values["probes"]], values["texts"])
 
 
-def is_correct(answer: str, gold: str, rivals: Collection[str] = ()) -> bool:
+def is_correct(answer: str, gold: str, rivals: Collection[str] = (), question: str = "") -> bool:
     """Whether the gold words stand in the answer as they are, and it says little else.
 
-    At most four more words, no denial, and none of ``rivals`` (single words that would be
-    another answer): what lists everything is a guess, not an answer.
+    At most four more words that are not the question's, no denial, and none of ``rivals``
+    (single words that would be another answer): what lists everything is a guess, not an answer.
     """
     words, wanted = normalise(answer).split(), normalise(gold).split()
     others = set(words) - set(wanted)
-    if not wanted or len(words) > len(wanted) + 4 or others & {"not", *rivals}:
+    repeated = set(normalise(question).split()) - set(wanted)
+    said = [word for word in words if word not in repeated]
+    if not wanted or len(said) > len(wanted) + 4 or others & {"not", *rivals}:
         return False
     spans = range(len(words) - len(wanted) + 1)
     return any(words[i : i + len(wanted)] == wanted for i in spans)
@@ -83,5 +88,19 @@ def read_questions(path: Path) -> list[Probe]:
     return probes
 
 
+def first_sentence(text: str) -> str:
+    """What a chat model answers, before it goes on talking."""
+    return _FIRST.split(text)[0]
+
+
+def is_whole(sentence: str) -> bool:
+    """Whether it ends as a sentence does."""
+    return bool(_WHOLE.search(sentence))
+
+
 def grade(answers: Sequence[str], probes: Sequence[Probe]) -> list[bool]:
-    return [is_correct(a, p.answer) for a, p in zip(answers, probes, strict=True)]
+    """Of each answer as a whole, or of its first sentence: a chat model goes on talking."""
+    return [
+        any(is_correct(said, p.answer, question=p.question) for said in (a, first_sentence(a)))
+        for a, p in zip(answers, probes, strict=True)
+    ]

@@ -18,6 +18,10 @@ from sleeprl.memory.slots import Slots
 
 WEIGHTS = "model.safetensors"
 EXPERT = "expert.safetensors"
+ROUTER = ".router.weight"
+WAKE = "wake.gradients"
+"""What was learned in wake and waits, in safetensors format; not so named, because engines load
+every ``*.safetensors`` of a directory as weights."""
 
 
 def widen(
@@ -78,13 +82,18 @@ def expert_tensors(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     ``model.layers.0.mlp.expert.gate_proj.weight`` becomes
     ``model.layers.0.mlp.gate_proj.weight``: the name of the tensor it ends up in. The
-    newborn is the outermost expert; what is below a ``base`` is frozen.
+    newborn is the outermost expert; what is below a ``base`` is frozen. A gate of its own
+    is added to the gate projection, where it computes the same.
     """
-    return {
+    found = {
         name[name.index("model.layers") :].replace(".expert.", "."): tensor
         for name, tensor in named.items()
         if ".expert." in name and ".base." not in name
     }
+    for name in [name for name in found if name.endswith(ROUTER)]:
+        gate = name.removesuffix(ROUTER) + ".gate_proj.weight"
+        found[gate] = found[gate] + found.pop(name)
+    return found
 
 
 def training_name(name: str) -> str:

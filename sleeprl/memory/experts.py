@@ -29,9 +29,17 @@ class UnsupportedModel(ValueError):
 
 
 class Expert(nn.Module):
-    """down(act(gate(x)) * up(x)) with ``width`` hidden units; zero at birth (down = 0)."""
+    """down(act(gate(x)) * up(x)) with ``width`` hidden units; zero at birth (down = 0).
 
-    def __init__(self, hidden: int, width: int, act: nn.Module, dtype: torch.dtype) -> None:
+    routed: with a gate of its own that opens or closes all its units at once: one
+        direction r, so that gate(x) becomes gate(x) + r . x. A unit far below zero is silent
+        (silu, gelu). It is no more than r added to every row of the gate projection, which is
+        how a checkpoint has it (``checkpoint.expert_tensors``): no router is ever served.
+    """
+
+    def __init__(
+        self, hidden: int, width: int, act: nn.Module, dtype: torch.dtype, routed: bool = False
+    ) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden, width, bias=False, dtype=dtype)
         self.up_proj = nn.Linear(hidden, width, bias=False, dtype=dtype)
@@ -40,9 +48,15 @@ class Expert(nn.Module):
         for projection in (self.gate_proj, self.up_proj):
             nn.init.normal_(projection.weight, std=hidden**-0.5)
         nn.init.zeros_(self.down_proj.weight)
+        self.router = nn.Linear(hidden, 1, bias=False, dtype=dtype) if routed else None
+        if self.router is not None:
+            nn.init.zeros_(self.router.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        if self.router is not None:
+            gate = gate + self.router(x)
+        return self.down_proj(self.act(gate) * self.up_proj(x))
 
 
 class Grown(nn.Module):
@@ -71,9 +85,30 @@ class Grown(nn.Module):
         self.slot = slot
         self.smaller = smaller
         self.enabled = enabled
+        self.listener: Listener | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + float(self.enabled) * self.expert(x)
+        base, said = self.base(x), self.expert(x)
+        if self.listener is not None:
+            self.listener(base, said)
+        return base + float(self.enabled) * said
+
+
+class Listener:
+    """How loud an expert is: |expert(x)|^2 / |base(x)|^2, weighted over positions.
+
+    weights_BT: of the positions of a batch. total: the sum over all experts that were heard.
+    """
+
+    def __init__(self, weights_BT: Tensor) -> None:
+        self.weights_BT = weights_BT
+        self.total = weights_BT.new_zeros(())
+
+    def __call__(self, base_BTH: Tensor, said_BTH: Tensor) -> None:
+        at = self.weights_BT != 0
+        base_N = base_BTH.detach()[at].float().square().sum(-1)
+        said_N = said_BTH[at].float().square().sum(-1)
+        self.total = self.total + (self.weights_BT[at] * said_N / base_N.clamp(min=1e-6)).sum()
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -127,12 +162,14 @@ def shrink(model: nn.Module, columns: list[int]) -> None:
             layer.in_features, layer.out_features = layer.weight.shape[1], layer.weight.shape[0]
 
 
-def grow(model: nn.Module, width: int, seed: int, slot: int | None = None) -> list[nn.Parameter]:
+def grow(
+    model: nn.Module, width: int, seed: int, slot: int | None = None, *, routed: bool = False
+) -> list[nn.Parameter]:
     """Put one expert beside every MLP and freeze all else; returns the new parameters.
 
     Deterministic by ``seed``, whatever else drew random numbers before.
     """
-    return put_beside(model, mlps(model), lambda mlp: _newborn(mlp, width), seed, slot)
+    return put_beside(model, mlps(model), lambda mlp: _newborn(mlp, width, routed), seed, slot)
 
 
 def put_beside(
@@ -155,10 +192,10 @@ def put_beside(
     return fresh
 
 
-def _newborn(mlp: nn.Module, width: int) -> Expert:
+def _newborn(mlp: nn.Module, width: int, routed: bool = False) -> Expert:
     weight = projection(mlp, "gate_proj").weight
     act = getattr(innermost(mlp), "act_fn")  # noqa: B009 - a submodule, not a tensor
-    return Expert(weight.shape[1], width, act, weight.dtype)
+    return Expert(weight.shape[1], width, act, weight.dtype, routed)
 
 
 def _cut(mlp: nn.Module, columns: slice) -> Expert:
@@ -182,6 +219,31 @@ def smaller_self(model: nn.Module) -> Iterator[None]:
     """
     with _switched(model, lambda grown: grown.smaller):
         yield
+
+
+def become_smaller(model: nn.Module) -> None:
+    """The smaller self for good."""
+    for module in model.modules():
+        if isinstance(module, Grown):
+            module.enabled = module.smaller
+
+
+@contextmanager
+def listening(model: nn.Module, weights_BT: Tensor) -> Iterator[Listener]:
+    """Hear how loud the newborn experts are in what is computed meanwhile."""
+    newborn = [m for m in model.modules() if isinstance(m, Grown) and _is_trained(m.expert)]
+    listener = Listener(weights_BT / max(1, len(newborn)))
+    try:
+        for module in newborn:
+            module.listener = listener
+        yield listener
+    finally:
+        for module in newborn:
+            module.listener = None
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 @contextmanager

@@ -16,14 +16,9 @@ from torch import Tensor, nn
 
 from sleeprl.memory import checkpoint as ckpt
 from sleeprl.memory import experts
-from sleeprl.memory.slots import FILE, GATED_MLP, LOW_RANK, Slots
+from sleeprl.memory.slots import FILE, Slots
 from sleeprl.memory.transfer import Merge, Step
 from sleeprl.registry import create
-
-BUILTIN = {
-    GATED_MLP: "sleeprl.memory.growth.GatedMLPGrowth",
-    LOW_RANK: "sleeprl.memory.lowrank.LowRankGrowth",
-}
 
 
 class Growth(Protocol):
@@ -55,9 +50,18 @@ class Growth(Protocol):
         """The training form. held: slots that only the smaller self has (``Transfer.reset``)."""
 
     def grow(
-        self, model: nn.Module, width: int, seed: int, slot: int | None = None
+        self,
+        model: nn.Module,
+        width: int,
+        seed: int,
+        slot: int | None = None,
+        *,
+        routed: bool = False,
     ) -> list[nn.Parameter]:
-        """A newborn expert, the only thing that gets gradients; returns its parameters."""
+        """A newborn expert, the only thing that gets gradients; returns its parameters.
+
+        routed: with a gate of its own (``experts.Expert``), where the kind has one.
+        """
 
     def fold(
         self,
@@ -112,12 +116,14 @@ class GatedMLPGrowth:
         return ckpt.mlp_tensors(checkpoint)
 
     def export(self, checkpoint: Path, target: Path) -> None:
-        shutil.copytree(checkpoint, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILE))
+        shutil.copytree(
+            checkpoint, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILE, ckpt.WAKE)
+        )
 
 
 def growth_named(name: str) -> Growth:
     """By short name (``gated_mlp``, ``low_rank``), entry point or dotted path."""
-    growth: Growth = create(name, "growth", BUILTIN, {})
+    growth: Growth = create(name, "growth", {})
     return growth
 
 

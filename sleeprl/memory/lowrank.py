@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sleeprl.files import atomic_directory
-from sleeprl.memory.checkpoint import WEIGHTS, columns_of, mlp_tensors
+from sleeprl.memory.checkpoint import WAKE, WEIGHTS, columns_of, mlp_tensors
 from sleeprl.memory.experts import (
     PROJECTIONS,
     Grown,
@@ -112,8 +112,16 @@ class LowRankGrowth:
         return model.eval().requires_grad_(False)
 
     def grow(
-        self, model: nn.Module, width: int, seed: int, slot: int | None = None
+        self,
+        model: nn.Module,
+        width: int,
+        seed: int,
+        slot: int | None = None,
+        *,
+        routed: bool = False,
     ) -> list[nn.Parameter]:
+        if routed:
+            raise ValueError("a low-rank expert has no units that a gate of its own could close")
         make: Callable[[nn.Module], nn.Module] = lambda layer: _newborn(layer, width)  # noqa: E731
         return put_beside(model, _projections(model), make, seed, slot)
 
@@ -167,7 +175,10 @@ class LowRankGrowth:
         slots = Slots.load(checkpoint)
         assert slots is not None
         shutil.copytree(
-            checkpoint, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILE, ADAPTER)
+            checkpoint,
+            target,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(FILE, ADAPTER, WAKE),
         )
         _write_weights(checkpoint, target, self.tensors(checkpoint, slots))
 

@@ -7,11 +7,61 @@ checkpoint name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from sleeprl.memory.experts import COLUMN_DIM, PROJECTIONS, mlps, projection
+from sleeprl.memory.growth import growth_of
+from sleeprl.memory.slots import GATED_MLP, Slots
+
 Tensors = Mapping[str, Tensor]
+
+
+def wake_gradient(
+    checkpoint: Path,
+    texts: Sequence[Sequence[int]],
+    eta: float,
+    total: Tensors,
+    *,
+    gpu: bool = False,
+) -> dict[str, Tensor]:
+    """``total`` and, for each text, eta times the gradient of its mean next-token loss.
+
+    texts: token ids, each a step t of equation (2); those of fewer than two tokens say nothing.
+    All are seen by the weights as they are: nothing is applied before the boundary.
+    Returns float32 tensors of the MLP projections by checkpoint name, on the CPU. Of a gated MLP
+    only the base's columns learn: a slot may hold something else by the boundary.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if gpu else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device)
+    slots = Slots.load(checkpoint)
+    if slots is not None:  # a low-rank expert is beside the weights, not in them
+        dense = dict(growth_of(slots).tensors(checkpoint, slots))
+        model.load_state_dict(dense, strict=False)
+    model.requires_grad_(False)
+    learns = {
+        f"{name}.{part}.weight": projection(mlp, part).weight.requires_grad_(True)
+        for name, mlp in mlps(model)
+        for part in PROJECTIONS
+    }
+    summed = dict(total)
+    for text in texts:
+        if len(text) < 2:
+            continue
+        ids = torch.tensor([list(text)], device=device)
+        found = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, list(learns.values()))
+        named = {name: each.cpu() for name, each in zip(learns, found, strict=True)}
+        if slots is not None and slots.growth == GATED_MLP:
+            for name, gradient in named.items():
+                dim = COLUMN_DIM[name.split(".")[-2]]
+                gradient.narrow(dim, slots.base_width, slots.count * slots.width).zero_()
+        summed = accumulate(summed, named, eta)
+    return summed
 
 
 def accumulate(total: Tensors, gradient: Tensors, eta: float) -> dict[str, Tensor]:
