@@ -20,15 +20,25 @@ class Chat:
             )
         self.end = int(self.tokenizer.eos_token_id)
 
-    def prompt(self, message: str) -> list[int]:
-        """Ids that end where the assistant begins to speak."""
+    def prompt(
+        self, message: str, opening: str = "", earlier: Sequence[tuple[str, str]] = ()
+    ) -> list[int]:
+        """Ids that end where the assistant begins to speak, or behind what it has already said.
+
+        earlier: messages of the user and the assistant that went before.
+        """
+        said = [
+            {"role": role, "content": text}
+            for turn in earlier
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
         ids = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}],
+            [*said, {"role": "user", "content": message}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
         )
-        return [int(i) for i in ids]
+        return [*map(int, ids), *self.text(opening)]
 
     def response(self, text: str) -> list[int]:
         """Ids of an answer and the end of the turn."""

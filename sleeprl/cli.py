@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from sleeprl import __version__
-from sleeprl.config import ConfigError
+from sleeprl.settings import ConfigError
 
 app = typer.Typer(
     help="sleepRL: let a language model sleep on what it met, and wake up knowing it.",
@@ -56,6 +56,8 @@ def night(
     """
     from sleeprl import config as cfg
     from sleeprl import run as runs
+    from sleeprl.catalogue import CATALOGUE
+    from sleeprl.checks import check_plugins
 
     if resume is not None:
         if words or model:
@@ -67,11 +69,12 @@ def night(
         path, overrides = _split(words or [])
         if model:
             overrides.append(f"model.name={model}")
-        settings = cfg.load(path, overrides)
+        settings = cfg.load(path, overrides, {s.name: s.night for s in CATALOGUE.values()})
         if any(word.startswith("name=") for word in overrides):
             runs.refuse_existing(settings)
         else:
             settings.name = runs.fresh_name(settings)
+    check_plugins(settings)
     if dry_run:
         console.print(cfg.to_yaml(settings), highlight=False, markup=False)
         console.print(_plan(settings), highlight=False)
@@ -103,6 +106,11 @@ def night(
             f"No generation: retention fell from {gate['retention_before']:.1%} to "
             f"{gate['retention_after']:.1%}, more than gate.tolerance={gate['tolerance']:.1%}"
         )
+        for lost in gate["forgotten"][:5]:
+            console.print(
+                f"  lost: {lost['question']} {lost['before']} -> {lost['after']}", markup=False
+            )
+        console.print(f"All {len(gate['forgotten'])} of what was lost: the report")
 
 
 @app.command()
@@ -140,6 +148,43 @@ def report(run: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> 
     from sleeprl.reporting.report import write_report
 
     console.print(str(write_report(run)))
+
+
+@app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    purpose: Annotated[str | None, typer.Option(help="Only self_study, replay, or dream.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only what belongs to this task.")] = None,
+    uid: Annotated[str | None, typer.Option(help="This one, token by token.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most so many.")] = 20,
+) -> None:
+    """Show what a run's engines wrote: texts with tokens, policy versions, rewards, advantages.
+
+    [bold]sleeprl inspect runs/night --purpose dream[/]
+    [bold]sleeprl inspect runs/night --uid dream-0-3[/]      log-probability and version of each token
+    """
+    from sleeprl.reporting import inspection
+
+    shown = inspection.inspect(run, purpose=purpose, task=task, uid=uid, limit=limit)
+    console.print(shown, highlight=False)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="Directory of a run that has dreamt.")],
+    engines_only: Annotated[
+        bool,
+        typer.Option("--engines-only", help="Write and score the same groups, and learn nothing."),
+    ] = False,
+) -> None:
+    """Do a run's dreaming again with one half of the pipeline: every dream is in the lake anyway.
+
+    [bold]sleeprl replay runs/night[/]                   the learner alone, on the recorded dreams
+    [bold]sleeprl replay runs/night --engines-only[/]    the engines alone, on the recorded tasks
+    """
+    from sleeprl.replay import replay as again
+
+    console.print(again(run, engines_only=engines_only), highlight=False)
 
 
 Root = Annotated[
@@ -249,8 +294,8 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _plan(settings: object) -> Panel:
-    from sleeprl.config import NightConfig, available_cpus
     from sleeprl.ladder import ladder
+    from sleeprl.settings import NightConfig, available_cpus
 
     assert isinstance(settings, NightConfig)
     r = settings.resources
@@ -274,9 +319,18 @@ def main() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         app()
-    except ValueError as error:
-        # Every error that names a setting or an input of the user's is a ValueError.
+    except Exception as error:
         if os.environ.get("SLEEPRL_TRACEBACK"):
+            raise
+        from sleeprl.reporting.failures import told
+
+        shown = told(error)
+        if shown is not None:
+            errors.print(shown)
+            errors.print("SLEEPRL_TRACEBACK=1 shows the whole traceback.", style="dim")
+            sys.exit(1)
+        # Every error that names a setting or an input of the user's is a ValueError.
+        if not isinstance(error, ValueError):
             raise
         errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)

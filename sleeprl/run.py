@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sleeprl import config as cfg
-from sleeprl.config import ConfigError, NightConfig
 from sleeprl.files import write_json_atomic, write_text_atomic
 from sleeprl.reporting.metrics import MetricsLog
 from sleeprl.reporting.progress import NightProgress
+from sleeprl.settings import ConfigError, NightConfig
 
 T = TypeVar("T")
 CONFIG, STATE, SUMMARY, METRICS = "config.yaml", "state.json", "summary.json", "metrics.jsonl"
+ANSWERS = "answers"
 
 
 class Run:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sleeprl.memory.slots import Slots
+
 
 def make_tiny_model(directory: Path, *, architecture: str = "llama", seed: int = 0) -> Path:
     """A random two-layer model with a byte-level tokenizer, as a Hugging Face checkpoint."""
@@ -64,3 +66,18 @@ def make_tiny_model(directory: Path, *, architecture: str = "llama", seed: int =
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def newborn(directory: Path, output: Path, slots: Slots, seed: int) -> None:
+    """Write the expert that is born in the first slot of a checkpoint."""
+    import torch
+    from safetensors.torch import save_file
+
+    from sleeprl.memory.checkpoint import EXPERT, expert_tensors
+    from sleeprl.memory.experts import grow, load_training_form
+
+    model = load_training_form(directory, slots, torch.float32)
+    grow(model, slots.width, seed, 0)
+    named = expert_tensors({n: p.detach() for n, p in model.named_parameters()})
+    output.mkdir()
+    save_file({n: t.contiguous() for n, t in named.items()}, output / EXPERT)

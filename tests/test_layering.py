@@ -15,11 +15,11 @@ LOOPS = ("night.py", "dreaming/pipeline.py", "consolidation/worker.py")
 
 # From the ground up. A room imports from its own storey and those below.
 STOREYS = [
-    {"config", "registry", "files", "prompts", "chat", "__init__"},
+    {"config", "settings", "checks", "registry", "files", "prompts", "chat", "__init__"},
     {"losses", "trajectories", "weights", "reporting", "catalogue"},
     {"actors", "memory", "evaluation", "lineage", "models", "worlds"},
     {"consolidation", "dreaming", "wake"},
-    {"night", "morning", "selves", "ladder", "cli", "run", "__main__"},
+    {"night", "morning", "selves", "replay", "ladder", "cli", "run", "__main__"},
 ]
 # Imports nothing of sleepRL, so that the configuration can ask the clock itself what it allows.
 LEAVES = {"sleeprl.memory.levels"}
@@ -100,7 +100,7 @@ def test_these_never_import_ray(name: str) -> None:
 
 
 def test_config_and_registry_import_neither_torch_nor_ray() -> None:
-    for name in ("config", "registry"):
+    for name in ("config", "settings", "checks", "registry"):
         roots = {n.split(".")[0] for n in imports(PACKAGE / f"{name}.py")}
         assert not roots & {"torch", "ray", "vllm", "deepspeed", "transformers"}
 

@@ -21,23 +21,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sleeprl import checks, ladder
 from sleeprl import config as cfg
-from sleeprl import ladder
-from sleeprl.actors.learner import Learner, Row
+from sleeprl.actors.batches import Row
+from sleeprl.actors.learner import Learner
 from sleeprl.chat import Chat
-from sleeprl.config import ConfigError, NightConfig
 from sleeprl.consolidation.self_study import rehearse
 from sleeprl.evaluation.probes import Day, is_correct
 from sleeprl.lineage import LineageStore, Manifest
-from sleeprl.memory.checkpoint import EXPERT, WEIGHTS, expert_tensors
-from sleeprl.memory.growth import BUILTIN, Growth, growth_named, growth_of
+from sleeprl.memory.checkpoint import EXPERT, WAKE, WEIGHTS, expert_tensors
+from sleeprl.memory.experts import COLUMN_DIM
+from sleeprl.memory.growth import Growth, growth_named, growth_of
 from sleeprl.memory.levels import CONTEXT
 from sleeprl.memory.slots import GATED_MLP, LOW_RANK, Slots
 from sleeprl.memory.transfer import Merge, Step, Transfer, from_dict, plan_night, to_dict
 from sleeprl.prompts import FREE_FACT, FREE_QA, STUDY_QA, format_qa
+from sleeprl.registry import BUILTIN
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import Run
 from sleeprl.selves import Selves
+from sleeprl.settings import ConfigError, LevelConfig, MemoryConfig, NightConfig
 
 ROOT = Path(__file__).parent.parent
 TWO_LEVELS = "memory.levels=[{period: 2, slots: 2}, {period: 4, slots: 2}]"
@@ -45,7 +48,7 @@ TWO_LEVELS = "memory.levels=[{period: 2, slots: 2}, {period: 4, slots: 2}]"
 
 @pytest.fixture(autouse=True)
 def enough_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cfg, "available_cpus", lambda: 4)
+    monkeypatch.setattr(checks, "available_cpus", lambda: 4)
 
 
 def slots_of(directory: Path) -> Slots:
@@ -132,7 +135,7 @@ def test_a_night_ends_with_a_transfer_and_steps_survive_json(
     period = 1
     for ratio in ratios:
         period *= ratio
-        config.memory.levels.append(cfg.LevelConfig(period, ratio + 1))
+        config.memory.levels.append(LevelConfig(period, ratio + 1))
     planned, _ = chain(config, nights)
     for steps in planned:
         assert isinstance(steps[-1], Transfer)
@@ -145,7 +148,7 @@ def test_a_night_ends_with_a_transfer_and_steps_survive_json(
 
 def test_the_slowest_level_alone_asks_for_nothing() -> None:
     slots = Slots(96, 8, 3, (0, 1), (3,))
-    clock = cfg.MemoryConfig(levels=[cfg.LevelConfig(1, 3)]).clock()
+    clock = MemoryConfig(levels=[LevelConfig(1, 3)]).clock()
     (step,) = plan_night(slots, clock.advance(1))
     assert isinstance(step, Transfer) and step.sender == CONTEXT
 
@@ -282,7 +285,7 @@ def hand_on(directory: Path, notes: Any) -> None:
     """Level 1 (slots 0, 1) into slot 2, by two steps of the real learner; for each growth."""
     from test_learner import LOSS, PARTS, options, rows
 
-    for name in BUILTIN:
+    for name in BUILTIN["growth"]:
         place = directory / name
         checkpoint = place / "with-1"
         learner = Learner(
@@ -312,12 +315,12 @@ def test_the_learner_of_a_transfer_has_both_selves(tmp_path: Path) -> None:
     from test_learner import launch, rows, same_logprobs
 
     make_tiny_model(tmp_path / "plain", seed=5)
-    for name in BUILTIN:
+    for name in BUILTIN["growth"]:
         grown(tmp_path / "plain", tmp_path / name, name, (2, 2), (3, 0, 1))
     (notes,) = launch(1, tmp_path, [hand_on])
     assert notes.errors == {}
     texts = [replace(row, teacher_prompt_ids=None) for row in rows(1)]
-    for name in BUILTIN:
+    for name in BUILTIN["growth"]:
         seen, place = notes.numbers, tmp_path / name
         checkpoint, growth = place / "with-1", growth_named(name)
         growth.export(checkpoint, place / "smaller")
@@ -358,7 +361,7 @@ def selves(place: Path, model: Path, *words: str) -> Selves:
     return made
 
 
-@pytest.mark.parametrize("name", sorted(BUILTIN))
+@pytest.mark.parametrize("name", sorted(BUILTIN["growth"]))
 def test_an_engine_starts_with_the_model_before_a_step(
     name: str, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -490,14 +493,15 @@ def columns(checkpoint: Path, slots: Slots, slot: int) -> list[Tensor]:
 @pytest.mark.timeout(5400)
 def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
     store = LineageStore(tmp_path / "generations")
-    _, one = sleep(tmp_path, "one", "dreaming.enabled=false")
+    learning = "wake.learning_rate=1e-3"
+    _, one = sleep(tmp_path, "one", "dreaming.enabled=false", learning)
     first_day = Day.load(tmp_path / "runs" / "one" / "day.json")
     assert store.get(one.name).clock == {"unit": "nights", "now": 1}
     assert len(store.get(one.name).steps) == 1
     learned = recall(one, first_day)
 
     # Level 1 is due: it is handed on after the second day has come into it.
-    told, two = sleep(tmp_path, "two", "model.name=HEAD", "seed=7")
+    told, two = sleep(tmp_path, "two", "model.name=HEAD", "seed=7", learning)
     manifest = store.get(two.name)
     assert manifest.parent == one.name and manifest.clock == {"unit": "nights", "now": 2}
     assert list(map(from_dict, manifest.steps)) == [
@@ -505,15 +509,24 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
         Transfer(1, 2, (0, 1), (2,), 2, (0, 1)),
     ]
     assert told["memory"]["steps"] == manifest.steps
+    # What waits beside the weights is not taken for weights: the night begins as the last ended.
+    assert told["before"]["retention"] > 0.8
     slots, run = slots_of(two), tmp_path / "runs" / "two"
     assert slots.used == (2,)
     assert all(".mlp." in name for name in changed(one, two))
     for fast in (0, 1):
         assert all(not part.any() for part in columns(two, slots, fast))  # plastic again
     assert any(part.any() for part in columns(two, slots, 2))
-    base = Slots(0, slots.base_width, 1)
-    for old, new in zip(columns(one, base, 0), columns(two, base, 0), strict=True):
-        assert torch.equal(old, new)  # frozen
+    # The base is frozen but for what it learned in wake, over both days, at level 1's boundary.
+    waited, total = load_file(one / WAKE), load_file(run / WAKE)
+    assert waited.keys() == total.keys() and not (two / WAKE).exists()
+    assert all(not torch.equal(waited[name], total[name]) for name in total)
+    old, new = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
+    for name, gradient in total.items():
+        assert gradient.any()
+        dim = COLUMN_DIM[name.split(".")[-2]]
+        expected = (old[name] - gradient).narrow(dim, 0, slots.base_width)
+        assert torch.equal(new[name].narrow(dim, 0, slots.base_width), expected)
     assert slots_of(run / "smaller-self-1").used == (0, 1)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["phase"] == "levels-1"] == list(range(1, 41))
@@ -540,6 +553,7 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
         Transfer(0, 1, (2,), (2, 0), 0, ()),
     ]
     assert manifest.clock == {"unit": "nights", "now": 3} and manifest.parent == full
+    assert manifest.base_model == "embedded"  # not HEAD, which is itself by then
     assert slots_of(three).used == (2, 0)
     assert told["after"]["recall"] > 0.3
     assert recall(three, first_day) + recall(three, second_day) > 0.15

@@ -23,11 +23,11 @@ from sleeprl.catalogue import CATALOGUE, CatalogueError, NpmOnnx, PipGguf, Spec,
 from sleeprl.catalogue.fetch import SOURCE, made_of
 from sleeprl.catalogue.packages import explain, join, wheels
 from sleeprl.chat import Chat
-from sleeprl.config import ConfigError
 from sleeprl.files import sha256_file
 from sleeprl.memory.checkpoint import widen
 from sleeprl.memory.experts import mlps
 from sleeprl.models import find_model
+from sleeprl.settings import ConfigError, NightConfig
 
 IDS = torch.tensor([[3, 40, 77, 9, 120, 5, 8, 31]])
 
@@ -304,7 +304,7 @@ def test_an_onnx_file_becomes_the_model_it_was_exported_from(
 # --- names --------------------------------------------------------------------------
 
 
-def settings(name: str, generations: Path) -> cfg.NightConfig:
+def settings(name: str, generations: Path) -> NightConfig:
     return cfg.load(None, [f"model.name={name}", f"generations={generations}", "resources.cpus=2"])
 
 

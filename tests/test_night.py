@@ -21,6 +21,7 @@ from sleeprl.memory.transfer import Transfer, from_dict
 from sleeprl.morning import commit, gate
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import Run
+from sleeprl.selves import Selves
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import from_batch
 
@@ -58,7 +59,7 @@ def sleeprl(*words: str, cwd: Path, timeout: float = 600) -> subprocess.Complete
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory in which one small night was run, with two learner workers."""
     place = tmp_path_factory.mktemp("night")
-    two = ["resources.learner_workers=2", "resources.cpus=3"]
+    two = ["resources.learner_workers=2", "resources.cpus=3", "consolidation.judge=teacher"]
     done = sleeprl("night", "name=first", *two, *SMALL, cwd=place)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
     return place
@@ -152,9 +153,16 @@ def test_a_refused_gate_commits_nothing(place: Path) -> None:
     config = load(None, words)
     run = Run(config, NightProgress([("commit", "Gate")]))
     run.state["results"]["after"]["after"]["retention"] = told["before"]["retention"] - 0.03
-    verdict = commit(run, run.dir / "smaller-self-0", run.dir / "dreaming")
+    answers = [json.loads(line) for line in (run.dir / "answers/after.jsonl").open()]
+    old = next(row for row in answers if row["kind"] == "retention" and row["right"])
+    old |= {"answer": "cheese", "right": False}
+    (run.dir / "answers/after.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    verdict = commit(run, Selves(run, "float32"))
     run.close()
     assert verdict["generation"] is None and "rolled back" in verdict["verdict"]
+    lost = {row["question"]: row["after"] for row in verdict["gate"]["forgotten"]}
+    assert lost[old["question"]] == "cheese"
+    assert len(verdict["gate"]["forgotten"]) == len(told["gate"]["forgotten"]) + 1
     assert not (place / "none").exists() or LineageStore(place / "none").list() == []
 
 
@@ -169,7 +177,7 @@ def test_a_second_call_tells_what_to_do(place: Path) -> None:
 def test_plugins_by_dotted_path_run_with_real_actors(place: Path) -> None:
     """The two examples, in a night that goes on from the first one's consolidation."""
     source, target = place / "runs" / "first", place / "runs" / "plugged"
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("summary.json", "dreaming"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("summary.json", "dreaming*"))
     state = json.loads((target / "state.json").read_text())
     for phase in ("dreaming", "after", "fine_tuning", "commit"):
         state["results"].pop(phase, None)
@@ -264,4 +272,5 @@ def test_tune_searches_a_consolidation(tmp_path: Path) -> None:
     assert all(0 <= t["recall"] <= 1 and t["step"] in (16, 32) for t in trials)
     assert max(t["step"] for t in trials) == 32
     best = yaml.safe_load((tmp_path / "runs" / "search" / "best.yaml").read_text())
-    assert 0.0005 <= best["consolidation"]["learning_rate"] <= 0.01
+    low, high = spec["space"]["consolidation.learning_rate"]["loguniform"]
+    assert low <= best["consolidation"]["learning_rate"] <= high

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 class CatalogueError(ValueError):
@@ -56,6 +57,8 @@ class Spec:
     """Said before the download, where the licence asks for it."""
     chat_template: str | None = None
     """Jinja, for a model whose file has none."""
+    night: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of a night with it, below those that the user gives: sized for two cores."""
 
 
 _QUESTION_ANSWER = (
@@ -77,6 +80,39 @@ _SPECS = (
         dtype="float32",
         licence="Apache-2.0",
         note="English chat; fluent, a weak reader",
+        night={
+            "model": {"dtype": "bfloat16"},  # twice as fast, also on many CPUs
+            "wake": {"people": 4, "people_per_document": 1},
+            "self_study": {
+                "opening": "Question:",
+                "examples": 4,
+                "sentences": 1,
+                "pairs_per_document": 42,
+                "facts_per_document": 0,
+                "replay": 300,
+                "temperature": 0.5,
+                "max_tokens": 40,
+            },
+            "consolidation": {
+                "steps": 60,
+                "batch_size": 8,
+                "replay_ratio": 1.0,
+                "learning_rate": 1e-2,
+                "rollout_prompts": 2,
+                "checkpoint_every": 16,
+            },
+            "fixed_capacity": {"learning_rate": 1e-4},
+            "dreaming": {
+                "steps": 2,
+                "tasks_per_step": 2,
+                "group_size": 4,
+                "max_tokens": 48,
+                "trial_probes": 4,
+            },
+            "evaluation": {"retention": 100, "texts": 10, "max_tokens": 24},
+            "baselines": [],
+            "resources": {"engine_memory_gb": 2.0, "micro_batch_tokens": 2048},
+        },
     ),
     Spec(
         name="minimind2-small",

@@ -42,6 +42,7 @@ class Manifest:
     transaction: str
     """The night that made it; committing the same transaction again changes nothing."""
     base_model: str
+    """What the first generation of its line was grown from: a model's name or path."""
     parent: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
@@ -128,6 +129,13 @@ class LineageStore:
     def get(self, generation: str) -> Manifest:
         """The manifest of a generation."""
         return self._manifest(self.resolve(generation))
+
+    def find(self, model: str) -> Manifest | None:
+        """The generation that a model's name means: HEAD, or four letters or more of its id."""
+        known = self.list()
+        if model == "HEAD" and known:
+            return self.get(model)
+        return next((m for m in known if len(model) >= 4 and m.id.startswith(model)), None)
 
     def path(self, generation: str) -> Path:
         """The checkpoint directory of a generation; not to be written to."""

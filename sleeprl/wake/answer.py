@@ -11,6 +11,7 @@ from sleeprl.chat import Chat
 from sleeprl.losses.imitation import normalise
 from sleeprl.models import find_model
 from sleeprl.prompts import with_experience
+from sleeprl.settings import available_cpus
 from sleeprl.trajectories.experience import experiences
 from sleeprl.trajectories.lake import Lake
 
@@ -50,10 +51,10 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
     for question in questions:
         near = choose(question, documents, length - reply, chat)
         prompts.append(chat.prompt(with_experience(near, question) if near else question))
-    ray.init(num_cpus=cfg.available_cpus(), include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=available_cpus(), include_dashboard=False, log_to_driver=False)
     fleet = None
     try:
-        options = EngineOptions(str(source), "float32", length, 1, 1.0, False, 0.4, 0)
+        options = EngineOptions.of(settings, str(source), "float32")
         fleet = Fleet.launch(1, options, cpus=1, gpus=0)
         sampling = [Sampling(reply, temperature=0.0)] * len(prompts)
         return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]

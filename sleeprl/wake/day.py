@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from sleeprl.config import NightConfig
 from sleeprl.evaluation.probes import Day, Probe, read_questions
+from sleeprl.lineage import LineageStore
+from sleeprl.settings import NightConfig
 from sleeprl.trajectories.experience import Experience, experiences
 from sleeprl.trajectories.lake import Lake
 from sleeprl.wake.record import record
@@ -20,10 +21,10 @@ def live(config: NightConfig, lake: Lake) -> Day:
     """Record the day into the lake and say what it was about.
 
     Without ``wake.inputs`` the day is made by the embedded world: fresh people by
-    seed, questions in held-out phrasings, retention over the old world. With
-    inputs, the documents are the user's, the questions come from
-    ``evaluation.questions``, and retention is asked later, on what the smaller self
-    says of itself.
+    seed, questions in held-out phrasings. The embedded model, which knows that world's
+    past, is asked about it too (two-hop, retention). Any other model's retention is
+    asked later, on what the smaller self says of itself. With inputs, the documents are
+    the user's, and the questions come from ``evaluation.questions``.
     """
     if config.wake.inputs:
         record(config.wake.inputs, lake)
@@ -31,6 +32,12 @@ def live(config: NightConfig, lake: Lake) -> Day:
         path = config.evaluation.questions
         return Day(documents, read_questions(Path(path)) if path else [])
     return _embedded_day(config, lake)
+
+
+def _is_native(config: NightConfig) -> bool:
+    """Whether the model is the embedded one or descends from it."""
+    manifest = LineageStore(config.generations).find(config.model.name)
+    return (manifest.base_model if manifest else config.model.name) == EMBEDDED
 
 
 def _embedded_day(config: NightConfig, lake: Lake) -> Day:
@@ -44,10 +51,14 @@ def _embedded_day(config: NightConfig, lake: Lake) -> Day:
     if fresh:
         lake.append(experience_batch(fresh), "experience")
     home = {name: d["text"] for d in documents for name in d["people"]}
+    native = _is_native(config)
+    kinds = ("recall", "two_hop") if native else ("recall",)
     probes = [
         Probe(q.text, q.answer, q.kind, home[q.person])
-        for q in world.questions(people, "heldout", per_attribute=2, seed=config.seed)
+        for q in world.questions(people, "heldout", kinds, per_attribute=2, seed=config.seed)
     ]
+    if not native:
+        return Day([d["text"] for d in documents], probes)
     rng = random.Random(f"retention-{config.seed}")
     old = world.questions(world.old_people(), "heldout", kinds=("recall",), seed=config.seed)
     # The document stands before an old question too, where the context is given: it must not confuse.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sleeprl.config import SelfStudyConfig
+from sleeprl.settings import SelfStudyConfig
 
 TEMPERATURE = SelfStudyConfig().temperature
 

@@ -1,0 +1,68 @@
+"""The benchmarks of the pipeline run, small, and write figures that hang together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def quick(name: str, output: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--output", output],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads((output / f"{name}.json").read_text())
+    assert found["command"] == f"python benchmarks/{name}.py"
+    assert found["cores"] >= 1 and found["environment"]["torch"]
+    return found
+
+
+@pytest.mark.slow
+def test_learner(tmp_path: Path) -> None:
+    (row,) = quick("learner", tmp_path)["rows"]
+    steps = row["one_rank"]
+    # It is the same training on both sides; that it moves shows that a step was taken.
+    assert steps["ours_loss"] == pytest.approx(steps["theirs_loss"], rel=1e-2)
+    assert len(set(steps["ours_loss"])) == row["pairs"]
+    assert (
+        row["speed_of_bare"]["low"] <= row["speed_of_bare"]["mean"] <= row["speed_of_bare"]["high"]
+    )
+
+
+@pytest.mark.slow
+def test_rollout(tmp_path: Path) -> None:
+    (row,) = quick("rollout", tmp_path)["rows"]
+    assert len(row["pairs"]) == 3
+    for pair in row["pairs"]:
+        assert pair["group"]["tokens"] > 0 and pair["same"] == 1.0
+        assert pair["group"]["cpu"] > 0 and pair["vllm"]["cpu"] > 0
+
+
+@pytest.mark.slow
+def test_grpo_vs_trl(tmp_path: Path) -> None:
+    found = quick("grpo_vs_trl", tmp_path)
+    (run,) = found["runs"]
+    assert len(run["sleeprl"]) == 3
+    assert all(0 < step["reward"] < 1 and step["cpu"] > 0 for step in run["sleeprl"])
+    assert found["figures"]["per_step_cpu"]["sleeprl"][0] > 0
+
+
+@pytest.mark.slow
+def test_overlap(tmp_path: Path) -> None:
+    (pair,) = quick("overlap", tmp_path)["pairs"]
+    assert pair["synchronous"]["staleness"] == 0.0 < pair["decoupled"]["staleness"]
+    for mode in pair.values():
+        assert all(0.0 <= share <= 1.0 for share in mode["idle_share"].values())
+        assert mode["idle"]["learner"]["data"] > 0
