@@ -13,21 +13,19 @@ Results go to ``benchmarks/results/night.json`` and ``night.svg``; tuning to
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student_t
 
 from sleeprl import config as cfg
 from sleeprl.actors.cluster import cluster
+from sleeprl.evaluation.statistics import interval, paired, trade_off
 from sleeprl.files import write_json_atomic
 from sleeprl.morning import environment
 from sleeprl.night import Night, phases, run_night
@@ -37,22 +35,12 @@ from sleeprl.run import Run
 RESULTS = Path(__file__).parent / "results"
 STATES = ("before", "before_with_context", "fine_tuned", "after")
 FIGURES = ("recall", "two_hop", "retention", "perplexity")
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 TUNING_SEEDS = (100, 101)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval; infinite for fewer than two values."""
-    if len(values) < 2:
-        return fmean(values), math.inf
-    half = student_t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return fmean(values), float(half)
-
-
-def trade_off(state: dict[str, Any], before: dict[str, Any]) -> float:
-    """Harmonic mean of recall and of retention as a share of what it was before, in [0, 1]."""
-    recall, kept = state["recall"], min(1.0, state["retention"] / before["retention"])
-    return 2 * recall * kept / (recall + kept) if recall + kept else 0.0
+def traded(state: dict[str, Any], before: dict[str, Any]) -> float:
+    return trade_off(state["recall"], state["retention"], before["retention"])
 
 
 def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict[str, Any]:
@@ -72,9 +60,8 @@ def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict
         }
         for state in STATES
     }
-    sleep = [trade_off(s["after"], s["before"]) for s in summaries]
-    tuned = [trade_off(s["fine_tuned"], s["before"]) for s in summaries]
-    pairs = [a - b for a, b in zip(sleep, tuned, strict=True)]
+    sleep = [traded(s["after"], s["before"]) for s in summaries]
+    tuned = [traded(s["fine_tuned"], s["before"]) for s in summaries]
     return {
         "command": "python benchmarks/night.py",
         "seeds": list(seeds),
@@ -82,7 +69,7 @@ def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict
         "trade_off": {
             "sleep": interval(sleep),
             "fine_tuned": interval(tuned),
-            "difference": interval(pairs),
+            "difference": paired(sleep, tuned),
         },
         "recall_of_with_context": interval(
             [s["after"]["recall"] / s["before_with_context"]["recall"] for s in summaries]
@@ -98,12 +85,9 @@ def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict
 
 
 def tune_baseline(
-    rates: Sequence[float], seeds: Sequence[int], words: Sequence[str]
+    rates: Sequence[float], seeds: Sequence[int], tokens: int, words: Sequence[str]
 ) -> dict[str, Any]:
-    """The trade-off of fine-tuning at each rate, on seeds that are not reported.
-
-    Trains on as many tokens as the last reported consolidation did.
-    """
+    """The trade-off of fine-tuning on ``tokens`` at each rate, on seeds that are not reported."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch:
         for seed in seeds:
@@ -114,31 +98,24 @@ def tune_baseline(
                 night = Night(Run(config, progress))
                 night.evening()
                 results = night.run.state["results"]
-                results["consolidation"] = {"tokens": _tokens()}
+                results["consolidation"] = {"tokens": tokens}
                 for rate in rates:
                     config.fixed_capacity.learning_rate = rate
                     figures = night.baseline("fine_tuning")["figures"]
                     before = results["before"]["before"]
                     rows.append({"seed": seed, "rate": rate, **figures, "before": before})
-                    rows[-1]["trade_off"] = trade_off(figures, before)
+                    rows[-1]["trade_off"] = traded(figures, before)
                 assert night.fleet is not None
                 night.fleet.shutdown()
     means = {rate: fmean(r["trade_off"] for r in rows if r["rate"] == rate) for rate in rates}
     best = max(means, key=means.__getitem__)
     return {
         "command": "python benchmarks/night.py --tune",
+        "tokens": tokens,
         "best": best,
         "means": means,
         "rows": rows,
     }
-
-
-def _tokens() -> int:
-    """What the last reported night trained on."""
-    path = RESULTS / "night.json"
-    if not path.is_file():
-        return 300_000
-    return int(json.loads(path.read_text())["nights"][-1]["trained_tokens"])
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -156,8 +133,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(state.replace("_", " "), *cells)
     console.print(table)
     for name in ("sleep", "fine_tuned", "difference"):
-        mean, half = result["trade_off"][name]
-        console.print(f"trade-off, {name.replace('_', ' ')}: {mean:.3f} ± {half:.3f}")
+        mean, half, *p = result["trade_off"][name]
+        test = f", paired t-test p = {p[0]:.2g}" if p else ""
+        console.print(f"trade-off, {name.replace('_', ' ')}: {mean:.3f} ± {half:.3f}{test}")
     mean, half = result["seconds"]
     console.print(f"seconds per night: {mean:.0f} ± {half:.0f}")
 
@@ -205,11 +183,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--tune", action="store_true", help="tune the baseline instead")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument(
+        "--tokens", type=int, default=230_000, help="what a tuned baseline trains on"
+    )
     arguments = parser.parse_args()
     console = Console()
     RESULTS.mkdir(exist_ok=True)
     if arguments.tune:
-        result = tune_baseline(arguments.rates, arguments.seeds or TUNING_SEEDS, arguments.words)
+        result = tune_baseline(
+            arguments.rates, arguments.seeds or TUNING_SEEDS, arguments.tokens, arguments.words
+        )
         write_json_atomic(RESULTS / "night-tuning.json", result)
         for rate, value in result["means"].items():
             console.print(f"rate {rate:g}: trade-off {value:.3f}")

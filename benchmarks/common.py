@@ -1,0 +1,66 @@
+"""What the benchmarks of the pipeline have in common: CPU time, ratios of pairs, where results go."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sleeprl.evaluation.statistics import interval
+from sleeprl.files import write_json_atomic
+from sleeprl.morning import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cpu_seconds(root: int | None, without: int | None = None) -> float:
+    """Of a process and all below it, but for those of another."""
+    seconds: dict[int, float] = {}
+    for process in _tree(root):
+        try:
+            seconds[process.pid] = sum(process.cpu_times()[:2])
+        except psutil.NoSuchProcess:
+            continue
+    for process in _tree(without) if without else ():
+        seconds.pop(process.pid, None)
+    return sum(seconds.values())
+
+
+def _tree(root: int | None) -> list[psutil.Process]:
+    process = psutil.Process(root)
+    return [process, *process.children(recursive=True)]
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Geometric mean of ours / theirs over the pairs, with its 95 % interval (t, on logarithms)."""
+    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+    mean, half = interval(list(map(math.log, pairs)))
+    low, high = (math.exp(mean - half), math.exp(mean + half)) if len(pairs) > 1 else (None, None)
+    return {"mean": math.exp(mean), "low": low, "high": high, "pairs": pairs}
+
+
+def told(found: dict[str, Any]) -> str:
+    """``0.98 (0.96 to 1.01)``."""
+    if found["low"] is None:
+        return f"{found['mean']:.2f}"
+    return f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """``--quick`` and ``--output``, and the docstring as help."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    parser.add_argument("--output", type=Path, help="directory of the JSON")
+    return parser
+
+
+def save(name: str, result: dict[str, Any], output: Path | None = None) -> None:
+    """``NAME.json`` in ``benchmarks/results``, or in ``output``, with machine and versions."""
+    whole = {"command": f"python benchmarks/{name}.py", **result, "environment": environment()}
+    write_json_atomic((output or RESULTS) / f"{name}.json", whole)

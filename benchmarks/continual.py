@@ -1,0 +1,441 @@
+"""Nights that follow each other: what each method learns, keeps and forgets.
+
+    python benchmarks/continual.py                    ten nights, every method, seeds 0 1 2
+    python benchmarks/continual.py --methods seeding replay --seeds 0
+    python benchmarks/continual.py --tune             learning rates, on a seed that is not reported
+    python benchmarks/continual.py --show             table and picture of what is there
+    python benchmarks/continual.py --nights 3         shorter, with the ablations
+
+A chain is one method over one seed's nights. Each night the model meets fresh people: it
+writes its self-study about them, learns from it by its method, on as many tokens as every
+other method, and is asked in the morning about all people so far and about the old world.
+All chains share their days, the self-study settings, the token budget and the grading;
+``in_context`` trains nothing and has the right document in its prompt.
+
+Each chain's figures are in ``benchmarks/results/continual/METHOD-SEED.json``, written after
+every night: a benchmark that was stopped goes on where it was, as long as ``--work`` is there.
+The loop that learns is that of a night's Ray Train job, run in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import shutil
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch.distributed as dist
+from continual_report import CHAINS, IN_CONTEXT, RESULTS, VARIANTS, draw, show, summarise
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from sleeprl import config as cfg
+from sleeprl.actors.cluster import cluster
+from sleeprl.actors.engine import EngineOptions
+from sleeprl.actors.fleet import Fleet
+from sleeprl.actors.learner import LearnerOptions
+from sleeprl.chat import Chat
+from sleeprl.consolidation.job import budgeted
+from sleeprl.consolidation.methods import METHODS, REPLAY
+from sleeprl.consolidation.self_study import rehearse, study
+from sleeprl.consolidation.worker import Job, learn
+from sleeprl.evaluation.figures import ask, perplexity
+from sleeprl.evaluation.probes import Probe, grade
+from sleeprl.evaluation.statistics import trade_off
+from sleeprl.files import atomic_directory, locked, write_json_atomic
+from sleeprl.ladder import new_slots, steps_of
+from sleeprl.memory.checkpoint import (
+    EXPERT,
+    WEIGHTS,
+    all_tensors,
+    mlp_tensors,
+    widen,
+)
+from sleeprl.memory.growth import update
+from sleeprl.memory.slots import Slots
+from sleeprl.memory.transfer import Transfer
+from sleeprl.models import find_model
+from sleeprl.morning import environment
+from sleeprl.settings import NightConfig
+from sleeprl.trajectories.lake import Lake
+from sleeprl.trajectories.schema import to_batch
+from sleeprl.worlds import people as world
+
+TUNING = RESULTS / "continual-tuning.json"
+NIGHTS, TUNING_NIGHTS, TUNING_SEED = 10, 2, 100
+PEOPLE = 6
+# A third of a night's people, and two thirds of its steps' texts: the old world is as large as
+# ever. A night takes one core about a minute and a half.
+SETTINGS = [
+    "self_study.replay=2400",
+    "self_study.probe_share=0.02",
+    "consolidation.steps=120",
+    "consolidation.batch_size=16",
+    "evaluation.retention=200",
+    "evaluation.texts=40",
+]
+TOKENS = 150_000
+"""What every method trains on in a night."""
+
+
+# --- the days -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Days:
+    """documents[n], probes[n]: of night n. old, texts: of the old world, for retention."""
+
+    documents: list[list[str]]
+    probes: list[list[Probe]]
+    old: list[Probe]
+    texts: list[str]
+
+
+def days(seed: int, nights: int, config: NightConfig) -> Days:
+    """The same for every method of a seed; nobody comes twice."""
+    everyone = world.fresh_people(seed, nights * PEOPLE)
+    documents, probes = [], []
+    for night in range(nights):
+        people = everyone[night * PEOPLE : (night + 1) * PEOPLE]
+        told = world.documents(people, seed * 1000 + night, config.wake.people_per_document)
+        home = {name: d["text"] for d in told for name in d["people"]}
+        asked = world.questions(people, "heldout", per_attribute=2, seed=seed * 1000 + night)
+        documents.append([d["text"] for d in told])
+        probes.append([Probe(q.text, q.answer, q.kind, home[q.person]) for q in asked])
+    old = world.questions(world.old_people(), "heldout", kinds=("recall",), seed=seed)
+    some = random.Random(f"old-{seed}").sample(old, min(config.evaluation.retention, len(old)))
+    known = [Probe(q.text, q.answer, "retention") for q in some]
+    texts = world.old_world_text(seed, "heldout", config.evaluation.texts)
+    return Days(documents, probes, known, texts)
+
+
+TOLD = {"tokens": "tokens", "steps": "step"}
+
+
+# --- a chain --------------------------------------------------------------------------
+
+
+class InProcess:
+    """Runs the consolidation's loop here: no checkpoints of it, and its last words."""
+
+    def __init__(self) -> None:
+        self.end: dict[str, Any] = {}
+
+    @contextmanager
+    def kept(self) -> Iterator[Path | None]:
+        yield None
+
+    def keep(self, step: int, directory: Path) -> None:
+        pass
+
+    def tell(self, record: dict[str, Any]) -> None:
+        self.end = record.get("end", self.end)
+
+
+@dataclass
+class Lab:
+    """What all chains of a process share. base: the embedded model with room for every night.
+    variant: what these settings are called, empty for the night's own."""
+
+    config: NightConfig
+    fleet: Fleet
+    base: Path
+    work: Path
+    console: Console
+    variant: str = ""
+
+    def __post_init__(self) -> None:
+        self.chat = Chat(self.base)
+
+
+def chain(lab: Lab, method: str, seed: int, nights: int, rate: float, place: Path) -> list[Any]:
+    """Live the nights that ``place`` does not tell of yet; returns the figures of all."""
+    record: dict[str, Any] = {
+        "method": lab.variant or method, "seed": seed, "rate": rate, "nights": [],
+    }  # fmt: skip
+    models = lab.work / place.stem
+    if place.is_file():
+        found = json.loads(place.read_text())
+        done = len(found["nights"])
+        if done >= nights or (found["rate"] == rate and (models / f"after-{done}").is_dir()):
+            record = found
+    lived = days(seed, nights, lab.config)
+    for night in range(len(record["nights"]), nights):
+        before, after = models / f"after-{night}", models / f"after-{night + 1}"
+        start = before if night and method != IN_CONTEXT else lab.base
+        lab.fleet.publish(all_tensors(start))
+        learnt: dict[str, Any] = {}
+        if method == IN_CONTEXT:
+            after.mkdir(parents=True, exist_ok=True)
+        else:
+            began = time.perf_counter()
+            learnt = learn_day(
+                lab, method, seed * 1000 + night, night, rate, lived.documents[night], start, after,
+            )  # fmt: skip
+            learnt |= {"seconds": time.perf_counter() - began, "parameters": parameters(after)}
+        seen = examine(lab, lived, night, with_context=method == IN_CONTEXT)
+        record["nights"].append({**seen, **learnt})
+        record["environment"] = environment()
+        write_json_atomic(place, record)
+        shutil.rmtree(before, ignore_errors=True)
+        told = f"recall so far {fmean(seen['recall']):.1%}, retention {seen['retention']:.1%}"
+        lab.console.print(f"{record['method']} seed {seed}, night {night + 1} of {nights}: {told}")
+    return record["nights"][:nights]
+
+
+def learn_day(
+    lab: Lab, method: str, seed: int, night: int, rate: float, documents: list[str],
+    before: Path, after: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """One night by one method. The engine holds ``before`` as this begins and ``after`` as it ends."""
+    config, chat = lab.config, lab.chat
+    longest = config.model.max_length
+    # What a method does not read need not be written.
+    wanted = config.self_study
+    if REPLAY not in METHODS[method].texts:
+        wanted = replace(wanted, replay=config.fixed_capacity.fisher_texts)
+    scratch = after.with_name("scratch")
+    shutil.rmtree(scratch, ignore_errors=True)
+    steps = transfers(config, before, night) if METHODS[method].grows else [None]
+    told = {"tokens": 0, "steps": 0}
+    for number, step in enumerate(steps):
+        if step is None or step.teacher_has_context:
+            written = study(lab.fleet, chat, documents, wanted, seed, longest, grown=night > 0)
+        else:
+            written = rehearse(lab.fleet, chat, wanted, seed + number, longest)
+        place = scratch / str(number)
+        Lake(place / "lake").append(to_batch(written.trajectories), "trajectories")
+        seeding = config.consolidation
+        job = Job(
+            method=method,
+            learner=LearnerOptions(
+                checkpoint=str(before.resolve()),
+                slot=step.slot if step else None,
+                held=step.reset if step else (),
+                dtype="float32",
+                seed=seed,
+                learning_rate=rate,
+                total_steps=seeding.steps,
+                warmup=seeding.warmup,
+                threads=config.resources.learner_cpus,
+                micro_batch_tokens=config.resources.micro_batch_tokens,
+                routed=step is not None and seeding.expert_gate > 0,
+            ),
+            config=seeding,
+            fixed=config.fixed_capacity,
+            seed=seed,
+            lake=str(place / "lake"),
+            output=str(place),
+            canary=chat.prompt(documents[0])[:64],
+            first_version=lab.fleet.version + 1,
+            passages=[chat.text(text)[:longest] for text in documents],
+        )
+        shell = InProcess()
+        learn(budgeted(job, TOKENS // len(steps)), lab.fleet.group.actors, shell)
+        gc.collect()
+        lab.fleet.version = shell.end["version"]
+        told = {name: told[name] + shell.end[key] for name, key in TOLD.items()}
+        target = after if number == len(steps) - 1 else place / "self"
+        with atomic_directory(target, overwrite=True) as directory:
+            if step is not None:
+                slots = Slots.load(before)
+                assert slots is not None
+                update(before, directory, slots, step, load_file(place / EXPERT))
+            else:
+                shutil.copytree(before, directory, dirs_exist_ok=True)
+                tensors = {**load_file(before / WEIGHTS), **load_file(place / WEIGHTS)}
+                save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        before = target
+    shutil.rmtree(scratch)
+    return told
+
+
+def transfers(config: NightConfig, before: Path, night: int) -> list[Transfer]:
+    """What the memory levels do in a night, counted from 0, that starts from ``before``."""
+    clock, slots = config.memory.clock(), Slots.load(before)
+    assert slots is not None
+    for _ in range(night):
+        clock.advance(1)
+    steps = steps_of(config, slots, clock.advance(1))
+    found = [step for step in steps if isinstance(step, Transfer)]
+    assert len(found) == len(steps), "no level of these chains is ever full"
+    return found
+
+
+def parameters(checkpoint: Path) -> int:
+    """Of the model and its filled slots; empty ones are zeros that wait."""
+    slots = Slots.load(checkpoint)
+    assert slots is not None
+    total = sum(tensor.numel() for tensor in load_file(checkpoint / WEIGHTS).values())
+    mlps = sum(tensor.numel() for _, tensor in mlp_tensors(checkpoint))
+    return total - mlps * (slots.count - len(slots.used)) * slots.width // slots.total_width
+
+
+def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[str, Any]:
+    """recall, two_hop: of every day so far, oldest first. reading: tonight's recall with the text
+    in the prompt, what the next night's teacher is worth. retention, perplexity: the old world."""
+    probes = [*lived.old]
+    for past in lived.probes[: night + 1]:
+        probes += past
+    answers = ask(
+        lab.fleet, lab.chat, probes, with_context=with_context,
+        max_tokens=lab.config.evaluation.max_tokens,
+    )  # fmt: skip
+    right = dict(zip(map(id, probes), grade(answers, probes), strict=True))
+
+    def share(kind: str, among: Sequence[Probe]) -> float:
+        return fmean(right[id(probe)] for probe in among if probe.kind == kind)
+
+    past, tonight = lived.probes[: night + 1], lived.probes[night]
+    read = ask(
+        lab.fleet, lab.chat, tonight, with_context=True,
+        max_tokens=lab.config.evaluation.max_tokens,
+    )  # fmt: skip
+    return {
+        "recall": [share("recall", day) for day in past],
+        "two_hop": [share("two_hop", day) for day in past],
+        "reading": fmean(grade(read, tonight)),
+        "retention": share("retention", lived.old),
+        "perplexity": perplexity(lab.fleet, lab.chat, lived.texts, lab.config.model.max_length - 1)[
+            0
+        ],
+    }
+
+
+# --- learning rates ---------------------------------------------------------------------
+
+
+def tune(lab: Lab, methods: Sequence[str]) -> None:
+    """For each method that trains: uphill from the default rate, three times up or down.
+
+    The score is the trade-off of recall and retention after two nights of an unreported seed.
+    Ablations of Sleep that grow as it does take its rate.
+    """
+    before = examine(lab, days(TUNING_SEED, 1, lab.config), 0, with_context=False)["retention"]
+    for method in methods:
+        if method == IN_CONTEXT or (METHODS[method].grows and method != "seeding"):
+            continue
+        known = json.loads(TUNING.read_text()) if TUNING.is_file() else {}
+        scores = {float(rate): score for rate, score in known.get(method, {}).items()}
+
+        def score(rate: float, method: str = method, scores: dict[float, float] = scores) -> float:
+            if rate not in scores:
+                place = lab.work / f"tune-{method}-{rate:g}.json"
+                end = chain(lab, method, TUNING_SEED, TUNING_NIGHTS, rate, place)[-1]
+                scores[rate] = trade_off(fmean(end["recall"]), end["retention"], before)
+                with locked(TUNING.with_suffix(".lock")):
+                    known = json.loads(TUNING.read_text()) if TUNING.is_file() else {}
+                    known[method] = {f"{each:g}": scores[each] for each in sorted(scores)}
+                    write_json_atomic(TUNING, known)
+            return scores[rate]
+
+        best = start_rate(lab.config, method)
+        for factor in (3.0, 1 / 3.0):
+            while score(rounded(best * factor)) > score(best):
+                best = rounded(best * factor)
+        lab.console.print(f"{method}: {best:g}, trade-off {scores[best]:.3f}")
+
+
+def rounded(rate: float) -> float:
+    return float(f"{rate:.2g}")
+
+
+def start_rate(config: NightConfig, method: str) -> float:
+    return METHODS[method].learning_rate(method, config.consolidation, config.fixed_capacity)
+
+
+def rate_of(config: NightConfig, method: str) -> float:
+    """The tuned rate, or the night's default where nothing was tuned."""
+    if method == IN_CONTEXT:
+        return 0.0
+    tuned = json.loads(TUNING.read_text()) if TUNING.is_file() else {}
+    scores = tuned.get("seeding" if METHODS[method].grows else method)
+    return float(max(scores, key=scores.get)) if scores else start_rate(config, method)
+
+
+# --- running it -----------------------------------------------------------------------------
+
+
+@contextmanager
+def laboratory(
+    words: Sequence[str], nights: int, work: Path, console: Console, variant: str = ""
+) -> Iterator[Lab]:
+    """Ray, one engine, and this process as the only rank of a learner."""
+    import deepspeed  # here, because it takes seconds and speaks
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    levels = f"memory.levels=[{{period: {nights}, slots: {nights}}}]"
+    even = nights + nights % 2  # a period of the slower level
+    sets = [word.format(nights=even) for word in VARIANTS[variant]] if variant else []
+    config = cfg.load(None, [levels, *SETTINGS, *sets, *words])
+    work.mkdir(parents=True, exist_ok=True)
+    base, empty = work / f"base{variant}", new_slots(config)
+    widen(find_model(config), base, empty.count, empty.width, "float32", empty.pools)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    with cluster(config.resources):
+        options = EngineOptions.of(config, str(base.resolve()), "float32")
+        resources = config.resources
+        fleet = Fleet.launch(1, options, resources.engine_cpus, 0, resources.engine)
+        try:
+            yield Lab(config, fleet, base, work, console, variant)
+        finally:
+            fleet.shutdown()
+    deepspeed.comm.destroy_process_group()  # torch's alone leaves DeepSpeed's group behind
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="key=value for every night")
+    everything = [IN_CONTEXT, *METHODS]
+    parser.add_argument("--methods", nargs="*", choices=everything, default=everything)
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--nights", type=int, default=NIGHTS)
+    parser.add_argument("--tune", action="store_true", help="tune the learning rates instead")
+    parser.add_argument("--show", action="store_true", help="only show what is there")
+    parser.add_argument("--work", type=Path, default=Path("runs/continual"))
+    arguments = parser.parse_args()
+    console, nights = Console(), arguments.nights
+    CHAINS.mkdir(parents=True, exist_ok=True)
+    for variant in [] if arguments.show else ["", *arguments.variants]:
+        methods = ["seeding"] if variant else arguments.methods
+        if not methods or (variant and arguments.tune):
+            continue
+        work = arguments.work / f"{nights}-nights"
+        with laboratory(arguments.words, nights, work, console, variant) as lab:
+            if arguments.tune:
+                tune(lab, methods)
+                return
+            for seed in arguments.seeds:
+                for method in methods:
+                    place = CHAINS / f"{variant or method}-{seed}.json"
+                    chain(lab, method, seed, nights, rate_of(lab.config, method), place)
+    result = summarise(nights)
+    if not result["methods"]:
+        console.print(f"no chain of {nights} nights is finished")
+        return
+    name = "continual" if nights == NIGHTS else f"continual-{nights}"
+    write_json_atomic(RESULTS / f"{name}.json", result)
+    draw(nights, RESULTS / f"{name}.svg")
+    show(result, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What came of the chains of ``continual.py``: table and picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sleeprl.consolidation.methods import METHODS
+from sleeprl.evaluation.statistics import interval, paired, trade_off
+
+RESULTS = Path(__file__).parent / "results"
+CHAINS = RESULTS / "continual"
+IN_CONTEXT = "in_context"
+
+VARIANTS = {
+    "gate": ("consolidation.expert_gate=1.0",),
+    "narrow": ("memory.width=16",),
+    "wide": ("memory.width=256",),
+    # Every second night what two slots hold is handed on to one slot, and both are reset.
+    "levels": ("memory.levels=[{{period: 2, slots: 2}}, {{period: {nights}, slots: {nights}}}]",),
+}
+"""Sleep with other settings, as chains beside the methods."""
+TITLES = {
+    IN_CONTEXT: "Text in the prompt",
+    "gate": "Sleep, gated experts",
+    "narrow": "Sleep, width 16",
+    "wide": "Sleep, width 256",
+    "levels": "Sleep, two levels, reset",
+}
+
+
+def chains(nights: int) -> dict[str, dict[int, list[Any]]]:
+    """The chains that are so long: method, seed, nights."""
+    found: dict[str, dict[int, list[Any]]] = {}
+    for path in sorted(CHAINS.glob("*.json")):
+        record = json.loads(path.read_text())
+        if len(record["nights"]) >= nights:
+            found.setdefault(record["method"], {})[record["seed"]] = record["nights"][:nights]
+    order = [IN_CONTEXT, *METHODS, *VARIANTS]
+    return {method: found[method] for method in order if method in found}
+
+
+def outcome(nights: list[Any], before: float) -> dict[str, float]:
+    """Of one chain, after the last night.
+
+    recall: mean over all days. learning: of each day on its own morning; held: what part of
+    that is left. backward_transfer: the same as a mean difference (Lopez-Paz & Ranzato,
+    1706.08840). trade_off: see statistics. tokens, seconds: of one night.
+    """
+    last = nights[-1]
+    fresh = [night["recall"][-1] for night in nights]
+    later = [now - then for now, then in zip(last["recall"][:-1], fresh[:-1], strict=True)]
+    return {
+        "recall": fmean(last["recall"]),
+        "two_hop": fmean(last["two_hop"]),
+        "learning": fmean(fresh),
+        "held": fmean(last["recall"]) / max(fmean(fresh), 1e-9),
+        "backward_transfer": fmean(later),
+        "retention": last["retention"],
+        "perplexity": last["perplexity"],
+        "trade_off": trade_off(fmean(last["recall"]), last["retention"], before),
+        **{name: fmean(night.get(name, 0) for night in nights) for name in ("tokens", "seconds")},
+        "parameters": last.get("parameters", 0),
+    }
+
+
+def summarise(nights: int) -> dict[str, Any]:
+    """Means and intervals of each method, and Sleep against it, paired by seed."""
+    found = chains(nights)
+    before = 1.0 if IN_CONTEXT not in found else max(
+        night["retention"] for lived in found[IN_CONTEXT].values() for night in lived
+    )  # fmt: skip
+    of = {m: {s: outcome(n, before) for s, n in seeds.items()} for m, seeds in found.items()}
+    sleep = of.get("seeding", {})
+    rows = {}
+    for method, seeds in of.items():
+        names = next(iter(seeds.values()))
+        row: dict[str, Any] = {
+            name: interval([figures[name] for figures in seeds.values()]) for name in names
+        }
+        both = sorted(set(seeds) & set(sleep))
+        if method != "seeding" and len(both) > 1:
+            ours = [sleep[seed]["trade_off"] for seed in both]
+            row["sleep_minus"] = paired(ours, [seeds[seed]["trade_off"] for seed in both])
+        rows[method] = {"seeds": sorted(seeds), **row}
+    return {"command": "python benchmarks/continual.py", "nights": nights, "methods": rows}
+
+
+def title(method: str) -> str:
+    return TITLES.get(method) or METHODS[method].title
+
+
+def percent(mean: float, half: float) -> str:
+    """One seed has no interval."""
+    return f"{100 * mean:.0f}" + (f" ± {100 * half:.0f}" if math.isfinite(half) else "")
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    columns = ("recall", "learning", "backward_transfer", "retention", "trade_off")
+    told = f"After {result['nights']} nights (%, mean ± 95 % over seeds)"
+    table = Table(title=told, box=None, padding=(0, 1, 0, 0))
+    headings = (
+        "method",
+        "n",
+        "recall",
+        "learnt",
+        "transfer",
+        "kept",
+        "trade-off",
+        "Sleep - it (p)",
+    )
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for method, row in result["methods"].items():
+        cells = [percent(*row[name]) for name in columns]
+        against = ""
+        if "sleep_minus" in row:
+            mean, _, p = row["sleep_minus"]
+            against = f"{100 * mean:+.0f} ({p:.2g})"
+        table.add_row(title(method), str(len(row["seeds"])), *cells, against)
+    console.print(table)
+
+
+def draw(nights: int, path: Path) -> None:
+    """Recall of everything met so far, and of the old world, night by night."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10.4, 4.4), sharex=True)
+    colours = plt.get_cmap("tab20").colors
+    for number, (method, seeds) in enumerate(chains(nights).items()):
+        strong = method == "seeding"
+        look = {
+            "color": "#009e73" if strong else colours[(2 * number + number // 10) % 20],
+            "linewidth": 2.6 if strong else 1.3,
+            "linestyle": ":" if method == IN_CONTEXT else "-",
+            "label": "Sleep" if strong else title(method),
+            "zorder": 3 if strong else 2,
+        }
+        recall = lambda night: fmean(night["recall"])  # noqa: E731
+        for axis, of in zip(axes, (recall, lambda night: night["retention"]), strict=True):
+            values = [[of(night) * 100 for night in lived] for lived in seeds.values()]
+            axis.plot(range(1, nights + 1), [fmean(at) for at in zip(*values, strict=True)], **look)
+    axes[0].set_ylabel("recall of everyone met so far (%)")
+    axes[1].set_ylabel("retention of the old world (%)")
+    for axis in axes:
+        axis.set_xlabel("night")
+        axis.set_xticks(range(1, nights + 1))
+        axis.set_ylim(-3, 103)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, metadata={"Date": None})

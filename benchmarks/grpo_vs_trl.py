@@ -1,0 +1,292 @@
+"""GRPO with sleepRL's parts against TRL's GRPOTrainer: seconds per step, and to a reward.
+
+    pip install --no-deps --target trl trl datasets pandas dill multiprocess xxhash httpx \\
+        httpcore h11 anyio fsspec
+    PYTHONPATH=trl python benchmarks/grpo_vs_trl.py         table, JSON (20 minutes)
+
+Both train all parameters of the embedded model in float32 on the same prompts in the same order,
+which are those of dreaming: to write a question and its answer about a document in sight. A
+step has 4 prompts with 8 answers each of at most 64 tokens, temperature 1, advantages scaled
+by group, a mean over the batch's tokens, no KL term, AdamW at the same constant rate, and one
+optimiser step per batch. The reward of an answer is the share of its tokens whose id is
+even, of which a model knows nothing before.
+
+    sleeprl   a ``Fleet`` of one vLLM engine, a ``Learner`` on ZeRO-3 in the driver, and
+              ``publish`` with its canary after each step; policies are never stale
+    trl       ``GRPOTrainer`` as it is on a machine without a GPU: answers by transformers'
+              ``generate`` with its KV cache, no gradient checkpointing
+
+Each run is a process of its own on one thread; runs of a seed are a pair, and who begins
+changes from seed to seed. Seconds are CPU seconds of a run's whole process tree from the
+second step on, so starting up is left out for both, and what else runs on the machine does
+not count; run it on one core (``taskset -c 1``), where these are the seconds one waits. Wall
+time is beside it. The time to the reward ends with the first step at which the mean reward of
+the last five has reached it. Wanted: at least 2 times faster. Without TRL the other column is
+empty. Results go to ``benchmarks/results/grpo_vs_trl.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common import cpu_seconds, ratio, save, told
+from rich.console import Console
+from rich.table import Table
+
+from sleeprl.models import EMBEDDED
+from sleeprl.prompts import STUDY_QA, with_experience
+from sleeprl.settings import available_cpus
+from sleeprl.worlds.people import documents, fresh_people
+
+PROMPTS, GROUP, MAX_TOKENS, RATE = 4, 8, 64, 1e-3
+REWARD, WINDOW = 0.8, 5
+
+
+def asked() -> list[str]:
+    """What dreaming asks: a question and its answer about a document of two people."""
+    found = documents(fresh_people(0, 120), 0, 2)
+    return [with_experience(document["text"], STUDY_QA) for document in found]
+
+
+def reward(token_ids: Sequence[int], end: int) -> float:
+    kept = [token for token in token_ids if token != end]
+    return fmean(token % 2 == 0 for token in kept) if kept else 0.0
+
+
+class Clock:
+    """One entry per step: its reward, and wall and CPU seconds since the step before it.
+
+    ``lap`` notes the wall seconds of a part of the step.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.last = time.monotonic(), cpu_seconds(None)
+        self.laps: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        self.laps[part] = time.monotonic() - self.last[0] - sum(self.laps.values())
+
+    def tick(self, rewarded: float) -> None:
+        now = time.monotonic(), cpu_seconds(None)
+        wall, cpu = (b - a for a, b in zip(self.last, now, strict=True))
+        self.steps.append({"reward": rewarded, "wall": wall, "cpu": cpu, **self.laps})
+        self.last, self.laps = now, {}
+
+
+def by_sleeprl(seed: int, steps: int) -> list[dict[str, float]]:
+    import torch.distributed as dist
+
+    from sleeprl.actors.batches import Row
+    from sleeprl.actors.cluster import cluster
+    from sleeprl.actors.engine import EngineOptions, Sampling
+    from sleeprl.actors.fleet import Fleet
+    from sleeprl.actors.learner import Learner, LearnerOptions
+    from sleeprl.actors.publish import publish
+    from sleeprl.chat import Chat
+    from sleeprl.losses.algorithms.base import Scores
+    from sleeprl.losses.algorithms.dapo import DAPO
+    from sleeprl.losses.streams import LossOptions, Part
+    from sleeprl.memory.checkpoint import widen
+    from sleeprl.settings import ResourcesConfig
+
+    with tempfile.TemporaryDirectory() as scratch, cluster(ResourcesConfig()):
+        widen(EMBEDDED, Path(scratch) / "model", 1, 64, "float32")
+        model = f"{scratch}/model"
+        options = EngineOptions(
+            model=model, dtype="float32", max_length=512, threads=1, memory_gb=1.0,
+            gpu=False, gpu_utilization=0.4, seed=seed,
+        )  # fmt: skip
+        fleet = Fleet.launch(1, options, cpus=0, gpus=0)
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=0, world_size=1)
+        # A cosine so long that the rate is constant.
+        learner = Learner(LearnerOptions(model, None, "float32", seed, RATE, total_steps=10**9))
+        chat, rng = Chat(model), random.Random(seed)
+        prompts = [chat.prompt(message) for message in asked()]
+        parts, loss, clock = (
+            {"grpo": Part(pg=1.0)},
+            LossOptions(policy=DAPO(skip_equal=False)),
+            Clock(),
+        )
+        for step in range(steps):
+            repeated = [
+                prompts[(step * PROMPTS + n // GROUP) % len(prompts)]
+                for n in range(PROMPTS * GROUP)
+            ]
+            sampling = [Sampling(MAX_TOKENS, 1.0, rng.randrange(2**31)) for _ in repeated]
+            answers = fleet.generate(repeated, sampling)
+            clock.lap("generate")
+            rewards = [reward(answer.token_ids, chat.end) for answer in answers]
+            groups = [str(n // GROUP) for n in range(len(repeated))]
+            lengths = [len(answer.token_ids) for answer in answers]
+            advantages = loss.policy.advantages(Scores(rewards, groups, lengths, MAX_TOKENS))
+            rows = [
+                Row(prompt, answer.token_ids, "grpo", None, advantage, answer.logprobs)
+                for prompt, answer, advantage in zip(repeated, answers, advantages, strict=True)
+            ]
+            learner.step(rows, parts, loss)
+            clock.lap("learn")
+            publish(learner, fleet, prompts[0])
+            clock.lap("publish")
+            clock.tick(fmean(rewards))
+        fleet.shutdown()
+        dist.destroy_process_group()
+        return clock.steps
+
+
+def by_trl(seed: int, steps: int) -> list[dict[str, float]]:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    rewards: list[float] = []
+
+    def rewarded(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        found = [reward(ids, tokenizer.eos_token_id) for ids in completion_ids]
+        rewards.append(fmean(found))
+        return found
+
+    clock = Clock()
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.tick(rewards[-1])
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32),
+            processing_class=tokenizer,
+            reward_funcs=rewarded,
+            train_dataset=Dataset.from_list(
+                [{"prompt": [{"role": "user", "content": message}]} for message in asked()]
+            ),
+            args=GRPOConfig(
+                output_dir=scratch, use_cpu=True, bf16=False, seed=seed, max_steps=steps,
+                per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
+                max_completion_length=MAX_TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=0.0,
+                learning_rate=RATE, lr_scheduler_type="constant", adam_beta2=0.99,
+                max_grad_norm=1.0, epsilon=0.2, epsilon_high=0.28, loss_type="dapo",
+                shuffle_dataset=False, gradient_checkpointing=False, report_to="none",
+                save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            ),
+            callbacks=[Ticks()],
+        )  # fmt: skip
+        trainer.train()
+    return clock.steps
+
+
+RUNS = {"sleeprl": by_sleeprl, "trl": by_trl}
+
+
+def in_fresh_process(name: str, seed: int, steps: int) -> list[dict[str, float]]:
+    words = [sys.executable, __file__, "--run", name, "--seed", str(seed), "--steps", str(steps)]
+    quiet = {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, env={**os.environ, **quiet}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name}, seed {seed}: {done.stderr[-3000:]}")
+    found: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def to_reward(steps: Sequence[dict[str, float]], clock: str) -> float | None:
+    """Seconds until the mean reward of ``WINDOW`` steps has reached ``REWARD``; None: it has not."""
+    for end in range(WINDOW, len(steps) + 1):
+        if fmean(step["reward"] for step in steps[end - WINDOW : end]) >= REWARD:
+            return sum(step[clock] for step in steps[1:end])
+    return None
+
+
+def figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per clock: seconds per step and to the reward of each run, and TRL's over ours."""
+    made: dict[str, Any] = {}
+    for clock in ("cpu", "wall"):
+        for what, of in (
+            ("per_step", lambda steps, c=clock: fmean(step[c] for step in steps[1:])),
+            ("to_reward", lambda steps, c=clock: to_reward(steps, c)),
+        ):
+            found = {
+                name: [of(run[name]) for run in runs]
+                for name in RUNS
+                if all(name in r for r in runs)
+            }
+            compared = len(found) == 2 and all(None not in each for each in found.values())
+            times = ratio(found["trl"], found["sleeprl"]) if compared else None
+            made[f"{what}_{clock}"] = {**found, "times_faster": times}
+    return made
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    table = Table(title="GRPO, seconds (mean over the seeds; 95 % intervals)")
+    for heading in ("", "sleeprl", "trl", "times faster"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for what, row in found.items():
+        cells = [
+            f"{fmean(row[name]):.2f}" if row.get(name) and None not in row[name] else "-"
+            for name in RUNS
+        ]
+        faster = row["times_faster"]
+        table.add_row(what.replace("_", " "), *cells, told(faster) if faster else "-")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps")
+    parser.add_argument("--output", type=Path, help="directory of the JSON")
+    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=30)
+    given = parser.parse_args()
+    if given.run:
+        warnings.filterwarnings("ignore")
+        print(json.dumps(RUNS[given.run](given.seed, given.steps)))
+        return
+    console = Console()
+    try:
+        names, trl = list(RUNS), version("trl")
+    except PackageNotFoundError:
+        names, trl = ["sleeprl"], None
+        console.print("TRL is not installed and is left out; see --help for how to get it")
+    steps = 3 if given.quick else given.steps
+    runs = []
+    for seed in range(1 if given.quick else 3):
+        turn = names[:: (-1) ** seed]
+        runs.append({name: in_fresh_process(name, seed, steps) for name in turn})
+        console.print(f"seed {seed}", figures(runs)["per_step_cpu"])
+    found = figures(runs)
+    show(found, console)
+    settings = {
+        "prompts": PROMPTS, "group": GROUP, "max_tokens": MAX_TOKENS, "rate": RATE,
+        "reward": REWARD, "window": WINDOW, "steps": steps,
+    }  # fmt: skip
+    result = {
+        "settings": settings,
+        "figures": found,
+        "runs": runs,
+        "trl": trl,
+        "cores": available_cpus(),
+    }
+    save("grpo_vs_trl", result, given.output)
+
+
+if __name__ == "__main__":
+    main()

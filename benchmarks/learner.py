@@ -1,0 +1,295 @@
+"""Tokens per second of the learner against a bare PyTorch loop, and what a second rank costs.
+
+    python benchmarks/learner.py                    table, JSON (5 GB of memory; 20 minutes)
+    python benchmarks/learner.py --quick            the embedded model alone, few steps
+
+The bare loop is what one would write without a framework: the model from transformers,
+``zero_grad``, forward, loss, ``backward``, ``clip_grad_norm_``, AdamW. Both train the same
+parameters in the same number format with the same loss function (GRPO's policy gradient) on
+the same padded batches; that the losses of both stay together over all steps is checked. Each
+row has a prompt of its own: what the learner saves on shared ones is in ``grpo_vs_trl.py``.
+
+    one rank   ``Learner`` on DeepSpeed ZeRO-3 beside the bare loop, a process each with one
+               thread, which take turns step by step. A pair is two steps in a row; compared is
+               their CPU time, so that what else runs on the machine does not count. Wanted on
+               the 135 M model: at least 0.95 of the bare loop's tokens per second.
+    two ranks  two processes with one thread on a core of their own, against one rank with the
+               whole batch, turn by turn, in wall time; 1.0 is twice as fast as one rank. Wants
+               two idle cores, and is left out where there is one.
+
+135 M is SmolLM2-135M (``sleeprl models``), fetched the first time. ``all`` trains every
+parameter but tied embeddings, ``expert`` a newborn expert of width 64. Results go to
+``benchmarks/results/learner.json``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from common import arguments, ratio, save, told
+from rich.console import Console
+from rich.table import Table
+
+from sleeprl.actors.batches import Row, inputs, window
+from sleeprl.actors.learner import Learner, LearnerOptions
+from sleeprl.actors.response import ResponseModel
+from sleeprl.catalogue import CATALOGUE, fetch
+from sleeprl.losses.streams import LossOptions, Part, chunked_stream_loss, token_counts
+from sleeprl.memory.checkpoint import widen
+from sleeprl.memory.growth import growth_of
+from sleeprl.memory.slots import Slots
+from sleeprl.models import EMBEDDED
+from sleeprl.settings import available_cpus
+
+PARTS = {"dream": Part(pg=1.0)}
+LOSS = LossOptions()
+PROMPT, RESPONSE = 32, 64
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table."""
+
+    model: str
+    trained: str
+    rows: int
+    pairs: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * (PROMPT + RESPONSE)
+
+
+FULL = (
+    Setting("embedded", "all", 64, 10),
+    Setting("smollm2-135m", "all", 16, 4),
+    Setting("smollm2-135m", "expert", 16, 4),
+)
+QUICK = (Setting("embedded", "all", 8, 3),)
+
+
+def batch(setting: Setting, vocabulary: int) -> list[Row]:
+    """Random rows of one length: no padding, so a token is a token for everybody."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    return [
+        Row(draw(PROMPT), draw(RESPONSE), "dream", None, (-1.0) ** n, [-8.0] * RESPONSE)
+        for n in range(setting.rows)
+    ]
+
+
+def options(checkpoint: str, setting: Setting) -> LearnerOptions:
+    slot = None if setting.trained == "all" else 0
+    return LearnerOptions(checkpoint, slot, "float32", 0, 1e-4, total_steps=10**9)
+
+
+class Bare:
+    """The loop without a framework."""
+
+    def __init__(self, options: LearnerOptions) -> None:
+        directory = Path(options.checkpoint)
+        slots = Slots.load(directory)
+        assert slots is not None
+        growth = growth_of(slots)
+        model: Any = growth.load(directory, slots, getattr(torch, options.dtype))
+        if options.slot is None:
+            if model.config.tie_word_embeddings:
+                model.model.embed_tokens.weight.requires_grad_(False)
+            self.trained = [p for p in model.parameters() if p.requires_grad]
+        else:
+            self.trained = growth.grow(model, slots.width, options.seed, options.slot)
+        self.model = ResponseModel(model)
+        self.options = options
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+
+    def step(self, rows: Sequence[Row]) -> float:
+        device = torch.device("cpu")
+        counts_P3 = token_counts(PARTS, ["dream"] * len(rows), [RESPONSE] * len(rows))
+        within = partial(
+            chunked_stream_loss,
+            window=window(rows, device),
+            parts=PARTS,
+            counts_P3=counts_P3,
+            options=LOSS,
+        )
+        loss, _ = self.model(*inputs([row.prompt_ids for row in rows], rows, device), within)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, self.options.grad_clip)
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+class Zero:
+    """A rank of the real thing."""
+
+    def __init__(self, options: LearnerOptions) -> None:
+        self.learner = Learner(options)
+
+    def step(self, rows: Sequence[Row]) -> float:
+        return self.learner.step(rows, PARTS, LOSS)["loss"]
+
+
+def serve(
+    pipe: Any, kind: type[Bare | Zero], made: LearnerOptions, rows: Sequence[Row],
+    address: str, rank: int, world: int, core: int | None,
+) -> None:  # fmt: skip
+    """A process that does one step for each word it gets, and tells wall and CPU seconds and loss."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    contestant = kind(made)
+    pipe.send("ready")
+    while pipe.recv():
+        wall, cpu = time.monotonic(), time.process_time()
+        loss = contestant.step(rows)
+        pipe.send((time.monotonic() - wall, time.process_time() - cpu, loss))
+
+
+class Team:
+    """The processes of one contestant, which step together."""
+
+    def __init__(
+        self, kind: type[Bare | Zero], made: LearnerOptions, rows: Sequence[Row],
+        cores: Sequence[int | None] = (None,),
+    ) -> None:  # fmt: skip
+        spawn = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        pairs = [spawn.Pipe() for _ in cores]
+        self.pipes = [ours for ours, _ in pairs]
+        self.processes = [
+            spawn.Process(
+                target=serve,
+                args=(theirs, kind, made, rows, address, rank, len(cores), core),
+                daemon=True,
+            )
+            for rank, (core, (_, theirs)) in enumerate(zip(cores, pairs, strict=True))
+        ]
+        for process in self.processes:
+            process.start()
+        for _, theirs in pairs:
+            theirs.close()  # so that a process that dies is heard of
+        assert all(pipe.recv() == "ready" for pipe in self.pipes)
+
+    def step(self) -> tuple[float, float, float]:
+        """Wall seconds, CPU seconds of all processes, loss."""
+        for pipe in self.pipes:
+            pipe.send(True)
+        try:
+            wall, cpu, loss = zip(*(pipe.recv() for pipe in self.pipes), strict=True)
+        except EOFError:
+            self.processes[0].join(5)
+            codes = [process.exitcode for process in self.processes]
+            raise RuntimeError(f"a process ended; exit codes: {codes}") from None
+        return max(wall), sum(cpu), loss[0]
+
+    def end(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(False)
+        for process in self.processes:
+            process.join()
+
+
+def compare(ours: Team, theirs: Team, pairs: int) -> dict[str, list[float]]:
+    """Steps in turn, of which the first of each is not counted; who begins changes each time."""
+    found: dict[str, list[float]] = {
+        f"{who}_{what}": [] for who in ("ours", "theirs") for what in ("wall", "cpu", "loss")
+    }
+    for number in range(pairs + 1):
+        turn = [("ours", ours), ("theirs", theirs)]
+        for who, team in turn[:: (-1) ** number]:
+            for what, value in zip(("wall", "cpu", "loss"), team.step(), strict=True):
+                if number:
+                    found[f"{who}_{what}"].append(value)
+    for one, other in zip(found["ours_loss"], found["theirs_loss"], strict=True):
+        if not math.isclose(one, other, rel_tol=0.05, abs_tol=0.02):
+            raise RuntimeError(f"the two do not compute the same: losses {one} and {other}")
+    return found
+
+
+def measure(setting: Setting, checkpoint: str, cores: Sequence[int]) -> dict[str, Any]:
+    import json
+
+    vocabulary = json.loads((Path(checkpoint) / "config.json").read_text())["vocab_size"]
+    rows, made = batch(setting, vocabulary), options(checkpoint, setting)
+    learner, bare = Team(Zero, made, rows), Team(Bare, made, rows)
+    steps = compare(learner, bare, setting.pairs)
+    bare.end()
+    learner.end()
+    result: dict[str, Any] = {
+        **vars(setting),
+        "tokens_per_step": setting.tokens,
+        "one_rank": steps,
+        "speed_of_bare": ratio(steps["theirs_cpu"], steps["ours_cpu"]),
+        "speed_of_bare_wall": ratio(steps["theirs_wall"], steps["ours_wall"]),
+    }
+    if len(cores) > 1:
+        one, two = Team(Zero, made, rows, cores[:1]), Team(Zero, made, rows, cores[:2])
+        steps = compare(two, one, setting.pairs)
+        one.end()
+        two.end()
+        halves = [seconds / 2 for seconds in steps["theirs_wall"]]
+        result |= {"two_ranks": steps, "efficiency": ratio(halves, steps["ours_wall"])}
+    return result
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table(title="The learner against a bare loop (95 % intervals)")
+    for heading in ("model", "trained", "tokens/step", "bare tok/s", "ours tok/s"):
+        table.add_column(heading, justify="right" if "tok" in heading else "left")
+    table.add_column("of bare", justify="right")
+    table.add_column("two ranks, of ideal", justify="right")
+    for row in rows:
+        speeds = [
+            row["tokens_per_step"] * len(spent) / sum(spent)
+            for spent in (row["one_rank"]["theirs_cpu"], row["one_rank"]["ours_cpu"])
+        ]
+        table.add_row(
+            row["model"], row["trained"], f"{row['tokens_per_step']:,}",
+            *(f"{speed:,.0f}" for speed in speeds), told(row["speed_of_bare"]),
+            told(row["efficiency"]) if "efficiency" in row else "",
+        )  # fmt: skip
+    console.print(table)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    given = parser.parse_args()
+    console, rows = Console(), []
+    cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch:
+        for setting in QUICK if given.quick else FULL:
+            embedded = setting.model == "embedded"
+            source = EMBEDDED if embedded else fetch(CATALOGUE[setting.model], console)
+            wide = Path(scratch) / setting.model
+            if not wide.exists():
+                widen(source, wide, 1, 64, "float32")
+            rows.append(measure(setting, str(wide), cores))
+            console.print(rows[-1]["model"], rows[-1]["trained"], told(rows[-1]["speed_of_bare"]))
+    show(rows, console)
+    save("learner", {"rows": rows, "cores": available_cpus()}, given.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Idle time of dreaming's actors, decoupled against synchronous, with a core for each side.
+
+    python benchmarks/overlap.py                    table, JSON (two idle cores; 10 minutes)
+    python benchmarks/overlap.py --quick            one pair of few updates, wherever it runs
+
+The real pipeline on the embedded model: vLLM writes dreams, the scorer tries them, the ZeRO-3
+learner steps and publishes, 16 updates. It runs with ``staleness=0``, where engine and learner
+take turns, and with ``staleness=1``, where the next dreams are written while the learner
+learns from the last; the same tasks and seeds, one right after the other, and who begins
+changes from pair to pair. The engine has the first core, with the scorer and the rewards, which
+are on its side of the queue; the learner has the second.
+
+    idle      share of the phase's wall time in which an actor had nothing to do, and for what
+              it waited: ``Waits.idle()``, what a night's report shows
+    speed     updates per second, decoupled over synchronous, with its 95 % interval
+
+What can be gained is bounded: at most the shorter of the two sides' time per update. Starting
+up and a first batch of the engine are not in it. Results go to ``benchmarks/results/overlap.json``.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import psutil
+import torch
+from common import arguments, ratio, save, told
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from sleeprl import config as cfg
+from sleeprl.actors.cluster import cluster
+from sleeprl.actors.engine import EngineOptions, Sampling
+from sleeprl.actors.fleet import Fleet
+from sleeprl.actors.group import ActorGroup
+from sleeprl.actors.learner import LearnerOptions
+from sleeprl.chat import Chat
+from sleeprl.consolidation.self_study import Pair
+from sleeprl.dreaming import phase
+from sleeprl.dreaming.position import Position
+from sleeprl.evaluation.statistics import interval
+from sleeprl.memory.checkpoint import EXPERT, expert_tensors, widen
+from sleeprl.memory.experts import grow, load_training_form
+from sleeprl.models import EMBEDDED
+from sleeprl.settings import NightConfig, available_cpus
+from sleeprl.trajectories.lake import Lake
+from sleeprl.trajectories.schema import Trajectory, to_batch
+from sleeprl.worlds.people import documents, fresh_people, questions
+
+ACTORS = ("engine", "scorer", "learner")
+SLOT_SEED = 7
+
+
+def prepare(place: Path) -> None:
+    """The embedded model with a newborn expert, and a lake with something to hold on to."""
+    slots = widen(EMBEDDED, place / "model", 1, 64, "float32")
+    model = load_training_form(place / "model", slots, torch.float32)
+    grow(model, slots.width, SLOT_SEED, 0)
+    named = expert_tensors({n: p.detach() for n, p in model.named_parameters()})
+    (place / "born").mkdir()
+    save_file({n: t.contiguous() for n, t in named.items()}, place / "born" / EXPERT)
+    chat = Chat(place / "model")
+    replay = []
+    for number, question in enumerate(questions(fresh_people(1, 20))):
+        response = chat.response(question.answer)
+        replay.append(
+            Trajectory(
+                uid=f"replay-{number}", task_id="answer", attempt=number, purpose="replay",
+                prompt_ids=chat.prompt(question.text), response_ids=response,
+                logprobs=[-1.0] * len(response), versions=[0] * len(response),
+                finish_reason="stop",
+            )
+        )  # fmt: skip
+    Lake(place / "lake").append(to_batch(replay), "trajectories")
+
+
+def pin(pids: Collection[int], core: int) -> None:
+    """Every thread of these processes and of those below them."""
+    for pid in pids:
+        process = psutil.Process(pid)
+        for each in [process, *process.children(recursive=True)]:
+            for thread in each.threads():
+                os.sched_setaffinity(thread.id, {core})
+
+
+def dream(
+    config: NightConfig, fleet: Fleet, place: Path, run_dir: Path, cores: Sequence[int]
+) -> dict[str, Any]:
+    """One phase of dreaming on fresh learners: seconds, and idle seconds of each actor by kind."""
+    people = fresh_people(0, 20)
+    told = documents(people, 0, 2)
+    home = {name: number for number, each in enumerate(told) for name in each["people"]}
+    probes = [Pair(home[q.person], q.text, q.answer) for q in questions(people)]
+    tasks = phase.make_tasks([each["text"] for each in told], probes, config.seed)
+    dreaming, chat = config.dreaming, Chat(place / "model")
+    options = LearnerOptions(
+        str(place / "model"), 0, "float32", SLOT_SEED, dreaming.learning_rate, dreaming.steps
+    )
+    canary = chat.prompt(told[0]["text"])
+    job = phase.learner_job(config, options, place / "born", place, canary, fleet.version + 1)
+    engines = phase.with_room(fleet.group.actors, dreaming)
+    actors = phase.launch(config, job, engines.actors, tasks)
+    try:
+        position = Position.load(run_dir, job.first_version)
+        actors.start(position)
+        beside: list[ActorGroup] = [actors.scorers, actors.rewards, actors.curriculum]
+        pin([pid for group in beside for pid in group.call("pid")], cores[0])
+        pin(actors.learners.call("pid"), cores[-1])
+        pipeline = phase.assemble(config, actors, engines, tasks, chat, position, print)
+        steps: list[dict[str, float]] = []
+        began = time.monotonic()
+        pipeline.run(lambda _, metrics: steps.append(metrics))
+        seconds = time.monotonic() - began
+        fleet.version += dreaming.steps + 1
+    finally:
+        actors.kill()
+    idle = pipeline.waits.idle()
+    return {
+        "seconds": seconds,
+        "idle": {name: idle.get(name, {}) for name in ACTORS},
+        "idle_share": {name: sum(idle.get(name, {}).values()) / seconds for name in ACTORS},
+        "staleness": fmean(metrics["staleness"] for metrics in steps),
+    }
+
+
+def measure(
+    updates: int, pairs: int, cores: Sequence[int], console: Console
+) -> list[dict[str, Any]]:
+    """One entry per pair: ``synchronous`` and ``decoupled``."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch:
+        place = Path(scratch)
+        prepare(place)
+        words = [f"dreaming.steps={updates}", f"runs={place}", f"resources.cpus={2}"]
+        with cluster(cfg.load(None, words).resources):
+            options = EngineOptions(
+                model=str(place / "model"), dtype="float32", max_length=512, threads=1,
+                memory_gb=1.0, gpu=False, gpu_utilization=0.4, seed=0,
+            )  # fmt: skip
+            fleet = Fleet.launch(1, options, cpus=1, gpus=0)
+            pin(fleet.group.call("pid"), cores[0])
+            fleet.generate([[5, 6, 7]] * 24, [Sampling(64)] * 24)  # the first batch is slow
+            for number in range(pairs):
+                pair = {}
+                for staleness in (0, 1)[:: (-1) ** number]:
+                    config = cfg.load(
+                        None, [*words, f"dreaming.staleness={staleness}", f"seed={number}"]
+                    )
+                    name = "decoupled" if staleness else "synchronous"
+                    run_dir = place / f"{name}-{number}"
+                    pair[name] = dream(config, fleet, place, run_dir, cores)
+                    console.print(number, name, pair[name])
+                found.append(pair)
+            fleet.shutdown()
+    return found
+
+
+def show(pairs: Sequence[dict[str, Any]], speed: dict[str, Any], console: Console) -> None:
+    table = Table(title="Idle share of each actor (mean over the pairs, half-width of 95 %)")
+    table.add_column("")
+    for name in ACTORS:
+        table.add_column(name, justify="right")
+    table.add_column("seconds", justify="right")
+    for mode in ("synchronous", "decoupled"):
+        cells = []
+        for name in ACTORS:
+            mean, half = interval([pair[mode]["idle_share"][name] for pair in pairs])
+            cells.append(f"{mean:.0%}" + (f" ± {half:.0%}" if len(pairs) > 1 else ""))
+        table.add_row(mode, *cells, f"{fmean(pair[mode]['seconds'] for pair in pairs):.1f}")
+    console.print(table)
+    console.print(f"speed, decoupled over synchronous: {told(speed)}")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    given = parser.parse_args()
+    console, cores = Console(), sorted(os.sched_getaffinity(0))
+    if len(cores) < 2 and not given.quick:
+        parser.error("engine and learner need a core each; this process has one")
+    updates, count = (3, 1) if given.quick else (16, 5)
+    pairs = measure(updates, count, cores, console)
+    seconds = {mode: [pair[mode]["seconds"] for pair in pairs] for mode in pairs[0]}
+    speed = ratio(seconds["synchronous"], seconds["decoupled"])
+    show(pairs, speed, console)
+    result = {"updates": updates, "pairs": pairs, "speed": speed, "cores": available_cpus()}
+    save("overlap", result, given.output)
+
+
+if __name__ == "__main__":
+    main()

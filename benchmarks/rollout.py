@@ -1,0 +1,223 @@
+"""Tokens per second through the actor group against vLLM alone, on the same requests.
+
+    python benchmarks/rollout.py                    table, JSON (3 GB of memory; 10 minutes)
+    python benchmarks/rollout.py --quick            the small model alone, few requests
+
+    group    a ``Fleet`` of one ``VLLMEngine`` actor, which is what a night uses: from prompts
+             to completions in the caller's process, with the log-probability and the policy
+             version of every token
+    vllm     the ``AsyncLLM`` that a ``VLLMEngine`` makes (so its arguments are the same), in a
+             process of its own, and a loop over what it yields: no Ray, no version, and of the
+             outputs nothing is made but token ids
+
+Each batch has prompts of 16 to 63 random tokens that nobody has seen before, and a seed for
+each. The models have random weights, in the shapes of the embedded model and of
+SmolLM2-135M: speed does not depend on the values, and such a model hardly ever ends a text
+before ``max_tokens``. Both engines stand side by side, one thread each, and take turns batch
+by batch; two batches in a row are a pair. Compared are tokens per CPU second of all processes
+of a side, the group's with all of Ray; with one core for all, which is how this is best run
+(``taskset -c 1``), that is the speed on a machine where nothing else runs. Wall time is beside
+it. Wanted: at least 0.95. Results go to ``benchmarks/results/rollout.json``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from common import arguments, cpu_seconds, ratio, save, told
+from rich.console import Console
+from rich.table import Table
+
+from sleeprl.actors.cluster import cluster
+from sleeprl.actors.engine import EngineOptions, Sampling
+from sleeprl.actors.fleet import Fleet
+from sleeprl.actors.vllm_engine import VLLMEngine
+from sleeprl.models import EMBEDDED
+from sleeprl.settings import ResourcesConfig, available_cpus
+
+Batch = tuple[list[list[int]], list[Sampling]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table."""
+
+    model: str
+    dtype: str
+    requests: int
+    max_tokens: int
+    pairs: int
+
+
+FULL = (
+    Setting("embedded", "float32", 64, 64, 20),
+    Setting("smollm2-135m", "bfloat16", 32, 64, 6),
+)
+QUICK = (Setting("embedded", "float32", 8, 16, 3),)
+
+
+def make_model(name: str, directory: Path) -> None:
+    """Random weights in the shape of ``name``, with a tokenizer that nobody uses."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(EMBEDDED)
+    if name == "smollm2-135m":
+        config = LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+            max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(directory)
+
+
+def draw(setting: Setting, number: int) -> Batch:
+    """The requests of batch ``number``."""
+    rng = random.Random(f"batch-{number}")
+    prompts = [
+        [rng.randrange(3, 3000) for _ in range(rng.randrange(16, 64))]
+        for _ in range(setting.requests)
+    ]
+    return prompts, [
+        Sampling(setting.max_tokens, 1.0, rng.randrange(2**31)) for _ in range(setting.requests)
+    ]
+
+
+def serve(pipe: Any, options: EngineOptions) -> None:
+    """vLLM alone: answers each batch with the tokens of its requests."""
+
+    async def one(llm: Any, prompt: list[int], sampling: Sampling) -> list[int]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        tokens: list[int] = []
+        text = TokensPrompt(prompt_token_ids=prompt)
+        async for output in llm.generate(text, parameters, request_id=uuid.uuid4().hex):
+            tokens = list(output.outputs[0].token_ids)
+        return tokens
+
+    async def serving() -> None:
+        engine = VLLMEngine("alone", options)
+        await engine.start()
+        pipe.send("ready")
+        while batch := await asyncio.to_thread(pipe.recv):
+            pipe.send(await asyncio.gather(*(one(engine.llm, *each) for each in zip(*batch))))
+        await engine.shutdown()
+
+    asyncio.run(serving())
+
+
+def timed(
+    work: Callable[[], Sequence[Sequence[int]]], spent: Callable[[], float]
+) -> dict[str, Any]:
+    wall, cpu = time.monotonic(), spent()
+    written = work()
+    return {
+        "wall": time.monotonic() - wall,
+        "cpu": spent() - cpu,
+        "tokens": sum(map(len, written)),
+        "written": written,
+    }
+
+
+def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
+    options = EngineOptions(
+        model=str(checkpoint), dtype=setting.dtype, max_length=512, threads=1, memory_gb=1.0,
+        gpu=False, gpu_utilization=0.4, seed=0,
+    )  # fmt: skip
+    ours, theirs = get_context("spawn").Pipe()
+    alone = get_context("spawn").Process(target=serve, args=(theirs, options))
+    alone.start()
+    theirs.close()  # so that we hear if it dies
+    fleet = Fleet.launch(1, options, cpus=0, gpus=0)
+    assert ours.recv() == "ready"
+
+    def by_group(batch: Batch) -> list[list[int]]:
+        return [completion.token_ids for completion in fleet.generate(*batch)]
+
+    def by_vllm(batch: Batch) -> list[list[int]]:
+        ours.send(batch)
+        answer: list[list[int]] = ours.recv()
+        return answer
+
+    pairs = []
+    for number in range(setting.pairs + 1):  # the first warms up
+        batch = draw(setting, number)
+        turns: list[tuple[str, Callable[[], Any], Callable[[], float]]] = [
+            ("group", lambda b=batch: by_group(b), lambda: cpu_seconds(None, alone.pid)),
+            ("vllm", lambda b=batch: by_vllm(b), lambda: cpu_seconds(alone.pid)),
+        ]
+        pair = {name: timed(work, spent) for name, work, spent in turns[:: (-1) ** number]}
+        same = [a == b for a, b in zip(*(side.pop("written") for side in pair.values()))]
+        if number:
+            pairs.append({**pair, "same": sum(same) / len(same)})
+    ours.send(None)
+    alone.join()
+    fleet.shutdown()
+
+    def speeds(side: str, clock: str) -> list[float]:
+        return [pair[side]["tokens"] / pair[side][clock] for pair in pairs]
+
+    return {
+        **vars(setting),
+        "of_vllm": ratio(speeds("group", "cpu"), speeds("vllm", "cpu")),
+        "of_vllm_wall": ratio(speeds("group", "wall"), speeds("vllm", "wall")),
+        "pairs": pairs,
+    }
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table(title="The actor group against vLLM alone (95 % intervals)")
+    table.add_column("model")
+    for heading in ("requests", "vllm tok/s", "group tok/s", "of vllm", "by wall time"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        speeds = [
+            sum(pair[side]["tokens"] for pair in row["pairs"])
+            / sum(pair[side]["cpu"] for pair in row["pairs"])
+            for side in ("vllm", "group")
+        ]
+        table.add_row(
+            f"{row['model']}, {row['dtype']}", str(row["requests"]),
+            *(f"{speed:,.0f}" for speed in speeds), told(row["of_vllm"]), told(row["of_vllm_wall"]),
+        )  # fmt: skip
+    console.print(table)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    given = parser.parse_args()
+    console, rows = Console(), []
+    with (
+        tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch,
+        cluster(ResourcesConfig()),
+    ):
+        for setting in QUICK if given.quick else FULL:
+            make_model(setting.model, Path(scratch) / setting.model)
+            rows.append(measure(setting, Path(scratch) / setting.model))
+    show(rows, console)
+    save("rollout", {"rows": rows, "cores": available_cpus()}, given.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""How fast new weights get from one process into another, against a raw copy of the same bytes.
+
+    python benchmarks/sync.py                             1 M to 500 M parameters: table and JSON
+    python benchmarks/sync.py --sizes 1M 17M --no-engine  the transports alone
+
+Checkpoints are random and shaped like Llama's. *Transport* is all of pack, map, check and copy
+into place: from the sender's tensors to those of another process, which answers bucket by
+bucket; *mapped* leaves the last copy out, as an engine does that loads straight from the mapping.
+*Copy* is ``copy_`` of the same tensors within the sender, into memory that is there already. All on
+one thread, in turn, so that each repeat has its own ratio: of CPU seconds, of both processes
+together (on a busy machine the wall clock measures the others), and of wall-clock seconds.
+Intervals are 95 % (Student's t over repeats). *Into vLLM* is ``Fleet.publish`` to one engine in a
+Ray actor: everything up to the certificate, with vLLM's own loading and repacking.
+Results go to ``benchmarks/results/sync.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing as mp
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from sleeprl.actors.cluster import cluster
+from sleeprl.actors.engine import EngineOptions
+from sleeprl.actors.fleet import Fleet
+from sleeprl.evaluation.statistics import interval
+from sleeprl.files import write_json_atomic
+from sleeprl.memory.checkpoint import all_tensors
+from sleeprl.morning import environment
+from sleeprl.settings import ResourcesConfig
+from sleeprl.weights.buckets import receive
+from sleeprl.weights.transport import Delivery, make_transport
+from sleeprl.weights.verify import checksum
+
+RESULTS = Path(__file__).parent / "results"
+TRANSPORTS = ("shared_memory", "disk")
+MAPPED = "shared_memory, mapped"
+SIZES = {
+    # hidden, intermediate, layers, heads, vocabulary
+    "1M": (128, 352, 4, 4, 1024),
+    "17M": (384, 1024, 8, 6, 4096),
+    "138M": (768, 2048, 16, 12, 16384),
+    "498M": (1280, 3456, 21, 20, 32000),
+}
+Weights = Mapping[str, Tensor]
+
+
+def write_checkpoint(size: str, dtype: str, directory: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, vocabulary = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, dtype))
+    LlamaForCausalLM(config).save_pretrained(directory)
+    torch.set_default_dtype(torch.float32)
+    gc.collect()
+
+
+# --- the transport itself -----------------------------------------------------------
+
+
+def receiver(pipe: Connection, shapes: Mapping[str, tuple[list[int], torch.dtype]]) -> None:
+    """The other process: maps each bucket and copies it into tensors of its own."""
+    torch.set_num_threads(1)
+    place = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    while True:
+        told = pipe.recv()
+        if told is None:
+            pipe.send({name: checksum(tensor) for name, tensor in place.items()})
+            return
+        info, copying = told
+        tensors = receive(**info)[1]
+        for name, tensor in tensors if copying else ():
+            place[name].copy_(tensor)
+        pipe.send(time.process_time())
+
+
+@contextmanager
+def receiving(weights: Weights) -> Iterator[Connection]:
+    """A receiver; at the end what it holds must be the weights."""
+    here, there = mp.get_context("spawn").Pipe()
+    shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
+    process = mp.get_context("spawn").Process(target=receiver, args=(there, shapes))
+    process.start()
+    try:
+        yield here
+        here.send(None)
+        if here.recv() != {name: checksum(tensor) for name, tensor in weights.items()}:
+            raise RuntimeError("the receiver holds other weights than were sent")
+    finally:
+        process.join(10)
+        process.kill()
+
+
+def sender(name: str, directory: Path, weights: Weights, pipe: Connection) -> Callable[[], float]:
+    kind, _, mapped = name.partition(", ")
+    transport = make_transport(Delivery(kind, directory=str(directory)))
+
+    def send() -> float:
+        """Returns the receiver's CPU seconds so far."""
+        transport.begin(1)
+        loading = False
+        for info in transport.buckets(weights.items()):
+            if loading:
+                pipe.recv()
+            pipe.send((info, not mapped))
+            loading = True
+        spent: float = pipe.recv()
+        transport.finish()
+        return spent
+
+    return send
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def measure_transports(
+    weights: Weights, directory: Path, repeats: int
+) -> dict[str, list[tuple[float, float]]]:
+    """CPU and wall-clock seconds by transport and of ``copy``, one pair per repeat."""
+    target = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+
+    def copy() -> None:
+        for name, tensor in weights.items():
+            target[name].copy_(tensor)
+
+    with receiving(weights) as pipe:
+        works: dict[str, Callable[[], float | None]] = {"copy": copy}
+        works |= {kind: sender(kind, directory, weights, pipe) for kind in (*TRANSPORTS, MAPPED)}
+        for work in works.values():
+            other = work() or 0.0  # the first time makes pages and starts threads
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+        for _ in range(repeats):
+            for name, work in works.items():
+                wall, cpu, before = time.perf_counter(), time.process_time(), other
+                other = work() or other
+                cpu = time.process_time() - cpu + other - before
+                found[name].append((cpu, time.perf_counter() - wall))
+    return found
+
+
+# --- into vLLM ----------------------------------------------------------------------
+
+
+def measure_engine(
+    checkpoint: Path, weights: Weights, kind: str, dtype: str, repeats: int
+) -> list[float]:
+    """Seconds of whole updates of one engine."""
+    delivery = Delivery(kind, directory=str(checkpoint.parent / "engine-weights"))
+    options = EngineOptions(
+        model=str(checkpoint),
+        dtype=dtype,
+        max_length=256,
+        threads=1,
+        memory_gb=1.0,
+        gpu=False,
+        gpu_utilization=0.4,
+        seed=0,
+        delivery=delivery,
+    )
+    fleet = Fleet.launch(1, options, 1, 0)
+
+    def update() -> None:
+        fleet.publish(weights.items())
+
+    try:
+        update()
+        return [seconds(update) for _ in range(repeats)]
+    finally:
+        fleet.shutdown()
+
+
+# --- the table ----------------------------------------------------------------------
+
+
+def row(
+    size: str,
+    weights: Weights,
+    found: Mapping[str, Sequence[tuple[float, float]]],
+    engine: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    cpu, wall = (
+        {name: [pair[i] for pair in pairs] for name, pairs in found.items()} for i in (0, 1)
+    )
+    ratio = lambda of, kind: interval(  # noqa: E731
+        [copy / ours for copy, ours in zip(of["copy"], of[kind], strict=True)]
+    )
+    return {
+        "size": size,
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "bytes": nbytes,
+        "copy_gb_per_s": interval([nbytes / 1e9 / s for s in cpu["copy"]]),
+        "transports": {
+            kind: {
+                "gb_per_s": interval([nbytes / 1e9 / s for s in cpu[kind]]),
+                "of_copy": ratio(cpu, kind),
+                "of_copy_wall": ratio(wall, kind),
+                "into_vllm_seconds": interval(engine[kind]) if kind in engine else None,
+            }
+            for kind in (*TRANSPORTS, MAPPED)
+        },
+        "cpu_and_wall_seconds": found,
+        "into_vllm_seconds": engine,
+    }
+
+
+def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table(title="New weights into another process, against a raw copy of the same bytes")
+    for heading in (
+        "size",
+        "MB",
+        "copy GB/s",
+        "transport",
+        "GB/s",
+        "of copy",
+        "wall clock",
+        "into vLLM s",
+    ):
+        side = "left" if heading == "transport" else "right"
+        table.add_column(heading, justify=side, no_wrap=True)
+    told = lambda pair, digits: f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"  # noqa: E731
+    for each in rows:
+        for kind, figures in each["transports"].items():
+            whole = figures["into_vllm_seconds"]
+            table.add_row(
+                each["size"],
+                f"{each['bytes'] / 1e6:,.0f}",
+                told(each["copy_gb_per_s"], 1),
+                kind,
+                told(figures["gb_per_s"], 2),
+                told(figures["of_copy"], 2),
+                told(figures["of_copy_wall"], 2),
+                told(whole, 2) if whole else "",
+            )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=9, help="of the transports")
+    parser.add_argument("--updates", type=int, default=4, help="of the engine")
+    parser.add_argument("--engine", action=argparse.BooleanOptionalAction, default=True)
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    console, rows = Console(width=110), []
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory(prefix="sync-") as work:
+            directory = Path(work)
+            write_checkpoint(size, options.dtype, directory / "model")
+            weights = {name: tensor.clone() for name, tensor in all_tensors(directory / "model")}
+            found = measure_transports(weights, directory / "weights", options.repeats)
+            engine = {}
+            if options.engine:
+                with cluster(ResourcesConfig()):
+                    for kind in TRANSPORTS:
+                        engine[kind] = measure_engine(
+                            directory / "model", weights, kind, options.dtype, options.updates
+                        )
+            rows.append(row(size, weights, found, engine))
+            del weights
+            show(rows[-1:], console)
+    show(rows, console)
+    RESULTS.mkdir(exist_ok=True)
+    result = {
+        "command": "python benchmarks/sync.py",
+        "settings": vars(options),
+        "rows": rows,
+        "environment": environment(),
+    }
+    write_json_atomic(RESULTS / "sync.json", result)
+
+
+if __name__ == "__main__":
+    main()
