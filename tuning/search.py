@@ -31,6 +31,7 @@ from sleeprl.files import write_json_atomic, write_text_atomic
 from sleeprl.night import PHASES, Night
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import STATE, Run
+from sleeprl.settings import ConfigError, available_cpus, keys
 
 KINDS = {"choice": tune.choice, "uniform": tune.uniform, "loguniform": tune.loguniform}
 EVENING = (STATE, "day.json", "study.json", "lake", "smaller-self-0")
@@ -38,16 +39,14 @@ EVENING = (STATE, "day.json", "study.json", "lake", "smaller-self-0")
 
 def search_space(spec: dict[str, Any]) -> dict[str, Any]:
     """``{key: {choice: [...]}}``, or ``uniform`` / ``loguniform`` with ``[low, high]``."""
-    known = set(cfg.keys())
+    known = set(keys())
     made = {}
     for key, value in spec.items():
         if key not in known:
-            raise cfg.ConfigError(
-                f"space: unknown key {key!r}; `sleeprl night --dry-run` lists all"
-            )
+            raise ConfigError(f"space: unknown key {key!r}; `sleeprl night --dry-run` lists all")
         kind = next(iter(value), "")
         if len(value) != 1 or kind not in KINDS:
-            raise cfg.ConfigError(f"space: {key}={dict(value)} must be one of {', '.join(KINDS)}")
+            raise ConfigError(f"space: {key}={dict(value)} must be one of {', '.join(KINDS)}")
         values = list(value[kind])
         made[key] = tune.choice(values) if kind == "choice" else KINDS[kind](*values)
     return made
@@ -83,7 +82,7 @@ def trial(
 
     def report(step: int) -> None:
         if step % every == 0 or step == config.consolidation.steps:
-            figures = night.measure(with_context=False)
+            figures = night.measure(f"step-{step}")
             value = score(figures, before, config.gate.tolerance)
             tune.report({"score": value, "step": step, **figures})
 
@@ -93,13 +92,13 @@ def trial(
 def search(path: Path, words: list[str], console: Console) -> Path:
     """Run the search that the file describes; returns the path of the best configuration."""
     if not path.is_file():
-        raise cfg.ConfigError(f"{path} does not exist; try tuning/consolidation.yaml")
+        raise ConfigError(f"{path} does not exist; try tuning/consolidation.yaml")
     spec = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(spec, dict)
     space = search_space(spec["space"])
     config = cfg.from_dict(spec.get("night", {}), words)
     # The driver of a trial only waits; it gets a core of its own that is not there.
-    cores = config.resources.cpus or cfg.available_cpus()
+    cores = config.resources.cpus or available_cpus()
     config.resources.cpus = cores + 1
     with NightProgress(PHASES, console) as progress:
         run = Run(config, progress)
