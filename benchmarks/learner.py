@@ -42,7 +42,8 @@ from common import arguments, ratio, save, told
 from rich.console import Console
 from rich.table import Table
 
-from sleeprl.actors.batches import Row, inputs, window
+from sleeprl.actors.batches import Row, window
+from sleeprl.actors.layout import padded
 from sleeprl.actors.learner import Learner, LearnerOptions
 from sleeprl.actors.response import ResponseModel
 from sleeprl.catalogue import CATALOGUE, fetch
@@ -129,7 +130,8 @@ class Bare:
             counts_P3=counts_P3,
             options=LOSS,
         )
-        loss, _ = self.model(*inputs([row.prompt_ids for row in rows], rows, device), within)
+        asked = padded([row.prompt_ids for row in rows], [row.response_ids for row in rows])
+        loss, _ = self.model(within, *asked)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.options.grad_clip)

@@ -21,17 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sleeprl.actors.anchor import Anchor
-from sleeprl.actors.batches import (
-    EMPTY,
-    Row,
-    Targets,
-    inputs,
-    micro_batches,
-    shared,
-    shared_inputs,
-    window,
-)
+from sleeprl.actors.batches import EMPTY, Row, Targets, micro_batches, window
 from sleeprl.actors.cpu_op import load_shared_memory_op
+from sleeprl.actors.layout import inputs, padded
 from sleeprl.actors.response import ResponseModel, all_logits
 from sleeprl.actors.teacher import Teachers, teach
 from sleeprl.losses.chunked import token_logprobs
@@ -201,37 +193,30 @@ class Learner:
         budget = self.options.micro_batch_tokens
         return micro_batches(rows, length, budget, rank=self.rank, ranks=self.world)
 
-    def _inputs(
-        self, prompts: Sequence[list[int]], answered: Sequence[Row]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return inputs(prompts, answered, self.device)
+    def _inputs(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
+        responses = [row.response_ids for row in rows]
+        return inputs([row.prompt_ids for row in rows], responses, self.device)
 
     def _forward(
         self, batch: Sequence[Row], parts: Mapping[str, Part], quiet: int, within: Any
     ) -> tuple[Tensor, dict[str, float]]:
-        """A micro-batch's share of the loss and of the metrics. A prompt that rows have in common is
-        read once; but not where the loudness of each row's tokens is wanted."""
-        pieces = shared(batch)
-        if len(pieces) < len(batch) and not quiet:
-            ids, mask, index, *where = shared_inputs(batch, pieces, self.device)
-            judged = self.options.critic
-            loss, metrics = self.engine(ids, mask, index, within, *where, judged=judged)
+        """A micro-batch's share of the loss and of the metrics."""
+        judged = self.options.critic
+        if not quiet:
+            loss, metrics = self.engine(within, *self._inputs(batch), judged=judged)
             return loss, metrics
-        ids, mask, index = self._inputs([row.prompt_ids for row in batch], batch)
-        with self._listening(batch, parts, mask, quiet) as listener:
-            loss, metrics = self.engine(ids, mask, index, within, judged=self.options.critic)
-        if listener is None:
-            return loss, metrics
+        # How loud the expert is on each text is wanted, so each has a sequence of its own.
+        prompts, responses = [r.prompt_ids for r in batch], [r.response_ids for r in batch]
+        asked = [part.to(self.device) for part in padded(prompts, responses)]
+        with self._listening(batch, parts, asked[1], quiet) as listener:
+            loss, metrics = self.engine(within, *asked, judged=judged)
         return loss + listener.total, {**metrics, "quiet": float(listener.total.detach())}
 
     @contextmanager
     def _listening(
         self, rows: Sequence[Row], parts: Mapping[str, Part], mask_BT: Tensor, tokens: int
-    ) -> Iterator[Listener | None]:
+    ) -> Iterator[Listener]:
         """Around a forward pass: how loud the newborn expert is, as its share of the penalty."""
-        if not tokens:
-            yield None
-            return
         weights = [parts[row.part].quiet if row.part else 0.0 for row in rows]
         weights_B1 = torch.tensor(weights, device=self.device)[:, None]
         with listening(self.engine.module, weights_B1 * mask_BT / tokens) as listener:
@@ -332,9 +317,7 @@ class Learner:
         for parameter in origin.values():
             parameter.requires_grad_(True)
         passes = (
-            self._origin(*self._inputs([row.prompt_ids], [row]), all_logits)[0]
-            for row in rows
-            if row.response_ids
+            self._origin(all_logits, *self._inputs([row]))[0] for row in rows if row.response_ids
         )
         generator = torch.Generator(self.device).manual_seed(self.options.seed)
         fisher = diagonal_fisher(list(origin.values()), passes, generator)
@@ -353,7 +336,7 @@ class Learner:
             hidden_BRH[kept_BR], head_VH, tokens_N
         )
         forward = self._smaller if smaller else self.engine
-        found_N = forward(*self._inputs([row.prompt_ids for row in rows], rows), within)
+        found_N = forward(within, *self._inputs(rows))
         return [piece.tolist() for piece in found_N.split([len(row.response_ids) for row in rows])]
 
     @torch.no_grad()
@@ -362,9 +345,8 @@ class Learner:
         found: dict[int, list[float]] = {}
         budget = self.options.micro_batch_tokens
         for batch in micro_batches(rows, Row.student_length, budget, rank=0, ranks=1):
-            asked = self._inputs([row.prompt_ids for row in batch], batch)
             judge = lambda hidden_BRH, head_VH, critic_BR: critic_BR  # noqa: E731
-            values_BR = self.engine(*asked, judge, judged=True).tolist()
+            values_BR = self.engine(judge, *self._inputs(batch), judged=True).tolist()
             found |= {
                 id(row): values[: len(row.response_ids)]
                 for row, values in zip(batch, values_BR, strict=True)

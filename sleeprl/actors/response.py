@@ -49,16 +49,16 @@ class ResponseModel(nn.Module):
 
     def forward(
         self,
+        within: Within,
         ids_ST: Tensor,
         mask: Tensor,
         index_BR: Tensor,
-        within: Within,
         positions_ST: Tensor | None = None,
         sequence_B: Tensor | None = None,
         *,
         judged: bool = False,
     ) -> Any:
-        """Of ``batches.inputs``, a sequence per row, or of ``batches.shared_inputs``.
+        """Of ``layout.inputs``, padded or packed.
 
         judged: give ``within`` the critic's values.
         """

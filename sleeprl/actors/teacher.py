@@ -14,8 +14,9 @@ import ray
 import torch
 from torch import Tensor
 
-from sleeprl.actors.batches import Row, Targets, inputs, micro_batches, window
+from sleeprl.actors.batches import Row, Targets, micro_batches, window
 from sleeprl.actors.group import ActorGroup, Served
+from sleeprl.actors.layout import inputs
 from sleeprl.actors.response import ResponseModel
 from sleeprl.losses.chunked import chunked_top_k
 from sleeprl.memory.experts import become_smaller
@@ -42,8 +43,9 @@ def teach(
         ids_NK, logprobs_NK1 = chunked_top_k(hidden_NH, head_VH, k)
         return ids_NK.int(), logprobs_NK1
 
-    asked = inputs([row.teacher_prompt for row in batch], batch, device)
-    said = [part.cpu().split(lengths) for part in forward(*asked, within)]
+    responses = [row.response_ids for row in batch]
+    asked = inputs([row.teacher_prompt for row in batch], responses, device)
+    said = [part.cpu().split(lengths) for part in forward(within, *asked)]
     # Copies: a piece of a batch would keep the whole batch in memory.
     return [tuple(piece.clone() for piece in pieces) for pieces in zip(*said, strict=True)]
 

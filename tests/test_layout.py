@@ -1,0 +1,155 @@
+"""However texts lie in tensors, what is made of them is the same."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from sleeprl.actors.batches import Row, window
+from sleeprl.actors.layout import LENGTHS, Group, inputs, pack, packed, padded
+from sleeprl.actors.response import ResponseModel
+from sleeprl.actors.teacher import teach
+from sleeprl.losses.streams import LossOptions, Part, chunked_stream_loss, token_counts
+
+CPU = torch.device("cpu")
+PARTS = {"dream": Part(pg=1.0, ce=0.3)}
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return [(seed * 31 + n * 7) % 250 + 3 for n in range(count)]
+
+
+DOCUMENTS = [ids(60, 1), ids(45, 2)]
+# Questions about two documents, a prompt of a group, one prompt that goes on from another, strays.
+PROMPTS = [
+    *(DOCUMENTS[0] + ids(5 + n, 10 + n) for n in range(4)),
+    *(DOCUMENTS[1] + ids(9 - n, 20 + n) for n in range(3)),
+    *[ids(12, 30)] * 3,
+    ids(12, 30) + ids(2, 31),
+    ids(3, 40),
+    ids(1, 41),
+]  # fmt: skip
+RESPONSES = [ids(1 + (3 * n) % 8, 50 + n) for n in range(len(PROMPTS))]
+ROWS = [
+    Row(prompt, response, "dream", None, (-1.0) ** n, [-5.0] * len(response))
+    for n, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True))
+]
+
+
+def test_what_prompts_begin_with_in_common_is_there_once() -> None:
+    sequences = pack(PROMPTS, RESPONSES)
+    assert sequences is not None
+    groups = [group for groups in sequences for group in groups]
+    together = {tuple(sorted(group.texts)): group.prefix for group in groups}
+    assert together[0, 1, 2, 3] == 60
+    assert together[4, 5, 6] == 45
+    assert together[7, 8, 9, 10] == 12
+    ids_ST = packed(PROMPTS, RESPONSES, sequences)[0]
+    unpadded = sum(len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES, strict=True))
+    assert ids_ST.numel() == unpadded - 3 * 60 - 2 * 45 - 3 * 12
+
+
+def test_nothing_is_packed_where_nothing_is_saved() -> None:
+    alike = [ids(20, n) for n in range(4)]
+    assert pack(alike, alike) is None
+    assert pack([ids(9, 0)], [ids(4, 1)]) is None
+    long = [ids(LENGTHS[-1], n) for n in range(9)]
+    assert pack([*long, ids(3, 9)], [[5]] * 10) is None
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3), st.integers(0, 300), st.integers(1, 40), st.integers(0, 40)
+        ),
+        min_size=1, max_size=40,
+    )
+)  # fmt: skip
+def test_every_text_is_somewhere_once_and_whole(
+    drawn: list[tuple[int, int, int, int]],
+) -> None:
+    prompts = [ids(shared, kind) + ids(own, 9) for kind, shared, own, _ in drawn]
+    responses = [ids(count, 7) for *_, count in drawn]
+    sequences = pack(prompts, responses)
+    asked = inputs(prompts, responses, CPU)
+    assert (len(asked) == 5) == (sequences is not None)
+    if sequences is None:
+        return
+    texts = [text for groups in sequences for group in groups for text in group.texts]
+    assert sorted(texts) == list(range(len(drawn)))
+    ids_ST, mask_S1TT, index_BR, positions_ST, sequence_B = asked
+    assert ids_ST.shape[1] <= LENGTHS[-1]
+    for text, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        sequence = sequence_B[text]
+        last = index_BR[text, max(0, len(response) - 1)]
+        if len(response) > 1:  # then this is the token before the last, else the end of the prompt
+            whole = prompt + response[:-1]
+        else:
+            whole = prompt
+        seen = mask_S1TT[sequence, 0, last].nonzero().squeeze(1)
+        assert ids_ST[sequence, seen].tolist() == whole
+        assert positions_ST[sequence, seen].tolist() == list(range(len(whole)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_loss_and_gradient_are_those_of_texts_on_their_own(
+    tmp_path: Path, architecture: str
+) -> None:
+    make_tiny_model(tmp_path, architecture=architecture)
+    counts_P3 = token_counts(PARTS, ["dream"] * len(ROWS), [len(r) for r in RESPONSES])
+    within = partial(
+        chunked_stream_loss,
+        window=window(ROWS, CPU),
+        parts=PARTS,
+        counts_P3=counts_P3,
+        options=LossOptions(),
+    )
+    sequences = pack(PROMPTS, RESPONSES)
+    assert sequences is not None
+    found: list[Any] = []
+    for asked in (padded(PROMPTS, RESPONSES), packed(PROMPTS, RESPONSES, sequences)):
+        model = ResponseModel(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+        loss, metrics = model(within, *asked)
+        loss.backward()
+        found.append((loss.detach(), metrics, {n: p.grad for n, p in model.named_parameters()}))
+    (loss, metrics, gradients), (other, others, theirs) = found
+    torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-6)
+    assert metrics == pytest.approx(others, rel=1e-4, abs=1e-6)
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_says_of_packed_texts_what_it_says_of_each(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path)
+    model = ResponseModel(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    rows = [
+        Row(ids(3, n), response, "new", teacher_prompt)
+        for n, (teacher_prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True))
+    ]
+    together = teach(model, rows, 4, CPU)
+    for row, (tokens_RK, logprobs_RK1) in zip(rows, together, strict=True):
+        ((alone_RK, said_RK1),) = teach(model, [row], 4, CPU)
+        torch.testing.assert_close(tokens_RK, alone_RK)
+        torch.testing.assert_close(logprobs_RK1, said_RK1, rtol=1e-4, atol=1e-5)
+
+
+def test_a_group_that_does_not_fit_is_split_with_its_prefix_in_each() -> None:
+    document = ids(200, 3)
+    prompts = [document + ids(20, n) for n in range(60)]
+    responses = [ids(10, n) for n in range(60)]
+    sequences = pack(prompts, responses)
+    assert sequences is not None
+    groups = [group for groups in sequences for group in groups]
+    assert len(groups) > 1 and {group.prefix for group in groups} == {200}
+    assert max(map(len, (group.texts for group in groups))) < 60
+    assert isinstance(groups[0], Group)
