@@ -211,7 +211,7 @@ def learn_day(
     told = {"tokens": 0, "steps": 0}
     for number, step in enumerate(steps):
         if step is None or step.teacher_has_context:
-            written = study(lab.fleet, chat, documents, wanted, seed, longest, grown=night > 0)
+            written = study(lab.fleet, chat, documents, wanted, seed, longest)
         else:
             written = rehearse(lab.fleet, chat, wanted, seed + number, longest)
         place = scratch / str(number)

@@ -153,7 +153,7 @@ class Night:
         config, asked = self.config, bool(self.day.of_kind("retention"))
         written = study(
             self._engines(), self.chat, self.day.documents, config.self_study, config.seed,
-            config.model.max_length, grown=bool(self.selves.slots(0).used),
+            config.model.max_length,
             hold_out=0.0 if asked else 0.25,
         )  # fmt: skip
         self.lake.append(to_batch(written.trajectories), "trajectories")

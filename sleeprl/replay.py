@@ -17,7 +17,8 @@ from sleeprl.actors.cluster import cluster
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.group import ActorGroup, Served
 from sleeprl.actors.publish import CANARY
-from sleeprl.consolidation.self_study import asks, load_probes
+from sleeprl.consolidation.self_study import load_probes
+from sleeprl.consolidation.writer import asks
 from sleeprl.dreaming.learning import LearnerActor, LearnerJob
 from sleeprl.dreaming.mending import join
 from sleeprl.dreaming.phase import judges, learner_job, make_tasks, with_room

@@ -93,9 +93,10 @@ class EvaluationConfig:
 class SelfStudyConfig:
     pairs_per_document: int = 128
     """Question-answer pairs that the teacher writes with the document in its prompt."""
-    sentences: int = 0
-    """A question is asked with so many of a document's sentences in sight, all of them in turn; 0:
-    with the whole document. The answer is always given with the whole document."""
+    sentences: int = 3
+    """Every second question is asked with so many of a document's sentences in sight, all of them in
+    turn, for else some would never be asked about; 0: each with the whole document, with which it is
+    always answered."""
     facts_per_document: int = 24
     """Single facts that the teacher writes with the document in its prompt."""
     replay: int = 3600

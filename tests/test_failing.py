@@ -29,7 +29,7 @@ from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.group import ActorGroup
 from sleeprl.actors.torch_engine import TorchEngine
 from sleeprl.chat import Chat
-from sleeprl.consolidation.self_study import asks
+from sleeprl.consolidation.writer import asks
 from sleeprl.dreaming import phase
 from sleeprl.dreaming.position import Position
 from sleeprl.files import sha256_file

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from sleeprl import config as cfg
 from sleeprl.actors.engine import Completion, Sampling
 from sleeprl.chat import Chat
-from sleeprl.consolidation.self_study import Pair, Study, asks, load_probes, passages, study
+from sleeprl.consolidation.rehearsal import neighbours
+from sleeprl.consolidation.self_study import Pair, Study, load_probes, passages, study
+from sleeprl.consolidation.writer import Writer, asks
 from sleeprl.prompts import (
     FREE_FACT,
     FREE_QA,
@@ -104,6 +106,14 @@ class Script:
         self.sampling += sampling
         return [self._one(prompt) for prompt in prompts]
 
+    def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """With a document in sight a question is likely, unless it says ``elsewhere``."""
+        return [[-self._nats(self.chat.decode(ids))] * (len(ids) - 1) for ids in sequences]
+
+    @staticmethod
+    def _nats(text: str) -> float:
+        return 0.1 if "elsewhere" not in text and text.startswith(tuple(DOCUMENTS)) else 4.0
+
     def _one(self, prompt: list[int]) -> Completion:
         message = self.chat.decode(prompt)
         number = self.asked.get(message, 0)
@@ -114,7 +124,16 @@ class Script:
 
 
 def author(message: str, number: int) -> tuple[str, str]:
-    """Every third question is a repetition, every fifth malformed, every seventh too long."""
+    """Every third question is a repetition, every fifth malformed, every seventh too long. Every
+    second statement is a slip."""
+    if FREE_QA in message and not message.endswith(FREE_QA):  # a question was begun
+        return f" next {number}?\nAnswer: guess", "stop"
+    if message.startswith("fact"):
+        said = message.split("\n")[0].replace("fact ", "")
+        return format_qa(f"which {said}?", f"number {said}"), "stop"
+    if message.startswith("which"):
+        number = int(message.removeprefix("which ").removesuffix("?"))
+        return f"number {number if number % 2 else 99}", "stop"
     if message.endswith(STUDY_QA) or message == FREE_QA:
         if number % 7 == 6:
             return "Question: a very long", "length"
@@ -143,23 +162,41 @@ def written(chat: Chat, seed: int = 0, config: SelfStudyConfig = CONFIG, who: Au
     return fleet, study(fleet, chat, DOCUMENTS, config, seed, 512)  # type: ignore[arg-type]
 
 
-def test_a_document_is_asked_about_a_few_sentences_at_a_time(chat: Chat) -> None:
+def test_every_second_question_is_asked_with_a_few_sentences_in_sight(chat: Chat) -> None:
     long = "Ann lives in Oslo. She sings! Has she a cat? No."
     assert passages(long, 0) == [long]
     assert passages(long, 1) == ["Ann lives in Oslo.", "She sings!", "Has she a cat?", "No."]
     assert passages(long, 3) == ["Ann lives in Oslo. She sings! Has she a cat?", "No."]
-    config = replace(CONFIG, sentences=1, pairs_per_document=6)
+    config = replace(CONFIG, sentences=1, pairs_per_document=12)
     fleet = Script(chat, author)
-    result = study(fleet, chat, [long, "Bob."], config, 0, 512)  # type: ignore[arg-type]
+    result = study(fleet, chat, [long, DOCUMENTS[1]], config, 0, 512)  # type: ignore[arg-type]
     asked = [said for said in map(chat.decode, fleet.prompts) if said.endswith(STUDY_QA)]
+    asked = [said for said in asked if not said.startswith("fact")]
     seen = [said.removesuffix(STUDY_QA).strip() for said in asked]
     four = passages(long, 1)
-    assert seen == [*four, *four[:2], *["Bob."] * 6]
+    assert seen[:24] == [*[long] * 6, *four, *four[:2], *[DOCUMENTS[1]] * 12]
     answers = [text for text in result.trajectories if text.task_id == "answer-0"]
     for text in answers:  # with all of it in sight
         assert text.teacher_prompt_ids is not None
         assert chat.decode(text.teacher_prompt_ids).startswith(long)
     assert answers
+
+
+def test_what_is_not_about_the_document_is_dropped_and_it_is_asked_about_again(
+    chat: Chat,
+) -> None:
+    def wanders(message: str, number: int) -> tuple[str, str]:
+        if message.endswith(STUDY_QA) and message.startswith("Bob"):
+            return format_qa(f"elsewhere {number}?", "no"), "stop"
+        return author(message, number)
+
+    fleet, result = written(chat, config=replace(CONFIG, sentences=0), who=wanders)
+    asked = {d: fleet.asked[f"{d}\n\n{STUDY_QA}"] for d in DOCUMENTS}
+    assert asked == {DOCUMENTS[0]: 30, DOCUMENTS[1]: 3 * 30}
+    new = [t for t in result.trajectories if t.task_id.startswith(("answer-", "study-"))]
+    assert new and {t.task_id.split("-")[1] for t in new} == {"0"}
+    everything = [chat.decode(t.prompt_ids + t.response_ids) for t in result.trajectories]
+    assert not any("elsewhere" in text for text in everything)
 
 
 def test_probes_are_kept_out_of_training(chat: Chat) -> None:
@@ -199,20 +236,30 @@ def test_the_teacher_has_the_experience_and_the_student_has_not(chat: Chat) -> N
 def test_replay_has_one_prompt_for_both(chat: Chat) -> None:
     _, result = written(chat)
     replay = [t for t in result.trajectories if t.purpose == "replay"]
-    assert {t.task_id for t in replay} == {"pair", "answer", "fact"}
+    kinds = {t.task_id.split("-")[0] for t in replay}
+    assert kinds == {"pair", "answer", "recalled", "neighbour", "study"}
     # Mostly the answers are rehearsed: of the pairs, the whole ones among every fourth.
     pairs = [t.attempt for t in replay if t.task_id == "pair"]
     assert 0 < len(pairs) <= 15 and {number % 4 for number in pairs} == {0}
     assert all(t.teacher_prompt_ids is None for t in replay)
-    assert not any(d in chat.decode(t.prompt_ids) for t in replay for d in DOCUMENTS)
+    free = [t for t in replay if not t.task_id.startswith("study")]
+    assert not any(d in chat.decode(t.prompt_ids) for t in free for d in DOCUMENTS)
     assert result.held_questions == result.held_facts == []
 
 
+def test_answers_are_sure_and_questions_are_not(chat: Chat) -> None:
+    fleet, result = written(chat)
+    heat = {tuple(p): s.temperature for p, s in zip(fleet.prompts, fleet.sampling, strict=True)}
+    for text in result.trajectories:
+        answers = text.task_id.split("-")[0] in {"answer", "neighbour"} or "answer" in text.task_id
+        asked = heat[tuple(text.teacher_prompt_ids or text.prompt_ids)]
+        assert (asked == 0.0) == answers
+    assert heat[tuple(chat.prompt(FREE_QA))] == heat[tuple(chat.prompt(FREE_FACT))] == 1.0
+
+
 def test_asking_about_what_it_reads_is_rehearsed(chat: Chat) -> None:
-    """Of a self that has slept before: drafts of questions that are trained on, with the document
-    before both selves."""
-    fleet = Script(chat, author)
-    result = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, grown=True)  # type: ignore[arg-type]
+    """Drafts of questions that are trained on, with the document before both selves."""
+    result = written(chat)[1]
     drafts = [t for t in result.trajectories if t.task_id.startswith("study")]
     answers = {
         t.attempt: chat.decode(t.prompt_ids)
@@ -238,7 +285,8 @@ def test_what_retention_asks_is_not_trained_on(chat: Chat) -> None:
 
     assert len(result.held_questions) == len(asked(whole)) // 4 > 2
     assert sorted([*result.held_questions, *asked(result)]) == sorted(asked(whole))
-    assert len(result.held_facts) == 15 // 4
+    stated = {f"fact {n}" for n in range(15) if n % 4 != 3}
+    assert len(result.held_facts) == len(stated) // 4 and set(result.held_facts) < stated
     replay = [t for t in result.trajectories if t.purpose == "replay"]
     said = [chat.decode(t.prompt_ids + t.response_ids) for t in replay]
     held = [*result.held_questions, *result.held_facts]
@@ -246,20 +294,44 @@ def test_what_retention_asks_is_not_trained_on(chat: Chat) -> None:
     assert not [text for text in said for question in result.held_questions if question in text]
 
 
-def test_a_self_that_has_slept_rehearses_what_it_learned_so(chat: Chat) -> None:
-    fleet = Script(chat, author)
-    result = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, grown=True)  # type: ignore[arg-type]
-    assert fleet.asked[FREE_QA] == CONFIG.replay
-    assert fleet.asked[FREE_FACT] == CONFIG.replay // 4 + CONFIG.replay // 4
-    replay = {t.uid: t for t in result.trajectories if t.purpose == "replay"}
-    assert len(replay) == sum(t.purpose == "replay" for t in result.trajectories)
-    assert all(t.teacher_prompt_ids is None for t in replay.values())
-    facts = [t for t in replay.values() if t.task_id == "recalled"]
-    answers = [t for t in replay.values() if t.task_id == "recalled-answer"]
-    stated = {chat.decode(t.response_ids) for t in facts}
-    assert stated == {f"fact {n}" for n in range(CONFIG.replay // 4) if n % 4 != 3}
-    # A question about each fact, answered without it.
-    assert answers and not any("fact" in chat.decode(t.prompt_ids)[4:] for t in answers)
+def test_what_is_stated_is_rehearsed_where_its_own_answer_bears_it_out(chat: Chat) -> None:
+    fleet, result = written(chat)
+    count = CONFIG.replay // 4
+    assert fleet.asked[FREE_FACT] == count
+    stated = {n for n in range(count) if n % 4 != 3}  # the others were not whole
+    facts = [t for t in result.trajectories if t.task_id == "recalled"]
+    assert {chat.decode(t.response_ids) for t in facts} == {f"fact {n}" for n in stated if n % 2}
+    assert all(chat.decode(t.prompt_ids) == FREE_FACT for t in facts)
+    # The answers are what it knows in any case; the fact is not in sight.
+    answers = [t for t in result.trajectories if t.task_id == "recalled-answer"]
+    assert {chat.decode(t.prompt_ids) for t in answers} == {f"which {n}?" for n in stated}
+
+
+def test_neighbours_begin_as_tonights_questions_do_and_need_no_document(chat: Chat) -> None:
+    def wanders(message: str, number: int) -> tuple[str, str]:
+        if message.endswith("Where does Ann live?"):  # with the document, and without
+            return "Oslo" if DOCUMENTS[0] in message else "I do not know", "stop"
+        if message.endswith("?"):
+            return "as ever", "stop"
+        begun = message.split("Question:")[1]
+        assert "Where does Ann live?".startswith(begun.strip())
+        ways = ["Where does Ann live?", "Where does Anna live?", "Where is Ann?", "Where to?"]
+        way = (
+            ways[number % 4] if ways[number % 4].startswith(begun.strip()) else f"{begun.strip()}?"
+        )
+        return way.removeprefix(begun.strip()) + "\nAnswer: Bergen", "stop"
+
+    fleet = Script(chat, wanders)
+    config = replace(CONFIG, opening="Question:")
+    for settings in (CONFIG, config):
+        writer = Writer(fleet, chat, settings, 0, 512)  # type: ignore[arg-type]
+        asked = [(0, "Where does Ann live?")]
+        rows = neighbours(writer, DOCUMENTS, asked, 40)
+        found = {chat.decode(row.prompt_ids) for row in rows}
+        assert found and "Where does Ann live?" not in found
+        assert all(row.teacher_prompt_ids is None for row in rows)
+        assert {chat.decode(row.response_ids) for row in rows} == {"as ever"}
+        assert neighbours(writer, DOCUMENTS, [], 40) == []
 
 
 def test_only_whole_texts_are_kept_and_all_are_counted(chat: Chat) -> None:
@@ -270,7 +342,6 @@ def test_only_whole_texts_are_kept_and_all_are_counted(chat: Chat) -> None:
     # Of 30 and of 60 questions every seventh is long, and every fifth of the others no pair; of
     # the facts every fourth is long.
     assert result.malformed == 2 * (4 + 6) + (8 + 11) + 2 * 2 + 3
-    assert [t.task_id for t in result.trajectories].count("fact") == 12
 
 
 def test_uids_and_seeds_are_all_different_and_repeat(chat: Chat) -> None:
@@ -301,7 +372,7 @@ def test_no_replay_and_no_usable_pair(chat: Chat) -> None:
     )
     _, result = written(chat, config=config, who=lambda message, number: ("no pair", "stop"))
     assert result.trajectories == result.probes == result.held_questions == []
-    assert (result.written, result.malformed) == (4, 4)
+    assert (result.written, result.malformed) == (3 * 4, 3 * 4)  # it was asked three times
 
 
 def test_a_document_that_does_not_fit_is_refused_before_anything_is_written(chat: Chat) -> None:

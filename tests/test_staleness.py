@@ -24,7 +24,8 @@ from sleeprl.actors.engine import EngineOptions, Sampling
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.learner import LearnerOptions
 from sleeprl.chat import Chat
-from sleeprl.consolidation.self_study import Pair, asks
+from sleeprl.consolidation.self_study import Pair
+from sleeprl.consolidation.writer import asks
 from sleeprl.dreaming import phase
 from sleeprl.dreaming.learning import LearnerJob
 from sleeprl.dreaming.position import Position

@@ -3,8 +3,7 @@
 *new*: the experience is in the teacher's prompt only. The teacher asks itself
 questions about a document and answers them; the student will see the bare
 question. *replay*: what the smaller self writes with nothing in its prompt, the
-same prompt for both. Without the second stream growth forgets as fast as
-fine-tuning does.
+same prompt for both (``rehearsal``).
 
 When a level hands its slots on, there is no experience to read: all is written freely
 (``rehearse``).
@@ -12,28 +11,26 @@ When a level hands its slots on, there is no experience to read: all is written 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal
 
-from sleeprl.actors.engine import Completion, Sampling
+from sleeprl.actors.engine import Completion
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
-from sleeprl.evaluation.statistics import coverage
+from sleeprl.consolidation.rehearsal import SURE, ask_freely, neighbours, recollect
+from sleeprl.consolidation.writer import Writer, asks, trajectory
 from sleeprl.files import write_json_atomic
 from sleeprl.prompts import (
     FREE_FACT,
     FREE_QA,
+    QUESTION_MARK,
     STUDY_FACT,
     STUDY_QA,
-    examples,
-    parse_qa,
     with_experience,
 )
 from sleeprl.settings import SelfStudyConfig
@@ -84,21 +81,27 @@ def study(
     seed: int,
     max_length: int,
     *,
-    grown: bool = False,
     hold_out: float = 0.0,
 ) -> Study:
     """Sample both streams from the engines, which must hold the smaller self's weights.
 
-    grown: whether it has slept before; then what it learned so is replayed, too.
     hold_out: share of the free questions and facts that nothing is to be trained on.
     """
-    writer = _Writer(fleet, chat, config, seed, max_length)
+    writer = Writer(fleet, chat, config, seed, max_length)
     # A dream is asked for with the whole document, and everything that helps a weak writer.
     whole = [asks(chat, config, with_experience(text, STUDY_QA)) for text in documents]
     writer.require_room(whole)
     result = Study([])
-    _new(writer, documents, result, grown)
-    _replay(writer, result, grown, hold_out)
+    asked = _new(writer, documents, result)
+    quarter = config.replay // 4
+    free = ask_freely(writer, config.replay, hold_out)
+    stated = recollect(writer, "replay", quarter, hold_out)
+    beside = neighbours(writer, documents, asked, quarter)
+    held = {tuple(chat.prompt(question)) for question in free.held}
+    rows = [*free.trajectories, *stated.trajectories, *beside]
+    result.trajectories += [row for row in rows if tuple(row.prompt_ids) not in held]
+    result.held_questions, result.held_facts = free.held, stated.held
+    result.coverage = free.coverage
     result.written, result.malformed = writer.written, writer.malformed
     return result
 
@@ -113,21 +116,12 @@ def rehearse(
     be stated freely; pairs that are asked freely are of what was known long before.
     *replay*: as in ``study``. Every prompt is the same for both selves.
     """
-    writer = _Writer(fleet, chat, config, seed, max_length)
-    result = Study([])
-    _recollect(writer, result, "self_study", config.replay // 2)
-    _replay(writer, result, grown=False, hold_out=0.0)
-    result.written, result.malformed = writer.written, writer.malformed
-    return result
-
-
-def asks(chat: Chat, config: SelfStudyConfig, message: str) -> list[int]:
-    """A prompt that is answered with a question and its answer.
-
-    message: ``FREE_QA``, or an instruction to write them about a text.
-    """
-    shown = examples(config.examples, free=message == FREE_QA)
-    return chat.prompt(message, config.opening, shown)
+    writer = Writer(fleet, chat, config, seed, max_length)
+    recent = recollect(writer, "self_study", config.replay // 2)
+    free = ask_freely(writer, config.replay)
+    stated = recollect(writer, "replay", config.replay // 4)
+    texts = [*recent.trajectories, *free.trajectories, *stated.trajectories]
+    return Study(texts, written=writer.written, malformed=writer.malformed, coverage=free.coverage)
 
 
 def passages(document: str, sentences: int) -> list[str]:
@@ -138,200 +132,115 @@ def passages(document: str, sentences: int) -> list[str]:
     return [" ".join(found[at : at + sentences]) for at in range(0, len(found), sentences)]
 
 
-def _recollect(
-    writer: _Writer, result: Study, purpose: Literal["self_study", "replay"], count: int
-) -> None:
-    chat = writer.chat
-    prompt = chat.prompt(FREE_FACT)
-    # At temperature 1, as free questions are: the wider they spread, the more is handed on.
-    stated = writer.write([prompt] * count, temperature=1.0)
-    facts: dict[str, Completion] = {}
-    for fact in stated:
-        if fact.finish_reason == "stop":
-            facts.setdefault(chat.decode(fact.token_ids), fact)
-    for index, fact in enumerate(facts.values()):
-        result.trajectories.append(_trajectory(purpose, "recalled", index, prompt, fact, None))
-    asked = writer.write(
-        [asks(chat, writer.config, with_experience(fact, STUDY_QA)) for fact in facts]
-    )
-    pairs = [pair for completion in asked if (pair := writer.parsed(completion))]
-    prompts = [
-        chat.prompt(question) for question in dict.fromkeys(question for question, _ in pairs)
+ABOUT = 10.0
+"""Nats by which its document makes a question likelier, at the least, than it is freely. What is
+asked about somebody who is known, or about nobody in particular, stays below."""
+ROUNDS = 3
+"""How often at most a document is asked about of which few questions came."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A pair as it was written: its question, about which document, and the prompt."""
+
+    document: int
+    question: str
+    prompt: list[int]
+    written: Completion
+
+
+def _asked(writer: Writer, documents: Sequence[str]) -> list[_Draft]:
+    """Different questions about the documents, half of them with a few sentences in sight."""
+    config = writer.config
+    found: dict[tuple[int, str], _Draft] = {}
+    numbers = list(range(len(documents)))
+    for _ in range(ROUNDS):
+        asked = [n for n in numbers for _ in range(config.pairs_per_document)]
+        shown = [
+            text
+            for n in numbers
+            for text in _in_sight(documents[n], config.sentences, config.pairs_per_document)
+        ]
+        prompts = [asks(writer.chat, config, with_experience(text, STUDY_QA)) for text in shown]
+        fresh: dict[tuple[int, str], _Draft] = {}
+        for n, prompt, written in zip(asked, prompts, writer.write(prompts), strict=True):
+            pair = writer.parsed(written)
+            if pair and (n, pair[0]) not in found:
+                fresh.setdefault((n, pair[0]), _Draft(n, pair[0], prompt, written))
+        found |= _about(writer, documents, fresh)
+        numbers = [
+            n for n in numbers if 4 * sum(n == of for of, _ in found) < config.pairs_per_document
+        ]
+        if not numbers:
+            break
+    return list(found.values())
+
+
+def _in_sight(document: str, sentences: int, count: int) -> list[str]:
+    """Of so many questions: what of the document each is asked with."""
+    parts = islice(cycle(passages(document, sentences)), count // 2 if sentences else 0)
+    few = list(parts)
+    return [document] * (count - len(few)) + few
+
+
+def _about(
+    writer: Writer, documents: Sequence[str], drafts: dict[tuple[int, str], _Draft]
+) -> dict[tuple[int, str], _Draft]:
+    """The questions that are about their documents.
+
+    A self that has slept often asks about whom it knows in place of whom it reads of; to
+    answer that with the document in sight would spoil what it knows.
+    """
+    chat, plain = writer.chat, replace(writer.config, opening="")
+    ids = [chat.text(f"{QUESTION_MARK} {draft.question}") for draft in drafts.values()]
+    free = asks(chat, plain, FREE_QA)
+    reading = [asks(chat, plain, with_experience(text, STUDY_QA)) for text in documents]
+    before = [reading[draft.document] for draft in drafts.values()]
+    freely = writer.surprise([[*free, *own] for own in ids])
+    told = writer.surprise([[*prompt, *own] for prompt, own in zip(before, ids, strict=True)])
+    gain = [
+        sum(alone[len(free) :]) - sum(seen[len(prompt) :])
+        for alone, seen, prompt in zip(freely, told, before, strict=True)
     ]
-    for index, (bare, answer) in enumerate(zip(prompts, writer.write(prompts), strict=True)):
-        if answer.finish_reason == "stop":
-            result.trajectories.append(
-                _trajectory(purpose, "recalled-answer", index, bare, answer, None)
-            )
+    return {key: drafts[key] for key, nats in zip(drafts, gain, strict=True) if nats >= ABOUT}
 
 
-def _new(writer: _Writer, documents: Sequence[str], result: Study, grown: bool) -> None:
+def _new(writer: Writer, documents: Sequence[str], result: Study) -> list[tuple[int, str]]:
+    """Returns what was asked about which document."""
     config, chat = writer.config, writer.chat
-    numbers = range(len(documents))
-    asked = [n for n in numbers for _ in range(config.pairs_per_document)]
-    shown = [
-        part
-        for document in documents
-        for part in islice(cycle(passages(document, config.sentences)), config.pairs_per_document)
-    ]
-    studying = [asks(chat, config, with_experience(text, STUDY_QA)) for text in shown]
-    texts = writer.write(studying)
-    seen: set[tuple[int, str]] = set()
-    questions: list[tuple[int, str]] = []
-    drafts: list[tuple[list[int], Completion]] = []
-    for n, prompt, completion in zip(asked, studying, texts, strict=True):
-        pair = writer.parsed(completion)
-        if pair and (n, pair[0]) not in seen:
-            seen.add((n, pair[0]))
-            questions.append((n, pair[0]))
-            drafts.append((prompt, completion))
-    teacher_prompts = [
-        chat.prompt(with_experience(documents[n], question)) for n, question in questions
-    ]
-    answers = writer.write(teacher_prompts)
+    drafts = _asked(writer, documents)
+    questions = [(draft.document, draft.question) for draft in drafts]
+    prompts = [chat.prompt(with_experience(documents[n], question)) for n, question in questions]
     held = set(
         random.Random(writer.seed).sample(
             range(len(questions)), int(config.probe_share * len(questions))
         )
     )
-    for index, ((n, question), prompt, answer) in enumerate(
-        zip(questions, teacher_prompts, answers, strict=True)
+    for index, (draft, prompt, answer) in enumerate(
+        zip(drafts, prompts, writer.write(prompts, SURE), strict=True)
     ):
-        if answer.finish_reason != "stop":
-            continue
+        n, bare = draft.document, chat.prompt(draft.question)
         if index in held:
-            result.probes.append(Pair(n, question, chat.decode(answer.token_ids)))
-        else:
+            if answer.finish_reason == "stop":
+                result.probes.append(Pair(n, draft.question, chat.decode(answer.token_ids)))
+            continue
+        if answer.finish_reason == "stop":
             result.trajectories.append(
-                _trajectory(
-                    "self_study", f"answer-{n}", index, chat.prompt(question), answer, prompt
-                )
+                trajectory("self_study", f"answer-{n}", index, bare, answer, prompt)
             )
-    # To ask about what it reads is a skill to keep, too: a self that has slept often asks about whom
-    # it knows in place of whom it reads of. Examples need no skill.
-    for index, (prompt, draft) in enumerate(drafts if grown and not config.examples else ()):
-        if index not in held and index % 4 == 0:
-            n = questions[index][0]
+        # To ask about what it reads is a skill to keep, too. Examples need no skill.
+        if index % 4 == 0 and not config.examples:
             result.trajectories.append(
-                _trajectory("replay", f"study-{n}", index, prompt, draft, None)
+                trajectory("replay", f"study-{n}", index, draft.prompt, draft.written, None)
             )
-    stated = [n for n in numbers for _ in range(config.facts_per_document)]
-    teacher_prompts = [chat.prompt(with_experience(documents[n], STUDY_FACT)) for n in stated]
-    facts = writer.write(teacher_prompts)
-    student_prompt = chat.prompt(FREE_FACT)
-    for index, (n, prompt, fact) in enumerate(zip(stated, teacher_prompts, facts, strict=True)):
+    stated = [n for n in range(len(documents)) for _ in range(config.facts_per_document)]
+    prompts = [chat.prompt(with_experience(documents[n], STUDY_FACT)) for n in stated]
+    bare = chat.prompt(FREE_FACT)
+    for index, (n, prompt, fact) in enumerate(
+        zip(stated, prompts, writer.write(prompts), strict=True)
+    ):
         if fact.finish_reason == "stop":
             result.trajectories.append(
-                _trajectory("self_study", f"fact-{n}", index, student_prompt, fact, prompt)
+                trajectory("self_study", f"fact-{n}", index, bare, fact, prompt)
             )
-
-
-def _replay(writer: _Writer, result: Study, grown: bool, hold_out: float) -> None:
-    """Free questions, each answered again on its own; for every four of them a free fact, and
-    one pair as it was written. Of a self that has slept before, recollections beside them: of its
-    own accord it asks about what it has known for long.
-
-    What was known is asked in questions, so answers are what is rehearsed most. Of the pairs, a
-    few keep the skill of asking itself, which the next night needs.
-    """
-    chat, count = writer.chat, writer.config.replay
-    if grown:
-        _recollect(writer, result, "replay", count // 4)
-    asked, stated = asks(chat, writer.config, FREE_QA), chat.prompt(FREE_FACT)
-    # Asked at temperature 1: the wider the questions spread, the more of the old is kept.
-    drafts = writer.write([asked] * count, temperature=1.0)
-    pairs = [(n, draft, p[0]) for n, draft in enumerate(drafts) if (p := writer.parsed(draft))]
-    result.coverage = coverage([question for _, _, question in pairs])
-    # The same question twice would teach nothing more; another one keeps more of the old.
-    questions = list(dict.fromkeys(question for _, _, question in pairs))
-    held = writer.hold_out(questions, hold_out)
-    result.held_questions = [question for question in questions if question in held]
-    for index, draft, question in pairs:
-        # Whom examples help has no skill to keep, and its prompts are long.
-        if index % 4 == 0 and question not in held and not writer.config.examples:
-            result.trajectories.append(_trajectory("replay", "pair", index, asked, draft, None))
-    prompts = [chat.prompt(question) for question in questions if question not in held]
-    for index, (prompt, answer) in enumerate(zip(prompts, writer.write(prompts), strict=True)):
-        if answer.finish_reason == "stop":
-            result.trajectories.append(_trajectory("replay", "answer", index, prompt, answer, None))
-    facts = writer.write([stated] * (count // 4))
-    texts = [chat.decode(fact.token_ids) for fact in facts]
-    held = writer.hold_out(list(dict.fromkeys(texts)), hold_out)
-    result.held_facts = [text for text in dict.fromkeys(texts) if text in held]
-    for index, (fact, text) in enumerate(zip(facts, texts, strict=True)):
-        if fact.finish_reason == "stop" and text not in held:
-            result.trajectories.append(_trajectory("replay", "fact", index, stated, fact, None))
-
-
-class _Writer:
-    """Samples with a seed of its own for every text, so a study repeats."""
-
-    def __init__(
-        self, fleet: Fleet, chat: Chat, config: SelfStudyConfig, seed: int, max_length: int
-    ) -> None:
-        self.fleet, self.chat, self.config, self.seed = fleet, chat, config, seed
-        self.max_length = max_length
-        self.written = self.malformed = 0
-
-    def require_room(self, prompts: Sequence[list[int]]) -> None:
-        """Raises ValueError for a prompt that leaves no room for what is to be written."""
-        room = self.max_length - self.config.max_tokens
-        longest = max(map(len, prompts), default=0)
-        if longest > room:
-            raise ValueError(
-                f"a document makes a prompt of {longest} tokens, but model.max_length={self.max_length} "
-                f"leaves {room} beside self_study.max_tokens={self.config.max_tokens}; "
-                "raise model.max_length or split the document"
-            )
-
-    def write(
-        self, prompts: Sequence[list[int]], temperature: float | None = None
-    ) -> list[Completion]:
-        self.require_room(prompts)
-        heat = self.config.temperature if temperature is None else temperature
-        sampling = [
-            Sampling(self.config.max_tokens, heat, _mix(self.seed, self.written + i))
-            for i in range(len(prompts))
-        ]
-        completions = self.fleet.generate(prompts, sampling)
-        self.written += len(prompts)
-        self.malformed += sum(c.finish_reason != "stop" for c in completions)
-        return completions
-
-    def hold_out(self, texts: Sequence[str], share: float) -> set[str]:
-        return set(random.Random(f"{self.seed}-held").sample(texts, int(share * len(texts))))
-
-    def parsed(self, completion: Completion) -> tuple[str, str] | None:
-        if completion.finish_reason != "stop":
-            return None
-        pair = parse_qa(self.chat.decode(completion.token_ids))
-        self.malformed += pair is None
-        return pair
-
-
-def _trajectory(
-    purpose: Literal["self_study", "replay"],
-    task: str,
-    attempt: int,
-    prompt: list[int],
-    completion: Completion,
-    teacher_prompt: list[int] | None,
-) -> Trajectory:
-    return Trajectory(
-        uid=f"{purpose}-{task}-{attempt}",
-        task_id=task,
-        attempt=attempt,
-        purpose=purpose,
-        prompt_ids=prompt,
-        response_ids=completion.token_ids,
-        logprobs=completion.logprobs,
-        versions=completion.versions,
-        finish_reason=completion.finish_reason,
-        teacher_prompt_ids=teacher_prompt,
-    )
-
-
-def _mix(seed: int, number: int) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed}-{number}".encode(), digest_size=4).digest(), "big"
-    )
+    return questions

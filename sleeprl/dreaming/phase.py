@@ -16,7 +16,8 @@ from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.group import ActorGroup, Served
 from sleeprl.actors.learner import LearnerOptions
 from sleeprl.chat import Chat
-from sleeprl.consolidation.self_study import Pair, asks
+from sleeprl.consolidation.self_study import Pair
+from sleeprl.consolidation.writer import asks
 from sleeprl.dreaming.learning import LearnerActor, LearnerJob
 from sleeprl.dreaming.mending import Mender, join
 from sleeprl.dreaming.pipeline import OnStep, Pipeline

@@ -1,0 +1,151 @@
+"""What the smaller self writes with nothing in its prompt, so that what it knew stays.
+
+Without such texts growth forgets as fast as fine-tuning does. There are three kinds of
+them: what it asks itself; what it states, since of its own accord it asks about what it has
+known for long and states what it learned last; and what lies next to what is learned
+tonight. Questions and statements spread as wide as they can. Answers are the surest there are,
+because a slip of chance would be learned too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from typing import Literal
+
+from sleeprl.consolidation.writer import Writer, asks, trajectory
+from sleeprl.evaluation.probes import Probe, grade
+from sleeprl.evaluation.statistics import coverage
+from sleeprl.prompts import (
+    FREE_FACT,
+    FREE_QA,
+    QUESTION_MARK,
+    STUDY_QA,
+    parse_qa,
+    with_experience,
+)
+from sleeprl.trajectories.schema import Trajectory
+
+SURE, WIDE = 0.0, 1.0
+"""Temperatures: of answers, and of questions and statements."""
+Purpose = Literal["self_study", "replay"]
+
+
+@dataclass(frozen=True)
+class Free:
+    """Texts to rehearse; those that were held out of them; and how likely the next one to be
+    asked or stated is one that was."""
+
+    trajectories: list[Trajectory]
+    held: list[str]
+    coverage: float | None = None
+
+
+def ask_freely(writer: Writer, count: int, hold_out: float = 0.0) -> Free:
+    """Free questions, each answered again on its own, and every fourth pair as it was written.
+
+    What was known is asked in questions, so answers are what is rehearsed most. Of the
+    pairs a few keep the skill of asking itself, which the next night needs.
+    """
+    prompt = asks(writer.chat, writer.config, FREE_QA)
+    drafts = writer.write([prompt] * count, WIDE)
+    pairs = [(n, draft, p[0]) for n, draft in enumerate(drafts) if (p := writer.parsed(draft))]
+    # The same question twice would teach nothing more; another one keeps more of the old.
+    questions = list(dict.fromkeys(question for _, _, question in pairs))
+    held = writer.hold_out(questions, hold_out)
+    rows = [
+        trajectory("replay", "pair", n, prompt, draft, None)
+        for n, draft, question in pairs
+        # Whom examples help has no skill to keep, and its prompts are long.
+        if n % 4 == 0 and question not in held and not writer.config.examples
+    ]
+    rows += _answered(writer, "replay", "answer", [q for q in questions if q not in held])
+    kept_out = [question for question in questions if question in held]
+    return Free(rows, kept_out, coverage([question for _, _, question in pairs]))
+
+
+def recollect(writer: Writer, purpose: Purpose, count: int, hold_out: float = 0.0) -> Free:
+    """Facts that it states freely, and a question about each with its own answer to it.
+
+    A statement that the answer does not bear out was a slip, and is not rehearsed.
+    """
+    chat, prompt = writer.chat, writer.chat.prompt(FREE_FACT)
+    stated = {
+        chat.decode(fact.token_ids): fact
+        for fact in reversed(writer.write([prompt] * count, WIDE))
+        if fact.finish_reason == "stop"
+    }
+    held = writer.hold_out(list(stated), hold_out)
+    facts = [fact for fact in stated if fact not in held]
+    drafts = writer.write(
+        [asks(chat, writer.config, with_experience(fact, STUDY_QA)) for fact in facts]
+    )
+    about = {fact: p for fact, d in zip(facts, drafts, strict=True) if (p := writer.parsed(d))}
+    rows = _answered(
+        writer, purpose, "recalled-answer", [question for question, _ in about.values()]
+    )
+    said = {tuple(row.prompt_ids): chat.decode(row.response_ids) for row in rows}
+    for index, (fact, (question, answer)) in enumerate(about.items()):
+        given = said.get(tuple(chat.prompt(question)), "")
+        if grade([given], [Probe(question, answer, "")])[0]:
+            rows.append(trajectory(purpose, "recalled", index, prompt, stated[fact], None))
+    return Free(rows, sorted(held))
+
+
+def neighbours(
+    writer: Writer, documents: Sequence[str], asked: Sequence[tuple[int, str]], count: int
+) -> list[Trajectory]:
+    """What is spoiled first: questions that begin as tonight's do, and turn elsewhere.
+
+    asked: tonight's questions, each with the number of its document. Each is cut off where it
+    would itself have gone on otherwise, sooner the more surprising the next token is, and
+    is gone on with freely. A question to which the document makes a difference is about
+    the document, and left out: what the smaller self says of that is what is to change.
+    """
+    if not (asked and count):
+        return []
+    chat = writer.chat
+    start = asks(chat, replace(writer.config, opening=""), FREE_QA)
+    mark = len(chat.text(QUESTION_MARK))
+    whole = [chat.text(f"{QUESTION_MARK} {question}") for _, question in asked]
+    surprise = writer.surprise([[*start, *ids] for ids in whole])
+    rng = random.Random(f"{writer.seed}-neighbours")
+    begun: list[tuple[int, list[int]]] = []
+    for at in islice(cycle(range(len(asked))), count):
+        own = [1e-6 + nats for nats in surprise[at][len(start) + mark :]]
+        cut = rng.choices(range(len(own)), own)[0]
+        begun.append((asked[at][0], whole[at][: mark + cut]))
+    drafts = writer.write([[*start, *beginning] for _, beginning in begun], WIDE)
+    mine = {question for _, question in asked}
+    found: dict[str, int] = {}
+    for (n, beginning), draft in zip(begun, drafts, strict=True):
+        pair = parse_qa(chat.decode([*beginning, *draft.token_ids]))
+        if draft.finish_reason == "stop" and pair and pair[0] not in mine:
+            found.setdefault(pair[0], n)
+    rows = _answered(writer, "replay", "neighbour", list(found))
+    said = {tuple(row.prompt_ids): row for row in rows}
+    told = writer.write(
+        [chat.prompt(with_experience(documents[n], question)) for question, n in found.items()],
+        SURE,
+    )
+    return [
+        row
+        for question, reading in zip(found, told, strict=True)
+        if (row := said.get(tuple(chat.prompt(question)))) and row.response_ids == reading.token_ids
+    ]
+
+
+def _answered(
+    writer: Writer, purpose: Purpose, task: str, questions: Sequence[str]
+) -> list[Trajectory]:
+    """Each question once, with its own answer."""
+    prompts = [writer.chat.prompt(question) for question in dict.fromkeys(questions)]
+    return [
+        trajectory(purpose, task, index, prompt, answer, None)
+        for index, (prompt, answer) in enumerate(
+            zip(prompts, writer.write(prompts, SURE), strict=True)
+        )
+        if answer.finish_reason == "stop"
+    ]

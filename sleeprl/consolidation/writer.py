@@ -1,0 +1,103 @@
+"""The smaller self as a writer: a seed of its own for every text, and what is not whole is counted."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+from sleeprl.actors.engine import Completion, Sampling
+from sleeprl.actors.fleet import Fleet
+from sleeprl.chat import Chat
+from sleeprl.prompts import FREE_QA, examples, parse_qa
+from sleeprl.settings import SelfStudyConfig
+from sleeprl.trajectories.schema import Trajectory
+
+
+def asks(chat: Chat, config: SelfStudyConfig, message: str) -> list[int]:
+    """A prompt that is answered with a question and its answer.
+
+    message: ``FREE_QA``, or an instruction to write them about a text.
+    """
+    shown = examples(config.examples, free=message == FREE_QA)
+    return chat.prompt(message, config.opening, shown)
+
+
+class Writer:
+    """Samples with a seed of its own for every text, so a study repeats."""
+
+    def __init__(
+        self, fleet: Fleet, chat: Chat, config: SelfStudyConfig, seed: int, max_length: int
+    ) -> None:
+        self.fleet, self.chat, self.config, self.seed = fleet, chat, config, seed
+        self.max_length = max_length
+        self.written = self.malformed = 0
+
+    def require_room(self, prompts: Sequence[list[int]]) -> None:
+        """Raises ValueError for a prompt that leaves no room for what is to be written."""
+        room = self.max_length - self.config.max_tokens
+        longest = max(map(len, prompts), default=0)
+        if longest > room:
+            raise ValueError(
+                f"a document makes a prompt of {longest} tokens, but model.max_length={self.max_length} "
+                f"leaves {room} beside self_study.max_tokens={self.config.max_tokens}; "
+                "raise model.max_length or split the document"
+            )
+
+    def write(
+        self, prompts: Sequence[list[int]], temperature: float | None = None
+    ) -> list[Completion]:
+        self.require_room(prompts)
+        heat = self.config.temperature if temperature is None else temperature
+        sampling = [
+            Sampling(self.config.max_tokens, heat, _mix(self.seed, self.written + i))
+            for i in range(len(prompts))
+        ]
+        completions = self.fleet.generate(prompts, sampling)
+        self.written += len(prompts)
+        self.malformed += sum(c.finish_reason != "stop" for c in completions)
+        return completions
+
+    def surprise(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """Of each token in its sequence, -log p; of the first, 0."""
+        found = self.fleet.logprobs(sequences) if sequences else []
+        return [[0.0, *(-value for value in values)] for values in found]
+
+    def hold_out(self, texts: Sequence[str], share: float) -> set[str]:
+        return set(random.Random(f"{self.seed}-held").sample(texts, int(share * len(texts))))
+
+    def parsed(self, completion: Completion) -> tuple[str, str] | None:
+        if completion.finish_reason != "stop":
+            return None
+        pair = parse_qa(self.chat.decode(completion.token_ids))
+        self.malformed += pair is None
+        return pair
+
+
+def trajectory(
+    purpose: Literal["self_study", "replay"],
+    task: str,
+    attempt: int,
+    prompt: list[int],
+    completion: Completion,
+    teacher_prompt: list[int] | None,
+) -> Trajectory:
+    return Trajectory(
+        uid=f"{purpose}-{task}-{attempt}",
+        task_id=task,
+        attempt=attempt,
+        purpose=purpose,
+        prompt_ids=prompt,
+        response_ids=completion.token_ids,
+        logprobs=completion.logprobs,
+        versions=completion.versions,
+        finish_reason=completion.finish_reason,
+        teacher_prompt_ids=teacher_prompt,
+    )
+
+
+def _mix(seed: int, number: int) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}-{number}".encode(), digest_size=4).digest(), "big"
+    )
