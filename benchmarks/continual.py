@@ -78,11 +78,12 @@ PEOPLE = 6
 # A third of a night's people, and two thirds of its steps' texts: the old world is as large as
 # ever. A night takes one core about a minute and a half.
 SETTINGS = [
+    "self_study.pairs_per_document=256",
     "self_study.replay=2400",
     "self_study.probe_share=0.02",
     "consolidation.steps=120",
     "consolidation.batch_size=16",
-    "evaluation.retention=200",
+    "evaluation.retention=600",
     "evaluation.texts=40",
 ]
 TOKENS = 150_000

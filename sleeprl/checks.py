@@ -33,13 +33,13 @@ _AT_LEAST_ZERO = {
     "dreaming.reference_kl", "dreaming.correction_low", "gate.tolerance",
     "resources.cpus", "resources.engine_gpus", "resources.learner_gpus", "resources.max_failures",
     "resources.teachers", "resources.teacher_gpus",
-    "self_study.probe_share", "self_study.replay", "self_study.examples", "self_study.sentences",
+    "self_study.probe_share", "self_study.replay", "self_study.examples", "self_study.whole",
     "self_study.facts_per_document", "evaluation.texts", "fixed_capacity.ewc",
 }  # fmt: skip
 _AT_MOST_ONE = {
     "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",
     "consolidation.semantic", "consolidation.prefix_min", "consolidation.prefix_max",
-    "gate.tolerance", "self_study.probe_share",
+    "gate.tolerance", "self_study.probe_share", "self_study.whole",
     "resources.engine_gpu_utilization",
 }  # fmt: skip
 _CHOICES = {

@@ -93,10 +93,11 @@ class EvaluationConfig:
 class SelfStudyConfig:
     pairs_per_document: int = 128
     """Question-answer pairs that the teacher writes with the document in its prompt."""
+    whole: float = 0.5
+    """Share of the questions that are asked with the whole document in sight."""
     sentences: int = 3
-    """Every second question is asked with so many of a document's sentences in sight, all of them in
-    turn, for else some would never be asked about; 0: each with the whole document, with which it is
-    always answered."""
+    """The others see so many sentences of it, all of them in turn, for else some would never be
+    asked about. Answers are always given with the whole document."""
     facts_per_document: int = 24
     """Single facts that the teacher writes with the document in its prompt."""
     replay: int = 3600

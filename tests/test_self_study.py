@@ -164,7 +164,6 @@ def written(chat: Chat, seed: int = 0, config: SelfStudyConfig = CONFIG, who: Au
 
 def test_every_second_question_is_asked_with_a_few_sentences_in_sight(chat: Chat) -> None:
     long = "Ann lives in Oslo. She sings! Has she a cat? No."
-    assert passages(long, 0) == [long]
     assert passages(long, 1) == ["Ann lives in Oslo.", "She sings!", "Has she a cat?", "No."]
     assert passages(long, 3) == ["Ann lives in Oslo. She sings! Has she a cat?", "No."]
     config = replace(CONFIG, sentences=1, pairs_per_document=12)
@@ -190,7 +189,7 @@ def test_what_is_not_about_the_document_is_dropped_and_it_is_asked_about_again(
             return format_qa(f"elsewhere {number}?", "no"), "stop"
         return author(message, number)
 
-    fleet, result = written(chat, config=replace(CONFIG, sentences=0), who=wanders)
+    fleet, result = written(chat, config=replace(CONFIG, whole=1.0), who=wanders)
     asked = {d: fleet.asked[f"{d}\n\n{STUDY_QA}"] for d in DOCUMENTS}
     assert asked == {DOCUMENTS[0]: 30, DOCUMENTS[1]: 3 * 30}
     new = [t for t in result.trajectories if t.task_id.startswith(("answer-", "study-"))]

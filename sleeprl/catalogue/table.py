@@ -86,6 +86,7 @@ _SPECS = (
             "self_study": {
                 "opening": "Question:",
                 "examples": 4,
+                "whole": 0.0,
                 "sentences": 1,
                 "pairs_per_document": 42,
                 "facts_per_document": 0,

@@ -125,9 +125,7 @@ def rehearse(
 
 
 def passages(document: str, sentences: int) -> list[str]:
-    """A document in pieces of so many sentences; 0 leaves it whole."""
-    if not sentences:
-        return [document]
+    """A document in pieces of so many sentences."""
     found = re.split(r"(?<=[.!?])\s+", document.strip())
     return [" ".join(found[at : at + sentences]) for at in range(0, len(found), sentences)]
 
@@ -150,17 +148,13 @@ class _Draft:
 
 
 def _asked(writer: Writer, documents: Sequence[str]) -> list[_Draft]:
-    """Different questions about the documents, half of them with a few sentences in sight."""
+    """Different questions about the documents."""
     config = writer.config
     found: dict[tuple[int, str], _Draft] = {}
     numbers = list(range(len(documents)))
     for _ in range(ROUNDS):
         asked = [n for n in numbers for _ in range(config.pairs_per_document)]
-        shown = [
-            text
-            for n in numbers
-            for text in _in_sight(documents[n], config.sentences, config.pairs_per_document)
-        ]
+        shown = [text for n in numbers for text in _in_sight(documents[n], config)]
         prompts = [asks(writer.chat, config, with_experience(text, STUDY_QA)) for text in shown]
         fresh: dict[tuple[int, str], _Draft] = {}
         for n, prompt, written in zip(asked, prompts, writer.write(prompts), strict=True):
@@ -176,11 +170,11 @@ def _asked(writer: Writer, documents: Sequence[str]) -> list[_Draft]:
     return list(found.values())
 
 
-def _in_sight(document: str, sentences: int, count: int) -> list[str]:
-    """Of so many questions: what of the document each is asked with."""
-    parts = islice(cycle(passages(document, sentences)), count // 2 if sentences else 0)
-    few = list(parts)
-    return [document] * (count - len(few)) + few
+def _in_sight(document: str, config: SelfStudyConfig) -> list[str]:
+    """What of the document each question is asked with."""
+    whole = round(config.whole * config.pairs_per_document)
+    parts = cycle(passages(document, config.sentences))
+    return [document] * whole + list(islice(parts, config.pairs_per_document - whole))
 
 
 def _about(
