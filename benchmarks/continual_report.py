@@ -128,13 +128,14 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def draw(nights: int, path: Path) -> None:
-    """Recall of everything met so far, and of the old world, night by night."""
+    """Recall of everything met so far, and of the old world, night by night; and of each day of
+    Sleep after each night."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10.4, 4.4), sharex=True)
+    figure, (*axes, matrix) = plt.subplots(1, 3, figsize=(13.6, 4.4), width_ratios=(1, 1, 0.95))
     colours = plt.get_cmap("tab20").colors
     for number, (method, seeds) in enumerate(chains(nights).items()):
         strong = method == "seeding"
@@ -157,6 +158,33 @@ def draw(nights: int, path: Path) -> None:
         axis.set_ylim(-3, 103)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    _days(matrix, list(chains(nights).get("seeding", {}).values()))
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=4
+    )
     figure.set_layout_engine("constrained")
     figure.savefig(path, metadata={"Date": None})
+
+
+def _days(axis: Any, lived: list[list[Any]]) -> None:
+    """Recall of day i after night j, a mean over chains."""
+    from matplotlib.patches import Rectangle
+
+    axis.set_title("Sleep: recall of each day (%)", fontsize=10)
+    axis.set_xlabel("after night")
+    axis.set_ylabel("of day")
+    for night, at in enumerate(zip(*lived, strict=True)):
+        for day, recall in enumerate(zip(*(one["recall"] for one in at), strict=True)):
+            mean = fmean(recall)
+            corner = (night + 0.5, day + 0.5)
+            axis.add_patch(Rectangle(corner, 1, 1, facecolor=(0.0, 0.62, 0.45, mean**2)))
+            axis.annotate(
+                f"{100 * mean:.0f}", (night + 1, day + 1), ha="center", va="center", fontsize=7,
+                color="white" if mean > 0.7 else "black",
+            )  # fmt: skip
+    count = len(lived[0]) if lived else 1
+    axis.set_xlim(0.5, count + 0.5)
+    axis.set_ylim(count + 0.5, 0.5)
+    axis.set_xticks(range(1, count + 1))
+    axis.set_yticks(range(1, count + 1))
+    axis.spines[["top", "right"]].set_visible(False)
