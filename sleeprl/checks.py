@@ -54,6 +54,7 @@ _CHOICES = {
     "dreaming.correction_mode": ("truncate", "mask", "clip"),
     "resources.transport": ("shared_memory", "disk", "nccl", "ipc"),
     "resources.update_mode": ("keep", "drain", "abort"),
+    "resources.layout": ("decoupled", "colocated"),
 }
 _WITHOUT_RATIO = ("reinforce", "rest_em")
 
@@ -135,6 +136,7 @@ def check(config: NightConfig) -> None:
     _check_wake_learning(config)
     _check_baselines(config.baselines, config.fixed_capacity.learning_rates)
     _check_transport(config)
+    _check_layout(config.resources)
     _check_resources(config.resources)
 
 
@@ -171,6 +173,29 @@ def _check_transport(config: NightConfig) -> None:
         raise ConfigError(
             f"resources.transport={resources.transport} cannot send what the night itself sends with "
             "memory.growth=low_rank, without a GPU; set resources.transport=shared_memory"
+        )
+
+
+def _check_layout(resources: ResourcesConfig) -> None:
+    """Engines and learner that take turns must have one device to share."""
+    if resources.layout != "colocated":
+        return
+    engine, learner = resources.engine_gpus, resources.learner_gpus
+    told = f"resources.engine_gpus={engine:g} and resources.learner_gpus={learner:g}"
+    if (engine > 0) != (learner > 0):
+        raise ConfigError(
+            f"resources.layout=colocated shares one device, but {told} are a GPU and a CPU; give "
+            "both a share of a GPU, such as 0.5, or set resources.layout=decoupled"
+        )
+    if engine + learner > 1:
+        raise ConfigError(
+            f"resources.layout=colocated shares one device, but {told} do not fit on one; lower "
+            "them, for example to 0.5 each, or set resources.layout=decoupled"
+        )
+    if resources.transport == "nccl":
+        raise ConfigError(
+            "resources.layout=colocated shares one GPU, on which resources.transport=nccl cannot "
+            "have two ranks; set resources.transport=ipc, or shared_memory"
         )
 
 

@@ -153,7 +153,9 @@ def report(run: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> 
 @app.command()
 def inspect(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
-    purpose: Annotated[str | None, typer.Option(help="Only self_study, replay, or dream.")] = None,
+    purpose: Annotated[
+        str | None, typer.Option(help="Only self_study, replay, dream, or redrawn.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Only what belongs to this task.")] = None,
     uid: Annotated[str | None, typer.Option(help="This one, token by token.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Show at most so many.")] = 20,

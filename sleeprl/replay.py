@@ -146,9 +146,8 @@ def replay(directory: Path, *, engines_only: bool = False) -> str:
         if engines_only:
             fleet.publish(selves.larger(index), Canary.load(born / CANARY))
             tasks = make_tasks(day.documents, load_probes(run.dir / "study.json"), config.seed)
-            learned = position.version * config.dreaming.tasks_per_step
             found = engines_alone(
-                config, fleet, job, {task.id: task for task in tasks}, position.admitted[:learned],
+                config, fleet, job, {task.id: task for task in tasks}, position.admitted[: position.done],
                 lambda message: asks(night.chat, config.self_study, message), output,
             )  # fmt: skip
             fleet.shutdown()

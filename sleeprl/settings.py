@@ -223,7 +223,8 @@ class DreamingConfig:
     """An actor that waits so long is named, with whom it waits for."""
     algorithm: str = "dapo"
     """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
-    ``Algorithm``."""
+    ``Algorithm``. ``dapo`` draws other groups for those whose rewards are all equal;
+    ``algorithm_options.redraws`` bounds that, and 0 ends it."""
     algorithm_options: dict[str, Any] = field(default_factory=dict)
     reference_kl: float = 0.0
     """Weight of the KL of the dream writer to the smaller self, on its dreams."""
@@ -275,6 +276,11 @@ class ResourcesConfig:
     update_mode: str = "keep"
     """What becomes of running requests when new weights come: ``keep`` freezes them, ``drain``
     waits for their end, ``abort`` goes on from their tokens without what the old weights cached."""
+    layout: str = "decoupled"
+    """``decoupled``: engines write while the learner steps. ``colocated``: they share a device and
+    take turns, engines asleep while the learner steps; a vLLM engine on a GPU then gives back its
+    memory, but that of the learner's weights and optimiser stays, so ``engine_gpu_utilization``
+    must leave room for it."""
     learner_workers: int = 1
     learner_cpus: int = 1
     learner_gpus: float = 0.0

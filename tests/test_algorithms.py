@@ -262,6 +262,8 @@ def test_a_mean_over_a_constant_needs_the_constant() -> None:
         ("gspo", {"clip_low": -1.0}, "clip_low=-1.0 must be at least 0"),
         ("dapo", {"mean": "median"}, "mean='median' must be one of token, sequence, constant"),
         ("dapo", {"overlong": -1}, "overlong=-1"),
+        ("dapo", {"redraws": -1}, "redraws=-1 must be a whole number"),
+        ("dapo_unscaled", {"redraws": 0.5}, "redraws=0.5 must be a whole number"),
         ("dap", {}, "did you mean 'dapo'"),
     ],
 )

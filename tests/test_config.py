@@ -313,3 +313,18 @@ def test_transports_between_gpus_need_gpus(kind: str) -> None:
 def test_transport_and_update_mode_are_of_those_there_are() -> None:
     assert "shared_memory, disk, nccl, ipc" in refused("resources.transport=pigeon")
     assert "keep, drain, abort" in refused("resources.update_mode=stop")
+
+
+def test_a_colocated_layout_needs_one_device_to_share() -> None:
+    assert "decoupled, colocated" in refused("resources.layout=beside")
+    words = ["resources.layout=colocated"]
+    assert cfg.load(None, words).resources.layout == "colocated"
+    for key in ("engine_gpus", "learner_gpus"):
+        message = refused(*words, f"resources.{key}=0.5")
+        assert f"resources.{key}=0.5" in message and "shares one device" in message
+    words += ["resources.engine_gpus=0.5", "resources.learner_gpus=0.6"]
+    assert "do not fit on one" in refused(*words)
+    words[-1] = "resources.learner_gpus=0.5"
+    assert cfg.load(None, words).resources.layout == "colocated"
+    assert "two ranks" in refused(*words, "resources.transport=nccl")
+    assert cfg.load(None, [*words, "resources.transport=ipc"]).resources.transport == "ipc"

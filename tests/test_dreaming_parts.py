@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ from sleeprl.chat import Chat
 from sleeprl.consolidation.self_study import Pair
 from sleeprl.dreaming.curricula import Uniform, WeakSpots
 from sleeprl.dreaming.learning import outcomes
+from sleeprl.dreaming.line import in_line
 from sleeprl.dreaming.phase import make_tasks
 from sleeprl.dreaming.pipeline import Counts
+from sleeprl.dreaming.position import write_group
 from sleeprl.dreaming.rewards import LikelihoodGain, RewardActor
 from sleeprl.dreaming.tasks import Dream, Outcome, Task
 from sleeprl.dreaming.trials import Scorer
 from sleeprl.memory.checkpoint import expert_tensors, widen
 from sleeprl.prompts import STUDY_QA, format_qa, with_experience
+from sleeprl.registry import create
 from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
 
 TASKS = [Task(f"t{i}", i, f"message {i}", (("Who?", f"Ann{i}"),)) for i in range(5)]
@@ -288,6 +292,35 @@ def test_the_deadline_leaves_the_slow_one_unscored_and_goes_on(
             thread.join()
 
 
+@pytest.mark.usefixtures("store")
+def test_a_group_is_equal_where_the_algorithm_finds_nothing_to_learn(
+    wide: Path, chat: Chat, users: str, tmp_path: Path
+) -> None:
+    good, bad = format_qa("Who?", "Ann"), "no pair at all"
+
+    def equal(*dreams: Trajectory, **options: Any) -> bool:
+        algorithm = create("dapo", "algorithm", options)
+        actor = RewardActor(str(wide), f"{users}.looks", {}, 5.0, algorithm, 40)
+        batch = to_batch(list(dreams))
+        found = ray.get(actor.score(batch, {t.id: t for t in TASKS})["batch"])
+        write_group(tmp_path, "0-queued", found)
+        (loaded,) = actor.load([str(tmp_path / "0-queued.arrow")])
+        assert ray.get(loaded["batch"]) == found
+        flag: bool = actor.score(batch, {t.id: t for t in TASKS})["equal"]
+        assert loaded["equal"] == flag
+        return flag
+
+    same = [dream(chat, n, good) for n in range(3)]
+    assert equal(*same)
+    assert not equal(*same, dream(chat, 3, bad))
+    # What the algorithm makes of length is part of it.
+    short, long = dream(chat, 0, "no"), dream(chat, 1, "n" * 38)
+    assert equal(short, long)
+    assert not equal(short, long, overlong=20)
+    plain = RewardActor(str(wide), f"{users}.looks", {}, 5.0)
+    assert not plain.score(to_batch(same), {t.id: t for t in TASKS})["equal"]
+
+
 # --- trials -----------------------------------------------------------------------
 
 PAIRS = (("Where does Ann live?", "Ann lives in Oslo"), ("What is her pet?", "a grey cat"))
@@ -407,6 +440,30 @@ def test_the_reference_is_the_smaller_self_whatever_the_expert_says(wide: Path, 
     assert json.loads(born[0].meta)["gap"] != json.loads(grown[0].meta)["gap"]
 
 
+# --- the line ---------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(0, 5), st.lists(st.booleans(), max_size=40), st.data())
+def test_a_group_set_aside_makes_nobody_wait_longer(
+    size: int, redraws: int, flags: list[bool], data: st.DataObject
+) -> None:
+    numbers = range(7, 7 + len(flags))
+    equal = {number for number, flag in zip(numbers, flags, strict=True) if flag}
+    line, aside = in_line(numbers, equal, size, redraws)
+    assert sorted(line + aside) == list(numbers) and set(aside) <= equal
+    edges = [6, *line[size - 1 :: size], 99]
+    for low, high in pairwise(edges):
+        mine = [number for number in aside if low < number < high]
+        assert len(mine) <= redraws
+        if len(mine) < redraws:  # then none that teaches nothing was left in line
+            assert not [n for n in line if low < n <= high and n in equal]
+    if numbers:  # one more is found equal
+        more = equal | {data.draw(st.sampled_from(numbers))}
+        for end in range(7, 8 + len(flags)):
+            before, after = (in_line(range(7, end), e, size, redraws)[0] for e in (equal, more))
+            assert len(after) <= len(before)
+
+
 # --- outcomes and counts ----------------------------------------------------------
 
 
@@ -419,9 +476,9 @@ def test_outcomes_gather_a_task_s_dreams(chat: Chat) -> None:
     assert outcomes(rows) == [Outcome("t1", [0.5], 3.0), Outcome("t0", [0.25], 1.0)]
 
 
-@given(st.lists(st.integers(0, 5), min_size=6, max_size=6), st.integers(-1, 1))
+@given(st.lists(st.integers(0, 5), min_size=7, max_size=7), st.integers(-1, 1))
 def test_counts_identity(numbers: list[int], off: int) -> None:
-    names = ("generating", "scoring", "rewarding", "queued", "learning", "learned")
+    names = ("generating", "scoring", "rewarding", "queued", "learning", "learned", "redrawn")
     counts = Counts(admitted=sum(numbers) + off, **dict(zip(names, numbers, strict=True)))
     if off == 0:
         counts.check()

@@ -436,6 +436,66 @@ def test_the_torch_engine_goes_on_to_the_bit(rig: Rig) -> None:
     assert rig.run(rig.engine.write("task", uids, prompt, how, to_batch(half))) == whole
 
 
+# --- sleep ------------------------------------------------------------------------
+
+
+def test_asleep_it_writes_nothing_and_awake_as_if_it_had_not_slept(rig: Rig) -> None:
+    """What runs is frozen, what is asked waits; then all go on to the same tokens."""
+    asked, how = prompts(6), sampling(6, 200 if rig.kind == "vllm" else 40)
+    uids = [f"dream-5-{n}" for n in range(4)]
+
+    def written() -> list[int]:
+        batches = rig.engine.so_far().values()
+        return [len(t.response_ids) for batch in batches for t in from_batch(batch)]
+
+    async def whole() -> tuple[Any, ...]:
+        first = await rig.engine.write("task", uids, asked[0], how[:4])
+        return first, await rig.engine.generate(asked[4:], how[4:])
+
+    async def cut() -> tuple[Any, ...]:
+        running = asyncio.ensure_future(rig.engine.write("task", uids, asked[0], how[:4]))
+        while min(written(), default=0) < 4:
+            await asyncio.sleep(0)
+        await rig.engine.sleep()
+        await rig.engine.sleep()
+        await asyncio.sleep(0.1)  # what was made before may still be on its way
+        before = written()
+        late = asyncio.ensure_future(rig.engine.generate(asked[4:], how[4:]))
+        score = asyncio.ensure_future(rig.engine.logprobs([CANARY_IDS]))
+        await asyncio.sleep(0.4)
+        assert not (running.done() or late.done() or score.done())
+        assert written() == before and max(before) < how[0].max_tokens
+        await rig.engine.wake()
+        await rig.engine.wake()
+        assert (await score)[0] == pytest.approx(rig.expected(CANARY_IDS), abs=1e-4)
+        return await running, await late
+
+    for once, again in zip(rig.run(whole()), rig.run(cut()), strict=True):
+        if isinstance(once, list):
+            assert [c.token_ids for c in once] == [c.token_ids for c in again]
+        else:
+            assert once.column("response_ids") == again.column("response_ids")
+
+
+def test_an_update_wakes_a_sleeper(rig: Rig) -> None:
+    """Also what it froze goes on, under the new weights."""
+    weights = grown(rig, seed=15)
+    canary = rig.canary(weights)
+
+    async def scenario() -> list[Completion]:
+        running = asyncio.ensure_future(rig.engine.generate(prompts(4), sampling(4, 48)))
+        await rig.engine.generate(prompts(1), sampling(1, 4))
+        await rig.engine.sleep()
+        assert not running.done(), "too fast to be in flight"
+        assert (await rig.update(weights, canary)).verified
+        return await running
+
+    for completion in rig.run(scenario()):
+        assert completion.versions == sorted(completion.versions)
+        assert set(completion.versions) <= {rig.version - 1, rig.version}
+        assert len(completion.versions) == len(completion.token_ids) > 0
+
+
 # --- every transport, every mode --------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import ray
 
 from sleeprl.actors.group import ActorFailure, ActorGroup, Served
 from sleeprl.dreaming.curricula import WeakSpots
+from sleeprl.dreaming.line import in_line
 from sleeprl.dreaming.mending import Mender, join
 from sleeprl.dreaming.phase import CurriculumActor
 from sleeprl.dreaming.pipeline import Pipeline
@@ -31,11 +32,12 @@ class Stage(Served):
     """Engine, scorer or reward: passes a batch on. A batch is [number, task, version at birth].
 
     dies: directory in which a file ``NUMBER`` ends the process that meets that group, once.
+    equal: groups that, rewarded, teach nothing.
     """
 
-    def __init__(self, dies: Path | None = None) -> None:
+    def __init__(self, dies: Path | None = None, equal: Sequence[int] = ()) -> None:
         self.version = 0
-        self.dies = dies
+        self.dies, self.equal = dies, equal
 
     def start(self) -> None:
         pass
@@ -61,11 +63,12 @@ class Stage(Served):
 
     def score(self, batch: Any, tasks: Mapping[str, Task]) -> Any:
         assert batch[1] in tasks
-        return {"batch": batch}
+        time.sleep(0.002 * (batch[0] % 2))
+        return {"batch": batch, "equal": batch[0] in self.equal}
 
     def load(self, paths: list[str]) -> Any:
         batches = [json.loads(Path(path).read_text()) for path in paths]
-        return [{"batch": batch, "oldest": batch[2]} for batch in batches]
+        return [{"batch": b, "oldest": b[2], "equal": b[0] in self.equal} for b in batches]
 
 
 def die_once(marker: Path) -> None:
@@ -79,6 +82,7 @@ class Learns(Served):
 
     def __init__(self, engines: list[Any], dies: Path | None) -> None:
         self.learned: list[Any] = []
+        self.redrawn: list[Any] = []
         self.engines, self.dies = engines, dies
 
     def rendezvous(self) -> str:
@@ -87,15 +91,19 @@ class Learns(Served):
     def start(self, address: str, state: str | None) -> None:
         if state is not None:
             self.learned = json.loads((Path(state) / "learner.json").read_text())
+            if (Path(state) / "redrawn.json").exists():
+                self.redrawn = json.loads((Path(state) / "redrawn.json").read_text())
 
     def use(self, engines: list[Any]) -> None:
         self.engines = engines
 
-    def step(self, batches: Sequence[Any]) -> Any:
+    def step(self, batches: Sequence[Any], redrawn: Sequence[Any]) -> Any:
         if self.dies:
             die_once(self.dies / f"step-{len(self.learned)}")
         self.learned += map(list, batches)
+        self.redrawn += map(list, redrawn)
         outcomes = [Outcome(task, [], 0.5) for _, task, _ in batches]
+        outcomes += [Outcome(task, [], 0.1) for _, task, _ in redrawn]
         return {"metrics": {}, "outcomes": outcomes}
 
     def publish(self) -> Any:
@@ -109,6 +117,7 @@ class Learns(Served):
     def save(self, directory: str, groups: Mapping[str, Any]) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / "learner.json").write_text(json.dumps(self.learned))
+        (Path(directory) / "redrawn.json").write_text(json.dumps(self.redrawn))
         for name, batch in groups.items():
             (Path(directory) / f"{name}.arrow").write_text(json.dumps(batch))
         if self.dies:
@@ -116,6 +125,9 @@ class Learns(Served):
 
     def all(self) -> list[Any]:
         return self.learned
+
+    def aside(self) -> list[Any]:
+        return self.redrawn
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +162,15 @@ def dream(
     engines: Sequence[Any] = (),
     dies: Path | None = None,
     limit: int = 0,
+    redraws: int = 0,
+    redrawn: list[Any] | None = None,
     tasks: Mapping[str, Task] = BY_ID,
     **stages: Any,
 ) -> tuple[list[Any], Position]:
     """Go on from what is in ``directory``; break in the callback of step ``stop_at``.
 
     stages, engines: other actors in the place of the passing ones, which all runs share.
+    redrawn: gets the groups that were set aside.
     """
     position = Position.load(directory, 0)
     passing = {
@@ -169,9 +184,11 @@ def dream(
         curriculum.call("load_state_dict", state=position.curriculum)
     steps: list[int] = []
     told: list[str] = []
+    drawn: list[float] = []
 
     def on_step(step: int, metrics: Mapping[str, float]) -> None:
         steps.append(step)
+        drawn.append(metrics["redrawn"])
         if step == stop_at:
             raise Broken
 
@@ -191,6 +208,7 @@ def dream(
             of_engines, learner, lambda index: fresh(Stage, dies),
             lambda rank: fresh(Learns, of_engines.actors, dies), limit, told.append,
         ),
+        redraws=redraws,
     )  # fmt: skip
     try:
         join(learner, position)
@@ -199,6 +217,10 @@ def dream(
         assert steps == list(range(config.steps - len(steps) + 1, config.steps + 1))
         assert pipeline.counts.learned == config.steps * config.tasks_per_step
         assert len(told) == pipeline.mender.done == limit
+        aside = learner.call("aside")[0]
+        assert pipeline.counts.redrawn == len(aside) >= sum(drawn) and max(drawn) <= redraws
+        if redrawn is not None:
+            redrawn += aside
         return learner.call("all")[0], position
     finally:
         curriculum.kill()
@@ -222,6 +244,65 @@ def test_a_broken_run_learns_what_a_whole_one_does(tmp_path: Path) -> None:
     for index, (_, _, born) in enumerate(learned):
         assert index // CONFIG.tasks_per_step - born <= CONFIG.staleness
     assert sorted(path.name for path in place.iterdir()) == [POSITION, "version-6"]
+
+
+EQUAL = [1, 2, 3, 5, 8, 9, 13, 14, 15, 16, 17]
+
+
+def in_the_end(redraws: int) -> tuple[list[int], list[int]]:
+    """What a run in which the groups ``EQUAL`` teach nothing learns, and sets aside for it."""
+    line, aside = in_line(range(40), EQUAL, CONFIG.tasks_per_step, redraws)
+    line = line[: CONFIG.steps * CONFIG.tasks_per_step]
+    return line, [number for number in aside if number < line[-1]]
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("redraws", "staleness"), [(0, 2), (1, 0), (2, 2), (9, 0)])
+def test_another_group_is_learned_for_one_that_teaches_nothing(
+    tmp_path: Path, redraws: int, staleness: int
+) -> None:
+    line, aside = in_the_end(redraws)
+    redrawn: list[Any] = []
+    learned, position = dream(
+        tmp_path / "state", config=replace(CONFIG, staleness=staleness),
+        reward=fresh(Stage, None, EQUAL), redraws=redraws, redrawn=redrawn,
+    )  # fmt: skip
+    assert [number for number, _, _ in learned] == line
+    assert [number for number, _, _ in redrawn] == aside
+    assert (set(line) & set(EQUAL) == set()) == (redraws == 9)
+    assert [task for _, task, _ in sorted(learned + redrawn)] == position.admitted
+    assert position.done == len(position.admitted)
+    for index, (_, _, born) in enumerate(learned):
+        assert index // CONFIG.tasks_per_step - born <= staleness
+    gaps: dict[str, float] = {}
+    for first in range(0, len(line), CONFIG.tasks_per_step):
+        update = line[first : first + CONFIG.tasks_per_step]
+        gaps |= {position.admitted[number]: 0.5 for number in update}
+        before = line[first - 1] if first else -1
+        gaps |= {position.admitted[n]: 0.1 for n in aside if before < n < update[-1]}
+    assert position.curriculum is not None and position.curriculum["gaps"] == gaps
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_is_set_aside_is_so_after_a_break_and_a_death(tmp_path: Path) -> None:
+    line, aside = in_the_end(2)
+    dies, redrawn, place = tmp_path / "dies", [], tmp_path / "state"  # type: ignore[var-annotated]
+    dies.mkdir()
+    reward = fresh(Stage, None, EQUAL)
+    with pytest.raises(Broken):
+        dream(place, 2, reward=reward, redraws=2)
+    for marker in (str(line[8]), "step-6", "save-8", str(aside[-1])):
+        (dies / marker).touch()
+    learned, position = dream(
+        place, engines=[fresh(Stage, dies) for _ in range(2)], dies=dies, limit=4,
+        reward=reward, redraws=2, redrawn=redrawn,
+    )  # fmt: skip
+    assert list(dies.iterdir()) == []
+    assert [number for number, _, _ in learned] == line
+    assert [number for number, _, _ in redrawn] == aside
+    assert [task for _, task, _ in sorted(learned + redrawn)] == position.admitted
+    for index, (_, _, born) in enumerate(learned):
+        assert index // CONFIG.tasks_per_step - born <= CONFIG.staleness
 
 
 class Fails(Stage):
@@ -278,7 +359,7 @@ def test_what_was_under_way_is_kept_unless_it_is_too_old(tmp_path: Path) -> None
             batch = [int(group[0]), "kept", version]
             (checkpoint / f"{group}.arrow").write_text(json.dumps(batch))
         state = WeakSpots(TASKS, 3).state_dict()
-        Position(place, 2, [*["t0"] * 8], state, first_version=0).save()
+        Position(place, 2, [*["t0"] * 8], 4, state, first_version=0).save()
         config = replace(CONFIG, staleness=staleness, steps=4)
         tasks = {task.id: task for task in [*TASKS, Task("kept", 0, "", ())]}
         found, _ = dream(place, config=config, tasks=tasks)
@@ -291,11 +372,11 @@ def test_what_was_under_way_is_kept_unless_it_is_too_old(tmp_path: Path) -> None
 def test_a_position_is_read_back(tmp_path: Path) -> None:
     curriculum = WeakSpots(TASKS, 3)
     curriculum.next(4)
-    kept = Position(tmp_path, 2, ["t0", "t1", "t0"], curriculum.state_dict())
+    kept = Position(tmp_path, 2, ["t0", "t1", "t0"], 2, curriculum.state_dict())
     kept.save()
     found = Position.load(tmp_path)
     assert found.checkpoint.name == "version-2"
-    assert (found.version, found.admitted) == (2, kept.admitted)
+    assert (found.version, found.admitted, found.done) == (2, kept.admitted, 2)
     other = WeakSpots(TASKS, 99)
     assert found.curriculum is not None
     other.load_state_dict(found.curriculum)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from sleeprl import config as cfg
 from sleeprl.actors.engine import EngineOptions, Sampling
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.learner import LearnerOptions
+from sleeprl.actors.torch_engine import TorchEngine
 from sleeprl.chat import Chat
 from sleeprl.consolidation.self_study import Pair
 from sleeprl.consolidation.writer import asks
 from sleeprl.dreaming import phase
-from sleeprl.dreaming.learning import LearnerJob
+from sleeprl.dreaming.learning import LearnerActor, LearnerJob
 from sleeprl.dreaming.position import Position
 from sleeprl.dreaming.tasks import Dream
 from sleeprl.memory.checkpoint import EXPERT, widen
@@ -42,20 +45,50 @@ PROBES = [Pair(n, f"{name}?", "yes") for n, name in enumerate("abc") for _ in ra
 
 
 class Letters:
-    """Rewards letters, which any model writes some of."""
+    """Whether there are letters, of which any model writes some: often a group's all or none."""
 
     def __call__(self, dream: Dream) -> float:
-        return sum(character.isalpha() for character in dream.text) / 24
+        return float(sum(character.isalpha() for character in dream.text) > 5)
 
 
-def settings(place: Path) -> NightConfig:
+class Noted(TorchEngine):
+    """Notes the moment in which it begins to make a token."""
+
+    async def _turn(self) -> None:
+        await super()._turn()
+        note(Path(self.options.model), "tokens", time.monotonic())
+
+
+class Timed(LearnerActor):
+    """Notes from when to when it steps."""
+
+    def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> dict[str, Any]:
+        began = time.monotonic()
+        made = super().step(batches, redrawn)
+        note(Path(self.job.learner.checkpoint), "steps", began, time.monotonic())
+        return made
+
+
+def note(beside: Path, name: str, *moments: float) -> None:
+    with (beside.parent / name).open("a") as file:
+        file.write(" ".join(map(str, moments)) + "\n")
+
+
+def noted(place: Path, name: str) -> list[list[float]]:
+    """What was noted since this was last asked."""
+    lines = (place / name).read_text().splitlines()
+    (place / name).unlink()
+    return [list(map(float, line.split())) for line in lines]
+
+
+def settings(place: Path, *more: str) -> NightConfig:
     return cfg.load(
         None,
         [
             f"dreaming.steps={STEPS}", "dreaming.tasks_per_step=2", "dreaming.group_size=4",
             "dreaming.staleness=0", "dreaming.max_tokens=24", "dreaming.hold=0.1",
             "dreaming.reward=test_staleness.Letters", "resources.engine=torch", "resources.cpus=2",
-            f"runs={place}", "seed=3",
+            f"runs={place}", "seed=3", *more,
         ],
     )  # fmt: skip
 
@@ -75,7 +108,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for n in range(6)
     ]  # fmt: skip
-    for name in ("pipeline", "loop"):
+    for name in ("pipeline", "loop", "colocated", "turns", "together"):
         Lake(place / name / "lake").append(to_batch(replay), "trajectories")
     return place
 
@@ -93,9 +126,9 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def engines(place: Path) -> Fleet:
+def engines(place: Path, kind: str = "torch") -> Fleet:
     options = EngineOptions(str(place / "wide"), "float32", 512, 1, 1.0, False, 0.4, 0)
-    return Fleet.launch(1, options, 0, 0, "torch")
+    return Fleet.launch(1, options, 0, 0, kind)
 
 
 def learner(place: Path) -> LearnerOptions:
@@ -104,12 +137,14 @@ def learner(place: Path) -> LearnerOptions:
     return LearnerOptions(str(place / "wide"), 0, "float32", 7, 0.03, STEPS)
 
 
-def by_the_pipeline(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, Any]]:
+def by_the_pipeline(
+    place: Path, config: NightConfig, chat: Chat, name: str = "pipeline"
+) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
-    fleet = engines(place)
+    fleet = engines(place, config.resources.engine)
     phase.run(
         config, fleet, learner(place), place / "born", chat, DOCUMENTS, PROBES,
-        place / "pipeline", chat.prompt(DOCUMENTS[0]), print, lambda _, metrics: told.append(metrics),
+        place / name, chat.prompt(DOCUMENTS[0]), print, lambda _, metrics: told.append(metrics),
     )  # fmt: skip
     fleet.shutdown()
     return told
@@ -126,10 +161,12 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
     )  # fmt: skip
     actors = phase.launch(config, job, fleet.group.actors, tasks)
     actors.start(Position(place / "nowhere"))
-    of = {task.id: task for task in tasks}
+    of, numbers = {task.id: task for task in tasks}, count()
     for step in range(STEPS):
-        batches = []
-        for number in range(step * 2, step * 2 + 2):
+        batches: list[Any] = []
+        redrawn: list[Any] = []
+        while len(batches) < 2:
+            number = next(numbers)
             (task,) = actors.curriculum.call("next", n=1)[0]
             rng = random.Random(f"{config.seed}-dream-{number}")
             sampling = [Sampling(24, 1.0, rng.randrange(2**31)) for _ in range(4)]
@@ -139,9 +176,10 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
             )  # fmt: skip
             scored = actors.scorers.call("score", batch=ray.get(wrote["batch"]), tasks=of)[0]
             judged = actors.rewards.call("score", batch=ray.get(scored["batch"]), tasks=of)[0]
-            batches.append(judged["batch"])
-        outcome = actors.learners.call("step", batches=batches)[0]
-        told.append(outcome["metrics"])
+            aside = judged["equal"] and len(redrawn) < 2
+            (redrawn if aside else batches).append(judged["batch"])
+        outcome = actors.learners.call("step", batches=batches, redrawn=redrawn)[0]
+        told.append(outcome["metrics"] | {"redrawn": len(redrawn)})
         actors.learners.call("save", directory=str(place / "loop" / f"version-{step}"))
         sent = actors.learners.call("publish")[0]
         actors.scorers.call("set_expert", expert=ray.get(sent["expert"]))
@@ -152,14 +190,17 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
     return told
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_staleness_zero_is_the_synchronous_loop(place: Path) -> None:
-    config, chat = settings(place), Chat(place / "wide")
-    piped, looped = by_the_pipeline(place, config, chat), by_a_loop(place, config, chat)
+@pytest.fixture(scope="module")
+def piped(place: Path, local_ray: None) -> list[dict[str, Any]]:
+    return by_the_pipeline(place, settings(place), Chat(place / "wide"))
+
+
+def test_staleness_zero_is_the_synchronous_loop(place: Path, piped: list[dict[str, Any]]) -> None:
+    looped = by_a_loop(place, settings(place), Chat(place / "wide"))
     assert len(piped) == len(looped) == STEPS
     for one, other in zip(piped, looped, strict=True):
         assert one["staleness_max"] == other["staleness_max"] == 0
-        for name in ("reward", "gap", "loss", "dream/pg", "grad_norm", "hold/kl"):
+        for name in ("redrawn", "reward", "gap", "loss", "dream/pg", "grad_norm", "hold/kl"):
             assert one[name] == other[name], name
     ends: list[dict[str, Tensor]] = [
         load_file(place / name / "dreaming" / EXPERT) for name in ("pipeline", "loop")
@@ -169,7 +210,44 @@ def test_staleness_zero_is_the_synchronous_loop(place: Path) -> None:
         assert torch.equal(tensor, ends[1][name]), name
         assert not torch.equal(tensor, born[name]), name
     texts = [
-        Lake(place / name / "lake").read("trajectories", ["response_ids"]).to_pylist()
+        Lake(place / name / "lake").read("trajectories", ["purpose", "response_ids"]).to_pylist()
         for name in ("pipeline", "loop")
     ]
     assert texts[0] == texts[1]
+    # Another group was drawn for one without a gradient, for as long as that may go on.
+    redrawn = [told["redrawn"] for told in piped]
+    assert set(redrawn) == {0, 1, 2}
+    purposes = [row["purpose"] for row in texts[0]]
+    assert purposes.count("redrawn") == 4 * sum(redrawn)
+    assert purposes.count("dream") == 4 * 2 * STEPS
+
+
+def test_colocated_the_same_is_learned(place: Path, piped: list[dict[str, Any]]) -> None:
+    config = settings(place, "resources.layout=colocated")
+    turns = by_the_pipeline(place, config, Chat(place / "wide"), "colocated")
+    for one, other in zip(piped, turns, strict=True):
+        for name in ("redrawn", "reward", "gap", "loss", "grad_norm"):
+            assert one[name] == other[name], name
+    ends = [load_file(place / name / "dreaming" / EXPERT) for name in ("pipeline", "colocated")]
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("layout", ["colocated", "decoupled"])
+def test_colocated_no_token_is_made_while_the_learner_steps(
+    place: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And decoupled there are many."""
+    monkeypatch.setattr(phase, "LearnerActor", Timed)
+    config = settings(
+        place, f"resources.layout={layout}", "resources.engine=test_staleness.Noted",
+        "dreaming.staleness=1", "dreaming.steps=6",
+    )  # fmt: skip
+    name = "turns" if layout == "colocated" else "together"
+    told = by_the_pipeline(place, config, Chat(place / "wide"), name)
+    assert max(metrics["staleness_max"] for metrics in told) == 1
+    tokens, steps = noted(place, "tokens"), noted(place, "steps")
+    assert len(steps) == 6 and len(tokens) > 6 * 2 * 4
+    during = [m for (m,) in tokens for began, ended in steps if began <= m <= ended]
+    assert (during == []) == (layout == "colocated")

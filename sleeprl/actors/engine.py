@@ -50,6 +50,9 @@ class RolloutEngine(Protocol):
     Whatever goes wrong in an update, it ends in a certificate. An engine that did not end
     verified raises StaleWeights (INFRA) for all work, also for what was running, until a later
     update verifies.
+
+    Asleep it writes no token and scores nothing; what is asked of it waits. ``wake``, or the
+    beginning of an update, lets it go on, with tokens as if it had not slept. Both may be repeated.
     """
 
     async def delivery(self) -> Delivery: ...
@@ -70,6 +73,10 @@ class RolloutEngine(Protocol):
 
     async def version(self) -> int: ...
 
+    async def sleep(self) -> None: ...
+
+    async def wake(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -82,6 +89,8 @@ class EngineOptions:
     gpu_utilization: float
     seed: int
     delivery: Delivery = Delivery()
+    colocated: bool = False
+    """A learner works on the same device while it sleeps."""
 
     @classmethod
     def of(cls, config: NightConfig, model: str, dtype: str) -> EngineOptions:
@@ -101,6 +110,7 @@ class EngineOptions:
                 resources.update_mode,
                 str((config.run_dir / "weights").resolve()),
             ),
+            colocated=resources.layout == "colocated",
         )
 
 
@@ -113,7 +123,8 @@ def spawn(index: int, options: EngineOptions, cpus: float, gpus: float, engine: 
 
 class TokenEngine(ServedAsync):
     """What engines have in common, over ``_one`` request, the ``_score`` of one sequence, and
-    the four steps of an update: ``_pause``, ``_load``, ``_commit``, ``_resume``."""
+    the four steps of an update: ``_pause``, ``_load``, ``_commit``, ``_resume``; and ``_sleep``
+    and ``_wake``."""
 
     def __init__(self, name: str, options: EngineOptions) -> None:
         self.name = name
@@ -121,6 +132,7 @@ class TokenEngine(ServedAsync):
         self._version = 0
         self._updating = 0.0
         self._pending_version = 0
+        self._asleep = False
         self._groups: dict[str, Callable[[], pa.RecordBatch]] = {}
         self._fault: str | None = None
         """What went wrong in the update that is under way."""
@@ -154,6 +166,13 @@ class TokenEngine(ServedAsync):
 
     async def _resume(self, *, ending: bool) -> None:
         """ending: requests that were running end now, and are not gone on with."""
+        raise NotImplementedError
+
+    async def _sleep(self) -> None:
+        """Freeze what runs, and give back the device's memory where that can be done."""
+        raise NotImplementedError
+
+    async def _wake(self) -> None:
         raise NotImplementedError
 
     async def generate(
@@ -256,6 +275,17 @@ class TokenEngine(ServedAsync):
     async def version(self) -> int:
         return self._version
 
+    async def sleep(self) -> None:
+        """Leave the device to others until ``wake``; what was under way is frozen."""
+        if not self._asleep:
+            self._asleep = True
+            await self._sleep()
+
+    async def wake(self) -> None:
+        if self._asleep:
+            await self._wake()
+            self._asleep = False
+
     # --- updates ------------------------------------------------------------------
 
     async def delivery(self) -> Delivery:
@@ -267,6 +297,7 @@ class TokenEngine(ServedAsync):
 
     async def begin_update(self, version: int) -> None:
         """Bring running requests to rest, in the way that ``delivery.mode`` says."""
+        await self.wake()  # there is nothing to load weights into
         self._updating, self._fault = time.monotonic(), None
         self._pending_version = version
         await self._pause()

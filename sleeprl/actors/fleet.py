@@ -76,6 +76,10 @@ class Fleet:
         }
         return Pending(self.group.name, method, self._send(method, shares), total)
 
+    def sleep(self) -> None:
+        """All engines that are there leave the device to others, until the next update."""
+        _Update(self, self.health.updatable).call("sleep")
+
     # --- weights ------------------------------------------------------------------
 
     def publish(

@@ -72,6 +72,8 @@ class LearnerOptions:
     wake: str = ""
     critic: bool = False
     """A value head beside the language head, for an algorithm that asks for one (PPO)."""
+    colocated: bool = False
+    """Engines work on the same device while it does not; they sleep while it steps."""
 
 
 class Learner:
@@ -361,6 +363,11 @@ class Learner:
         """
         (logprobs,) = self.logprobs([Row(token_ids[:1], token_ids[1:], "")])
         return Canary(token_ids, logprobs, 2e-3 if self.options.dtype == "float32" else 1.0)
+
+    def release(self) -> None:
+        """Let engines on the same device have the memory that was needed for a step."""
+        if self.options.gpu and self.options.colocated:
+            torch.cuda.empty_cache()
 
     # --- weights and state --------------------------------------------------------
 

@@ -22,6 +22,7 @@ def publish(learner: Learner, fleet: Fleet, canary: list[int]) -> dict[str, floa
     end verified; empty but on rank 0.
     """
     expected = learner.canary(canary)
+    learner.release()  # engines that slept wake up now
     tensors = learner.export()
     if learner.rank != 0:
         for _ in tensors:  # the gathers are collective

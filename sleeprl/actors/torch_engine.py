@@ -96,12 +96,15 @@ class TorchEngine(TokenEngine):
         return self._made.get(uid, NOTHING)
 
     async def _turn(self) -> None:
-        """Let the others go on; during an update nobody does, on broken weights neither."""
+        """Let the others go on; asleep or in an update nobody does, on broken weights neither."""
         await asyncio.sleep(0)
-        await self._resumed.wait()
+        while not self._resumed.is_set():  # it may be cleared before who waits has its turn
+            await self._resumed.wait()
         self._refuse_if_stale()
 
     async def _score(self, sequence: list[int]) -> list[float]:
+        while not self._resumed.is_set():
+            await self._resumed.wait()
         ids = torch.tensor([sequence], device=self.device)
         logits_TV = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         chosen_T1 = ids[0, 1:, None]
@@ -129,6 +132,12 @@ class TorchEngine(TokenEngine):
     async def _resume(self, *, ending: bool) -> None:
         self._resumed.set()
         self._open.set()
+
+    async def _sleep(self) -> None:
+        self._resumed.clear()
+
+    async def _wake(self) -> None:
+        self._resumed.set()
 
     async def shutdown(self) -> None:
         del self.model

@@ -61,7 +61,10 @@ class VLLMEngine(TokenEngine):
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         arguments: dict[str, Any]
         if self.options.gpu:
-            arguments = {"gpu_memory_utilization": self.options.gpu_utilization}
+            arguments = {
+                "gpu_memory_utilization": self.options.gpu_utilization,
+                "enable_sleep_mode": self.options.colocated,
+            }
         else:
             # vLLM 0.32 rewinds the generator of a seeded request whose prefill is cut in two,
             # which a CPU generator cannot do: the engine dies. So no prompt is ever cut.
@@ -210,6 +213,19 @@ class VLLMEngine(TokenEngine):
         if ending:
             await self.llm.pause_generation(mode="abort", clear_cache=False)
         await self.llm.resume_generation()
+
+    async def _sleep(self) -> None:
+        """On a GPU the weights go to the host's memory and the KV cache is dropped; what runs is
+        read again when it wakes, and goes on. On a CPU, which has no sleep mode, it is frozen."""
+        await self.llm.sleep(level=1 if self._frees else 0, mode="keep")
+
+    async def _wake(self) -> None:
+        await self.llm.wake_up(None if self._frees else ["scheduling"])
+
+    @property
+    def _frees(self) -> bool:
+        """Whether it was started with vLLM's sleep mode."""
+        return self.options.gpu and self.options.colocated
 
     async def shutdown(self) -> None:
         self.llm.shutdown()

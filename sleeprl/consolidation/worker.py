@@ -106,6 +106,7 @@ class _Worker:
         self.rank, self.world = self.learner.rank, self.learner.world
         self.fleet = Fleet(ActorGroup("engine", engines))
         self.fleet.version = job.first_version - 1
+        self._sleep()
         method = METHODS[job.method]
         self.config = config = method.objective(job.config)
         self.feed = feed(job)
@@ -135,8 +136,8 @@ class _Worker:
     def exchange(self, step: int) -> None:
         """Every ``rollout_every`` steps: take the roll-outs that the engines wrote meanwhile,
         send them the present weights, and ask for the next ones. Generation overlaps learning,
-        unless roll-outs are all there is to learn from. Checkpoints are taken in between,
-        where nothing is under way."""
+        unless roll-outs are all there is to learn from, or both share a device. Checkpoints are
+        taken in between, where nothing is under way."""
         config, rollouts = self.config, self.feed.rollouts
         if rollouts and step % config.rollout_every:
             return
@@ -154,7 +155,7 @@ class _Worker:
             drawn += imitation.draw(self.feed.replay, old, config, rng) if old else []
             prompts, sampling = imitation.requests(drawn, config, rng)
             self.pending = (drawn, self.fleet.generate_later(prompts, sampling))
-        if not self.feed.streams:
+        if not self.feed.streams or self.job.learner.colocated:
             self._collect()
 
     def _collect(self) -> None:
@@ -163,6 +164,7 @@ class _Worker:
         if self.pending is not None:
             drawn, pending = self.pending
             written, self.pending = [(drawn, pending.wait())], None
+            self._sleep()
         if self.world > 1:
             dist.broadcast_object_list(written, src=0)
         if written[0] is not None:
@@ -174,6 +176,11 @@ class _Worker:
             random.Random(self.learner.steps).shuffle(rows)
             self.extra.update(told)
             self.student_rows = rows
+
+    def _sleep(self) -> None:
+        """Where engines and learner share a device, it is the learner's until the next update."""
+        if self.job.learner.colocated and self.rank == 0:
+            self.fleet.sleep()
 
     def rows(self, step: int) -> list[Row]:
         """What is learnt from in ``step``, over all ranks."""

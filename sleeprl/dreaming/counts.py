@@ -20,6 +20,8 @@ class Counts:
     queued: int = 0
     learning: int = 0
     learned: int = 0
+    redrawn: int = 0
+    """Set aside, since another group was drawn in their place."""
 
     def move(self, source: str, target: str, groups: int = 1) -> None:
         """From ``admitted``, which is no place, groups come; to it those that are lost go back."""
@@ -31,7 +33,7 @@ class Counts:
 
     def check(self) -> None:
         inside = self.generating + self.scoring + self.rewarding + self.queued + self.learning
-        assert self.admitted == inside + self.learned, (
+        assert self.admitted == inside + self.learned + self.redrawn, (
             f"a group of dreams was lost or doubled: {self}"
         )
 
@@ -40,7 +42,7 @@ class Counts:
         stages = (("reward", self.rewarding), ("scorer", self.scoring))
         holder, groups = next(((n, g) for n, g in stages if g), ("engine", self.generating))
         waits: tuple[tuple[str, str, str, WaitKind], ...] = (
-            ("engine", "learner", "room for a group", "gate"),
+            ("engine", "learner", "room for a group, or its turn", "gate"),
             ("scorer", "engine", "dreams", "data"),
             ("reward", "scorer", "scored dreams", "data"),
             ("learner", holder, f"{groups} groups there", "data"),

@@ -27,18 +27,16 @@ from sleeprl.actors.learner import Learner, LearnerOptions
 from sleeprl.actors.publish import publish, save_trained
 from sleeprl.chat import Chat
 from sleeprl.dreaming.position import write_group
-from sleeprl.dreaming.tasks import Outcome
+from sleeprl.dreaming.tasks import Outcome, algorithm_of, scores
 from sleeprl.files import atomic_directory
-from sleeprl.losses.algorithms.base import Algorithm, Scores
 from sleeprl.losses.algorithms.ppo import PPO
 from sleeprl.losses.policy import Correction
 from sleeprl.losses.streams import LossOptions, Part
 from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.prompts import parse_qa
-from sleeprl.registry import create
 from sleeprl.settings import DreamingConfig
 from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, from_batch
+from sleeprl.trajectories.schema import Trajectory, from_batch, with_column
 
 STATE, TAUGHT = "learner.safetensors", "taught-{rank}.safetensors"
 DREAM, LEARN, HOLD = "dream", "learn", "hold"
@@ -83,7 +81,7 @@ class LearnerActor(Served):
             timeout=timedelta(minutes=10),
         )
         config = self.job.config
-        self.algorithm: Algorithm = create(config.algorithm, "algorithm", config.algorithm_options)
+        self.algorithm = algorithm_of(config)
         critic = isinstance(self.algorithm, PPO)
         self.learner = Learner(replace(self.job.learner, critic=critic))
         self.learner.set_expert(load_file(Path(self.job.expert) / EXPERT))
@@ -131,20 +129,24 @@ class LearnerActor(Served):
             metrics |= {"version": self.fleet.version, "expert": ray.put(expert)}
         return metrics
 
-    def step(self, batches: Sequence[Any]) -> dict[str, Any]:
-        """One update on whole groups of dreams, by reference.
+    def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> dict[str, Any]:
+        """One update on whole groups of dreams, by reference. redrawn: groups that were set aside
+        for some of them; they are not learned from, but are in the lake and in what is told.
 
         Returns ``metrics`` and ``outcomes``.
         """
         began = time.monotonic()
-        table = pa.Table.from_batches(ray.get(list(batches)))
-        dreams = from_batch(table)
+        learned, others = ray.get(list(batches)), ray.get(list(redrawn))
+        aside = [with_column(b, "purpose", ["redrawn"] * b.num_rows) for b in others]
+        dreams = from_batch(pa.Table.from_batches(learned))
         rows = [*self._judged(dreams), *self._others(dreams)]
         metrics: dict[str, Any] = self.learner.step(rows, self.parts, self.loss)
-        metrics |= _describe(dreams, self.learner.steps - 1 + self.job.first_version)
-        self.table = table
+        self.table = pa.Table.from_batches([*learned, *aside])
+        written = from_batch(self.table)
+        metrics |= _describe(written)
+        metrics |= _ages(dreams, self.learner.steps - 1 + self.job.first_version)
         metrics["step_seconds"] = time.monotonic() - began
-        return {"metrics": metrics, "outcomes": outcomes(dreams)}
+        return {"metrics": metrics, "outcomes": outcomes(written)}
 
     def _judged(self, dreams: Sequence[Trajectory]) -> list[Row]:
         """The dreams that have an advantage, for the policy gradient on their writer."""
@@ -225,31 +227,23 @@ def outcomes(dreams: Sequence[Trajectory]) -> list[Outcome]:
     return made
 
 
-def scores(dreams: Sequence[Trajectory], limit: int) -> Scores:
-    """What an algorithm makes advantages of. limit: tokens that a dream may have."""
-    return Scores(
-        [d.reward for d in dreams],
-        [_group(d) for d in dreams],
-        [len(d.response_ids) for d in dreams],
-        limit,
-    )
-
-
-def _group(dream: Trajectory) -> str:
-    """The uid without its attempt: dreams that were written together."""
-    return dream.uid.rpartition("-")[0]
-
-
-def _describe(dreams: Sequence[Trajectory], version: int) -> dict[str, Any]:
-    scored = [d.reward for d in dreams if d.reward is not None]
+def _ages(dreams: Sequence[Trajectory], version: int) -> dict[str, Any]:
+    """By how many versions the tokens that are learned trail the learner's."""
     ages = [version - v for d in dreams for v in d.versions]
+    return {
+        "staleness": sum(ages) / max(1, len(ages)),
+        "staleness_max": float(max(ages, default=0)),
+        "staleness_tokens": {str(age): ages.count(age) for age in sorted(set(ages))},
+    }
+
+
+def _describe(dreams: Sequence[Trajectory]) -> dict[str, Any]:
+    """What was written for an update; without what was redrawn the rewards would look better."""
+    scored = [d.reward for d in dreams if d.reward is not None]
     return {
         "reward": sum(scored) / max(1, len(scored)),
         "reward_positive": sum(r > 0 for r in scored) / max(1, len(scored)),
         "unscored": float(len(dreams) - len(scored)),
         "gap": sum(json.loads(d.meta)["gap"] for d in dreams) / len(dreams),
-        "staleness": sum(ages) / max(1, len(ages)),
-        "staleness_max": float(max(ages, default=0)),
-        "staleness_tokens": {str(age): ages.count(age) for age in sorted(set(ages))},
         "response_tokens": sum(len(d.response_ids) for d in dreams) / len(dreams),
     }

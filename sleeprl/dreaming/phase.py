@@ -23,7 +23,7 @@ from sleeprl.dreaming.mending import Mender, join
 from sleeprl.dreaming.pipeline import OnStep, Pipeline
 from sleeprl.dreaming.position import Position
 from sleeprl.dreaming.rewards import RewardActor
-from sleeprl.dreaming.tasks import Curriculum, Outcome, Task
+from sleeprl.dreaming.tasks import Curriculum, Outcome, Task, algorithm_of
 from sleeprl.dreaming.trials import Scorer
 from sleeprl.prompts import STUDY_QA, with_experience
 from sleeprl.registry import create
@@ -128,7 +128,7 @@ def judges(config: NightConfig, learner: LearnerOptions) -> tuple[ActorGroup, Ac
     )  # fmt: skip
     rewards = _beside(
         RewardActor, learner.checkpoint, dreaming.reward, dreaming.reward_options,
-        dreaming.reward_deadline,
+        dreaming.reward_deadline, algorithm_of(dreaming), dreaming.max_tokens,
     )  # fmt: skip
     return ActorGroup("scorer", scorers), ActorGroup("reward", rewards)
 
@@ -176,6 +176,7 @@ def assemble(
     on_stall: Callable[[str], None],
 ) -> Pipeline:
     """The pipeline over these actors, which goes on from a position."""
+    rounds: int = getattr(algorithm_of(config.dreaming), "redraws", 0)
     return Pipeline(
         config=config.dreaming,
         tasks={task.id: task for task in tasks},
@@ -196,6 +197,8 @@ def assemble(
             config.resources.max_failures,
             on_stall,
         ),
+        colocated=config.resources.layout == "colocated",
+        redraws=rounds * config.dreaming.tasks_per_step,
     )
 
 

@@ -3,9 +3,13 @@
     curriculum -> admission -> engines -> scorers -> reward -> queue -> learner -> engines
 
 Everything between the arrows is in flight at the same time; the driver moves
-references. What bounds it is admission: a group is admitted only while
-``admitted < (staleness + version + 1) * tasks_per_step``, so no dream can be older
+references. What bounds it is admission: a group is admitted only where fewer than
+``(staleness + 1) * tasks_per_step`` wait in line before it, so no dream can be older
 than ``staleness`` updates when it is learned from, and nothing is thrown away.
+
+Where the algorithm asks for it, a group whose rewards are all equal is set aside and another is
+admitted in its place (DAPO's dynamic sampling); ``Line`` says which. Where engines and learner
+share a device, the engines sleep from the beginning of a step until its weights come.
 
 After each update the position is kept: learner, curriculum, which groups were admitted,
 which are learned, and what the others have come to. A killed run goes on from there, and
@@ -23,6 +27,7 @@ from typing import Any
 
 from sleeprl.actors.group import ActorGroup
 from sleeprl.dreaming.counts import Ages, Counts
+from sleeprl.dreaming.line import Line
 from sleeprl.dreaming.mending import Mender
 from sleeprl.dreaming.position import Position
 from sleeprl.dreaming.tasks import Task, request
@@ -37,7 +42,8 @@ OnStep = Callable[[int, dict[str, Any]], None]
 class Pipeline:
     """The actors of one dreaming phase. ``learner`` ranks step together; ``scorers``,
     ``rewards`` and ``curriculum`` are groups of their own processes. asks: the prompt of a
-    task's message."""
+    task's message. redraws: groups that may be set aside for an update. colocated: learner and
+    engines take turns."""
 
     config: DreamingConfig
     tasks: Mapping[str, Task]
@@ -51,6 +57,8 @@ class Pipeline:
     seed: int
     position: Position
     mender: Mender
+    redraws: int = 0
+    colocated: bool = False
     counts: Counts = field(default_factory=Counts)
     ages: Ages = field(default_factory=Ages)
     waits: Waits = field(default_factory=Waits)
@@ -74,9 +82,9 @@ class Pipeline:
 
     def _begin(self) -> None:
         """Take up what the position kept; what it did not is admitted again."""
-        position, counts = self.position, self.counts
-        learned = position.version * self.config.tasks_per_step
-        counts.admitted = counts.learned = learned
+        position, counts, self.size = self.position, self.counts, self.config.tasks_per_step
+        counts.admitted, counts.learned = position.done, position.version * self.size
+        counts.redrawn = counts.admitted - counts.learned
         self.step: list[Any] = []
         self.broken = False
         self.lost: dict[int, Failure] = {}
@@ -88,17 +96,20 @@ class Pipeline:
         kept = position.groups()
         paths = [str(path) for _, path in kept.values()]
         loaded = self.rewards.call("load", paths=paths)[0] if paths else []
+        self.line = Line(position, self.size, self.config.staleness, self.redraws)
         for (number, (stage, _)), found in zip(kept.items(), loaded, strict=True):
-            if self._too_old(number, found["oldest"]):
+            if self.line.too_old(number, found["oldest"]):
                 continue
             if stage == "generating":
                 self.begun[number] = found["batch"]
                 continue
             self.held[number] = (stage, found["batch"])
+            if stage == "queued" and found["equal"]:
+                self.line.equal.add(number)
             counts.move("admitted", stage)
             if stage in self.waiting:
                 self.waiting[stage].append(number)
-        rest = range(learned, len(position.admitted))
+        rest = range(position.done, len(position.admitted))
         self.again = deque(number for number in rest if number not in self.held)
 
     def _turn(self, on_step: OnStep) -> bool:
@@ -115,6 +126,8 @@ class Pipeline:
                 self.held[number] = (following, value["batch"])
                 self.counts.move(stage, following)
                 self.ages.seen(number)
+                if value.get("equal"):
+                    self.line.equal.add(number)
                 if following in self.waiting:
                     self.waiting[following].append(number)
         moved |= self._send(self.scorers, "scoring") | self._send(self.rewards, "rewarding")
@@ -126,10 +139,10 @@ class Pipeline:
 
     def _admit(self) -> bool:
         """Fill the room that the staleness bound leaves, one group per engine call."""
-        config, batch = self.config, self.config.tasks_per_step
+        config, admitted = self.config, self.position.admitted
         updates = min(config.staleness + self.position.version + 1, config.steps)
         moved = False
-        while (self.again[0] if self.again else len(self.position.admitted)) < updates * batch:
+        while self.line.update(self.again[0] if self.again else len(admitted)) < updates:
             number, task = self._next()
             asked = request(self.config, self.seed, number, task, self.asks)
             begun = self.begun.pop(number, None)
@@ -159,7 +172,7 @@ class Pipeline:
                 raise ActorFailure(f"{group.name}-{result.actor}, group {number}", failure)
             if failure is None and stage == "generating":
                 oldest = result.value["versions"][0]
-                if self._too_old(number, oldest):
+                if self.line.too_old(number, oldest):
                     # Going on from its tokens would keep those that are too old: written anew.
                     told = f"engine-{result.actor} wrote with policy version {oldest}"
                     failure = Failure(Kind.INFRA, f"{told}, older than dreaming.staleness allows")
@@ -171,13 +184,6 @@ class Pipeline:
             self.counts.move(stage, "admitted")
             self.again = deque(sorted([*self.again, number]))
         return done
-
-    def _too_old(self, number: int, oldest: int | None) -> bool:
-        """Whether tokens of a policy version would break the bound in the update that learns the
-        group. Admission sees to it that none does, unless an engine missed an update, or a run
-        goes on with a smaller ``staleness``."""
-        update = number // self.config.tasks_per_step + self.position.first_version
-        return oldest is not None and update - oldest > self.config.staleness
 
     def _send(self, group: ActorGroup, stage: str) -> bool:
         moved, waiting = False, self.waiting[stage]
@@ -196,16 +202,19 @@ class Pipeline:
                 return False
             self._learned(on_step)
             return True
-        size = self.config.tasks_per_step
-        wanted = range(self.position.version * size, (self.position.version + 1) * size)
+        wanted, redrawn = self.line.next()
         # In the order of admission: whom others overtake gets older than the bound allows.
-        if not all(self.held.get(number, ("", None))[0] == "queued" for number in wanted):
+        if sum(self.held.get(n, ("", None))[0] == "queued" for n in wanted) < self.size:
             return False
-        batches = [self.held[number][1] for number in wanted]
-        for number, batch in zip(wanted, batches, strict=True):
-            self.held[number] = ("learning", batch)
-        self.step = self.learner.send("step", [{"batches": batches}] * len(self.learner))
-        self.counts.move("queued", "learning", size)
+        if self.colocated:
+            with self.waits.on("engine", what="its falling asleep", kind="sync"):
+                self.engines.call("sleep")
+        told = {"batches": wanted, "redrawn": redrawn}
+        asked = {name: [self.held[n][1] for n in numbers] for name, numbers in told.items()}
+        self.step = self.learner.send("step", [asked] * len(self.learner))
+        for number in (*wanted, *redrawn):
+            self.held[number] = ("learning", self.held[number][1])
+        self.counts.move("queued", "learning", len(wanted) + len(redrawn))
         self.ages.learning(wanted)
         return True
 
@@ -214,7 +223,7 @@ class Pipeline:
 
         What comes before ``observe`` may be done twice, when somebody dies on the way.
         """
-        position, size = self.position, self.config.tasks_per_step
+        position = self.position
         outcome = self.learner.collect("step", self.step)[0]
         self.ages.updated()
         sent = {**self._publish(), "publish_lag_seconds": self.ages.lag()}
@@ -225,10 +234,13 @@ class Pipeline:
         self._ask_curriculum("observe", outcomes=outcome["outcomes"])
         position.curriculum = self._ask_curriculum("state_dict")
         position.version += 1
+        position.done += self.counts.learning
         position.save()
         self.step = []
         self.held = {n: held for n, held in self.held.items() if held[0] != "learning"}
-        self.counts.move("learning", "learned", size)
+        self.counts.move("learning", "learned", self.size)
+        sent["redrawn"] = self.counts.learning
+        self.counts.move("learning", "redrawn", self.counts.learning)
         on_step(position.version, {**outcome["metrics"], **sent, "age_seconds": self.ages.last})
 
     def _under_way(self) -> dict[str, Any]:
@@ -268,7 +280,7 @@ class Pipeline:
         with self.waits.on("engine", what="a restart", kind="sync"):
             back = self.mender.mend(self.position)
         if back and self.step:  # its groups are still here
-            self.counts.move("learning", "queued", self.config.tasks_per_step)
+            self.counts.move("learning", "queued", self.counts.learning)
             for number, (stage, batch) in self.held.items():
                 self.held[number] = ("queued" if stage == "learning" else stage, batch)
             self.step = []
@@ -283,5 +295,6 @@ class Pipeline:
         """Who has nothing to do now, and for whom it waits."""
         groups = {"engine": self.engines, "scorer": self.scorers, "reward": self.rewards}
         busy = {name: group.outstanding > 0 for name, group in groups.items()}
+        busy["engine"] &= not (self.colocated and self.step)
         for name, whom, what, kind in self.counts.idle({**busy, "learner": bool(self.step)}):
             self.waits.now(name, whom, what=what, kind=kind)

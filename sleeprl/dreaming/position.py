@@ -17,9 +17,9 @@ POSITION = "position.json"
 
 @dataclass
 class Position:
-    """In ``directory``. version: updates done; each has learned the next ``tasks_per_step`` groups.
-    admitted: the task of each group, by its number. curriculum: its state. first_version: the
-    policy version that the engines had before the first update.
+    """In ``directory``. version: updates done. admitted: the task of each group, by its number.
+    done: how many of them, from 0 on, were learned or set aside for one that was. curriculum: its
+    state. first_version: the policy version that the engines had before the first update.
 
     In ``checkpoint`` are the learner's state of this version, and a file for each group that was
     under way (``groups``).
@@ -28,6 +28,7 @@ class Position:
     directory: Path
     version: int = 0
     admitted: list[str] = field(default_factory=list)
+    done: int = 0
     curriculum: dict[str, Any] | None = None
     first_version: int = 1
 
@@ -48,7 +49,7 @@ class Position:
 
     def save(self) -> None:
         """Whole or not at all; what earlier versions left is removed afterwards."""
-        names = ("version", "admitted", "curriculum", "first_version")
+        names = ("version", "admitted", "done", "curriculum", "first_version")
         write_json_atomic(self.directory / POSITION, {name: getattr(self, name) for name in names})
         for old in set(self.directory.glob("version-*")) - {self.checkpoint}:
             shutil.rmtree(old)

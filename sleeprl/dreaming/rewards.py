@@ -14,7 +14,8 @@ import ray
 from sleeprl.actors.group import Served
 from sleeprl.chat import Chat
 from sleeprl.dreaming.position import read_group
-from sleeprl.dreaming.tasks import Dream, Reward, Task
+from sleeprl.dreaming.tasks import Dream, Reward, Task, scores
+from sleeprl.losses.algorithms.base import Algorithm
 from sleeprl.prompts import parse_qa
 from sleeprl.registry import create
 from sleeprl.trajectories.schema import FLOAT32_MAX, from_batch, with_rewards
@@ -36,15 +37,28 @@ class LikelihoodGain:
 
 
 class RewardActor(Served):
-    """Runs a reward. What it raises or lets pass the deadline is *unscored*, with the reason."""
+    """Runs a reward. What it raises or lets pass the deadline is *unscored*, with the reason.
 
-    def __init__(self, model: str, name: str, options: Mapping[str, Any], deadline: float) -> None:
+    algorithm: says which groups teach nothing. limit: tokens that a dream may have.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        name: str,
+        options: Mapping[str, Any],
+        deadline: float,
+        algorithm: Algorithm | None = None,
+        limit: int = 0,
+    ) -> None:
+        self.algorithm, self.limit = algorithm, limit
         self.chat = Chat(model)
         self.reward: Reward = create(name, "reward", options)
         self.deadline = deadline
 
     def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> dict[str, Any]:
-        """``batch``: a reference to the batch with ``reward`` or ``unscored`` in every row."""
+        """``batch``: a reference to the batch with ``reward`` or ``unscored`` in every row; and
+        whether its rewards are ``equal``, which leaves the algorithm without a gradient."""
         rewards: list[float | None] = []
         reasons: list[str | None] = []
         for trajectory in from_batch(batch):
@@ -60,16 +74,28 @@ class RewardActor(Served):
             reward, reason = self._one(dream)
             rewards.append(reward)
             reasons.append(reason)
-        return {"batch": ray.put(with_rewards(batch, rewards, reasons))}
+        judged = with_rewards(batch, rewards, reasons)
+        return {"batch": ray.put(judged), "equal": self._equal(judged)}
 
     def load(self, paths: Sequence[str]) -> list[dict[str, Any]]:
-        """Groups that a position kept: ``batch`` (a reference) and the ``oldest`` policy version."""
+        """Groups that a position kept: ``batch`` (a reference), the ``oldest`` policy version, and
+        ``equal`` as ``score`` says it."""
         batches = [read_group(path) for path in paths]
         versions = [batch.column("versions").flatten().to_pylist() for batch in batches]
         return [
-            {"batch": ray.put(batch), "oldest": min(found, default=None)}
+            {
+                "batch": ray.put(batch),
+                "oldest": min(found, default=None),
+                "equal": self._equal(batch),
+            }
             for batch, found in zip(batches, versions, strict=True)
         ]
+
+    def _equal(self, batch: pa.RecordBatch) -> bool:
+        if self.algorithm is None:
+            return False
+        # As it is for the learner: after the algorithm's own shaping, and rounded by the batch.
+        return not any(self.algorithm.advantages(scores(from_batch(batch), self.limit)))
 
     def _one(self, dream: Dream) -> tuple[float | None, str | None]:
         # A thread of its own: one that hangs must not take the actor with it.

@@ -1,4 +1,4 @@
-"""What to dream about: tasks, dreams, and the two protocols that users plug into."""
+"""What to dream about: tasks, dreams, the protocols that users plug into, and the algorithm's view."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sleeprl.actors.engine import Sampling
+from sleeprl.losses.algorithms.base import Algorithm, Scores
+from sleeprl.registry import create
 from sleeprl.settings import DreamingConfig
+from sleeprl.trajectories.schema import Trajectory
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Reward(Protocol):
 
 
 class Curriculum(Protocol):
-    """Chooses tasks. ``state_dict``, which is plain JSON, restores the exact next choice.
+    """Chooses tasks. ``observe`` hears after each update of its groups, and of those that were set
+    aside for them because they taught nothing: mastered or impossible. ``state_dict``, which is
+    plain JSON, restores the exact next choice.
 
     A factory of one is called as ``factory(tasks=..., seed=..., **options)``.
     """
@@ -71,6 +76,21 @@ class Curriculum(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def algorithm_of(config: DreamingConfig) -> Algorithm:
+    algorithm: Algorithm = create(config.algorithm, "algorithm", config.algorithm_options)
+    return algorithm
+
+
+def scores(dreams: Sequence[Trajectory], limit: int) -> Scores:
+    """What an algorithm makes advantages of. limit: tokens that a dream may have."""
+    return Scores(
+        [d.reward for d in dreams],
+        [d.uid.rpartition("-")[0] for d in dreams],  # without the attempt: written together
+        [len(d.response_ids) for d in dreams],
+        limit,
+    )
 
 
 def request(

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 import pyarrow as pa
 
-Purpose = Literal["self_study", "replay", "rollout", "dream", "eval"]
+Purpose = Literal["self_study", "replay", "rollout", "dream", "redrawn", "eval"]
 Tabular = TypeVar("Tabular", pa.RecordBatch, pa.Table)
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)

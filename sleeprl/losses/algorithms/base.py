@@ -58,6 +58,8 @@ class Algorithm(Protocol):
 
     mean: what the loss is a mean over: every ``token`` alike; every ``sequence`` alike, its
         tokens sharing its weight; or ``constant``, sequences with their tokens over the limit.
+    It may have ``redraws``: dreaming then draws other groups for those without any advantage, for
+    an update at most so many times its number of groups.
     """
 
     @property
@@ -127,7 +129,7 @@ class GroupClipped:
     """A group's relative reward and the clipped ratio of each token: GRPO and its next of kin.
 
     normalise: divide by the group's deviation. skip_equal: pass over a group whose rewards
-    are all equal (DAPO's dynamic sampling, without drawing another in its place).
+    are all equal (DAPO's dynamic sampling, but for drawing another in its place).
     """
 
     normalise: bool = True

@@ -1,0 +1,67 @@
+"""Which groups of dreams an update learns from, and which are set aside for others."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from sleeprl.dreaming.position import Position
+
+
+def in_line(
+    numbers: Iterable[int], equal: Collection[int], size: int, redraws: int
+) -> tuple[list[int], list[int]]:
+    """Groups in the order in which they are learned, ``size`` an update, and those set aside.
+
+    equal: groups known to teach nothing. Each is set aside, for one with a later number, until
+    that was done ``redraws`` times for the update. One more that is known to be equal never
+    makes the line longer, up to any number: nobody in it has to wait longer than before. And it
+    does not matter in which order they came to be known.
+    """
+    line: list[int] = []
+    aside: list[int] = []
+    left = redraws
+    for number in numbers:
+        if number in equal and left:
+            aside.append(number)
+            left -= 1
+            continue
+        line.append(number)
+        if len(line) % size == 0:
+            left = redraws
+    return line, aside
+
+
+@dataclass
+class Line:
+    """All groups that were admitted and are not done. size: groups an update learns. redraws:
+    groups that may be set aside for one. equal: those that were found to teach nothing."""
+
+    position: Position
+    size: int
+    staleness: int
+    redraws: int
+    equal: set[int] = field(default_factory=set)
+
+    def next(self) -> tuple[list[int], list[int]]:
+        """Of the next update: the groups that it learns, fewer where they are not yet admitted, and
+        those set aside for them."""
+        line, aside = self._whole()
+        last = line[: self.size][-1:]
+        return line[: self.size], [number for number in aside if number < (last or [0])[0]]
+
+    def update(self, number: int) -> int:
+        """The update, from 0, that learns a group, as far as is known now; never a later one."""
+        return self.position.version + bisect_left(self._whole()[0], number) // self.size
+
+    def too_old(self, number: int, oldest: int | None) -> bool:
+        """Whether tokens of a policy version would break the bound in the update that learns the
+        group. Admission sees to it that none does, unless an engine missed an update, or a run
+        goes on with a smaller ``staleness``."""
+        update = self.update(number) + self.position.first_version
+        return oldest is not None and update - oldest > self.staleness
+
+    def _whole(self) -> tuple[list[int], list[int]]:
+        there = range(self.position.done, len(self.position.admitted))
+        return in_line(there, self.equal, self.size, self.redraws)
