@@ -3,6 +3,7 @@ engine on torch, which notes when it makes a token."""
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,6 +31,7 @@ class Worker(Served):
 
     def learn(self, job: Job, engines: list[Any], address: str) -> list[tuple[int, float]]:
         """Steps, and when each had ended."""
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
         self.told: list[tuple[int, float]] = []
         learn(job, engines, self)
