@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sleeprl.actors.group import ActorGroup
+from sleeprl.actors.health import Health
 from sleeprl.dreaming.counts import Ages, Counts
 from sleeprl.dreaming.mending import Mender
 from sleeprl.dreaming.position import Position
@@ -130,12 +131,17 @@ class Pipeline:
         updates = min(config.staleness + self.position.version + 1, config.steps)
         moved = False
         while (self.again[0] if self.again else len(self.position.admitted)) < updates * batch:
+            if not self.engines.health.working:
+                if self.engines.health.having(Health.SUSPECT):
+                    break  # it may answer yet
+                told = f"none may be given work: {self.engines.health}"
+                raise ActorFailure("engines", Failure(Kind.INFRA, told))
             number, task = self._next()
             asked = request(self.config, self.seed, number, task, self.asks)
             begun = self.begun.pop(number, None)
             sent = self.engines.submit("rollout", str(number), begun=begun, **asked)
             if not sent:
-                raise RuntimeError("no healthy rollout engine is left to dream on")
+                raise RuntimeError("admission let in more groups than the engines have room for")
             self.counts.move("admitted", "generating")
             moved = True
         return moved
@@ -244,12 +250,12 @@ class Pipeline:
         """The learner's weights to all engines and scorers. Whoever fails to get them gets no work."""
         with self.waits.on("learner", what="the new weights", kind="sync"):
             sent: dict[str, Any] = self.learner.call("publish")[0]
+            self.engines.updated(sent.pop("verified"))
             if stale := sent.pop("stale_engines", 0):
                 told = f"{stale:.0f} did not end the update verified"
                 raise ActorFailure("engines", Failure(Kind.INFRA, told))
             expert = sent.pop("expert")
             self.scorers.scatter("set_expert", [{"expert": expert}] * len(self.scorers))
-        self.engines.verified()
         sent.pop("version")
         return sent
 
