@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -32,12 +33,14 @@ from transformers import AutoModelForCausalLM
 from sleeprl.actors import batches
 from sleeprl.actors.batches import Row
 from sleeprl.actors.learner import Learner, LearnerOptions
+from sleeprl.actors.publish import publish
 from sleeprl.actors.zero_config import deepspeed_config
 from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_tail
 from sleeprl.losses.streams import LossOptions, Part
 from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, scatter_columns, widen, write_grown
 from sleeprl.memory.experts import grow, load_training_form, smaller_self
 from sleeprl.memory.slots import Slots
+from sleeprl.weights.verify import Certificate
 
 SLOTS = Slots(96, 8, 3)
 PARTS = {
@@ -298,6 +301,33 @@ def two_remembering(directory: Path, notes: Notes) -> None:
         notes.tensors(f"two-expert-{name}", learner.expert())
 
 
+class Drains:
+    """In the place of a fleet: its engines take a while to come to rest."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+
+    def begin(self) -> None:
+        time.sleep(1.0)
+        self.notes.numbers["at rest"] = time.monotonic()
+
+    def send(self, update: None, tensors: Iterator[Any], canary: Any) -> list[Certificate]:
+        self.notes.numbers["sent"] = len(list(tensors))
+        return [Certificate("engine-0", 1, True, 0.0, canary.tolerance, 0.0)]
+
+
+def two_publishing(directory: Path, notes: Notes) -> None:
+    learner: Any = Learner(options(directory))
+    exported = learner.export
+
+    def export() -> Iterator[Any]:
+        notes.numbers["gathering"] = time.monotonic()
+        yield from exported()
+
+    learner.export = export
+    notes.numbers["published"] = publish(learner, Drains(notes), list(range(20, 50)))  # type: ignore[arg-type]
+
+
 ONE_RANK = (
     first_steps,
     one_text,
@@ -312,7 +342,7 @@ ONE_RANK = (
     nothing_to_learn_from,
     remembering,
 )
-TWO_RANKS = (two_first_steps, two_resuming, moving, uneven, two_remembering)
+TWO_RANKS = (two_first_steps, two_resuming, moving, uneven, two_remembering, two_publishing)
 
 
 def work(rank: int, world: int, port: int, directory: Path, scenes: Sequence[Scene]) -> None:
@@ -618,6 +648,12 @@ def test_an_expert_can_be_put_in_place_and_trained_on(saw: Saw) -> None:
     assert saw.one["placed"] == saw.one["after two"]
     step = distance(saw.file("expert-placed-1"), saw.file("expert-2"))
     assert 1e-4 < step < 0.02  # one small step from there, not back to where it was born
+
+
+def test_no_rank_gathers_while_engines_come_to_rest(saw: Saw) -> None:
+    assert all(saw.two["at rest"] <= rank["gathering"] for rank in saw.ranks)
+    assert saw.two["published"]["stale_engines"] == 0.0 and saw.ranks[1]["published"] == {}
+    assert saw.two["sent"] == len(saw.file("two-export-2"))
 
 
 # --- offloading -------------------------------------------------------------------
