@@ -24,6 +24,9 @@ class Worker(ServedAsync):
     def __init__(self) -> None:
         self.stale = False
 
+    async def start(self) -> None:
+        pass
+
     async def spoil(self) -> None:
         self.stale = True
 
@@ -91,9 +94,10 @@ def test_a_new_member_gets_work_when_it_is_verified(two: ActorGroup) -> None:
         assert two.health[2] is state and two.health.working == [0, 1]
         assert two.submit("work", f"while-{state}")
         if state is Health.RESTARTING:
+            assert two.dead() == []
             with pytest.raises(ValueError, match="engine-2 is restarting; it cannot be verified"):
                 two.health.note(2, module.Event.VERIFIED)
-            two.started([2])
+            two.start([2])
     assert not two.submit("work", "no room")  # the newcomer has, and may not be given it
     assert {result.actor for result in all_of(two)} == {0, 1}
     two.updated([0, 1])  # an update of which it was not told

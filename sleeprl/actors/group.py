@@ -152,14 +152,24 @@ class ActorGroup:
     def send(self, method: str, per_actor: Sequence[Mapping[str, Any]]) -> list[Any]:
         """One call per actor, not waited for; ``collect`` takes what this returns, before anybody
         is removed."""
-        call, members = _method(method), self.present
+        return self._send(method, self.present, per_actor)
+
+    def _send(
+        self, method: str, members: Sequence[int], per_actor: Sequence[Mapping[str, Any]]
+    ) -> list[Any]:
+        call = _method(method)
         return [
             self.actors[index].apply.remote(call, **kw)
             for index, kw in zip(members, per_actor, strict=True)
         ]
 
-    def collect(self, method: str, refs: Sequence[Any]) -> list[Any]:
-        """The values of sent calls. Of several failures the one that explains the others is raised."""
+    def collect(
+        self, method: str, refs: Sequence[Any], members: Sequence[int] | None = None
+    ) -> list[Any]:
+        """The values of sent calls. Of several failures the one that explains the others is raised.
+
+        members: who was asked, if not all.
+        """
         waiting, failed = list(refs), False
         while waiting and not failed:
             done, waiting = ray.wait(waiting)
@@ -167,7 +177,7 @@ class ActorGroup:
         if waiting:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S)
         values = [None if ref in waiting else _value(ref) for ref in refs]
-        answers = zip(self.present, values, strict=True)
+        answers = zip(self.present if members is None else members, values, strict=True)
         failures = [(i, v) for i, v in answers if isinstance(v, Failure)]
         for index, failure in sorted(failures, key=lambda pair: pair[1].kind is Kind.DATA)[:1]:
             raise ActorFailure(f"{self.name}-{index}.{method}", failure)
@@ -307,6 +317,11 @@ class ActorGroup:
         ray.kill(self.actors[index])
         if index in self._ids:
             self._manager.remove_actor(self._ids.pop(index))
+
+    def start(self, members: Sequence[int]) -> None:
+        """Bring up who is RESTARTING, all at once, and wait for it; see ``started``."""
+        self.collect("start", self._send("start", members, [{}] * len(members)), members)
+        self.started(members)
 
     def started(self, members: Iterable[int]) -> None:
         """These are up: STALE, since nobody vouches for their weights yet."""

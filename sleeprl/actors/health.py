@@ -69,7 +69,7 @@ TRANSITIONS: dict[Health, dict[Event, Health]] = {
 class FleetHealth:
     """The state of each of ``count`` engines, which all begin HEALTHY: with the checkpoint's weights.
 
-    dead_after: seconds for which an engine may be SUSPECT before it counts as DEAD.
+    dead_after: seconds for which an engine may be SUSPECT; when it is missed after them, it is DEAD.
     """
 
     def __init__(
@@ -95,14 +95,17 @@ class FleetHealth:
         if event not in TRANSITIONS[state]:
             raise ValueError(f"{self._name}-{engine} is {state}; it cannot be {event}")
         after = TRANSITIONS[state][event]
+        # Told by who misses it, not by the clock alone: an answer may be there and not heard yet.
+        if (
+            state is after is Health.SUSPECT
+            and self._clock() - self._since[engine] > self.dead_after
+        ):
+            after = Health.DEAD
         if after is not state:
             self._states[engine], self._since[engine] = after, self._clock()
         return after
 
     def __getitem__(self, engine: int) -> Health:
-        suspected = self._clock() - self._since[engine]
-        if self._states[engine] is Health.SUSPECT and suspected > self.dead_after:
-            self._states[engine], self._since[engine] = Health.DEAD, self._clock()
         return self._states[engine]
 
     def __len__(self) -> int:

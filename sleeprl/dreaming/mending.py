@@ -52,8 +52,7 @@ class Mender:
         for index in engines:
             self.engines.replace(index, self.new_engine(index))
         if engines:
-            ActorGroup("engine", [self.engines.actors[index] for index in engines]).call("start")
-            self.engines.started(engines)
+            self.engines.start(engines)
         if learners:  # the others wait for it in a collective that will never end
             ranks = self.learner.present
             for index in ranks:
