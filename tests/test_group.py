@@ -159,6 +159,12 @@ def test_one_that_says_that_it_cannot_work_gets_none(two: ActorGroup) -> None:
     assert two.dead() == [1] and two.health[1] is Health.STALE
     assert two.submit("work", "a") and two.submit("work", "b") and not two.submit("work", "c")
     assert {result.actor for result in all_of(two)} == {0}
+    # What it answered before an update says nothing of it after that.
+    two._ask([1])
+    ray.wait([two._pings[1][0]])
+    two.updated([0, 1])
+    two.look()
+    assert two.health[1] is Health.HEALTHY
 
 
 def test_the_silent_get_no_work_until_they_answer(

@@ -199,7 +199,7 @@ class _Update:
     def finish_call(self) -> dict[int, Any]:
         """The answers to the call that is under way. Raises ActorFailure for a fault of the code."""
         (method, refs), self._under_way = self._under_way, ("", {})
-        patience, health = self.fleet._patience, self.fleet.health
+        patience, group = self.fleet._patience, self.fleet.group
         if refs:
             ray.wait(list(refs.values()), num_returns=len(refs), timeout=patience)
         answers = {}
@@ -208,10 +208,10 @@ class _Update:
             if not isinstance(value, Failure):
                 answers[engine] = value
                 continue
-            where = f"{self.fleet.group.name}-{engine}.{method}"
+            where = f"{group.name}-{engine}.{method}"
             if value.kind is Kind.DATA:
                 raise ActorFailure(where, value)
-            health.note(engine, event)
+            group.note(engine, event)
             self.failed[engine] = Failure(value.kind, f"{where}: {value.message}")
             self.engines.remove(engine)
         return answers
@@ -219,7 +219,7 @@ class _Update:
     def certificates(self, found: Mapping[int, Certificate]) -> list[Certificate]:
         """Of all engines that were to be updated, in their order, and noted."""
         for engine, one in found.items():
-            self.fleet.health.note(engine, Event.VERIFIED if one.verified else Event.UNVERIFIED)
+            self.fleet.group.note(engine, Event.VERIFIED if one.verified else Event.UNVERIFIED)
         lost = {
             engine: Certificate(
                 f"{self.fleet.group.name}-{engine}",
@@ -265,7 +265,7 @@ class Pending:
             except RayError as error:
                 answers = classify(error)
                 if isinstance(error, RayActorError):
-                    self.group.health.note(engine, Event.LOST)
+                    self.group.note(engine, Event.LOST)
             if isinstance(answers, Failure):
                 raise ActorFailure(f"{self.group.name}-{engine}.{self.method}", answers)
             merged[turn :: len(self.refs)] = answers

@@ -221,7 +221,7 @@ class ActorGroup:
                 results.append(Result(index, call.tag, answer.get()))
                 continue
             if isinstance(answer.get(), RayActorError):
-                self.health.note(index, Event.LOST)
+                self.note(index, Event.LOST)
             results += self._lose(index, classify(answer.get()))  # the manager forgets them all too
         for index in self.health.having(Health.DEAD):
             silent = f"it did not answer for {self.health.dead_after:.0f} s"
@@ -246,6 +246,11 @@ class ActorGroup:
         return sum(map(len, self._tags))
 
     # --- health ---------------------------------------------------------------------
+
+    def note(self, index: int, event: Event) -> None:
+        """What became of a member. What it answers to a question from before that is out of date."""
+        self._pings.pop(index, None)
+        self.health.note(index, event)
 
     def look(self) -> None:
         """Hear who answered and, where silence may mean death, ask all again in turn. Does not wait."""
@@ -296,7 +301,7 @@ class ActorGroup:
         """Take a member out for good and kill it. Its calls under way are lost, which the next
         ``ready`` tells: whoever asked for them asks somebody else."""
         self._part(index, "removed")
-        self.health.note(index, Event.RETIRE)
+        self.note(index, Event.RETIRE)
         self.actors[index] = None
 
     def replace(self, index: int, actor: Any) -> None:
@@ -305,15 +310,14 @@ class ActorGroup:
         Its calls under way are lost, which the next ``ready`` tells.
         """
         self._part(index, "replaced")
-        self.health.note(index, Event.LOST)
-        self.health.note(index, Event.RESTART)
+        self.note(index, Event.LOST)
+        self.note(index, Event.RESTART)
         self.actors[index] = actor
 
     def _part(self, index: int, how: str) -> None:
         if self.actors[index] is None:
             raise ValueError(f"{self.name}-{index} was removed; it cannot be {how}")
         self._lost += self._lose(index, Failure(Kind.INFRA, f"{self.name}-{index} was {how}"))
-        self._pings.pop(index, None)
         ray.kill(self.actors[index])
         if index in self._ids:
             self._manager.remove_actor(self._ids.pop(index))
@@ -326,13 +330,13 @@ class ActorGroup:
     def started(self, members: Iterable[int]) -> None:
         """These are up: STALE, since nobody vouches for their weights yet."""
         for index in members:
-            self.health.note(index, Event.STARTED)
+            self.note(index, Event.STARTED)
 
     def updated(self, verified: Iterable[int]) -> None:
         """An update is over. These ended it verified and may work; whoever else is there may not."""
         right = set(verified)
         for index in self.health.updatable:  # one may have died since
-            self.health.note(index, Event.VERIFIED if index in right else Event.UNVERIFIED)
+            self.note(index, Event.VERIFIED if index in right else Event.UNVERIFIED)
 
     def kill(self) -> None:
         for index in self.present:
