@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sleeprl.actors.cluster import vacate
 from sleeprl.actors.engine import EngineOptions, Sampling, spawn
 from sleeprl.actors.fleet import Fleet, StaleEngine
 from sleeprl.actors.group import ActorFailure, Kind
@@ -57,9 +58,11 @@ def options(tiny_model: Path) -> EngineOptions:
 
 @pytest.fixture
 def fleet(options: EngineOptions) -> Iterator[Fleet]:
-    fleet = Fleet.launch(2, options, 0, 0, f"{__name__}.Forgetful")
+    fleet = Fleet.launch(2, options, 1, 0, f"{__name__}.Forgetful")
+    assert fleet.placement.bundle_count == 2 and not ray.available_resources().get("CPU")
     yield fleet
     fleet.group.kill()
+    vacate(fleet.placement)
 
 
 @pytest.fixture(scope="module")

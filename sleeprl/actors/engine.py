@@ -148,10 +148,12 @@ def spawn(
     to those the group was made for goes where there is room.
     """
     kind: Any = resolve(engine, "engine")
-    actor = ray.remote(kind).options(num_cpus=cpus, num_gpus=gpus, max_concurrency=256)
+    where: Any = None
     if placement is not None and index < placement.bundle_count:
-        bundle = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index)
-        actor = actor.options(scheduling_strategy=bundle)
+        where = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index)
+    actor = ray.remote(kind).options(
+        num_cpus=cpus, num_gpus=gpus, max_concurrency=256, scheduling_strategy=where
+    )
     return actor.remote(name=f"engine-{index}", options=options)
 
 
