@@ -105,7 +105,7 @@ def dream(
     )
     canary = chat.prompt(told[0]["text"])
     job = phase.learner_job(config, options, place / "born", place, canary, fleet.version + 1)
-    engines = phase.with_room(fleet.group.actors, dreaming)
+    engines = phase.with_room(fleet.group, dreaming)
     actors = phase.launch(config, job, engines.actors, tasks)
     try:
         position = Position.load(run_dir, job.first_version)

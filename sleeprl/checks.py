@@ -55,6 +55,7 @@ _CHOICES = {
     "resources.transport": ("shared_memory", "disk", "nccl", "ipc"),
     "resources.update_mode": ("keep", "drain", "abort"),
     "resources.layout": ("decoupled", "colocated"),
+    "resources.offload": ("none", "optimizer", "parameters"),
 }
 _WITHOUT_RATIO = ("reinforce", "rest_em")
 
@@ -137,6 +138,7 @@ def check(config: NightConfig) -> None:
     _check_baselines(config.baselines, config.fixed_capacity.learning_rates)
     _check_transport(config)
     _check_layout(config.resources)
+    _check_tensor_parallel(config.resources)
     _check_resources(config.resources)
 
 
@@ -199,6 +201,31 @@ def _check_layout(resources: ResourcesConfig) -> None:
         )
 
 
+def _check_tensor_parallel(resources: ResourcesConfig) -> None:
+    ranks = resources.engine_tensor_parallel
+    if ranks == 1:
+        return
+    told = f"resources.engine_tensor_parallel={ranks}"
+    if resources.engine == "torch":
+        raise ConfigError(f"{told} is vLLM's, but resources.engine=torch; set one of them back")
+    if resources.transport == "ipc":
+        raise ConfigError(
+            f"{told} spreads an engine over GPUs, but resources.transport=ipc stays within the "
+            "learner's; set resources.transport=nccl or shared_memory"
+        )
+    gpus, cpus = resources.engine_gpus, resources.engine_cpus
+    if gpus and gpus != ranks:
+        raise ConfigError(
+            f"{told} takes a whole GPU for each process, but resources.engine_gpus={gpus:g}; "
+            f"set resources.engine_gpus={ranks}"
+        )
+    if not gpus and cpus < ranks:
+        raise ConfigError(
+            f"{told} takes a core for each process, but resources.engine_cpus={cpus}; "
+            f"set resources.engine_cpus={ranks}, or engine_tensor_parallel=1"
+        )
+
+
 def check_plugins(config: NightConfig) -> None:
     """Raise ``PluginError`` for a name that leads nowhere. Imports what is named by dotted path."""
     for name, kind in (
@@ -225,6 +252,11 @@ def _check_baselines(baselines: Sequence[str], rates: Mapping[str, float]) -> No
 
 
 def _check_resources(resources: ResourcesConfig) -> None:
+    if resources.offload != "none" and not resources.learner_gpus:
+        raise ConfigError(
+            f"resources.offload={resources.offload} moves what a GPU holds to the host, but "
+            "resources.learner_gpus=0: there is nothing to move; set offload=none, or give a GPU"
+        )
     if resources.address is not None:
         return
     have = resources.cpus or available_cpus()

@@ -93,7 +93,7 @@ def engines_alone(
 ) -> Replayed:
     """Write and score the admitted groups with the weights that the engines have now. The batches
     go to the lake in ``output``. DATA and INFRA failures alike are raised."""
-    engines = with_room(fleet.group.actors, config.dreaming)
+    engines = with_room(fleet.group, config.dreaming)
     scorers, rewards = judges(config, job.learner)
     recorder, began, tokens = _recorder(), time.monotonic(), 0
     to_ask = deque(enumerate(admitted))

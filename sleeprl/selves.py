@@ -186,6 +186,7 @@ class Selves:
             threads=resources.learner_threads,
             gpu=resources.learner_gpus > 0,
             colocated=resources.layout == "colocated",
+            offload=resources.offload,
             # Room for the longest row: a document, a question and an answer.
             micro_batch_tokens=max(resources.micro_batch_tokens, self.config.model.max_length + 64),
             routed=step is not None and seeding.expert_gate > 0,

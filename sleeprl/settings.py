@@ -267,6 +267,9 @@ class ResourcesConfig:
     engines: int = 1
     engine_cpus: int = 1
     engine_gpus: float = 0.0
+    engine_tensor_parallel: int = 1
+    """Processes of one engine that share every layer (vLLM's tensor parallelism); ``engine_cpus`` and
+    ``engine_gpus`` are those of all of them, a GPU each."""
     engine_memory_gb: float = 1.0
     """KV cache of one CPU engine."""
     engine_gpu_utilization: float = 0.4
@@ -285,6 +288,9 @@ class ResourcesConfig:
     learner_cpus: int = 1
     learner_gpus: float = 0.0
     """Per worker."""
+    offload: str = "none"
+    """What a learner worker keeps in the host's memory instead of its GPU's: ``optimizer`` its share of
+    the optimiser, which then steps there, ``parameters`` that and its share of the parameters."""
     micro_batch_tokens: int = 8192
     """Padded tokens in one forward pass of a learner worker; fewer take less memory and more time,
     and change nothing else."""

@@ -328,3 +328,28 @@ def test_a_colocated_layout_needs_one_device_to_share() -> None:
     assert cfg.load(None, words).resources.layout == "colocated"
     assert "two ranks" in refused(*words, "resources.transport=nccl")
     assert cfg.load(None, [*words, "resources.transport=ipc"]).resources.transport == "ipc"
+
+
+def test_a_tensor_parallel_engine_has_what_its_processes_need() -> None:
+    two = "resources.engine_tensor_parallel=2"
+    message = refused(two)
+    assert "resources.engine_cpus=1" in message and "set resources.engine_cpus=2" in message
+    assert cfg.load(None, [two, "resources.engine_cpus=2"]).resources.engine_tensor_parallel == 2
+    words = [two, "resources.engine_cpus=2"]
+    assert "resources.engine=torch" in refused(*words, "resources.engine=torch")
+    assert "6 cores" in refused(*words, "resources.engines=2", "resources.learner_cpus=2")
+    assert "resources.engine_gpus=1" in refused(two, "resources.engine_gpus=1")
+    cfg.load(None, [two, "resources.engine_gpus=2"])
+    gpus = [two, "resources.engine_gpus=2", "resources.learner_gpus=1"]
+    assert "resources.transport=nccl" in refused(*gpus, "resources.transport=ipc")
+    cfg.load(None, [*gpus, "resources.transport=nccl"])
+    assert "greater than 0" in refused("resources.engine_tensor_parallel=0")
+
+
+def test_offloading_needs_a_gpu_to_take_the_load_off() -> None:
+    for what in ("optimizer", "parameters"):
+        message = refused(f"resources.offload={what}")
+        assert f"resources.offload={what}" in message and "resources.learner_gpus=0" in message
+        config = cfg.load(None, [f"resources.offload={what}", "resources.learner_gpus=1"])
+        assert config.resources.offload == what
+    assert "none, optimizer, parameters" in refused("resources.offload=all")

@@ -626,6 +626,8 @@ def test_what_vllm_s_own_engines_are_told_fits_their_interface() -> None:
     parsed = [nccl_engine.NCCLWeightTransferInitInfo(**info) for info in infos]
     assert [info.rank_offset for info in parsed] == [1, 2]
     assert {info.world_size for info in parsed} == {3} and all(info.packed for info in parsed)
+    of_two_ranks = gpu.join_infos("10.0.0.1", 29500, 2, ranks=2)
+    assert [(info["rank_offset"], info["world_size"]) for info in of_two_ranks] == [(1, 5), (3, 5)]
     told = gpu.metadata([("w", torch.ones(2, 3, dtype=torch.bfloat16))])
     update = nccl_engine.NCCLWeightTransferUpdateInfo(**told)
     assert (update.names, update.dtype_names, update.shapes) == (["w"], ["bfloat16"], [[2, 3]])

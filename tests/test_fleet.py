@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sleeprl.actors.engine import EngineOptions, Sampling
+from sleeprl.actors.cluster import vacate
+from sleeprl.actors.engine import EngineOptions, Sampling, spawn
 from sleeprl.actors.fleet import Fleet, StaleEngine
 from sleeprl.actors.group import ActorFailure, Kind
 from sleeprl.actors.health import Health
@@ -50,12 +51,18 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def options(tiny_model: Path) -> EngineOptions:
+    return EngineOptions(str(tiny_model), "float32", 128, 1, 1.0, False, 0.4, 0)
+
+
 @pytest.fixture
-def fleet(tiny_model: Path) -> Iterator[Fleet]:
-    options = EngineOptions(str(tiny_model), "float32", 128, 1, 1.0, False, 0.4, 0)
-    fleet = Fleet.launch(2, options, 0, 0, f"{__name__}.Forgetful")
+def fleet(options: EngineOptions) -> Iterator[Fleet]:
+    fleet = Fleet.launch(2, options, 1, 0, f"{__name__}.Forgetful")
+    assert fleet.placement.bundle_count == 2 and not ray.available_resources().get("CPU")
     yield fleet
     fleet.group.kill()
+    vacate(fleet.placement)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +142,45 @@ def test_an_engine_that_dies_is_left_out(
     assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
     (alone,) = fleet.publish(weights.items(), right, version=4)
     assert alone.engine == "engine-0" and states(fleet)[1] is Health.DEAD
+
+
+def test_engines_come_and_go(
+    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor], options: EngineOptions
+) -> None:
+    right = canary(tiny_model, weights)
+    fleet.publish(weights.items(), right, version=2)
+    made = fleet.generate(PROMPTS, SAMPLING)
+    group = fleet.group
+    running = fleet.generate_later(PROMPTS, SAMPLING)
+    assert group.add(spawn(2, options, 0, 0, f"{__name__}.Forgetful")) == 2
+    group.start([2])
+    # It has the checkpoint's weights, which are not the others' any more.
+    assert states(fleet) == [Health.HEALTHY] * 2 + [Health.STALE]
+    assert list(fleet.generate_later(PROMPTS, SAMPLING).refs) == [0, 1]
+    assert running.wait() == made
+    certificates = fleet.publish(weights.items(), right, version=4)
+    assert [c.engine for c in certificates if c.verified] == ["engine-0", "engine-1", "engine-2"]
+    pending = fleet.generate_later(PROMPTS, SAMPLING)
+    assert list(pending.refs) == [0, 1, 2]
+    assert [c.token_ids for c in pending.wait()] == [c.token_ids for c in made]
+    lost = fleet.generate_later(PROMPTS, [Sampling(100, seed=1)] * 6)
+    group.remove(0)
+    with pytest.raises(ActorFailure, match=r"engine-0\.generate failed \(infra\)"):
+        lost.wait()
+    assert states(fleet) == [Health.RETIRED, Health.HEALTHY, Health.HEALTHY]
+    assert [c.token_ids for c in fleet.generate(PROMPTS, SAMPLING)] == [c.token_ids for c in made]
+    certificates = fleet.publish(weights.items(), right, version=6)
+    assert [c.engine for c in certificates if c.verified] == ["engine-1", "engine-2"]
+
+
+def test_an_engine_that_is_lost_at_work_gets_no_more(
+    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+) -> None:
+    os.kill(ray.get(fleet.group.actors[1].pid.remote()), signal.SIGKILL)
+    with pytest.raises(ActorFailure, match=r"engine-1\.generate failed \(infra\)"):
+        fleet.generate(PROMPTS, SAMPLING)
+    assert states(fleet) == [Health.HEALTHY, Health.DEAD]
+    assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
 
 
 def test_trap_10_an_engine_that_hangs_does_not_hang_the_update(

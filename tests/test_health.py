@@ -93,7 +93,10 @@ def test_who_is_suspect_for_too_long_is_dead() -> None:
     assert health.note(0, Event.ANSWERED) is Health.HEALTHY
     health.note(0, Event.MISSED)
     clock.now += 61.0
-    assert health[0] is Health.DEAD and health.updatable == []
+    assert health.note(0, Event.ANSWERED) is Health.HEALTHY  # it did, and was not heard for so long
+    health.note(0, Event.MISSED)
+    clock.now += 61.0
+    assert health.note(0, Event.MISSED) is Health.DEAD and health.updatable == []
     assert health.note(0, Event.ANSWERED) is Health.DEAD
 
 

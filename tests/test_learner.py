@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -32,11 +33,14 @@ from transformers import AutoModelForCausalLM
 from sleeprl.actors import batches
 from sleeprl.actors.batches import Row
 from sleeprl.actors.learner import Learner, LearnerOptions
+from sleeprl.actors.publish import publish
+from sleeprl.actors.zero_config import deepspeed_config
 from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_tail
 from sleeprl.losses.streams import LossOptions, Part
 from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, scatter_columns, widen, write_grown
 from sleeprl.memory.experts import grow, load_training_form, smaller_self
 from sleeprl.memory.slots import Slots
+from sleeprl.weights.verify import Certificate
 
 SLOTS = Slots(96, 8, 3)
 PARTS = {
@@ -197,6 +201,21 @@ def bfloat16(directory: Path, notes: Notes) -> None:
     notes.tensors("half-3-resumed", again.state())
 
 
+def offloading(directory: Path, notes: Notes) -> None:
+    """Here the host's memory is the only one, so nothing moves; but DeepSpeed goes the other way."""
+    for what in ("optimizer", "parameters"):
+        learner = Learner(options(directory, offload=what))
+        stage = learner.optimizer
+        notes.numbers[f"offload {what}"] = (stage.offload_optimizer, stage.offload_param)
+        notes.numbers[f"offload {what}, step-1"] = learner.step(rows(1), PARTS, LOSS)
+        learner.step(rows(2), PARTS, LOSS)
+        notes.tensors(f"offload-{what}-2", learner.state())
+        again = Learner(options(directory, seed=8, offload=what))
+        again.load_state(load_file(directory / f"offload-{what}-2.safetensors"))
+        again.step(rows(3), PARTS, LOSS)
+        notes.tensors(f"offload-{what}-3", again.state())
+
+
 def every_parameter(directory: Path, notes: Notes) -> None:
     whole = Learner(options(directory, checkpoint=str(directory / "grown"), slot=None))
     notes.tensors("full-export-0", dict(whole.export()))
@@ -282,6 +301,33 @@ def two_remembering(directory: Path, notes: Notes) -> None:
         notes.tensors(f"two-expert-{name}", learner.expert())
 
 
+class Drains:
+    """In the place of a fleet: its engines take a while to come to rest."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+
+    def begin(self) -> None:
+        time.sleep(1.0)
+        self.notes.numbers["at rest"] = time.monotonic()
+
+    def send(self, update: None, tensors: Iterator[Any], canary: Any) -> list[Certificate]:
+        self.notes.numbers["sent"] = len(list(tensors))
+        return [Certificate("engine-0", 1, True, 0.0, canary.tolerance, 0.0)]
+
+
+def two_publishing(directory: Path, notes: Notes) -> None:
+    learner: Any = Learner(options(directory))
+    exported = learner.export
+
+    def export() -> Iterator[Any]:
+        notes.numbers["gathering"] = time.monotonic()
+        yield from exported()
+
+    learner.export = export
+    notes.numbers["published"] = publish(learner, Drains(notes), list(range(20, 50)))  # type: ignore[arg-type]
+
+
 ONE_RANK = (
     first_steps,
     one_text,
@@ -291,11 +337,12 @@ ONE_RANK = (
     state_before_the_first_step,
     placing,
     bfloat16,
+    offloading,
     every_parameter,
     nothing_to_learn_from,
     remembering,
 )
-TWO_RANKS = (two_first_steps, two_resuming, moving, uneven, two_remembering)
+TWO_RANKS = (two_first_steps, two_resuming, moving, uneven, two_remembering, two_publishing)
 
 
 def work(rank: int, world: int, port: int, directory: Path, scenes: Sequence[Scene]) -> None:
@@ -601,6 +648,42 @@ def test_an_expert_can_be_put_in_place_and_trained_on(saw: Saw) -> None:
     assert saw.one["placed"] == saw.one["after two"]
     step = distance(saw.file("expert-placed-1"), saw.file("expert-2"))
     assert 1e-4 < step < 0.02  # one small step from there, not back to where it was born
+
+
+def test_no_rank_gathers_while_engines_come_to_rest(saw: Saw) -> None:
+    assert all(saw.two["at rest"] <= rank["gathering"] for rank in saw.ranks)
+    assert saw.two["published"]["stale_engines"] == 0.0 and saw.ranks[1]["published"] == {}
+    assert saw.two["sent"] == len(saw.file("two-export-2"))
+
+
+# --- offloading -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["optimizer", "parameters"])
+def test_what_is_offloaded_learns_the_same(saw: Saw, what: str) -> None:
+    assert saw.one[f"offload {what}"] == (True, what == "parameters")
+    assert saw.one[f"offload {what}, step-1"] == pytest.approx(saw.one["step-1"], rel=1e-6)
+    close(saw.file(f"offload-{what}-2"), saw.file("state-2"), atol=1e-6)
+    close(saw.file(f"offload-{what}-3"), saw.file("state-3"), atol=1e-6)
+
+
+def test_deepspeed_is_told_what_to_offload() -> None:
+    def zero(gpu: bool, offload: str) -> dict[str, Any]:
+        config = deepspeed_config(dtype="bfloat16", grad_clip=1.0, gpu=gpu, offload=offload)
+        assert config["zero_force_ds_cpu_optimizer"] is False  # the optimiser is torch's
+        return dict(config["zero_optimization"])
+
+    pinned = {"device": "cpu", "pin_memory": True}
+    assert zero(True, "none") == {"stage": 3}
+    assert zero(True, "optimizer") == {"stage": 3, "offload_optimizer": pinned}
+    both = {"stage": 3, "offload_optimizer": pinned, "offload_param": pinned}
+    assert zero(True, "parameters") == both
+    assert zero(False, "optimizer")["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    read = DeepSpeedZeroConfig(**both)
+    assert read.offload_optimizer.device == read.offload_param.device == "cpu"
+    assert read.offload_optimizer.pin_memory and read.offload_param.pin_memory
 
 
 # --- every parameter --------------------------------------------------------------

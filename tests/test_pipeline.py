@@ -112,7 +112,7 @@ class Learns(Served):
             ray.get(engine.set_expert.remote(version))
         if self.dies:
             die_once(self.dies / f"publish-{version}")
-        return {"version": version, "expert": version}
+        return {"version": version, "expert": version, "verified": range(len(self.engines))}
 
     def save(self, directory: str, groups: Mapping[str, Any]) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)

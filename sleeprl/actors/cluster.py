@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from sleeprl.settings import ResourcesConfig, available_cpus
+
+ROOM_S = 600.0
+"""How long a cluster may take to make room: one that scales starts machines meanwhile."""
+
+
+class ResourceError(RuntimeError):
+    """The cluster has not what is asked for."""
 
 
 @contextmanager
@@ -34,3 +43,31 @@ def cluster(resources: ResourcesConfig, *, state_api: bool = False) -> Iterator[
         yield
     finally:
         ray.shutdown()
+
+
+def place(
+    count: int, cpus: float, gpus: float, strategy: str, patience: float = ROOM_S
+) -> Any | None:
+    """Ray's placement group for ``count`` actors of so many cores and GPUs each, one per bundle, all
+    reserved at once; None where they need nothing. strategy: Ray's, such as ``PACK``.
+
+    Raises ResourceError where there is no room within ``patience`` seconds.
+    """
+    needs = {name: float(n) for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
+    if not needs or not count:
+        return None
+    group = placement_group([needs] * count, strategy=strategy)
+    if group.wait(patience):
+        return group
+    free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
+    vacate(group)
+    raise ResourceError(
+        f"no room within {patience:.0f} s for {count} engine(s) of {needs} each ({strategy}): free are "
+        f"{free}; lower resources.engines, engine_cpus or engine_gpus, or add machines"
+    )
+
+
+def vacate(group: Any | None) -> None:
+    """Give back what ``place`` reserved. Actors that are still there are killed."""
+    if group is not None:
+        remove_placement_group(group)

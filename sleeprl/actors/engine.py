@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sleeprl.actors.group import ServedAsync
 from sleeprl.registry import resolve
-from sleeprl.settings import NightConfig
+from sleeprl.settings import ConfigError, NightConfig
 from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
 from sleeprl.weights.transport import Delivery
 from sleeprl.weights.verify import Canary, Certificate, StaleWeights, largest_difference
@@ -91,11 +94,17 @@ class EngineOptions:
     delivery: Delivery = Delivery()
     colocated: bool = False
     """A learner works on the same device while it sleeps."""
+    tensor_parallel: int = 1
+    """Processes that share every layer of the model. threads and memory_gb are of all together."""
 
     @classmethod
     def of(cls, config: NightConfig, model: str, dtype: str) -> EngineOptions:
-        """What a night's settings say of an engine that holds a checkpoint."""
-        resources = config.resources
+        """What a night's settings say of an engine that holds a checkpoint.
+
+        Raises ConfigError for a checkpoint that cannot be split as they say.
+        """
+        resources, ranks = config.resources, config.resources.engine_tensor_parallel
+        require_shards(Path(model), ranks)
         return cls(
             model=model,
             dtype=dtype,
@@ -109,15 +118,52 @@ class EngineOptions:
                 resources.transport,
                 resources.update_mode,
                 str((config.run_dir / "weights").resolve()),
+                ranks,
             ),
             colocated=resources.layout == "colocated",
+            tensor_parallel=ranks,
         )
 
 
-def spawn(index: int, options: EngineOptions, cpus: float, gpus: float, engine: str) -> Any:
-    """The actor of one engine; it can generate when its ``start`` has returned."""
+def require_shards(checkpoint: Path, ranks: int) -> None:
+    """Raises ConfigError for a checkpoint whose heads or MLPs ``ranks`` processes cannot share."""
+    if ranks == 1:
+        return
+    model = json.loads((checkpoint / "config.json").read_text())
+    heads = model["num_attention_heads"]
+    shared = model.get("num_key_value_heads") or heads
+    for what, count in (
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", max(shared, ranks) if ranks % shared == 0 else shared),
+        ("intermediate_size", model["intermediate_size"]),
+    ):
+        if count % ranks:
+            raise ConfigError(
+                f"resources.engine_tensor_parallel={ranks} cannot share {what}={count} of "
+                f"{checkpoint}; set it to a divisor, such as 1"
+            )
+
+
+def spawn(
+    index: int,
+    options: EngineOptions,
+    cpus: float,
+    gpus: float,
+    engine: str,
+    placement: Any = None,
+) -> Any:
+    """The actor of one engine; it can generate when its ``start`` has returned.
+
+    placement: a placement group, in whose bundle of this index it goes; an engine that was added
+    to those the group was made for goes where there is room.
+    """
     kind: Any = resolve(engine, "engine")
-    actor = ray.remote(kind).options(num_cpus=cpus, num_gpus=gpus, max_concurrency=256)
+    where: Any = None
+    if placement is not None and index < placement.bundle_count:
+        where = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index)
+    actor = ray.remote(kind).options(
+        num_cpus=cpus, num_gpus=gpus, max_concurrency=256, scheduling_strategy=where
+    )
     return actor.remote(name=f"engine-{index}", options=options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
+from sleeprl.actors.cluster import place, vacate
 from sleeprl.actors.engine import Completion, EngineOptions, Sampling, spawn
 from sleeprl.actors.group import ActorFailure, ActorGroup, Failure, Kind, classify
-from sleeprl.actors.health import Event, FleetHealth
-from sleeprl.weights.transport import Named, WeightTransport, make_transport
+from sleeprl.actors.health import Event, FleetHealth, Health
+from sleeprl.weights.transport import ON_ONE_HOST, Named, WeightTransport, make_transport
 from sleeprl.weights.verify import Canary, Certificate
 
 PATIENCE = 600.0
 """Seconds an engine may take for one step of an update."""
+SILENCE = 180.0
+"""Seconds for which an engine may not answer before it is dead. They answer while they work."""
 
 
 class StaleEngine(ConnectionError):
@@ -26,27 +30,40 @@ class StaleEngine(ConnectionError):
 class Fleet:
     """Engines behind an ``ActorGroup``. Versions are given by the caller and only grow.
 
-    Only engines that ended the last update verified get work. patience: seconds after which
-    an engine that does not answer during an update counts as not updated.
+    Only engines that ended the last update verified get work; what is known of each is the group's
+    ``health``. patience: seconds after which an engine that does not answer during an update counts
+    as not updated. placement: Ray's placement group of the engines, removed with them.
     """
 
-    def __init__(self, group: ActorGroup, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, group: ActorGroup, patience: float = PATIENCE, placement: Any = None
+    ) -> None:
         self.group = group
         self.version = 0
-        self.health = FleetHealth(len(group))
+        self.placement = placement
         self._patience = patience
         self._transport: WeightTransport | None = None
-        self._connected: list[int] = []
+        self._connected: list[Any] = []
 
     @classmethod
     def launch(
         cls, count: int, options: EngineOptions, cpus: float, gpus: float, engine: str = "vllm"
     ) -> Fleet:
-        """Start ``count`` engines of a kind at once and wait until all can generate."""
-        handles = [spawn(index, options, cpus, gpus, engine) for index in range(count)]
-        fleet = cls(ActorGroup("engine", handles))
+        """Start ``count`` engines of a kind at once and wait until all can generate.
+
+        Raises ResourceError where the cluster has no room for them.
+        """
+        # Through memory weights reach this host's engines only; else one host is as good as two.
+        near = options.delivery.kind in ON_ONE_HOST
+        placement = place(count, cpus, gpus, "STRICT_PACK" if near else "PACK")
+        handles = [spawn(index, options, cpus, gpus, engine, placement) for index in range(count)]
+        fleet = cls(ActorGroup("engine", handles, silence=SILENCE), placement=placement)
         fleet.group.call("start")
         return fleet
+
+    @property
+    def health(self) -> FleetHealth:
+        return self.group.health
 
     # --- work ---------------------------------------------------------------------
 
@@ -65,16 +82,19 @@ class Fleet:
         return self._spread("logprobs", sequences=sequences).wait()
 
     def _spread(self, method: str, **columns: Sequence[Any]) -> Pending:
+        self.group.look()
+        while not self.health.working and self.health.having(Health.SUSPECT):
+            time.sleep(0.1)  # it may answer yet; if not, it will be dead
+            self.group.look()
         engines = self.health.working
         if not engines:
-            states = ", ".join(f"engine-{i} is {self.health[i]}" for i in range(len(self.health)))
-            raise StaleEngine(f"no engine may be given work: {states}")
+            raise StaleEngine(f"no engine may be given work: {self.health}")
         total = len(next(iter(columns.values())))
         shares = {
             engine: {name: list(values[turn :: len(engines)]) for name, values in columns.items()}
             for turn, engine in enumerate(engines)
         }
-        return Pending(self.group.name, method, self._send(method, shares), total)
+        return Pending(self.group, method, self._send(method, shares), total)
 
     def sleep(self) -> None:
         """All engines that are there leave the device to others, until the next update."""
@@ -92,11 +112,23 @@ class Fleet:
 
         Raises StaleEngine when none does, and ActorFailure for a fault of the code.
         """
+        return self.send(self.begin(version), tensors, canary)
+
+    def begin(self, version: int | None = None) -> _Update:
+        """Bring what runs on every engine that is there to rest: with ``update_mode=drain`` that
+        takes as long as the longest request. ``send`` must follow."""
         self.version = self.version + 1 if version is None else version
         update = _Update(self, self.health.updatable)
-        transport = self._connect(update)
-        transport.begin(self.version)
+        update.transport = self._connect(update)
+        update.transport.begin(self.version)
         update.call("begin_update", version=self.version)
+        return update
+
+    def send(
+        self, update: _Update, tensors: Iterable[Named], canary: Canary | None = None
+    ) -> list[Certificate]:
+        """The rest of ``publish``."""
+        transport = update.transport
         try:
             for info in transport.buckets(tensors):
                 update.finish_call()  # of the bucket before, which was loaded meanwhile
@@ -118,14 +150,15 @@ class Fleet:
                     "no engine answers: " + "; ".join(map(str, update.failed.values()))
                 )
             self._transport = make_transport(next(iter(deliveries.values())))
-        if self._connected != update.engines:
+        taking_part = [self.group.actors[engine] for engine in update.engines]
+        if self._connected != taking_part:
             if self._connected:
                 self._transport.close()
             for infos in self._transport.connect(len(update.engines)):
                 told = dict(zip(update.engines, infos, strict=True))
                 update.start("join", {engine: {"info": info} for engine, info in told.items()})
             update.finish_call()
-            self._connected = list(update.engines)
+            self._connected = taking_part
         return self._transport
 
     def disconnect(self) -> None:
@@ -140,6 +173,7 @@ class Fleet:
             self.group.call("shutdown")
         finally:
             self.group.kill()
+            vacate(self.placement)
 
     def _send(self, method: str, per_engine: Mapping[int, Mapping[str, Any]]) -> dict[int, Any]:
         call = lambda actor, **kwargs: getattr(actor, method)(**kwargs)  # noqa: E731
@@ -151,6 +185,8 @@ class Fleet:
 
 class _Update:
     """One update over the engines that still take part in it; who fails drops out."""
+
+    transport: WeightTransport
 
     def __init__(self, fleet: Fleet, engines: Sequence[int]) -> None:
         self.fleet = fleet
@@ -171,7 +207,7 @@ class _Update:
     def finish_call(self) -> dict[int, Any]:
         """The answers to the call that is under way. Raises ActorFailure for a fault of the code."""
         (method, refs), self._under_way = self._under_way, ("", {})
-        patience, health = self.fleet._patience, self.fleet.health
+        patience, group = self.fleet._patience, self.fleet.group
         if refs:
             ray.wait(list(refs.values()), num_returns=len(refs), timeout=patience)
         answers = {}
@@ -180,10 +216,10 @@ class _Update:
             if not isinstance(value, Failure):
                 answers[engine] = value
                 continue
-            where = f"{self.fleet.group.name}-{engine}.{method}"
+            where = f"{group.name}-{engine}.{method}"
             if value.kind is Kind.DATA:
                 raise ActorFailure(where, value)
-            health.note(engine, event)
+            group.note(engine, event)
             self.failed[engine] = Failure(value.kind, f"{where}: {value.message}")
             self.engines.remove(engine)
         return answers
@@ -191,7 +227,7 @@ class _Update:
     def certificates(self, found: Mapping[int, Certificate]) -> list[Certificate]:
         """Of all engines that were to be updated, in their order, and noted."""
         for engine, one in found.items():
-            self.fleet.health.note(engine, Event.VERIFIED if one.verified else Event.UNVERIFIED)
+            self.fleet.group.note(engine, Event.VERIFIED if one.verified else Event.UNVERIFIED)
         lost = {
             engine: Certificate(
                 f"{self.fleet.group.name}-{engine}",
@@ -223,7 +259,7 @@ def _answer(ref: Any) -> tuple[Any, Event]:
 class Pending:
     """Work spread over the engines that may not be done yet. refs: by engine."""
 
-    name: str
+    group: ActorGroup
     method: str
     refs: dict[int, Any]
     total: int
@@ -236,7 +272,9 @@ class Pending:
                 answers = ray.get(ref)
             except RayError as error:
                 answers = classify(error)
+                if isinstance(error, RayActorError):
+                    self.group.note(engine, Event.LOST)
             if isinstance(answers, Failure):
-                raise ActorFailure(f"{self.name}-{engine}.{self.method}", answers)
+                raise ActorFailure(f"{self.group.name}-{engine}.{self.method}", answers)
             merged[turn :: len(self.refs)] = answers
         return merged

@@ -1,15 +1,18 @@
 """A group of like actors: bounded calls in flight, results or classified failures.
 
-Built on RLlib's FaultTolerantActorManager, which knows which actors are healthy. One that has
-died is replaced while the others work; it gets work again when its weights are verified.
+Calls go through RLlib's FaultTolerantActorManager; who may be given one is in the group's
+``FleetHealth``, and known nowhere else. A member that died is replaced, and members come and go,
+while the others work; a new one gets work when its weights are verified.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import os
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,13 +20,17 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from sleeprl.actors.health import Event, FleetHealth, Health
 from sleeprl.reporting.failures import ActorFailure, Failure, Kind, pid_in, reason
 
 UNFIT = ("EngineDeadError", "StaleEngine")
 """Of an actor that lives but cannot work: vLLM's core, another process, is gone; or an engine's
 weights are not verified. Named, since whoever imports vLLM waits for it."""
 GRACE_S = 3.0
-"""How long the others are waited for when one has failed: its peer's death may be why."""
+"""How long the others are waited for when one has failed: its peer's death may be why. Also how
+long a member may take to say that it is there."""
+PROBE_S = 10.0
+"""Seconds between two times that all are asked, where silence may mean death."""
 
 
 def classify(error: BaseException) -> Failure:
@@ -85,27 +92,54 @@ class Result:
 
 
 class ActorGroup:
-    """Actors with one interface. Calls take keyword arguments only."""
+    """Actors with one interface. Calls take keyword arguments only.
 
-    def __init__(self, name: str, actors: Sequence[Any], in_flight: int = 2) -> None:
+    A member's index, and its place in ``actors``, are its own for as long as the group is there;
+    in the place of one that was removed is None. silence: seconds for which a member may not
+    answer before it is DEAD. One whose methods are no coroutines answers only between two calls,
+    so unless it is said, silence means nothing.
+    """
+
+    def __init__(
+        self, name: str, actors: Sequence[Any], in_flight: int = 2, silence: float = math.inf
+    ) -> None:
         self.name = name
         self.actors = list(actors)
-        self._in_flight = in_flight
+        self.in_flight = in_flight
+        self.health = FleetHealth(len(self.actors), silence, name=name)
+        for index, actor in enumerate(self.actors):
+            if actor is None:
+                self.health.note(index, Event.RETIRE)
         self._tags: list[list[str]] = [[] for _ in self.actors]
-        self._ids = list(range(len(self.actors)))  # the manager's names for them
+        self._ids: dict[int, int] = {}
         self._lost: list[Result] = []
+        self._pings: dict[int, tuple[Any, float]] = {}
+        """Of each member the question that it has not answered yet, and when it was asked."""
+        self._probed = -math.inf
 
     @cached_property
     def _manager(self) -> Any:
         # Importing RLlib takes seconds; whoever only calls and waits does without.
         from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
-        return FaultTolerantActorManager(
-            self.actors, max_remote_requests_in_flight_per_actor=self._in_flight
-        )
+        return FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=self.in_flight)
+
+    def _id(self, index: int) -> int:
+        """The manager's name for a member, of whom it hears with the first call."""
+        if index not in self._ids:
+            self._manager.add_actors([self.actors[index]])
+            self._ids[index] = max(self._manager.actor_ids())
+        return self._ids[index]
+
+    @property
+    def present(self) -> list[int]:
+        """All members but those that were removed."""
+        return [index for index, actor in enumerate(self.actors) if actor is not None]
 
     def __len__(self) -> int:
-        return len(self.actors)
+        return len(self.present)
+
+    # --- calls ----------------------------------------------------------------------
 
     def call(self, method: str, **kwargs: Any) -> list[Any]:
         """Call every actor, wait for all, raise ActorFailure for the first that failed."""
@@ -116,14 +150,26 @@ class ActorGroup:
         return self.collect(method, self.send(method, per_actor))
 
     def send(self, method: str, per_actor: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """One call per actor, not waited for; ``collect`` takes what this returns."""
+        """One call per actor, not waited for; ``collect`` takes what this returns, before anybody
+        is removed."""
+        return self._send(method, self.present, per_actor)
+
+    def _send(
+        self, method: str, members: Sequence[int], per_actor: Sequence[Mapping[str, Any]]
+    ) -> list[Any]:
         call = _method(method)
         return [
-            actor.apply.remote(call, **kw) for actor, kw in zip(self.actors, per_actor, strict=True)
+            self.actors[index].apply.remote(call, **kw)
+            for index, kw in zip(members, per_actor, strict=True)
         ]
 
-    def collect(self, method: str, refs: Sequence[Any]) -> list[Any]:
-        """The values of sent calls. Of several failures the one that explains the others is raised."""
+    def collect(
+        self, method: str, refs: Sequence[Any], members: Sequence[int] | None = None
+    ) -> list[Any]:
+        """The values of sent calls. Of several failures the one that explains the others is raised.
+
+        members: who was asked, if not all.
+        """
         waiting, failed = list(refs), False
         while waiting and not failed:
             done, waiting = ray.wait(waiting)
@@ -131,7 +177,8 @@ class ActorGroup:
         if waiting:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S)
         values = [None if ref in waiting else _value(ref) for ref in refs]
-        failures = [(i, v) for i, v in enumerate(values) if isinstance(v, Failure)]
+        answers = zip(self.present if members is None else members, values, strict=True)
+        failures = [(i, v) for i, v in answers if isinstance(v, Failure)]
         for index, failure in sorted(failures, key=lambda pair: pair[1].kind is Kind.DATA)[:1]:
             raise ActorFailure(f"{self.name}-{index}.{method}", failure)
         return values
@@ -142,38 +189,49 @@ class ActorGroup:
         return not rest or any(isinstance(_value(ref), Failure) for ref in done)
 
     def submit(self, method: str, tag: str, **kwargs: Any) -> bool:
-        """Send one call to the least loaded healthy actor; False when none has room."""
-        healthy = [i for i, id in enumerate(self._ids) if self._manager.is_actor_healthy(id)]
-        index = min(healthy, key=lambda i: len(self._tags[i]), default=None)
-        if index is None or len(self._tags[index]) >= self._in_flight:
+        """Send one call to the least loaded HEALTHY member; False when none has room."""
+        load = {index: len(self._tags[index]) for index in self.health.working}
+        index = min(load, key=load.__getitem__, default=None)
+        if index is None or load[index] >= self.in_flight:
             return False
         sent = self._manager.foreach_actor_async(
-            _method(method), tag=tag, kwargs=kwargs, remote_actor_ids=[self._ids[index]]
+            _method(method),
+            tag=tag,
+            kwargs=kwargs,
+            remote_actor_ids=[self._id(index)],
+            healthy_only=False,  # it has its own idea of that
         )
         if sent:
             self._tags[index].append(tag)
         return bool(sent)
 
     def ready(self, timeout: float = 0.0) -> list[Result]:
-        """Calls that ended within ``timeout`` seconds; all those of an actor that was lost."""
-        calls = list(self._manager.fetch_ready_async_reqs(timeout_seconds=timeout))
+        """Calls that ended within ``timeout`` seconds; all those of a member that was lost."""
+        self.look()
+        calls = self._manager.fetch_ready_async_reqs(timeout_seconds=timeout) if self._ids else []
+        members = {id: index for index, id in self._ids.items()}
         results, self._lost = self._lost, []
         # What was done before its actor died is kept, so values come first.
         for call in sorted(calls, key=lambda call: not call.result_or_error.ok):
-            index, answer = self._ids.index(call.actor_id), call.result_or_error
+            index, answer = members[call.actor_id], call.result_or_error
             if call.tag not in self._tags[index]:
                 continue  # told below, with the others of its actor
             if answer.ok:
                 self._tags[index].remove(call.tag)
                 results.append(Result(index, call.tag, answer.get()))
                 continue
-            # The manager forgets all that such an actor was asked, and gives it no more work.
-            failure = classify(answer.get())
-            results += [Result(index, tag, failure) for tag in self._tags[index]]
-            self._tags[index] = []
-            if not isinstance(answer.get(), RayActorError):
-                self._manager.set_actor_state(call.actor_id, healthy=True)
+            if isinstance(answer.get(), RayActorError):
+                self.note(index, Event.LOST)
+            results += self._lose(index, classify(answer.get()))  # the manager forgets them all too
+        for index in self.health.having(Health.DEAD):
+            silent = f"it did not answer for {self.health.dead_after:.0f} s"
+            results += self._lose(index, Failure(Kind.INFRA, silent))
         return results
+
+    def _lose(self, index: int, failure: Failure) -> list[Result]:
+        """The end of all calls to a member that are under way."""
+        lost, self._tags[index] = self._tags[index], []
+        return [Result(index, tag, failure) for tag in lost]
 
     def ended_or_raise(self, timeout: float = 0.0) -> list[Result]:
         """``ready`` for who cannot do anything about a failure."""
@@ -187,38 +245,110 @@ class ActorGroup:
     def outstanding(self) -> int:
         return sum(map(len, self._tags))
 
-    @property
-    def healthy(self) -> int:
-        return int(self._manager.num_healthy_actors())
+    # --- health ---------------------------------------------------------------------
+
+    def note(self, index: int, event: Event) -> None:
+        """What became of a member. What it answers to a question from before that is out of date."""
+        self._pings.pop(index, None)
+        self.health.note(index, event)
+
+    def look(self) -> None:
+        """Hear who answered and, where silence may mean death, ask all again in turn. Does not wait."""
+        now = time.monotonic()
+        if math.isfinite(self.health.dead_after) and now - self._probed >= PROBE_S:
+            self._probed = now
+            self._ask(self.health.updatable)
+        self._hear(GRACE_S)
+
+    def able(self) -> bool:
+        """Whether a member may be given work. Raises ActorFailure where none will be."""
+        health = self.health
+        if not (health.working or health.having(Health.SUSPECT)):  # which may answer yet
+            told = f"none may be given work: {health}"
+            raise ActorFailure(self.name, Failure(Kind.INFRA, told))
+        return bool(health.working)
 
     def dead(self, timeout: float = GRACE_S) -> list[int]:
-        """Who is gone, or says that it cannot work. One that is busy for so long is alive."""
-        refs = self.send("ping", [{}] * len(self))
-        done, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout)
-        return [i for i, ref in enumerate(refs) if ref in done and isinstance(_value(ref), Failure)]
+        """Ask who is gone, or says that it cannot work. One that is busy for so long is alive."""
+        self._ask([*self.health.updatable, *self.health.having(Health.RESTARTING)])
+        refs = [ref for ref, _ in self._pings.values()]
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=timeout)
+        return sorted({*self._hear(0.0), *self.health.having(Health.DEAD)})
+
+    def _ask(self, members: Iterable[int]) -> None:
+        for index in members:
+            if index not in self._pings:
+                ref = self.actors[index].apply.remote(_method("ping"))
+                self._pings[index] = ref, time.monotonic()
+
+    def _hear(self, grace: float) -> list[int]:
+        """Note who answered, and who did not within ``grace`` seconds; returns who cannot work."""
+        unfit = []
+        for index, (ref, asked) in list(self._pings.items()):
+            if not ray.wait([ref], timeout=0)[0]:
+                if time.monotonic() - asked >= grace:
+                    self.health.note(index, Event.MISSED)
+                continue
+            del self._pings[index]
+            event = _answer(ref)
+            if event is Event.UNVERIFIED and self.health[index] is Health.RESTARTING:
+                continue  # it is not up yet
+            self.health.note(index, event)
+            if event is not Event.ANSWERED:
+                unfit.append(index)
+        return unfit
+
+    def add(self, actor: Any) -> int:
+        """A new member, RESTARTING until it has ``started``; returns its index."""
+        self.actors.append(actor)
+        self._tags.append([])
+        return self.health.add()
+
+    def remove(self, index: int) -> None:
+        """Take a member out for good and kill it. Its calls under way are lost, which the next
+        ``ready`` tells: whoever asked for them asks somebody else."""
+        self._part(index, "removed")
+        self.note(index, Event.RETIRE)
+        self.actors[index] = None
 
     def replace(self, index: int, actor: Any) -> None:
-        """Put a new actor in the place of one, which is killed. It gets no work until ``verified``.
+        """Put a new actor in the place of one, which is killed; RESTARTING until it has ``started``.
 
         Its calls under way are lost, which the next ``ready`` tells.
         """
-        lost = Failure(Kind.INFRA, f"{self.name}-{index} was replaced")
-        self._lost += [Result(index, tag, lost) for tag in self._tags[index]]
-        self._tags[index] = []
-        ray.kill(self.actors[index])
-        self._manager.remove_actor(self._ids[index])
-        self._manager.add_actors([actor])
-        self.actors[index], self._ids[index] = actor, max(self._manager.actor_ids())
-        self._manager.set_actor_state(self._ids[index], healthy=False)
+        self._part(index, "replaced")
+        self.note(index, Event.LOST)
+        self.note(index, Event.RESTART)
+        self.actors[index] = actor
 
-    def verified(self) -> None:
-        """All members have the weights that they should have, and may work."""
-        for id in self._ids:
-            self._manager.set_actor_state(id, healthy=True)
+    def _part(self, index: int, how: str) -> None:
+        if self.actors[index] is None:
+            raise ValueError(f"{self.name}-{index} was removed; it cannot be {how}")
+        self._lost += self._lose(index, Failure(Kind.INFRA, f"{self.name}-{index} was {how}"))
+        ray.kill(self.actors[index])
+        if index in self._ids:
+            self._manager.remove_actor(self._ids.pop(index))
+
+    def start(self, members: Sequence[int]) -> None:
+        """Bring up who is RESTARTING, all at once, and wait for it; see ``started``."""
+        self.collect("start", self._send("start", members, [{}] * len(members)), members)
+        self.started(members)
+
+    def started(self, members: Iterable[int]) -> None:
+        """These are up: STALE, since nobody vouches for their weights yet."""
+        for index in members:
+            self.note(index, Event.STARTED)
+
+    def updated(self, verified: Iterable[int]) -> None:
+        """An update is over. These ended it verified and may work; whoever else is there may not."""
+        right = set(verified)
+        for index in self.health.updatable:  # one may have died since
+            self.note(index, Event.VERIFIED if index in right else Event.UNVERIFIED)
 
     def kill(self) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
+        for index in self.present:
+            ray.kill(self.actors[index])
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -231,3 +361,13 @@ def _value(ref: Any) -> Any:
         return ray.get(ref)
     except RayError as error:
         return classify(error)
+
+
+def _answer(ref: Any) -> Event:
+    """What the answer to a ping says of who gave it."""
+    try:
+        return Event.UNVERIFIED if isinstance(ray.get(ref), Failure) else Event.ANSWERED
+    except RayActorError:
+        return Event.LOST
+    except RayError:
+        return Event.UNVERIFIED

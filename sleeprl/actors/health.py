@@ -20,6 +20,7 @@ class Health(StrEnum):
     """It answers, but its weights are not known to be right."""
     DEAD = "dead"
     RESTARTING = "restarting"
+    """Its process comes up: in the place of one that was lost, or as a new member."""
     RETIRED = "retired"
     """Taken out on purpose, for good."""
 
@@ -68,45 +69,60 @@ TRANSITIONS: dict[Health, dict[Event, Health]] = {
 class FleetHealth:
     """The state of each of ``count`` engines, which all begin HEALTHY: with the checkpoint's weights.
 
-    dead_after: seconds for which an engine may be SUSPECT before it counts as DEAD.
+    dead_after: seconds for which an engine may be SUSPECT; when it is missed after them, it is DEAD.
     """
 
     def __init__(
-        self, count: int, dead_after: float = 60.0, clock: Callable[[], float] = time.monotonic
+        self,
+        count: int,
+        dead_after: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+        name: str = "engine",
     ) -> None:
         self._states = [Health.HEALTHY] * count
         self._since = [clock()] * count
-        self._dead_after, self._clock = dead_after, clock
+        self.dead_after, self._clock, self._name = dead_after, clock, name
+
+    def add(self) -> int:
+        """A new member, whose process comes up; returns its number."""
+        self._states.append(Health.RESTARTING)
+        self._since.append(self._clock())
+        return len(self) - 1
 
     def note(self, engine: int, event: Event) -> Health:
         """Raises ValueError for what cannot happen to an engine in that state."""
         state = self[engine]
         if event not in TRANSITIONS[state]:
-            raise ValueError(f"engine-{engine} is {state}; it cannot be {event}")
+            raise ValueError(f"{self._name}-{engine} is {state}; it cannot be {event}")
         after = TRANSITIONS[state][event]
+        # Told by who misses it, not by the clock alone: an answer may be there and not heard yet.
+        if (
+            state is after is Health.SUSPECT
+            and self._clock() - self._since[engine] > self.dead_after
+        ):
+            after = Health.DEAD
         if after is not state:
             self._states[engine], self._since[engine] = after, self._clock()
         return after
 
     def __getitem__(self, engine: int) -> Health:
-        suspected = self._clock() - self._since[engine]
-        if self._states[engine] is Health.SUSPECT and suspected > self._dead_after:
-            self._states[engine], self._since[engine] = Health.DEAD, self._clock()
         return self._states[engine]
 
     def __len__(self) -> int:
         return len(self._states)
 
+    def __str__(self) -> str:
+        return ", ".join(f"{self._name}-{number} is {self[number]}" for number in range(len(self)))
+
+    def having(self, *states: Health) -> list[int]:
+        return [engine for engine in range(len(self)) if self[engine] in states]
+
     @property
     def working(self) -> list[int]:
         """Engines that may be given work."""
-        return [engine for engine in range(len(self)) if self[engine] is Health.HEALTHY]
+        return self.having(Health.HEALTHY)
 
     @property
     def updatable(self) -> list[int]:
         """Engines that are there to be sent weights."""
-        return [
-            engine
-            for engine in range(len(self))
-            if self[engine] in (Health.HEALTHY, Health.SUSPECT, Health.STALE)
-        ]
+        return self.having(Health.HEALTHY, Health.SUSPECT, Health.STALE)

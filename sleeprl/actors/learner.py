@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sleeprl.actors.cpu_op import load_shared_memory_op
 from sleeprl.actors.layout import inputs, padded
 from sleeprl.actors.response import ResponseModel, all_logits
 from sleeprl.actors.teacher import Teachers, teach
+from sleeprl.actors.zero_config import deepspeed_config
 from sleeprl.losses.chunked import token_logprobs
 from sleeprl.losses.ewc import diagonal_fisher
 from sleeprl.losses.streams import LossOptions, Part, chunked_stream_loss, token_counts
@@ -36,15 +38,8 @@ from sleeprl.memory.slots import Slots
 from sleeprl.weights.verify import Canary
 from sleeprl.weights.zero import gathered
 
-_IN_CACHE: dict[str, Any] = {
-    "sub_group_size": 2**20,
-    "reduce_bucket_size": 2**20,
-    "contiguous_gradients": False,
-    "memory_efficient_linear": False,
-}
-"""ZeRO-3 on CPUs: gradients are reduced and parameters updated piece by piece (elements), while
-they are in the cache. DeepSpeed's own sizes are a GPU's, and with them each operation goes
-through all of the memory (benchmarks/learner.py has the speed against a bare loop)."""
+MEETING = timedelta(hours=1)
+"""How long ranks wait for one another outside of their common work."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,8 @@ class LearnerOptions:
     held: tuple[int, ...] = ()
     routed: bool = False
     wake: str = ""
+    offload: str = "none"
+    """See ``resources.offload``. Without a GPU all is in the host's memory as it is."""
     critic: bool = False
     """A value head beside the language head, for an algorithm that asks for one (PPO)."""
     colocated: bool = False
@@ -94,6 +91,7 @@ class Learner:
         self.options, self.teachers = options, teachers
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
+        self._patient = dist.new_group(backend="gloo", timeout=MEETING) if self.world > 1 else None
         self.device = (
             torch.device("cuda", torch.cuda.current_device())
             if options.gpu
@@ -124,17 +122,12 @@ class Learner:
                 betas=(0.9, 0.99),
                 weight_decay=options.weight_decay,
             ),
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": options.grad_clip,
-                "zero_optimization": {"stage": 3, **({} if options.gpu else _IN_CACHE)},
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "bf16": {"enabled": dtype == torch.bfloat16},
-                "steps_per_print": 10**9,
-                "wall_clock_breakdown": False,
-            },
+            config=deepspeed_config(
+                dtype=options.dtype,
+                grad_clip=options.grad_clip,
+                gpu=options.gpu,
+                offload=options.offload,
+            ),
         )
         self.steps = 0
         self._taught: dict[tuple[str, int], Targets] = {}
@@ -464,6 +457,12 @@ class Learner:
                 slot["step"] = torch.full_like(slot["step"], float(self.steps))
 
     # --- collectives --------------------------------------------------------------
+
+    def meet(self) -> None:
+        """Wait for all ranks, for longer than any other collective waits and off the GPU: one of
+        them may be waiting for engines."""
+        if self._patient is not None:
+            dist.barrier(group=self._patient)
 
     def _sum_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Sum over ranks. Keys may differ from rank to rank."""

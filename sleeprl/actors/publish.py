@@ -25,11 +25,16 @@ def publish(learner: Learner, fleet: Fleet, canary: list[int]) -> dict[str, floa
     learner.release()  # engines that slept wake up now
     tensors = learner.export()
     if learner.rank != 0:
+        learner.meet()
         for _ in tensors:  # the gathers are collective
             pass
         return {}
     try:
-        certificates = fleet.publish(tensors, expected)
+        try:
+            update = fleet.begin()
+        finally:
+            learner.meet()  # no gather has begun that others would hold for as long as engines drain
+        certificates = fleet.send(update, tensors, expected)
     finally:
         for _ in tensors:  # also when an engine died: the other ranks are in these gathers
             pass

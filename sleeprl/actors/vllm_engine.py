@@ -22,6 +22,8 @@ from sleeprl.actors.engine import (
 
 PAUSES = {"keep": "keep", "drain": "wait", "abort": "abort"}
 """vLLM's word for each update mode."""
+REPORTS = "sleeprl.weights.vllm_receiver.Reports"
+UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 class VLLMEngine(TokenEngine):
@@ -42,8 +44,10 @@ class VLLMEngine(TokenEngine):
         """Bring the engine up; returns the seconds that took."""
         began = time.monotonic()
         if not self.options.gpu:
-            os.environ["OMP_NUM_THREADS"] = str(self.options.threads)
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self.options.memory_gb)))
+            ranks = self.options.tensor_parallel
+            os.environ["OMP_NUM_THREADS"] = str(max(1, self.options.threads // ranks))
+            space = max(1, round(self.options.memory_gb / ranks))  # vLLM's is that of one rank
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(space)
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             # Eager anyway; without this the first batch waits 16 s for stray compilations.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
@@ -57,6 +61,7 @@ class VLLMEngine(TokenEngine):
         from sleeprl.weights.buckets import BACKEND
 
         kind = self.options.delivery.kind
+        self._own_receiver = kind not in ("nccl", "ipc")
         if kind == "ipc":  # handles are not plain data; they come from this host's own learner
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         arguments: dict[str, Any]
@@ -71,13 +76,17 @@ class VLLMEngine(TokenEngine):
             arguments = {
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, self.options.max_length),
-                # The worker in the engine's own process: a process less to start, and none that
-                # spins while the other works. OMP's threads are set above, for all of them.
-                "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
             }
+        if self.options.tensor_parallel > 1:
+            arguments["distributed_executor_backend"] = "mp"  # within this actor's resources
+        elif not self.options.gpu:
+            # The worker in the engine's own process: a process less to start, and none that spins
+            # while the other works. OMP's threads are set above, for all of them.
+            arguments["distributed_executor_backend"] = UNIPROC
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=self.options.model,
+                tensor_parallel_size=self.options.tensor_parallel,
                 dtype=self.options.dtype,
                 max_model_len=self.options.max_length,
                 enforce_eager=not self.options.gpu,
@@ -86,8 +95,9 @@ class VLLMEngine(TokenEngine):
                 max_num_seqs=128,
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(
-                    backend=kind if kind in ("nccl", "ipc") else BACKEND
+                    backend=BACKEND if self._own_receiver else kind
                 ),
+                worker_extension_cls=REPORTS if self._own_receiver else "",
                 disable_log_stats=True,
                 **arguments,
             )
@@ -208,6 +218,11 @@ class VLLMEngine(TokenEngine):
     async def _commit(self) -> None:
         await self.llm.finish_weight_update(weight_version=str(self._version))
         self._open = False
+        if self._own_receiver:
+            faults: list[str | None] = await self.llm.collective_rpc("weight_fault")
+            for rank, fault in enumerate(faults):
+                if fault is not None:
+                    raise RuntimeError(f"rank {rank}: {fault}")
 
     async def _resume(self, *, ending: bool) -> None:
         if ending:

@@ -78,7 +78,7 @@ def run(
     name: str,
     on_metrics: OnMetrics,
 ) -> dict[str, Any]:
-    """Run to the end and return what came of it (step, tokens, version).
+    """Run to the end and return what came of it (step, tokens, version, verified engines).
 
     Called again with the same ``storage`` and ``name`` after a crash, the job goes on
     from its last checkpoint. on_metrics: called with each step's record, in order.
@@ -136,4 +136,5 @@ def run(
     if failed:
         raise failed[0]
     fleet.version = int(end["version"])
+    fleet.group.updated(end["verified"])
     return end

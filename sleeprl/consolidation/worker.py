@@ -82,7 +82,8 @@ class Shell(Protocol):
         ...
 
     def tell(self, record: dict[str, Any]) -> None:
-        """A step's figures; at the end one record more: ``end`` with step, tokens and version."""
+        """A step's figures; at the end one record more: ``end`` with step, tokens, version, and
+        the engines that are verified at it."""
         ...
 
 
@@ -232,7 +233,12 @@ class _Worker:
         publish(self.learner, self.fleet, self.job.canary)
         if self.job.output:
             save_trained(self.learner, Path(self.job.output), self.job.canary)
-        end = {"step": self.learner.steps, "tokens": self.tokens, "version": self.fleet.version}
+        end = {
+            "step": self.learner.steps,
+            "tokens": self.tokens,
+            "version": self.fleet.version,
+            "verified": self.fleet.health.working,
+        }
         self.shell.tell({"end": end})
 
 

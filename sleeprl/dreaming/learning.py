@@ -118,7 +118,8 @@ class LearnerActor(Served):
         self.fleet = Fleet(ActorGroup("engine", self.engines))
 
     def publish(self) -> dict[str, Any]:
-        """Send the present weights; on rank 0 with the expert by reference, for the scorers.
+        """Send the present weights; on rank 0 with the expert by reference, for the scorers, and
+        which engines ended the update verified, by their index.
 
         May be done again: a version is known by the number of steps, not of publications.
         """
@@ -126,7 +127,11 @@ class LearnerActor(Served):
         metrics: dict[str, Any] = publish(self.learner, self.fleet, self.job.canary)
         expert = self.learner.expert()
         if self.rank == 0:
-            metrics |= {"version": self.fleet.version, "expert": ray.put(expert)}
+            metrics |= {
+                "version": self.fleet.version,
+                "expert": ray.put(expert),
+                "verified": self.fleet.health.working,
+            }
         return metrics
 
     def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> dict[str, Any]:

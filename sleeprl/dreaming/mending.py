@@ -16,7 +16,7 @@ class Mender:
     """new_engine, new_learner: start the actor of an index, without waiting for it. limit: how
     often somebody may be restarted. on_restart: is told who is, and why.
 
-    Only INFRA is mended. A restarted engine gets no work before all weights are published again.
+    Only INFRA is mended. A restarted engine gets no work before it ends an update verified.
     """
 
     engines: ActorGroup
@@ -52,11 +52,14 @@ class Mender:
         for index in engines:
             self.engines.replace(index, self.new_engine(index))
         if engines:
-            ActorGroup("engine", [self.engines.actors[index] for index in engines]).call("start")
+            self.engines.start(engines)
         if learners:  # the others wait for it in a collective that will never end
-            for index in range(len(self.learner)):
+            ranks = self.learner.present
+            for index in ranks:
                 self.learner.replace(index, self.new_learner(index))
             join(self.learner, position)
+            self.learner.started(ranks)
+            self.learner.updated(ranks)  # to the position's
         elif engines:
             self.learner.call("use", engines=self.engines.actors)
         return bool(learners)

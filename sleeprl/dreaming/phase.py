@@ -78,8 +78,9 @@ class Actors:
     new_engine: Callable[[int], Any]
     new_learner: Callable[[int], Any]
 
-    def start(self, position: Position) -> None:
-        """Go on from a position; engines and scorers then have the learner's weights."""
+    def start(self, position: Position) -> list[int]:
+        """Go on from a position; engines and scorers then have the learner's weights. Returns the
+        engines that are verified to have them."""
         self.curriculum.call("ping")
         self.rewards.call("ping")
         if position.curriculum is not None:
@@ -87,6 +88,8 @@ class Actors:
         join(self.learners, position)
         first = self.learners.call("publish")[0]
         self.scorers.call("set_expert", expert=ray.get(first["expert"]))
+        verified: list[int] = first["verified"]
+        return verified
 
     def kill(self) -> None:
         for group in (self.learners, self.scorers, self.rewards, self.curriculum):
@@ -134,10 +137,14 @@ def judges(config: NightConfig, learner: LearnerOptions) -> tuple[ActorGroup, Ac
 
 
 def launch(
-    config: NightConfig, job: LearnerJob, engines: list[Any], tasks: Sequence[Task]
+    config: NightConfig,
+    job: LearnerJob,
+    engines: list[Any],
+    tasks: Sequence[Task],
+    placement: Any = None,
 ) -> Actors:
     """engines: actor handles, to which the learners publish; a list, in which a restarted one
-    takes its place."""
+    takes its place, also in the ``placement`` of the fleet."""
     dreaming, resources, learner = config.dreaming, config.resources, job.learner
     world = resources.learner_workers
     of_learner = ray.remote(LearnerActor).options(
@@ -161,6 +168,7 @@ def launch(
             cpus=resources.engine_cpus,
             gpus=resources.engine_gpus,
             engine=resources.engine,
+            placement=placement,
         ),
         new_learner,
     )
@@ -202,10 +210,10 @@ def assemble(
     )
 
 
-def with_room(engines: Sequence[Any], dreaming: DreamingConfig) -> ActorGroup:
+def with_room(engines: ActorGroup, dreaming: DreamingConfig) -> ActorGroup:
     """These engines with room for all groups that admission may let in."""
-    room = (dreaming.staleness + 2) * dreaming.tasks_per_step
-    return ActorGroup("engine", engines, in_flight=room)
+    engines.in_flight = (dreaming.staleness + 2) * dreaming.tasks_per_step
+    return engines
 
 
 def run(
@@ -231,17 +239,16 @@ def run(
         raise ValueError("no document has probes to judge dreams on; raise self_study.probe_share")
     position = Position.load(run_dir / "dreaming-state", fleet.version + 1)
     job = learner_job(config, learner, expert, run_dir, canary, position.first_version)
-    engines = with_room(fleet.group.actors, dreaming)
-    actors = launch(config, job, engines.actors, tasks)
+    engines = with_room(fleet.group, dreaming)
+    actors = launch(config, job, engines.actors, tasks, fleet.placement)
     try:
-        actors.start(position)
+        engines.updated(actors.start(position))
         pipeline = assemble(config, actors, engines, tasks, chat, position, on_stall)
         pipeline.run(on_step)
         last = actors.learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]
         fleet.version = last["version"]
     finally:
         actors.kill()
-        fleet.group.actors[:] = engines.actors
     return {
         "dreams": pipeline.counts.learned * dreaming.group_size,
         "idle": pipeline.waits.idle(),

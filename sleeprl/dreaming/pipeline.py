@@ -143,12 +143,14 @@ class Pipeline:
         updates = min(config.staleness + self.position.version + 1, config.steps)
         moved = False
         while self.line.update(self.again[0] if self.again else len(admitted)) < updates:
+            if not self.engines.able():
+                break
             number, task = self._next()
             asked = request(self.config, self.seed, number, task, self.asks)
             begun = self.begun.pop(number, None)
             sent = self.engines.submit("rollout", str(number), begun=begun, **asked)
             if not sent:
-                raise RuntimeError("no healthy rollout engine is left to dream on")
+                raise RuntimeError("admission let in more groups than the engines have room for")
             self.counts.move("admitted", "generating")
             moved = True
         return moved
@@ -227,8 +229,7 @@ class Pipeline:
         outcome = self.learner.collect("step", self.step)[0]
         self.ages.updated()
         sent = {**self._publish(), "publish_lag_seconds": self.ages.lag()}
-        groups = self._under_way()
-        after = str(position.at(position.version + 1))
+        groups, after = self._under_way(), str(position.at(position.version + 1))
         with self.waits.on("learner", what="its state of this version", kind="sync"):
             self.learner.call("save", directory=after, groups=groups)
         self._ask_curriculum("observe", outcomes=outcome["outcomes"])
@@ -256,12 +257,11 @@ class Pipeline:
         """The learner's weights to all engines and scorers. Whoever fails to get them gets no work."""
         with self.waits.on("learner", what="the new weights", kind="sync"):
             sent: dict[str, Any] = self.learner.call("publish")[0]
+            self.engines.updated(sent.pop("verified"))
             if stale := sent.pop("stale_engines", 0):
                 told = f"{stale:.0f} did not end the update verified"
                 raise ActorFailure("engines", Failure(Kind.INFRA, told))
-            expert = sent.pop("expert")
-            self.scorers.scatter("set_expert", [{"expert": expert}] * len(self.scorers))
-        self.engines.verified()
+            self.scorers.scatter("set_expert", [{"expert": sent.pop("expert")}] * len(self.scorers))
         sent.pop("version")
         return sent
 

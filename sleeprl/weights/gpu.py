@@ -2,7 +2,8 @@
 
 The receiving side is vLLM's; this is the sender's, on vLLM's own functions. **Neither has been
 run by the tests, which have no GPU**: they check that the calls fit vLLM's interface. vLLM's
-receivers take no checksums, so the canary alone verifies these updates. One GPU per engine.
+receivers take no checksums, so the canary alone verifies these updates. By IPC an engine has one GPU,
+the sender's; by NCCL each rank of a tensor-parallel engine has its own and gets all of the weights.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ T = TypeVar("T")
 
 
 class NcclTransport:
-    """A ``WeightTransport`` by broadcast, the sender being rank 0 of a group of its own."""
+    """A ``WeightTransport`` by broadcast, the sender being rank 0 of a group of its own.
+
+    ranks: of each engine.
+    """
 
     backend = "nccl"
 
-    def __init__(self, limit: int = BUCKET_BYTES) -> None:
+    def __init__(self, ranks: int = 1, limit: int = BUCKET_BYTES) -> None:
         _need_gpu("nccl")
-        self.limit = limit
+        self.ranks, self.limit = ranks, limit
         self._group: Any = None
 
     def connect(self, engines: int) -> Iterator[list[dict[str, Any]]]:
@@ -35,8 +39,9 @@ class NcclTransport:
         from vllm.utils.network_utils import get_ip, get_open_port
 
         address, port = get_ip(), get_open_port()
-        yield join_infos(address, port, engines)
-        where = {"master_address": address, "master_port": port, "world_size": engines + 1}
+        yield join_infos(address, port, engines, self.ranks)
+        world = 1 + engines * self.ranks
+        where = {"master_address": address, "master_port": port, "world_size": world}
         self._group = within(SECONDS, "the engines to join", lambda: trainer_init(where))
 
     def begin(self, version: int) -> None:
@@ -98,8 +103,9 @@ class IpcTransport:
         self._held = []
 
 
-def join_infos(address: str, port: int, engines: int) -> list[dict[str, Any]]:
-    """What each engine joins the sender's NCCL group with: engine i is rank i + 1."""
+def join_infos(address: str, port: int, engines: int, ranks: int = 1) -> list[dict[str, Any]]:
+    """What each engine joins the sender's NCCL group with: its own first rank is 1 + i * ranks;
+    vLLM adds the number of a rank within the engine."""
     from vllm.distributed.weight_transfer.nccl_common import (
         NCCLWeightTransferInitInfo,
         worker_init_payload,
@@ -110,8 +116,8 @@ def join_infos(address: str, port: int, engines: int) -> list[dict[str, Any]]:
             NCCLWeightTransferInitInfo(
                 master_address=address,
                 master_port=port,
-                rank_offset=1 + number,
-                world_size=1 + engines,
+                rank_offset=1 + number * ranks,
+                world_size=1 + engines * ranks,
                 packed=True,
             )
         )

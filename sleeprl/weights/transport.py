@@ -16,15 +16,21 @@ Named = tuple[str, Tensor]
 """A tensor under its name in the checkpoint."""
 
 
+ON_ONE_HOST = ("shared_memory", "ipc")
+"""Kinds of delivery that do not leave the sender's host."""
+
+
 @dataclass(frozen=True)
 class Delivery:
     """kind: ``shared_memory``, ``disk``, ``nccl`` or ``ipc``. mode: what becomes of running
     requests: ``keep`` freezes them, ``drain`` waits for them, ``abort`` ends them and goes on
-    from the tokens they have. directory: of ``disk``, seen by learner and engines alike."""
+    from the tokens they have. directory: of ``disk``, seen by learner and engines alike.
+    ranks: processes of one engine, each of which takes the whole tensors and keeps its shard."""
 
     kind: str = "shared_memory"
     mode: str = "keep"
     directory: str = ""
+    ranks: int = 1
 
 
 class WeightTransport(Protocol):
@@ -69,7 +75,7 @@ def make_transport(delivery: Delivery) -> WeightTransport:
         return DiskTransport(delivery.directory)
     from sleeprl.weights.gpu import IpcTransport, NcclTransport
 
-    return NcclTransport() if delivery.kind == "nccl" else IpcTransport()
+    return NcclTransport(delivery.ranks) if delivery.kind == "nccl" else IpcTransport()
 
 
 class TransportError(RuntimeError):

@@ -34,10 +34,15 @@ class BucketUpdateInfo(WeightTransferUpdateInfo):
 class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo]):
     """Loads tensors from mapped buckets.
 
+    Each rank of a tensor-parallel engine maps them, and vLLM keeps its shard of each tensor.
     Through vLLM's layer-wise reload, because kernels re-lay-out weights after
     loading (on the CPU the live parameter is empty): writing into live parameters
     would be silently lost.
     """
+
+    fault: str | None = None
+    """What went wrong in the update that is under way. Kept, not raised: of several ranks that
+    raise, vLLM reads the answer of the first, and takes the others' for those to its next call."""
 
     init_info_cls = BucketInitInfo
     update_info_cls = BucketUpdateInfo
@@ -46,12 +51,18 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
         pass
 
     def start_weight_update(self) -> None:
+        self.fault = None
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: BucketUpdateInfo) -> None:
-        storage, tensors = receive(update_info.file, update_info.layout)
-        self.model.load_weights(tensors)
-        self._own(storage.data_ptr())
+        if self.fault is not None:
+            return
+        try:
+            storage, tensors = receive(update_info.file, update_info.layout)
+            self.model.load_weights(tensors)
+            self._own(storage.data_ptr())
+        except Exception as error:
+            self.fault = f"{type(error).__name__}: {error}"
 
     def _own(self, mapped: int) -> None:
         """Copy what vLLM holds back until a layer is whole: the sender writes that memory again."""
@@ -66,3 +77,13 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
 
     def shutdown(self) -> None:
         pass
+
+
+class Reports:
+    """What vLLM's workers can be asked beside their own methods (``worker_extension_cls``)."""
+
+    weight_transfer_engine: BucketWeightTransferEngine
+
+    def weight_fault(self) -> str | None:
+        """Why this rank could not load all that it was sent in the last update."""
+        return self.weight_transfer_engine.fault

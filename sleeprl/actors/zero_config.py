@@ -1,0 +1,37 @@
+"""DeepSpeed's configuration of the learner: ZeRO-3, for GPUs and for CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_IN_CACHE: dict[str, Any] = {
+    "sub_group_size": 2**20,
+    "reduce_bucket_size": 2**20,
+    "contiguous_gradients": False,
+    "memory_efficient_linear": False,
+}
+"""ZeRO-3 on CPUs: gradients are reduced and parameters updated piece by piece (elements), while
+they are in the cache. DeepSpeed's own sizes are a GPU's, and with them each operation goes
+through all of the memory (benchmarks/learner.py has the speed against a bare loop)."""
+
+
+def deepspeed_config(*, dtype: str, grad_clip: float, gpu: bool, offload: str) -> dict[str, Any]:
+    """offload: see ``resources.offload``. Without a GPU nothing moves by it, and the same is learned."""
+    zero: dict[str, Any] = {"stage": 3, **({} if gpu else _IN_CACHE)}
+    # Pinned: only from there does a GPU copy while it computes.
+    host = {"device": "cpu", "pin_memory": gpu}
+    if offload != "none":
+        zero["offload_optimizer"] = host
+    if offload == "parameters":
+        zero["offload_param"] = host
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also where it is offloaded
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
