@@ -114,13 +114,12 @@ def rehearse(
     *new*: facts that it states freely, a question about each, and its own answer to that
     question. What was learned recently is among them because consolidation taught it to
     be stated freely; pairs that are asked freely are of what was known long before.
-    *replay*: as in ``study``. Every prompt is the same for both selves.
+    *replay*: what it asks itself. Every prompt is the same for both selves.
     """
     writer = Writer(fleet, chat, config, seed, max_length)
     recent = recollect(writer, "self_study", config.replay // 2)
     free = ask_freely(writer, config.replay)
-    stated = recollect(writer, "replay", config.replay // 4)
-    texts = [*recent.trajectories, *free.trajectories, *stated.trajectories]
+    texts = [*recent.trajectories, *free.trajectories]
     return Study(texts, written=writer.written, malformed=writer.malformed, coverage=free.coverage)
 
 
