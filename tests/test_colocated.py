@@ -48,6 +48,7 @@ class Worker(Served):
             self.told.append((record["step"], time.monotonic()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("colocated", [True, False])
 def test_no_token_is_made_while_a_consolidation_steps(

@@ -285,6 +285,7 @@ def test_another_group_is_learned_for_one_that_teaches_nothing(
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.slow
 def test_what_is_set_aside_is_so_after_a_break_and_a_death(tmp_path: Path) -> None:
     line, aside = in_the_end(2)
     dies, redrawn, place = tmp_path / "dies", [], tmp_path / "state"  # type: ignore[var-annotated]

@@ -235,6 +235,7 @@ def test_colocated_the_same_is_learned(place: Path, piped: list[dict[str, Any]])
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("layout", ["colocated", "decoupled"])
+@pytest.mark.slow
 def test_colocated_no_token_is_made_while_the_learner_steps(
     place: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
