@@ -281,8 +281,10 @@ def test_a_driver_killed_at_ten_random_moments_learns_the_same(
     assert driver(place, run).wait(timeout=300) == 0, (run / "stderr").read_text()[-3000:]
     assert len(kills) == 10 and kills == sorted(kills) and kills[-1] < UPDATES
     assert outcome(run) == whole
-    told = [json.loads(line)["step"] for line in (run / "steps.jsonl").read_text().splitlines()]
-    assert sorted(set(told)) == list(range(1, UPDATES + 1))
+    told = {json.loads(line)["step"] for line in (run / "steps.jsonl").read_text().splitlines()}
+    # A kill may come after an update was kept and before it was told.
+    every = set(range(1, UPDATES + 1))
+    assert every - set(kills) <= told <= every
 
 
 if __name__ == "__main__":
