@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,3 +83,16 @@ def newborn(directory: Path, output: Path, slots: Slots, seed: int) -> None:
     named = expert_tensors({n: p.detach() for n, p in model.named_parameters()})
     output.mkdir()
     save_file({n: t.contiguous() for n, t in named.items()}, output / EXPERT)
+
+
+def plain_logprobs(
+    model: Any, ids: list[int], weights: Mapping[str, Any] | None = None
+) -> list[float]:
+    """Log-probabilities of ids 1.. by transformers alone, with ``weights`` over the model's."""
+    import torch
+
+    state = model.state_dict() | dict(weights or {})
+    with torch.no_grad():
+        out = torch.func.functional_call(model, state, (torch.tensor([ids]),))
+    chosen = torch.tensor(ids[1:])[:, None]
+    return out.logits[0, :-1].log_softmax(-1).gather(-1, chosen)[:, 0].tolist()

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import make_tiny_model, plain_logprobs
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -72,13 +72,8 @@ class Rig:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, 120))
 
-    @torch.no_grad()
     def expected(self, ids: list[int], weights: Mapping[str, Tensor] | None = None) -> list[float]:
-        """Log-probabilities of ids 1.. by transformers, with ``weights`` over the checkpoint's."""
-        state = self.model.state_dict() | dict(weights or {})
-        out = torch.func.functional_call(self.model, state, (torch.tensor([ids]),))
-        logprobs = out.logits[0, :-1].log_softmax(-1)
-        return logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        return plain_logprobs(self.model, ids, weights)
 
     def canary(self, weights: Mapping[str, Tensor], tolerance: float = 1e-4) -> Canary:
         return Canary(CANARY_IDS, self.expected(CANARY_IDS, weights), tolerance)

@@ -333,6 +333,30 @@ def test_neighbours_begin_as_tonights_questions_do_and_need_no_document(chat: Ch
         assert neighbours(writer, DOCUMENTS, [], 40) == []
 
 
+def test_a_question_is_cut_off_where_it_would_have_gone_on_otherwise(chat: Chat) -> None:
+    class Sudden(Script):
+        """All of a question is expected but for one token."""
+
+        def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+            nats = [[-1e-9] * (len(ids) - 1) for ids in sequences]
+            for found, ids in zip(nats, sequences, strict=True):
+                place = len(ids) - len(chat.text("nn live?")) - 1  # the n behind the A
+                found[place] = -50.0 if ids[place + 1] == chat.text("n")[0] else 0.0
+            return nats
+
+    begun: list[str] = []
+
+    def wanders(message: str, number: int) -> tuple[str, str]:
+        if not message.endswith("?"):
+            begun.append(message.split("Question:")[1])
+        return "lex live?\nAnswer: Rome", "stop"
+
+    writer = Writer(Sudden(chat, wanders), chat, CONFIG, 0, 512)  # type: ignore[arg-type]
+    rows = neighbours(writer, DOCUMENTS, [(0, "Where does Ann live?")], 20)
+    assert len(begun) == 20 and set(begun) == {" Where does A"}
+    assert [chat.decode(row.prompt_ids) for row in rows] == ["Where does Alex live?"]
+
+
 def test_only_whole_texts_are_kept_and_all_are_counted(chat: Chat) -> None:
     fleet, result = written(chat)
     assert all(t.finish_reason == "stop" for t in result.trajectories)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import make_tiny_model
+from conftest import make_tiny_model, plain_logprobs
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -86,14 +86,9 @@ def same(found: list[Completion], right: list[Completion]) -> None:
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
-@torch.no_grad()
 def canary(directory: Path, weights: Mapping[str, Tensor]) -> Canary:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    state = model.state_dict() | dict(weights)
-    out = torch.func.functional_call(model, state, (torch.tensor([IDS]),))
-    chosen = torch.tensor(IDS[1:])[:, None]
-    logprobs = out.logits[0, :-1].log_softmax(-1).gather(-1, chosen)[:, 0]
-    return Canary(IDS, logprobs.tolist(), 1e-3)
+    return Canary(IDS, plain_logprobs(model, IDS, weights), 1e-3)
 
 
 @pytest.mark.slow
