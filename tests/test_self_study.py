@@ -15,8 +15,15 @@ from sleeprl import config as cfg
 from sleeprl.actors.engine import Completion, Sampling
 from sleeprl.chat import Chat
 from sleeprl.consolidation.rehearsal import neighbours
-from sleeprl.consolidation.self_study import Pair, Study, load_probes, passages, study
-from sleeprl.consolidation.writer import Writer, asks
+from sleeprl.consolidation.self_study import (
+    Pair,
+    Study,
+    _about,
+    load_probes,
+    passages,
+    study,
+)
+from sleeprl.consolidation.writer import Asked, Writer, asks
 from sleeprl.prompts import (
     FREE_FACT,
     FREE_QA,
@@ -29,6 +36,7 @@ from sleeprl.prompts import (
 from sleeprl.settings import ConfigError, SelfStudyConfig
 
 DOCUMENTS = ["Ann lives in Oslo.", "Bob has a cat."]
+ANN = Asked(0, "Where does Ann live?", [], Completion([], [], [], "stop"))
 
 
 # --- pairs ------------------------------------------------------------------------
@@ -324,8 +332,8 @@ def test_neighbours_begin_as_tonights_questions_do_and_need_no_document(chat: Ch
     config = replace(CONFIG, opening="Question:")
     for settings in (CONFIG, config):
         writer = Writer(fleet, chat, settings, 0, 512)  # type: ignore[arg-type]
-        asked = [(0, "Where does Ann live?")]
-        rows = neighbours(writer, DOCUMENTS, asked, 40)
+        asked = _about(writer, DOCUMENTS, [ANN]).values()
+        rows = neighbours(writer, DOCUMENTS, list(asked), 40)
         found = {chat.decode(row.prompt_ids) for row in rows}
         assert found and "Where does Ann live?" not in found
         assert all(row.teacher_prompt_ids is None for row in rows)
@@ -352,7 +360,9 @@ def test_a_question_is_cut_off_where_it_would_have_gone_on_otherwise(chat: Chat)
         return "lex live?\nAnswer: Rome", "stop"
 
     writer = Writer(Sudden(chat, wanders), chat, CONFIG, 0, 512)  # type: ignore[arg-type]
-    rows = neighbours(writer, DOCUMENTS, [(0, "Where does Ann live?")], 20)
+    ids = chat.text("Question: Where does Ann live?")
+    (surprise,) = writer.surprise([writer.begin(FREE_QA)], [ids])
+    rows = neighbours(writer, DOCUMENTS, [replace(ANN, ids=ids, surprise=surprise)], 20)
     assert len(begun) == 20 and set(begun) == {" Where does A"}
     assert [chat.decode(row.prompt_ids) for row in rows] == ["Where does Alex live?"]
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Literal
 
-from sleeprl.consolidation.writer import Writer, asks, trajectory
+from sleeprl.consolidation.writer import Asked, Writer, asks, trajectory
 from sleeprl.evaluation.probes import Probe, grade
 from sleeprl.evaluation.statistics import coverage
 from sleeprl.prompts import (
@@ -95,30 +95,27 @@ def recollect(writer: Writer, purpose: Purpose, count: int, hold_out: float = 0.
 
 
 def neighbours(
-    writer: Writer, documents: Sequence[str], asked: Sequence[tuple[int, str]], count: int
+    writer: Writer, documents: Sequence[str], asked: Sequence[Asked], count: int
 ) -> list[Trajectory]:
     """What is spoiled first: questions that begin as tonight's do, and turn elsewhere.
 
-    asked: tonight's questions, each with the number of its document. Each is cut off where it
-    would itself have gone on otherwise, sooner the more surprising the next token is, and
-    is gone on with freely. A question to which the document makes a difference is about
-    the document, and left out: what the smaller self says of that is what is to change.
+    asked: tonight's questions. Each is cut off where the smaller self would have gone on otherwise,
+    sooner the more surprising the next token is, and is gone on with freely. A question to
+    which the document makes a difference is about the document, and left out: what the
+    smaller self says of that is what is to change.
     """
     if not (asked and count):
         return []
     chat = writer.chat
-    start = asks(chat, replace(writer.config, opening=""), FREE_QA)
-    mark = len(chat.text(QUESTION_MARK))
-    whole = [chat.text(f"{QUESTION_MARK} {question}") for _, question in asked]
-    surprise = writer.surprise([[*start, *ids] for ids in whole])
+    start, mark = writer.begin(FREE_QA), len(chat.text(QUESTION_MARK))
     rng = random.Random(f"{writer.seed}-neighbours")
     begun: list[tuple[int, list[int]]] = []
-    for at in islice(cycle(range(len(asked))), count):
-        own = [1e-6 + nats for nats in surprise[at][len(start) + mark :]]
+    for one in islice(cycle(asked), count):
+        own = [1e-6 + nats for nats in one.surprise[mark:]]
         cut = rng.choices(range(len(own)), own)[0]
-        begun.append((asked[at][0], whole[at][: mark + cut]))
+        begun.append((one.document, one.ids[: mark + cut]))
     drafts = writer.write([[*start, *beginning] for _, beginning in begun], WIDE)
-    mine = {question for _, question in asked}
+    mine = {one.question for one in asked}
     found: dict[str, int] = {}
     for (n, beginning), draft in zip(begun, drafts, strict=True):
         pair = parse_qa(chat.decode([*beginning, *draft.token_ids]))

@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 
-from sleeprl.actors.engine import Completion
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
 from sleeprl.consolidation.rehearsal import SURE, ask_freely, neighbours, recollect
-from sleeprl.consolidation.writer import Writer, asks, trajectory
+from sleeprl.consolidation.writer import Asked, Writer, asks, trajectory
 from sleeprl.files import write_json_atomic
 from sleeprl.prompts import (
     FREE_FACT,
@@ -136,31 +135,21 @@ ROUNDS = 3
 """How often at most a document is asked about of which few questions came."""
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A pair as it was written: its question, about which document, and the prompt."""
-
-    document: int
-    question: str
-    prompt: list[int]
-    written: Completion
-
-
-def _asked(writer: Writer, documents: Sequence[str]) -> list[_Draft]:
+def _asked(writer: Writer, documents: Sequence[str]) -> list[Asked]:
     """Different questions about the documents."""
     config = writer.config
-    found: dict[tuple[int, str], _Draft] = {}
+    found: dict[tuple[int, str], Asked] = {}
     numbers = list(range(len(documents)))
     for _ in range(ROUNDS):
         asked = [n for n in numbers for _ in range(config.pairs_per_document)]
         shown = [text for n in numbers for text in _in_sight(documents[n], config)]
         prompts = [asks(writer.chat, config, with_experience(text, STUDY_QA)) for text in shown]
-        fresh: dict[tuple[int, str], _Draft] = {}
+        fresh: dict[tuple[int, str], Asked] = {}
         for n, prompt, written in zip(asked, prompts, writer.write(prompts), strict=True):
             pair = writer.parsed(written)
             if pair and (n, pair[0]) not in found:
-                fresh.setdefault((n, pair[0]), _Draft(n, pair[0], prompt, written))
-        found |= _about(writer, documents, fresh)
+                fresh.setdefault((n, pair[0]), Asked(n, pair[0], prompt, written))
+        found |= _about(writer, documents, list(fresh.values()))
         numbers = [
             n for n in numbers if 4 * sum(n == of for of, _ in found) < config.pairs_per_document
         ]
@@ -177,38 +166,33 @@ def _in_sight(document: str, config: SelfStudyConfig) -> list[str]:
 
 
 def _about(
-    writer: Writer, documents: Sequence[str], drafts: dict[tuple[int, str], _Draft]
-) -> dict[tuple[int, str], _Draft]:
+    writer: Writer, documents: Sequence[str], drafts: Sequence[Asked]
+) -> dict[tuple[int, str], Asked]:
     """The questions that are about their documents.
 
     A self that has slept often asks about whom it knows in place of whom it reads of; to
     answer that with the document in sight would spoil what it knows.
     """
-    chat, plain = writer.chat, replace(writer.config, opening="")
-    ids = [chat.text(f"{QUESTION_MARK} {draft.question}") for draft in drafts.values()]
-    free = asks(chat, plain, FREE_QA)
-    reading = [asks(chat, plain, with_experience(text, STUDY_QA)) for text in documents]
-    before = [reading[draft.document] for draft in drafts.values()]
-    freely = writer.surprise([[*free, *own] for own in ids])
-    told = writer.surprise([[*prompt, *own] for prompt, own in zip(before, ids, strict=True)])
-    gain = [
-        sum(alone[len(free) :]) - sum(seen[len(prompt) :])
-        for alone, seen, prompt in zip(freely, told, before, strict=True)
-    ]
-    return {key: drafts[key] for key, nats in zip(drafts, gain, strict=True) if nats >= ABOUT}
+    ids = [writer.chat.text(f"{QUESTION_MARK} {draft.question}") for draft in drafts]
+    reading = [writer.begin(with_experience(text, STUDY_QA)) for text in documents]
+    freely = writer.surprise([writer.begin(FREE_QA)] * len(drafts), ids)
+    told = writer.surprise([reading[draft.document] for draft in drafts], ids)
+    return {
+        (draft.document, draft.question): replace(draft, ids=own, surprise=alone)
+        for draft, own, alone, seen in zip(drafts, ids, freely, told, strict=True)
+        if sum(alone) - sum(seen) >= ABOUT
+    }
 
 
-def _new(writer: Writer, documents: Sequence[str], result: Study) -> list[tuple[int, str]]:
-    """Returns what was asked about which document."""
+def _new(writer: Writer, documents: Sequence[str], result: Study) -> list[Asked]:
+    """Returns what was asked about the documents."""
     config, chat = writer.config, writer.chat
     drafts = _asked(writer, documents)
-    questions = [(draft.document, draft.question) for draft in drafts]
-    prompts = [chat.prompt(with_experience(documents[n], question)) for n, question in questions]
-    held = set(
-        random.Random(writer.seed).sample(
-            range(len(questions)), int(config.probe_share * len(questions))
-        )
-    )
+    prompts = [
+        chat.prompt(with_experience(documents[draft.document], draft.question)) for draft in drafts
+    ]
+    count = len(drafts)
+    held = set(random.Random(writer.seed).sample(range(count), int(config.probe_share * count)))
     for index, (draft, prompt, answer) in enumerate(
         zip(drafts, prompts, writer.write(prompts, SURE), strict=True)
     ):
@@ -236,4 +220,4 @@ def _new(writer: Writer, documents: Sequence[str], result: Study) -> list[tuple[
             result.trajectories.append(
                 trajectory("self_study", f"fact-{n}", index, bare, fact, prompt)
             )
-    return questions
+    return drafts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sleeprl.actors.engine import Completion, Sampling
@@ -22,6 +23,21 @@ def asks(chat: Chat, config: SelfStudyConfig, message: str) -> list[int]:
     """
     shown = examples(config.examples, free=message == FREE_QA)
     return chat.prompt(message, config.opening, shown)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about document number ``document``, and the ``prompt`` and text it was ``written`` in.
+
+    ids: of the question behind its mark, as it is asked freely; surprise: of each of them then, nats.
+    """
+
+    document: int
+    question: str
+    prompt: list[int]
+    written: Completion
+    ids: list[int] = field(default_factory=list)
+    surprise: list[float] = field(default_factory=list)
 
 
 class Writer:
@@ -59,10 +75,20 @@ class Writer:
         self.malformed += sum(c.finish_reason != "stop" for c in completions)
         return completions
 
-    def surprise(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        """Of each token in its sequence, -log p; of the first, 0."""
-        found = self.fleet.logprobs(sequences) if sequences else []
-        return [[0.0, *(-value for value in values)] for values in found]
+    def begin(self, message: str) -> list[int]:
+        """A prompt behind which a question and its answer can be put, mark and all."""
+        return asks(self.chat, replace(self.config, opening=""), message)
+
+    def surprise(
+        self, prompts: Sequence[list[int]], texts: Sequence[list[int]]
+    ) -> list[list[float]]:
+        """-log p of each token of a text behind its prompt, in nats."""
+        whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
+        found = self.fleet.logprobs(whole) if whole else []
+        return [
+            [-value for value in values[len(prompt) - 1 :]]
+            for prompt, values in zip(prompts, found, strict=True)
+        ]
 
     def hold_out(self, texts: Sequence[str], share: float) -> set[str]:
         return set(random.Random(f"{self.seed}-held").sample(texts, int(share * len(texts))))
