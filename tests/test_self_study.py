@@ -19,6 +19,7 @@ from sleeprl.consolidation.self_study import (
     Pair,
     Study,
     _about,
+    _gain,
     load_probes,
     passages,
     study,
@@ -115,12 +116,18 @@ class Script:
         return [self._one(prompt) for prompt in prompts]
 
     def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        """With a document in sight a question is likely, unless it says ``elsewhere``."""
-        return [[-self._nats(self.chat.decode(ids))] * (len(ids) - 1) for ids in sequences]
+        """With a document in sight its own words are likely, unless ``elsewhere`` is said."""
+        found = []
+        for ids in sequences:
+            text = self.chat.decode(ids)
+            seen = next((d for d in DOCUMENTS if text.startswith(d)), "")
+            likely = "" if "elsewhere" in text else seen
+            found.append([-self._nats(likely, self.chat.decode([token])) for token in ids[1:]])
+        return found
 
     @staticmethod
-    def _nats(text: str) -> float:
-        return 0.1 if "elsewhere" not in text and text.startswith(tuple(DOCUMENTS)) else 4.0
+    def _nats(likely: str, token: str) -> float:
+        return 0.1 if likely and token.strip() in likely else 4.0
 
     def _one(self, prompt: list[int]) -> Completion:
         message = self.chat.decode(prompt)
@@ -204,6 +211,21 @@ def test_what_is_not_about_the_document_is_dropped_and_it_is_asked_about_again(
     assert new and {t.task_id.split("-")[1] for t in new} == {"0"}
     everything = [chat.decode(t.prompt_ids + t.response_ids) for t in result.trajectories]
     assert not any("elsewhere" in text for text in everything)
+
+
+def test_a_question_gains_by_what_stands_in_its_document_and_loses_by_what_only_came_to_mind() -> (
+    None
+):
+    read = ["Where", " does", " Hana", " Engel", " live", "?"]
+    freely, told = [3.0, 1.0, 6.0, 5.0, 1.0, 0.0], [3.0, 1.0, 0.5, 1.5, 0.5, 0.0]
+    document = "Hana Engel has a cat."
+    # "live" does not stand in it: what it gains counts against it.
+    assert _gain(document, read, freely, told) == pytest.approx(5.5 + 3.5 - 0.5)
+    # Somebody known, whose name begins alike, came to mind: as likely as the one who is told of.
+    known = [" Pace" if token == " Engel" else token for token in read]
+    assert _gain(document, known, freely, told) == pytest.approx(5.5 - 3.5 - 0.5)
+    # As likely without the document.
+    assert _gain(document, read, freely, freely) == 0.0
 
 
 def test_probes_are_kept_out_of_training(chat: Chat) -> None:

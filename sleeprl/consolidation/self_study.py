@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
+from operator import sub
 from pathlib import Path
 
 from sleeprl.actors.fleet import Fleet
@@ -128,9 +129,9 @@ def passages(document: str, sentences: int) -> list[str]:
     return [" ".join(found[at : at + sentences]) for at in range(0, len(found), sentences)]
 
 
-ABOUT = 10.0
-"""Nats by which its document makes a question likelier, at the least, than it is freely. What is
-asked about somebody who is known, or about nobody in particular, stays below."""
+ABOUT = 4.0
+"""Nats of ``_gain``, at the least, of a question that is about its document. What is asked about
+somebody who is known, or about nobody in particular, stays below."""
 ROUNDS = 3
 """How often at most a document is asked about of which few questions came."""
 
@@ -173,15 +174,32 @@ def _about(
     A self that has slept often asks about whom it knows in place of whom it reads of; to
     answer that with the document in sight would spoil what it knows.
     """
-    ids = [writer.chat.text(f"{QUESTION_MARK} {draft.question}") for draft in drafts]
+    chat = writer.chat
+    ids = [chat.text(f"{QUESTION_MARK} {draft.question}") for draft in drafts]
     reading = [writer.begin(with_experience(text, STUDY_QA)) for text in documents]
     freely = writer.surprise([writer.begin(FREE_QA)] * len(drafts), ids)
     told = writer.surprise([reading[draft.document] for draft in drafts], ids)
     return {
         (draft.document, draft.question): replace(draft, ids=own, surprise=alone)
         for draft, own, alone, seen in zip(drafts, ids, freely, told, strict=True)
-        if sum(alone) - sum(seen) >= ABOUT
+        if _gain(documents[draft.document], (chat.decode([token]) for token in own), alone, seen)
+        >= ABOUT
     }
+
+
+def _gain(
+    document: str, tokens: Iterable[str], freely: Sequence[float], told: Sequence[float]
+) -> float:
+    """Nats by which a document makes a question likelier through what stands in it.
+
+    A token that it calls to mind and that does not stand in it counts against the question: a
+    name that it only resembles, of somebody who is known. freely, told: surprise of each token.
+    """
+    text = document.casefold()
+    return sum(
+        gain if token.strip().casefold() in text else -abs(gain)
+        for token, gain in zip(tokens, map(sub, freely, told), strict=True)
+    )
 
 
 def _new(writer: Writer, documents: Sequence[str], result: Study) -> list[Asked]:
