@@ -46,9 +46,10 @@ from sleeprl.actors.engine import EngineOptions
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.learner import LearnerOptions
 from sleeprl.chat import Chat
+from sleeprl.consolidation import notebook
 from sleeprl.consolidation.job import budgeted
-from sleeprl.consolidation.methods import METHODS, REPLAY
-from sleeprl.consolidation.self_study import rehearse, study
+from sleeprl.consolidation.methods import METHODS, PASSAGE, REPLAY
+from sleeprl.consolidation.self_study import Study, rehearse, study
 from sleeprl.consolidation.worker import Job, learn
 from sleeprl.evaluation.figures import ask, perplexity
 from sleeprl.evaluation.probes import Probe, grade
@@ -73,7 +74,7 @@ from sleeprl.trajectories.schema import to_batch
 from sleeprl.worlds import people as world
 
 TUNING = RESULTS / "continual-tuning.json"
-NIGHTS, TUNING_NIGHTS, TUNING_SEED = 10, 4, 100
+NIGHTS, TUNING_NIGHTS, TUNING_SEED = 10, 3, 100
 PEOPLE = 6
 # A third of a night's people, and two thirds of its steps' texts: the old world is as large as
 # ever. A night takes one core about a minute and a half.
@@ -203,18 +204,22 @@ def learn_day(
     config, chat = lab.config, lab.chat
     longest = config.model.max_length
     # What a method does not read need not be written.
-    wanted = config.self_study
-    if REPLAY not in METHODS[method].texts:
+    wanted, reads = config.self_study, METHODS[method].texts
+    if REPLAY not in reads:
         wanted = replace(wanted, replay=config.fixed_capacity.fisher_texts)
     scratch = after.with_name("scratch")
     shutil.rmtree(scratch, ignore_errors=True)
     steps = transfers(config, before, night) if METHODS[method].grows else [None]
+    known, kept = notebook.load(before), notebook.load(before)
     told = {"tokens": 0, "steps": 0}
     for number, step in enumerate(steps):
-        if step is None or step.teacher_has_context:
-            written = study(lab.fleet, chat, documents, wanted, seed, longest)
+        if reads == (PASSAGE,):
+            written = Study([])
+        elif step is None or step.teacher_has_context:
+            written = study(lab.fleet, chat, documents, wanted, seed, longest, notebook=known)
+            kept = written.notebook
         else:
-            written = rehearse(lab.fleet, chat, wanted, seed + number, longest)
+            written = rehearse(lab.fleet, chat, wanted, seed + number, longest, notebook=known)
         place = scratch / str(number)
         Lake(place / "lake").append(to_batch(written.trajectories), "trajectories")
         seeding = config.consolidation
@@ -257,6 +262,7 @@ def learn_day(
                 shutil.copytree(before, directory, dirs_exist_ok=True)
                 tensors = {**load_file(before / WEIGHTS), **load_file(place / WEIGHTS)}
                 save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+            notebook.save(kept, directory)
         before = target
     shutil.rmtree(scratch)
     return told
@@ -320,8 +326,8 @@ def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[st
 def tune(lab: Lab, methods: Sequence[str]) -> None:
     """For each method that trains: uphill from the best rate so far, three times up or down.
 
-    The score is the trade-off of recall and retention after four nights of an unreported seed:
-    after two, rates win that have forgotten all by the tenth.
+    The score is the trade-off of recall and retention after three nights of an unreported seed:
+    after fewer, rates win that have forgotten all by the tenth.
     Ablations of Sleep that grow as it does take its rate.
     """
     before = examine(lab, days(TUNING_SEED, 1, lab.config), 0, with_context=False)["retention"]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import sleeprl
 from sleeprl import config as cfg
+from sleeprl.consolidation import notebook
 from sleeprl.consolidation.methods import METHODS
 from sleeprl.evaluation.figures import forgotten
 from sleeprl.lineage import LineageStore, Manifest
@@ -63,6 +64,7 @@ def commit(run: Run, selves: Selves) -> dict[str, Any]:
 
     def build(target: Path) -> None:
         update(smaller_self, target, slots, last, expert, wake)
+        notebook.save(notebook.load(run.dir), target)
         (target / WAKE).unlink(missing_ok=True)
         if selves.accumulated is not None and not applied:  # it waits for level 1's boundary
             shutil.copyfile(selves.accumulated, target / WAKE)

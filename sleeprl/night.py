@@ -19,6 +19,7 @@ from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.publish import CANARY
 from sleeprl.chat import Chat
 from sleeprl.consolidation import job as train
+from sleeprl.consolidation import notebook
 from sleeprl.consolidation.methods import METHODS
 from sleeprl.consolidation.self_study import load_probes, rehearse, study
 from sleeprl.consolidation.worker import Job
@@ -155,9 +156,11 @@ class Night:
             self._engines(), self.chat, self.day.documents, config.self_study, config.seed,
             config.model.max_length,
             hold_out=0.0 if asked else 0.25,
+            notebook=notebook.load(self.selves.before(0)),
         )  # fmt: skip
         self.lake.append(to_batch(written.trajectories), "trajectories")
         written.save(self.run.dir / "study.json")
+        notebook.save(written.notebook, self.run.dir)
         if not asked:
             self.day = figures.own_retention(
                 self.day, written.held_questions, written.held_facts, self._engines(), self.chat,
@@ -195,7 +198,8 @@ class Night:
         """What the smaller self of a transfer between levels says of itself."""
         config = self.config
         written = rehearse(
-            self._engines(), self.chat, config.self_study, config.seed + index, config.model.max_length
+            self._engines(), self.chat, config.self_study, config.seed + index,
+            config.model.max_length, notebook=notebook.load(self.selves.before(0)),
         )  # fmt: skip
         self.selves.lake(index).append(to_batch(written.trajectories), "trajectories")
         new = sum(text.purpose == "self_study" for text in written.trajectories)

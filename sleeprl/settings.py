@@ -101,7 +101,10 @@ class SelfStudyConfig:
     facts_per_document: int = 24
     """Single facts that the teacher writes with the document in its prompt."""
     replay: int = 3600
-    """Questions that the smaller self asks itself freely, with nothing in its prompt."""
+    """Questions that the smaller self asks itself freely, with nothing in its prompt. Where there
+    are questions of earlier nights it is asked so many of those, and half as many new ones."""
+    notebook: int = 20_000
+    """Of its own questions so many are kept from night to night; 0 keeps none."""
     temperature: float = 0.7
     """Below 1: what is taught must be true before it is varied."""
     max_tokens: int = 64

@@ -276,6 +276,38 @@ def test_replay_has_one_prompt_for_both(chat: Chat) -> None:
     assert result.held_questions == result.held_facts == []
 
 
+def test_what_was_asked_on_earlier_nights_is_asked_again(chat: Chat) -> None:
+    _, first = written(chat)
+    tonight = {pair.question for pair in first.probes} | {
+        chat.decode(t.prompt_ids) for t in first.trajectories if t.task_id.startswith("answer-")
+    }
+    free = {chat.decode(t.prompt_ids) for t in first.trajectories if t.task_id == "answer"}
+    assert set(first.notebook[: len(tonight)]) == tonight  # the least settled before the rest
+    assert set(first.notebook[len(tonight) :]) == free
+    known = [*sorted(tonight)[:3], *(f"long ago {n}?" for n in range(80))]
+    fleet = Script(chat, author)
+    second = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, notebook=known)  # type: ignore[arg-type]
+    assert fleet.asked[FREE_QA] == CONFIG.replay // 2
+    rehearsed = [chat.decode(t.prompt_ids) for t in second.trajectories if t.task_id == "answer"]
+    assert len(set(rehearsed)) == len(rehearsed)
+    asked, waits = known[3 : 3 + CONFIG.replay], known[3 + CONFIG.replay :]
+    assert {q for q in rehearsed if "long ago" in q} == set(asked)
+    # Of what is asked about the day, the answer before it was read is not to be kept.
+    assert not set(known[:3]) & set(rehearsed)
+    mine = len(second.notebook) - len(waits) - len(rehearsed)
+    assert second.notebook[mine : mine + len(waits)] == waits
+    assert second.notebook[mine + len(waits) :] == rehearsed
+    none = study(
+        Script(chat, author),
+        chat,
+        DOCUMENTS,
+        replace(CONFIG, notebook=0),
+        0,
+        512,  # type: ignore[arg-type]
+    )
+    assert none.notebook == []
+
+
 def test_answers_are_sure_and_questions_are_not(chat: Chat) -> None:
     fleet, result = written(chat)
     heat = {tuple(p): s.temperature for p, s in zip(fleet.prompts, fleet.sampling, strict=True)}

@@ -40,6 +40,7 @@ def test_a_paired_test_is_scipy_s() -> None:
 def test_coverage_is_what_comes_again() -> None:
     assert coverage("aabbbc") == pytest.approx(5 / 6)
     assert coverage("abc") == 0.0 and coverage("aaa") == 1.0 and coverage("") is None
+    assert coverage("abc", known="bx") == pytest.approx(1 / 3)
     # Of 100 equally likely things, 300 draws leave out some 5 %: (1 - 1/100)^300.
     rng = random.Random(0)
     found = [coverage(rng.choices(range(100), k=300)) or 0.0 for _ in range(50)]

@@ -1,17 +1,17 @@
 """What the smaller self writes with nothing in its prompt, so that what it knew stays.
 
-Without such texts growth forgets as fast as fine-tuning does. There are three kinds of
-them: what it asks itself; what it states, since of its own accord it asks about what it has
-known for long and states what it learned last; and what lies next to what is learned
-tonight. Questions and statements spread as wide as they can. Answers are the surest there are,
-because a slip of chance would be learned too.
+Without such texts growth forgets as fast as fine-tuning does. There are four kinds of
+them: what it asks itself; what it asked itself on earlier nights (``notebook``); what it states,
+since of its own accord it asks about what it has known for long and states what it learned last;
+and what lies next to what is learned tonight. Questions and statements spread as wide as they
+can. Answers are the surest there are, because a slip of chance would be learned too.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Literal
 
@@ -35,22 +35,28 @@ Purpose = Literal["self_study", "replay"]
 
 @dataclass(frozen=True)
 class Free:
-    """Texts to rehearse; those that were held out of them; and how likely the next one to be
-    asked or stated is one that was."""
+    """Texts to rehearse; those that were held out of them; how likely the next one to be asked
+    is one that was; and the questions among them, in their order."""
 
     trajectories: list[Trajectory]
     held: list[str]
     coverage: float | None = None
+    asked: list[str] = field(default_factory=list)
 
 
-def ask_freely(writer: Writer, count: int, hold_out: float = 0.0) -> Free:
+def ask_freely(
+    writer: Writer, count: int, hold_out: float = 0.0, again: Sequence[str] = ()
+) -> Free:
     """Free questions, each answered again on its own, and every fourth pair as it was written.
 
     What was known is asked in questions, so answers are what is rehearsed most. Of the
     pairs a few keep the skill of asking itself, which the next night needs.
+
+    again: questions of earlier nights. At most ``count`` of them are answered, none is held out,
+    and half as many new ones are asked.
     """
-    prompt = asks(writer.chat, writer.config, FREE_QA)
-    drafts = writer.write([prompt] * count, WIDE)
+    prompt, again = asks(writer.chat, writer.config, FREE_QA), again[:count]
+    drafts = writer.write([prompt] * (count // 2 if again else count), WIDE)
     pairs = [(n, draft, p[0]) for n, draft in enumerate(drafts) if (p := writer.parsed(draft))]
     # The same question twice would teach nothing more; another one keeps more of the old.
     questions = list(dict.fromkeys(question for _, _, question in pairs))
@@ -61,9 +67,10 @@ def ask_freely(writer: Writer, count: int, hold_out: float = 0.0) -> Free:
         # Whom examples help has no skill to keep, and its prompts are long.
         if n % 4 == 0 and question not in held and not writer.config.examples
     ]
-    rows += _answered(writer, "replay", "answer", [q for q in questions if q not in held])
+    asked = [q for q in dict.fromkeys([*questions, *again]) if q not in held]
+    rows += _answered(writer, "replay", "answer", asked)
     kept_out = [question for question in questions if question in held]
-    return Free(rows, kept_out, coverage([question for _, _, question in pairs]))
+    return Free(rows, kept_out, coverage([question for _, _, question in pairs], again), asked)
 
 
 def recollect(writer: Writer, purpose: Purpose, count: int, hold_out: float = 0.0) -> Free:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
+from sleeprl.consolidation.notebook import turned
 from sleeprl.consolidation.rehearsal import SURE, ask_freely, neighbours, recollect
 from sleeprl.consolidation.writer import Asked, Writer, asks, trajectory
 from sleeprl.files import write_json_atomic
@@ -61,6 +62,8 @@ class Study:
     """Texts that were not whole, or not of the form asked for."""
     coverage: float | None = None
     """Of the replay: how likely the next free question is one that is rehearsed."""
+    notebook: list[str] = field(default_factory=list)
+    """As the next night is to find it."""
 
     def save(self, path: Path) -> None:
         rows = [asdict(pair) for pair in self.probes]
@@ -82,10 +85,12 @@ def study(
     max_length: int,
     *,
     hold_out: float = 0.0,
+    notebook: Sequence[str] = (),
 ) -> Study:
     """Sample both streams from the engines, which must hold the smaller self's weights.
 
     hold_out: share of the free questions and facts that nothing is to be trained on.
+    notebook: what was asked on earlier nights, first what is to be asked again first.
     """
     writer = Writer(fleet, chat, config, seed, max_length)
     # A dream is asked for with the whole document, and everything that helps a weak writer.
@@ -93,8 +98,10 @@ def study(
     writer.require_room(whole)
     result = Study([])
     asked = _new(writer, documents, result)
-    quarter = config.replay // 4
-    free = ask_freely(writer, config.replay, hold_out)
+    quarter, tonight = config.replay // 4, [one.question for one in asked]
+    # What it would have answered before it read is not to be kept.
+    again = [question for question in notebook if question not in set(tonight)]
+    free = ask_freely(writer, config.replay, hold_out, again)
     stated = recollect(writer, "replay", quarter, hold_out)
     beside = neighbours(writer, documents, asked, quarter)
     held = {tuple(chat.prompt(question)) for question in free.held}
@@ -102,12 +109,19 @@ def study(
     result.trajectories += [row for row in rows if tuple(row.prompt_ids) not in held]
     result.held_questions, result.held_facts = free.held, stated.held
     result.coverage = free.coverage
+    result.notebook = turned(notebook, tonight, free.asked, config.notebook, seed)
     result.written, result.malformed = writer.written, writer.malformed
     return result
 
 
 def rehearse(
-    fleet: Fleet, chat: Chat, config: SelfStudyConfig, seed: int, max_length: int
+    fleet: Fleet,
+    chat: Chat,
+    config: SelfStudyConfig,
+    seed: int,
+    max_length: int,
+    *,
+    notebook: Sequence[str] = (),
 ) -> Study:
     """Both streams for a transfer between levels; the engines hold the smaller self's weights.
 
@@ -118,7 +132,7 @@ def rehearse(
     """
     writer = Writer(fleet, chat, config, seed, max_length)
     recent = recollect(writer, "self_study", config.replay // 2)
-    free = ask_freely(writer, config.replay)
+    free = ask_freely(writer, config.replay, again=notebook)
     texts = [*recent.trajectories, *free.trajectories]
     return Study(texts, written=writer.written, malformed=writer.malformed, coverage=free.coverage)
 

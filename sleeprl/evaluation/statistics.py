@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from statistics import fmean, stdev
 
 from scipy import stats
@@ -32,13 +32,14 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
     return mean, half, float(stats.ttest_rel(ours, theirs).pvalue)
 
 
-def coverage(drawn: Iterable[Hashable]) -> float | None:
+def coverage(drawn: Iterable[Hashable], known: Collection[Hashable] = ()) -> float | None:
     """How likely the next draw is one that was drawn before: 1 - singletons / draws (Good 1953).
 
-    Of draws with repetition from an unknown distribution; None without draws.
+    Of draws with repetition from an unknown distribution; None without draws. known: what else
+    counts as drawn, from elsewhere.
     """
-    times = Counter(drawn)
-    once = sum(count == 1 for count in times.values())
+    times, elsewhere = Counter(drawn), set(known)
+    once = sum(count == 1 and each not in elsewhere for each, count in times.items())
     return 1.0 - once / times.total() if times else None
 
 

@@ -22,6 +22,8 @@ ROUTER = ".router.weight"
 WAKE = "wake.gradients"
 """What was learned in wake and waits, in safetensors format; not so named, because engines load
 every ``*.safetensors`` of a directory as weights."""
+QUESTIONS = "questions.json"
+"""What the model has asked itself (``consolidation.notebook``)."""
 
 
 def widen(

@@ -117,7 +117,10 @@ class GatedMLPGrowth:
 
     def export(self, checkpoint: Path, target: Path) -> None:
         shutil.copytree(
-            checkpoint, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILE, ckpt.WAKE)
+            checkpoint,
+            target,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(FILE, ckpt.WAKE, ckpt.QUESTIONS),
         )
 
 
