@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sleeprl.chat import Chat
 from sleeprl.config import load
+from sleeprl.consolidation import notebook
 from sleeprl.lineage import LineageStore
 from sleeprl.memory.slots import Slots
 from sleeprl.memory.transfer import Transfer, from_dict
@@ -250,6 +252,14 @@ def test_two_nights_in_a_row_grow_twice(place: Path) -> None:
     assert store.get(told["generation"]).parent == first
     slots = Slots.load(store.path(told["generation"]))
     assert slots is not None and slots.used == (0, 1)
+    earlier, later = (set(notebook.load(store.path(g))) for g in (first, told["generation"]))
+    asked = {
+        tuple(text.prompt_ids)
+        for text in from_batch(Lake(place / "runs" / "second" / "lake").read("trajectories"))
+        if text.task_id == "answer" and text.purpose == "replay"
+    }
+    chat = Chat(store.path(first))
+    assert earlier < later and {tuple(chat.prompt(q)) for q in earlier} & asked
     back = sleeprl("rollback", first[:6], cwd=place)
     assert back.returncode == 0 and store.head() == first
 
