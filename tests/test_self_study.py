@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sleeprl import config as cfg
 from sleeprl.actors.engine import Completion, Sampling
 from sleeprl.chat import Chat
-from sleeprl.consolidation.rehearsal import neighbours
+from sleeprl.consolidation.rehearsal import neighbours, one_of_each_fact
 from sleeprl.consolidation.self_study import (
     Pair,
     Study,
@@ -284,13 +284,13 @@ def test_what_was_asked_on_earlier_nights_is_asked_again(chat: Chat) -> None:
     free = {chat.decode(t.prompt_ids) for t in first.trajectories if t.task_id == "answer"}
     assert set(first.notebook[: len(tonight)]) == tonight  # the least settled before the rest
     assert set(first.notebook[len(tonight) :]) == free
-    known = [*sorted(tonight)[:3], *(f"long ago {n}?" for n in range(80))]
+    known = [*sorted(tonight)[:3], *(f"long ago {n}?" for n in range(150))]
     fleet = Script(chat, author)
     second = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, notebook=known)  # type: ignore[arg-type]
     assert fleet.asked[FREE_QA] == CONFIG.replay // 2
     rehearsed = [chat.decode(t.prompt_ids) for t in second.trajectories if t.task_id == "answer"]
     assert len(set(rehearsed)) == len(rehearsed)
-    asked, waits = known[3 : 3 + CONFIG.replay], known[3 + CONFIG.replay :]
+    asked, waits = known[3 : 3 + 2 * CONFIG.replay], known[3 + 2 * CONFIG.replay :]
     assert {q for q in rehearsed if "long ago" in q} == set(asked)
     # Of what is asked about the day, the answer before it was read is not to be kept.
     assert not set(known[:3]) & set(rehearsed)
@@ -306,6 +306,40 @@ def test_what_was_asked_on_earlier_nights_is_asked_again(chat: Chat) -> None:
         512,  # type: ignore[arg-type]
     )
     assert none.notebook == []
+
+
+HOMES = {  # names are rarer than what is asked about them
+    f"{first} {last}": city
+    for first in ("Ann", "Bo", "Cy", "Di", "Ed", "Flo")
+    for last, city in zip(
+        ("Lee", "Fox", "Day", "Kay", "Orr", "Roe"), ("Oslo", "Rome", "Lima") * 2, strict=True
+    )
+}
+WAYS = ["Where does {} live?", "In which city does {} live?", "Which city is home to {}?"]
+
+
+def test_of_each_fact_one_question_is_rehearsed() -> None:
+    homes = [(way.format(name), city) for way in WAYS for name, city in HOMES.items()]
+    jobs = [(f"What does {name} do?", "chef") for name in HOMES]
+    kept = [(homes + jobs)[place] for place in one_of_each_fact(homes + jobs)]
+    assert kept == homes[: len(HOMES)] + jobs
+    # What was answered otherwise is another fact, and how an answer is written is not.
+    again = [*homes, ("Where does Ann Lee live?", "Bern"), ("Where does Bo Fox live?", " rome")]
+    assert one_of_each_fact(again) == [*range(len(HOMES)), len(homes)]
+    assert one_of_each_fact([]) == []
+
+
+def test_the_same_fact_of_earlier_nights_is_not_rehearsed_twice(chat: Chat) -> None:
+    known = [way.format(name) for way in WAYS for name in HOMES]
+
+    def lives(message: str, number: int) -> tuple[str, str]:
+        return ("Oslo", "stop") if message in known else author(message, number)
+
+    fleet = Script(chat, lives)
+    found = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, notebook=known)  # type: ignore[arg-type]
+    asked = [chat.decode(t.prompt_ids) for t in found.trajectories if t.task_id == "answer"]
+    assert [q for q in asked if q in known] == known[: len(HOMES)]
+    assert set(known) <= set(found.notebook)  # they had their turn
 
 
 def test_answers_are_sure_and_questions_are_not(chat: Chat) -> None:

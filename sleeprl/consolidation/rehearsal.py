@@ -10,6 +10,8 @@ can. Answers are the surest there are, because a slip of chance would be learned
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -36,7 +38,7 @@ Purpose = Literal["self_study", "replay"]
 @dataclass(frozen=True)
 class Free:
     """Texts to rehearse; those that were held out of them; how likely the next one to be asked
-    is one that was; and the questions among them, in their order."""
+    is one that was; and the questions that had their turn, in their order."""
 
     trajectories: list[Trajectory]
     held: list[str]
@@ -52,10 +54,10 @@ def ask_freely(
     What was known is asked in questions, so answers are what is rehearsed most. Of the
     pairs a few keep the skill of asking itself, which the next night needs.
 
-    again: questions of earlier nights. At most ``count`` of them are answered, none is held out,
-    and half as many new ones are asked.
+    again: questions of earlier nights. At most ``2 * count`` of them are answered, and those
+    rehearsed that are not of the same fact; half of ``count`` are asked freely then.
     """
-    prompt, again = asks(writer.chat, writer.config, FREE_QA), again[:count]
+    prompt, again = asks(writer.chat, writer.config, FREE_QA), again[: 2 * count]
     drafts = writer.write([prompt] * (count // 2 if again else count), WIDE)
     pairs = [(n, draft, p[0]) for n, draft in enumerate(drafts) if (p := writer.parsed(draft))]
     # The same question twice would teach nothing more; another one keeps more of the old.
@@ -68,9 +70,26 @@ def ask_freely(
         if n % 4 == 0 and question not in held and not writer.config.examples
     ]
     asked = [q for q in dict.fromkeys([*questions, *again]) if q not in held]
-    rows += _answered(writer, "replay", "answer", asked)
+    answered = _answered(writer, "replay", "answer", asked)
+    if again:
+        said = writer.chat.decode
+        told = [(said(text.prompt_ids), said(text.response_ids)) for text in answered]
+        answered = [answered[place] for place in one_of_each_fact(told)]
     kept_out = [question for question in questions if question in held]
-    return Free(rows, kept_out, coverage([question for _, _, question in pairs], again), asked)
+    drawn = [question for _, _, question in pairs]
+    return Free([*rows, *answered], kept_out, coverage(drawn, again), asked)
+
+
+def one_of_each_fact(pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """Places of the first pair of each fact: of (question, answer) whose answer is the same and whose
+    questions share their two rarest words, by how many of the questions they are in."""
+    words = [sorted(set(re.findall(r"\w+", question.casefold()))) for question, _ in pairs]
+    count = Counter(word for those in words for word in those)
+    found: dict[tuple[str, ...], int] = {}
+    for place, ((_, answer), those) in enumerate(zip(pairs, words, strict=True)):
+        rarest = sorted(those, key=lambda word: (count[word], word))[:2]
+        found.setdefault((answer.casefold().strip(), *sorted(rarest)), place)
+    return list(found.values())
 
 
 def recollect(writer: Writer, purpose: Purpose, count: int, hold_out: float = 0.0) -> Free:
