@@ -237,7 +237,12 @@ def _new(writer: Writer, documents: Sequence[str], result: Study) -> list[Asked]
             result.trajectories.append(
                 trajectory("self_study", f"answer-{n}", index, bare, answer, prompt)
             )
-        # To ask about what it reads is a skill to keep, too. Examples need no skill.
+            # To read is a skill to keep, too: who learns to answer all from memory reads no more.
+            if index % 4 == 2:
+                result.trajectories.append(
+                    trajectory("replay", f"read-{n}", index, prompt, answer, None)
+                )
+        # And to ask about what it reads. Examples need no skill.
         if index % 4 == 0 and not config.examples:
             result.trajectories.append(
                 trajectory("replay", f"study-{n}", index, draft.prompt, draft.written, None)
