@@ -97,10 +97,12 @@ def study(
     whole = [asks(chat, config, with_experience(text, STUDY_QA)) for text in documents]
     writer.require_room(whole)
     result = Study([])
-    asked = _new(writer, documents, result)
-    quarter, tonight = config.replay // 4, [one.question for one in asked]
+    asked = _asked(writer, documents)
+    _answer(writer, documents, asked, result)
+    result.trajectories += _state(writer, documents)
+    quarter, tonight = config.replay // 4, dict.fromkeys(one.question for one in asked)
     # What it would have answered before it read is not to be kept.
-    again = [question for question in notebook if question not in set(tonight)]
+    again = [question for question in notebook if question not in tonight]
     free = ask_freely(writer, config.replay, hold_out, again)
     stated = recollect(writer, "replay", quarter, hold_out)
     beside = neighbours(writer, documents, asked, quarter)
@@ -109,7 +111,7 @@ def study(
     result.trajectories += [row for row in rows if tuple(row.prompt_ids) not in held]
     result.held_questions, result.held_facts = free.held, stated.held
     result.coverage = free.coverage
-    result.notebook = turned(notebook, tonight, free.asked, config.notebook, seed)
+    result.notebook = turned(notebook, list(tonight), free.asked, config.notebook, seed)
     result.written, result.malformed = writer.written, writer.malformed
     return result
 
@@ -216,45 +218,43 @@ def _gain(
     )
 
 
-def _new(writer: Writer, documents: Sequence[str], result: Study) -> list[Asked]:
-    """Returns what was asked about the documents."""
+def _answer(
+    writer: Writer, documents: Sequence[str], asked: Sequence[Asked], result: Study
+) -> None:
+    """Answers with the document in sight, to learn from without it; and probes."""
     config, chat = writer.config, writer.chat
-    drafts = _asked(writer, documents)
-    prompts = [
-        chat.prompt(with_experience(documents[draft.document], draft.question)) for draft in drafts
-    ]
-    count = len(drafts)
+    prompts = [chat.prompt(with_experience(documents[one.document], one.question)) for one in asked]
+    count = len(asked)
     held = set(random.Random(writer.seed).sample(range(count), int(config.probe_share * count)))
-    for index, (draft, prompt, answer) in enumerate(
-        zip(drafts, prompts, writer.write(prompts, SURE), strict=True)
+    texts = result.trajectories
+    for index, (one, prompt, answer) in enumerate(
+        zip(asked, prompts, writer.write(prompts, SURE), strict=True)
     ):
-        n, bare = draft.document, chat.prompt(draft.question)
+        n, bare, whole = one.document, chat.prompt(one.question), answer.finish_reason == "stop"
         if index in held:
-            if answer.finish_reason == "stop":
-                result.probes.append(Pair(n, draft.question, chat.decode(answer.token_ids)))
+            if whole:
+                result.probes.append(Pair(n, one.question, chat.decode(answer.token_ids)))
             continue
-        if answer.finish_reason == "stop":
-            result.trajectories.append(
-                trajectory("self_study", f"answer-{n}", index, bare, answer, prompt)
-            )
-            # To read is a skill to keep, too: who learns to answer all from memory reads no more.
-            if index % 4 == 2:
-                result.trajectories.append(
-                    trajectory("replay", f"read-{n}", index, prompt, answer, None)
-                )
+        if whole:
+            texts.append(trajectory("self_study", f"answer-{n}", index, bare, answer, prompt))
+        # To read is a skill to keep, too: who learns to answer all from memory reads no more.
+        if whole and index % 4 == 2:
+            texts.append(trajectory("replay", f"read-{n}", index, prompt, answer, None))
         # And to ask about what it reads. Examples need no skill.
         if index % 4 == 0 and not config.examples:
-            result.trajectories.append(
-                trajectory("replay", f"study-{n}", index, draft.prompt, draft.written, None)
-            )
-    stated = [n for n in range(len(documents)) for _ in range(config.facts_per_document)]
-    prompts = [chat.prompt(with_experience(documents[n], STUDY_FACT)) for n in stated]
+            texts.append(trajectory("replay", f"study-{n}", index, one.prompt, one.written, None))
+
+
+def _state(writer: Writer, documents: Sequence[str]) -> list[Trajectory]:
+    """Facts of the documents, to be stated freely."""
+    chat, count = writer.chat, writer.config.facts_per_document
+    numbers = [n for n in range(len(documents)) for _ in range(count)]
+    prompts = [chat.prompt(with_experience(documents[n], STUDY_FACT)) for n in numbers]
     bare = chat.prompt(FREE_FACT)
-    for index, (n, prompt, fact) in enumerate(
-        zip(stated, prompts, writer.write(prompts), strict=True)
-    ):
-        if fact.finish_reason == "stop":
-            result.trajectories.append(
-                trajectory("self_study", f"fact-{n}", index, bare, fact, prompt)
-            )
-    return drafts
+    return [
+        trajectory("self_study", f"fact-{n}", index, bare, fact, prompt)
+        for index, (n, prompt, fact) in enumerate(
+            zip(numbers, prompts, writer.write(prompts), strict=True)
+        )
+        if fact.finish_reason == "stop"
+    ]
