@@ -266,12 +266,12 @@ def test_replay_has_one_prompt_for_both(chat: Chat) -> None:
     _, result = written(chat)
     replay = [t for t in result.trajectories if t.purpose == "replay"]
     kinds = {t.task_id.split("-")[0] for t in replay}
-    assert kinds == {"pair", "answer", "recalled", "neighbour", "study", "read"}
+    assert kinds == {"pair", "answer", "recalled", "neighbour", "study"}
     # Mostly the answers are rehearsed: of the pairs, the whole ones among every fourth.
     pairs = [t.attempt for t in replay if t.task_id == "pair"]
     assert 0 < len(pairs) <= 15 and {number % 4 for number in pairs} == {0}
     assert all(t.teacher_prompt_ids is None for t in replay)
-    free = [t for t in replay if not t.task_id.startswith(("study", "read"))]
+    free = [t for t in replay if not t.task_id.startswith("study")]
     assert not any(d in chat.decode(t.prompt_ids) for t in free for d in DOCUMENTS)
     assert result.held_questions == result.held_facts == []
 
@@ -346,8 +346,7 @@ def test_answers_are_sure_and_questions_are_not(chat: Chat) -> None:
     fleet, result = written(chat)
     heat = {tuple(p): s.temperature for p, s in zip(fleet.prompts, fleet.sampling, strict=True)}
     for text in result.trajectories:
-        answers = text.task_id.split("-")[0] in {"answer", "neighbour", "read"}
-        answers |= "answer" in text.task_id
+        answers = text.task_id.split("-")[0] in {"answer", "neighbour"} or "answer" in text.task_id
         asked = heat[tuple(text.teacher_prompt_ids or text.prompt_ids)]
         assert (asked == 0.0) == answers
     assert heat[tuple(chat.prompt(FREE_QA))] == heat[tuple(chat.prompt(FREE_FACT))] == 1.0
@@ -369,18 +368,6 @@ def test_asking_about_what_it_reads_is_rehearsed(chat: Chat) -> None:
         assert chat.decode(draft.prompt_ids) == f"{document}\n\n{STUDY_QA}"
         question = parse_qa(chat.decode(draft.response_ids))[0]  # type: ignore[index]
         assert question == answers[draft.attempt]
-
-
-def test_reading_is_rehearsed(chat: Chat) -> None:
-    """With the document before both selves: some of what the teacher answers with it."""
-    result = written(chat)[1]
-    rows = [t for t in result.trajectories if t.task_id.startswith("read")]
-    taught = {t.attempt: t for t in result.trajectories if t.task_id.startswith("answer-")}
-    assert 2 < len(rows) == sum(number % 4 == 2 for number in taught)
-    for row in rows:
-        assert row.purpose == "replay" and row.teacher_prompt_ids is None
-        assert row.prompt_ids == taught[row.attempt].teacher_prompt_ids
-        assert row.response_ids == taught[row.attempt].response_ids
 
 
 def test_what_retention_asks_is_not_trained_on(chat: Chat) -> None:

@@ -237,10 +237,7 @@ def _answer(
             continue
         if whole:
             texts.append(trajectory("self_study", f"answer-{n}", index, bare, answer, prompt))
-        # To read is a skill to keep, too: who learns to answer all from memory reads no more.
-        if whole and index % 4 == 2:
-            texts.append(trajectory("replay", f"read-{n}", index, prompt, answer, None))
-        # And to ask about what it reads. Examples need no skill.
+        # To ask about what it reads is a skill to keep, too. Examples need no skill.
         if index % 4 == 0 and not config.examples:
             texts.append(trajectory("replay", f"study-{n}", index, one.prompt, one.written, None))
 
