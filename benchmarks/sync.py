@@ -39,6 +39,7 @@ from sleeprl.actors.fleet import Fleet
 from sleeprl.evaluation.statistics import interval
 from sleeprl.files import write_json_atomic
 from sleeprl.memory.checkpoint import all_tensors
+from sleeprl.models import EMBEDDED
 from sleeprl.morning import environment
 from sleeprl.settings import ResourcesConfig
 from sleeprl.weights.buckets import receive
@@ -59,7 +60,7 @@ Weights = Mapping[str, Tensor]
 
 
 def write_checkpoint(size: str, dtype: str, directory: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     hidden, intermediate, layers, heads, vocabulary = SIZES[size]
     config = LlamaConfig(
@@ -78,6 +79,7 @@ def write_checkpoint(size: str, dtype: str, directory: Path) -> None:
     torch.set_default_dtype(getattr(torch, dtype))
     LlamaForCausalLM(config).save_pretrained(directory)
     torch.set_default_dtype(torch.float32)
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(directory)  # an engine wants one
     gc.collect()
 
 
