@@ -136,11 +136,12 @@ def draw(nights: int, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (*axes, matrix) = plt.subplots(1, 3, figsize=(13.6, 4.4), width_ratios=(1, 1, 0.95))
-    colours = plt.get_cmap("tab20").colors
+    # Without the greens, which are Sleep's.
+    colours = [colour for n, colour in enumerate(plt.get_cmap("tab20").colors) if n not in (4, 5)]
     for number, (method, seeds) in enumerate(chains(nights).items()):
         strong = method == "seeding"
         look = {
-            "color": "#009e73" if strong else colours[(2 * number + number // 10) % 20],
+            "color": "#009e73" if strong else colours[(2 * number + number // 9) % 18],
             "linewidth": 2.6 if strong else 1.3,
             "linestyle": ":" if method == IN_CONTEXT else "-",
             "label": "Sleep" if strong else title(method),

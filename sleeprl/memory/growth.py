@@ -117,10 +117,7 @@ class GatedMLPGrowth:
 
     def export(self, checkpoint: Path, target: Path) -> None:
         shutil.copytree(
-            checkpoint,
-            target,
-            dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns(FILE, ckpt.WAKE, ckpt.QUESTIONS),
+            checkpoint, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILE, ckpt.WAKE)
         )
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sleeprl.files import atomic_directory
-from sleeprl.memory.checkpoint import QUESTIONS, WAKE, WEIGHTS, columns_of, mlp_tensors
+from sleeprl.memory.checkpoint import WAKE, WEIGHTS, columns_of, mlp_tensors
 from sleeprl.memory.experts import (
     PROJECTIONS,
     Grown,
@@ -178,7 +178,7 @@ class LowRankGrowth:
             checkpoint,
             target,
             dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns(FILE, ADAPTER, WAKE, QUESTIONS),
+            ignore=shutil.ignore_patterns(FILE, ADAPTER, WAKE),
         )
         _write_weights(checkpoint, target, self.tensors(checkpoint, slots))
 
