@@ -210,7 +210,7 @@ def learn_day(
     scratch = after.with_name("scratch")
     shutil.rmtree(scratch, ignore_errors=True)
     steps = transfers(config, before, night) if METHODS[method].grows else [None]
-    known, kept = notebook.load(before), notebook.load(before)
+    known = kept = notebook.load(before)
     told = {"tokens": 0, "steps": 0}
     for number, step in enumerate(steps):
         if reads == (PASSAGE,):

@@ -101,8 +101,9 @@ class SelfStudyConfig:
     facts_per_document: int = 24
     """Single facts that the teacher writes with the document in its prompt."""
     replay: int = 3600
-    """Questions that the smaller self asks itself freely, with nothing in its prompt. Where there
-    are questions of earlier nights it is asked so many of those, and half as many new ones."""
+    """Questions that the smaller self asks itself freely, with nothing in its prompt. Those of
+    earlier nights, at most twice as many, stand in for up to half of them; one for each fact is
+    rehearsed."""
     notebook: int = 20_000
     """Of its own questions so many are kept from night to night; 0 keeps none."""
     temperature: float = 0.7

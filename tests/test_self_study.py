@@ -306,6 +306,9 @@ def test_what_was_asked_on_earlier_nights_is_asked_again(chat: Chat) -> None:
         512,  # type: ignore[arg-type]
     )
     assert none.notebook == []
+    fleet = Script(chat, author)  # a few in the notebook stand in for a few
+    study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, notebook=known[-9:])  # type: ignore[arg-type]
+    assert fleet.asked[FREE_QA] == CONFIG.replay - 9
 
 
 HOMES = {  # names are rarer than what is asked about them

@@ -54,11 +54,11 @@ def ask_freely(
     What was known is asked in questions, so answers are what is rehearsed most. Of the
     pairs a few keep the skill of asking itself, which the next night needs.
 
-    again: questions of earlier nights. At most ``2 * count`` of them are answered, and those
-    rehearsed that are not of the same fact; half of ``count`` are asked freely then.
+    again: questions of earlier nights. At most ``2 * count`` of them are answered, in place of at
+    most half of ``count``, and of all that is answered one for each fact is rehearsed.
     """
     prompt, again = asks(writer.chat, writer.config, FREE_QA), again[: 2 * count]
-    drafts = writer.write([prompt] * (count // 2 if again else count), WIDE)
+    drafts = writer.write([prompt] * max(count // 2, count - len(again)), WIDE)
     pairs = [(n, draft, p[0]) for n, draft in enumerate(drafts) if (p := writer.parsed(draft))]
     # The same question twice would teach nothing more; another one keeps more of the old.
     questions = list(dict.fromkeys(question for _, _, question in pairs))
