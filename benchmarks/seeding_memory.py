@@ -1,11 +1,12 @@
 """Memory and time of the chunked distillation loss, against the naive one and TRL's.
 
-    python benchmarks/seeding_memory.py             table, JSON, picture (Linux)
-    python benchmarks/seeding_memory.py --positions 2048 --vocabularies 150000
+    python benchmarks/seeding_memory.py             table, JSON, picture (Linux, 16 GB; 10 minutes)
+    python benchmarks/seeding_memory.py --positions 768 --repeats 1
 
 The same tensors for every variant: hidden states of student and teacher and one frozen
 head, float32; forward and backward to the student's hidden states. Each measurement is
-a fresh process on one thread.
+a fresh process on one thread. The variants take turns, ``--repeats`` times, so each repeat has
+ratios of its own; the table has their means with 95 % intervals.
 
     peak       most bytes alive at once beyond the inputs: the process's peak resident
                size (Linux's VmHWM, reset before the pass) minus its size before, with
@@ -40,19 +41,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from common import RESULTS, ratio, save, told
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sleeprl.files import write_json_atomic
 from sleeprl.losses.chunked import chunked_values
 from sleeprl.losses.divergence import TopK, divergence, top_k_with_tail
-from sleeprl.morning import environment
 
-RESULTS = Path(__file__).parent / "results"
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 VARIANTS = ("naive", "chunked", "trl-gkd", "trl-distillation", "naive-top-k", "chunked-top-k")
 BASE = {"chunked-top-k": "naive-top-k", "naive-top-k": "naive-top-k"}  # others: naive
@@ -192,18 +192,27 @@ def compare(
     """All rows, each with its ratios to the naive form of the same divergence."""
     rows = []
     for vocabulary in options.vocabularies:
-        found = {}
-        for variant in variants:
-            found[variant] = in_fresh_process(variant, vocabulary, options)
-            console.print(found[variant])
-        for variant, row in found.items():
-            base = found[BASE.get(variant, "naive")]
+        found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
+        for _ in range(options.repeats):
+            for variant, runs in found.items():
+                runs.append(in_fresh_process(variant, vocabulary, options))
+                console.print(runs[-1])
+        for variant, runs in found.items():
+            naive = found[BASE.get(variant, "naive")]
             for figure in ("loss", "gradient"):
-                if abs(row[figure] - base[figure]) > 1e-3 * abs(base[figure]):
-                    raise RuntimeError(f"{variant} computes another {figure}: {row} against {base}")
-            row["peak_of_naive"] = row["peak_bytes"] / base["peak_bytes"]
-            row["seconds_of_naive"] = row["seconds"] / base["seconds"]
-            rows.append(row)
+                if abs(runs[0][figure] - naive[0][figure]) > 1e-3 * abs(naive[0][figure]):
+                    raise RuntimeError(
+                        f"{variant} computes another {figure}: {runs} against {naive}"
+                    )
+            seconds, base = ([run["seconds"] for run in of] for of in (runs, naive))
+            rows.append(
+                {
+                    **runs[0],
+                    "seconds": seconds,
+                    "peak_of_naive": runs[0]["peak_bytes"] / naive[0]["peak_bytes"],
+                    "seconds_of_naive": ratio(seconds, base),
+                }
+            )
     return rows
 
 
@@ -234,8 +243,8 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
             f"{row['peak_bytes'] / 2**20:,.0f}",
             f"{row['peak_of_naive']:.2f}",
             f"{row['resident_bytes'] / 2**20:,.0f}",
-            f"{row['seconds']:.2f}",
-            f"{row['seconds_of_naive']:.2f}",
+            f"{fmean(row['seconds']):.2f}",
+            told(row["seconds_of_naive"]),
         )
     console.print(table)
 
@@ -260,7 +269,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         xs = [row["vocabulary"] / 1000 for row in mine]
         style = {"marker": look[0], "linestyle": look[1], "color": look[2:], "label": variant}
         left.plot(xs, [row["peak_bytes"] / 2**20 for row in mine], **style)
-        right.plot(xs, [row["seconds"] for row in mine], **style)
+        right.plot(xs, [fmean(row["seconds"]) for row in mine], **style)
     left.set_yscale("log")
     left.set_ylabel("peak memory (MiB)")
     right.set_ylabel("CPU seconds")
@@ -278,7 +287,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--positions", type=int, default=768)
+    parser.add_argument("--positions", type=int, default=1536)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=576, help="SmolLM2-135M's width")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 150_000])
     parser.add_argument("--beta", type=float, default=0.5)
@@ -295,16 +305,8 @@ def main() -> None:
         console.print("TRL is not installed and is left out; see --help for how to get it")
     rows = compare(variants, options, console)
     show(rows, console)
-    RESULTS.mkdir(exist_ok=True)
     settings = {k: v for k, v in vars(options).items() if k != "measure"}
-    result = {
-        "command": "python benchmarks/seeding_memory.py",
-        "settings": settings,
-        "rows": rows,
-        "trl": trl,
-        "environment": environment(),
-    }
-    write_json_atomic(RESULTS / "seeding_memory.json", result)
+    save("seeding_memory", {"settings": settings, "rows": rows, "trl": trl})
     draw(rows, RESULTS / "seeding_memory.svg")
 
 

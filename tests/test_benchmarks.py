@@ -54,9 +54,15 @@ def test_rollout(tmp_path: Path) -> None:
 def test_grpo_vs_trl(tmp_path: Path) -> None:
     found = quick("grpo_vs_trl", tmp_path)
     (run,) = found["runs"]
-    assert len(run["sleeprl"]) == 3
-    assert all(0 < step["reward"] < 1 and step["cpu"] > 0 for step in run["sleeprl"])
-    assert found["figures"]["per_step_cpu"]["sleeprl"][0] > 0
+    for name in ("decoupled", "synchronous"):
+        assert len(run[name]) == 3
+        assert all(0 < step["reward"] < 1 and step["cpu"] > 0 for step in run[name])
+        assert found["figures"]["per_step_wall"][name][0] > 0
+    # The first answers are of the same weights and seeds, the second not any more.
+    first, second = (
+        [run[name][step]["reward"] for name in run if name != "trl"] for step in (0, 1)
+    )
+    assert first[0] == pytest.approx(first[1]) and second[0] != second[1]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from sleeprl.losses.divergence import full_precision, logprobs_of, top_k_with_ta
 CHUNK_LOGITS = 2**22
 """Logits in one chunk where no size is given, 16 MiB in float32; but never fewer than
 ``CHUNK_POSITIONS``, since the whole head is read for each chunk."""
-CHUNK_POSITIONS = 128
+CHUNK_POSITIONS = 256
 
 Values = Callable[[Tensor, slice], Sequence[Tensor]]
 
