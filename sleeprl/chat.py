@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+CUT = "\ufffd"
+"""Where the text of some tokens ends within a character."""
+
 
 class Chat:
     """Turns a user message into prompt ids, an answer into response ids, and ids into text."""
@@ -46,6 +49,15 @@ class Chat:
 
     def text(self, text: str) -> list[int]:
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token; of one that is a part of a character, the whole character."""
+        found: list[str] = []
+        for end in range(1, len(ids) + 1):
+            text = str(self.tokenizer.decode(list(ids[len(found) : end])))
+            if not text.endswith(CUT):
+                found += [text] * (end - len(found))
+        return found + [CUT] * (len(ids) - len(found))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

@@ -122,6 +122,15 @@ def test_what_a_method_weighs_and_trains(name: str) -> None:
     assert method.anchored == (name == "ewc")
 
 
+@pytest.mark.parametrize("name", [*METHODS])
+def test_only_sleep_begins_with_the_divergence_alone(name: str) -> None:
+    method = METHODS[name]
+    config = method.objective(ConsolidationConfig(seed_steps=40))
+    first, later = (method.parts(config, step) for step in (0, 40))
+    sleeps = method.grows or name == "no_growth"
+    assert (first == later) == (not sleeps or name == "no_imitation")
+
+
 def test_an_ablation_is_sleep_but_for_one_thing() -> None:
     assert METHODS["seeding"].objective(DEFAULT) == DEFAULT
     assert METHODS["no_semantic"].objective(DEFAULT) == replace(DEFAULT, semantic=0.0)

@@ -33,6 +33,7 @@ from sleeprl.prompts import (
     examples,
     format_qa,
     parse_qa,
+    with_experience,
 )
 from sleeprl.settings import ConfigError, SelfStudyConfig
 
@@ -226,6 +227,27 @@ def test_a_question_gains_by_what_stands_in_its_document_and_loses_by_what_only_
     assert _gain(document, known, freely, told) == pytest.approx(5.5 - 3.5 - 0.5)
     # As likely without the document.
     assert _gain(document, read, freely, freely) == 0.0
+
+
+def test_tokens_that_share_a_character_stand_in_a_document_together(chat: Chat) -> None:
+    ids = chat.text("Who is Jiří?")
+    assert "ř" not in [chat.decode([token]) for token in ids]
+    pieces = chat.pieces(ids)
+    assert len(pieces) == len(ids) and "ř" in pieces
+    nats = [1.0] * len(ids)
+    assert _gain("Who is Jiří?", pieces, nats, [0.0] * len(ids)) == len(ids)
+    assert chat.pieces(ids[: pieces.index("ř") + 1])[-1] == "\ufffd"
+
+
+def test_what_leaves_no_room_for_an_answer_is_not_asked(chat: Chat) -> None:
+    fleet = Script(chat, author)
+    room = max(map(len, (chat.prompt(with_experience(d, "which?")) for d in DOCUMENTS)))
+    writer = Writer(fleet, chat, CONFIG, 0, room + CONFIG.max_tokens)  # type: ignore[arg-type]
+    assert writer.can_answer(DOCUMENTS[0], "which?")
+    long = "which of all that there are? " * 20
+    assert not writer.can_answer(DOCUMENTS[0], long)
+    with pytest.raises(ValueError, match=r"leaves \d+ beside"):
+        writer.write([chat.prompt(with_experience(DOCUMENTS[0], long))])
 
 
 def test_probes_are_kept_out_of_training(chat: Chat) -> None:

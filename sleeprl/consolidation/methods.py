@@ -88,7 +88,8 @@ class Method:
         return fixed.learning_rates.get(name, kind)
 
 
-_CROSS_ENTROPY = {"distillation": 0.0, "ce": 1.0}
+# The divergence that ``seed_steps`` begins with is Sleep's.
+_CROSS_ENTROPY = {"distillation": 0.0, "ce": 1.0, "seed_steps": 0}
 _BARE_QUESTION = {"prefix_min": 0.0, "prefix_max": 0.0}
 
 METHODS: dict[str, Method] = {
@@ -113,5 +114,5 @@ METHODS: dict[str, Method] = {
         texts=(),
         sets={**_BARE_QUESTION, "distillation": 1.0, "on_policy": 1.0, "group_size": 1},
     ),
-    "grpo": Method("GRPO", texts=(), sets={**_BARE_QUESTION, "distillation": 0.0}),
+    "grpo": Method("GRPO", texts=(), sets={**_BARE_QUESTION, "distillation": 0.0, "seed_steps": 0}),
 }

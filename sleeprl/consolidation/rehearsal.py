@@ -136,7 +136,7 @@ def neighbours(
     start, mark = writer.begin(FREE_QA), len(chat.text(QUESTION_MARK))
     rng = random.Random(f"{writer.seed}-neighbours")
     begun: list[tuple[int, list[int]]] = []
-    for one in islice(cycle(asked), count):
+    for one in islice(cycle(rng.sample(asked, len(asked))), count):
         own = [1e-6 + nats for nats in one.surprise[mark:]]
         cut = rng.choices(range(len(own)), own)[0]
         begun.append((one.document, one.ids[: mark + cut]))
@@ -145,7 +145,9 @@ def neighbours(
     found: dict[str, int] = {}
     for (n, beginning), draft in zip(begun, drafts, strict=True):
         pair = parse_qa(chat.decode([*beginning, *draft.token_ids]))
-        if draft.finish_reason == "stop" and pair and pair[0] not in mine:
+        if draft.finish_reason != "stop" or pair is None or pair[0] in mine:
+            continue
+        if writer.can_answer(documents[n], pair[0]):
             found.setdefault(pair[0], n)
     rows = _answered(writer, "replay", "neighbour", list(found))
     said = {tuple(row.prompt_ids): row for row in rows}

@@ -164,7 +164,7 @@ def _asked(writer: Writer, documents: Sequence[str]) -> list[Asked]:
         fresh: dict[tuple[int, str], Asked] = {}
         for n, prompt, written in zip(asked, prompts, writer.write(prompts), strict=True):
             pair = writer.parsed(written)
-            if pair and (n, pair[0]) not in found:
+            if pair and (n, pair[0]) not in found and writer.can_answer(documents[n], pair[0]):
                 fresh.setdefault((n, pair[0]), Asked(n, pair[0], prompt, written))
         found |= _about(writer, documents, list(fresh.values()))
         numbers = [
@@ -198,8 +198,7 @@ def _about(
     return {
         (draft.document, draft.question): replace(draft, ids=own, surprise=alone)
         for draft, own, alone, seen in zip(drafts, ids, freely, told, strict=True)
-        if _gain(documents[draft.document], (chat.decode([token]) for token in own), alone, seen)
-        >= ABOUT
+        if _gain(documents[draft.document], chat.pieces(own), alone, seen) >= ABOUT
     }
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from sleeprl.actors.engine import Completion, Sampling
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
-from sleeprl.prompts import FREE_QA, examples, parse_qa
+from sleeprl.prompts import FREE_QA, examples, parse_qa, with_experience
 from sleeprl.settings import SelfStudyConfig
 from sleeprl.trajectories.schema import Trajectory
 
@@ -52,14 +52,21 @@ class Writer:
 
     def require_room(self, prompts: Sequence[list[int]]) -> None:
         """Raises ValueError for a prompt that leaves no room for what is to be written."""
-        room = self.max_length - self.config.max_tokens
-        longest = max(map(len, prompts), default=0)
+        longest, room = max(map(len, prompts), default=0), self._room
         if longest > room:
             raise ValueError(
                 f"a document makes a prompt of {longest} tokens, but model.max_length={self.max_length} "
                 f"leaves {room} beside self_study.max_tokens={self.config.max_tokens}; "
                 "raise model.max_length or split the document"
             )
+
+    @property
+    def _room(self) -> int:
+        return self.max_length - self.config.max_tokens
+
+    def can_answer(self, document: str, question: str) -> bool:
+        """Whether a question fits behind its document, with an answer."""
+        return len(self.chat.prompt(with_experience(document, question))) <= self._room
 
     def write(
         self, prompts: Sequence[list[int]], temperature: float | None = None
