@@ -129,7 +129,7 @@ def engines_alone(
 def replay(directory: Path, *, engines_only: bool = False) -> str:
     """Replay the run in a directory, and say what came of it."""
     config = runs.resume(directory)
-    position = Position.load(config.run_dir / "dreaming-state")
+    position = Position.load((config.run_dir / "dreaming-state").resolve())
     if not position.version:
         raise ConfigError(f"{directory} has no updates of dreaming to replay")
     output = config.run_dir / "replay"

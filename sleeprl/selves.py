@@ -30,7 +30,40 @@ from sleeprl.memory.transfer import Merge, Step, Transfer, from_dict, to_dict
 from sleeprl.memory.wake_learning import wake_gradient
 from sleeprl.models import find_model
 from sleeprl.run import Run
+from sleeprl.settings import NightConfig
 from sleeprl.trajectories.lake import Lake
+
+
+def learner_options(
+    config: NightConfig,
+    checkpoint: Path,
+    step: Transfer | None,
+    dtype: str,
+    rate: float,
+    steps: int,
+) -> LearnerOptions:
+    """What a night's settings say of a learner that starts from ``checkpoint``; without a transfer
+    it trains every parameter."""
+    seeding, resources = config.consolidation, config.resources
+    return LearnerOptions(
+        checkpoint=str(checkpoint.resolve()),
+        slot=step.slot if step else None,
+        held=step.reset if step else (),
+        dtype=dtype,
+        seed=config.seed,
+        learning_rate=rate,
+        total_steps=steps,
+        warmup=min(seeding.warmup, steps // 4),
+        weight_decay=seeding.weight_decay,
+        grad_clip=seeding.grad_clip,
+        threads=resources.learner_threads,
+        gpu=resources.learner_gpus > 0,
+        colocated=resources.layout == "colocated",
+        offload=resources.offload,
+        # Room for the longest row: a document, a question and an answer.
+        micro_batch_tokens=max(resources.micro_batch_tokens, config.model.max_length + 64),
+        routed=step is not None and seeding.expert_gate > 0,
+    )
 
 
 class Selves:
@@ -169,31 +202,13 @@ class Selves:
 
     def learner(self, index: int | None, rate: float, steps: int) -> LearnerOptions:
         """For a transfer; None trains every parameter of the model as the night began."""
-        seeding, resources = self.config.consolidation, self.config.resources
-        step = None if index is None else self.transfer(index)
-        checkpoint = self.dense() if index is None else self.before(index)
-        return LearnerOptions(
-            checkpoint=str(checkpoint.resolve()),
-            slot=step.slot if step else None,
-            held=step.reset if step else (),
-            dtype=self.dtype,
-            seed=self.config.seed,
-            learning_rate=rate,
-            total_steps=steps,
-            warmup=min(seeding.warmup, steps // 4),
-            weight_decay=seeding.weight_decay,
-            grad_clip=seeding.grad_clip,
-            threads=resources.learner_threads,
-            gpu=resources.learner_gpus > 0,
-            colocated=resources.layout == "colocated",
-            offload=resources.offload,
-            # Room for the longest row: a document, a question and an answer.
-            micro_batch_tokens=max(resources.micro_batch_tokens, self.config.model.max_length + 64),
-            routed=step is not None and seeding.expert_gate > 0,
-            wake=str(self.accumulated.resolve())
-            if index is not None and self.applies_wake(index) and self.accumulated
-            else "",
-        )
+        if index is None:
+            return learner_options(self.config, self.dense(), None, self.dtype, rate, steps)
+        step, before = self.transfer(index), self.before(index)
+        options = learner_options(self.config, before, step, self.dtype, rate, steps)
+        if self.applies_wake(index) and self.accumulated:
+            return replace(options, wake=str(self.accumulated.resolve()))
+        return options
 
     def dreamer(self) -> LearnerOptions:
         """For dreaming, which goes on with the expert of the last transfer."""

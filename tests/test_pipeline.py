@@ -324,6 +324,22 @@ def test_a_failed_stage_is_named_and_what_was_learned_is_kept(tmp_path: Path) ->
     assert sorted(n for n, _, _ in learned) == list(range(CONFIG.steps * CONFIG.tasks_per_step))
 
 
+class Dies(Stage):
+    def score(self, batch: Any, tasks: Mapping[str, Task]) -> Any:
+        if batch[0] == 5:
+            os._exit(7)
+        return super().score(batch, tasks)
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("stage", ["scorer", "reward"])
+def test_a_dead_stage_ends_the_run_and_is_named(tmp_path: Path, stage: str) -> None:
+    with pytest.raises(ActorFailure, match=f"{stage}-0 is dead"):
+        dream(tmp_path / "state", **{stage: fresh(Dies)})
+    learned, _ = dream(tmp_path / "state")
+    assert sorted(n for n, _, _ in learned) == list(range(CONFIG.steps * CONFIG.tasks_per_step))
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_whoever_dies_is_restarted_and_each_group_is_learned_once(tmp_path: Path) -> None:
     dies = tmp_path / "dies"

@@ -162,11 +162,13 @@ def test_append_is_ordered_and_a_retry_counts_once(tmp_path):
     lake.append(to_batch([make("a", attempt=5), make("c")]), "trajectories")
     table = lake.read("trajectories")
     assert [t.uid for t in from_batch(table)] == ["b", "a", "c"]
-    assert from_batch(table)[1].attempt == 0  # the first row of a uid is the one
+    assert from_batch(table)[1].attempt == 5  # the last row of a uid is the one
     assert lake.read("trajectories", ["reward"]).column_names == ["uid", "reward"]
     assert lake.uids("trajectories") == {"a", "b", "c"}
     assert lake.scan("trajectories").count_rows() == 4
     assert [file.name[:9] for file in lake.files("trajectories")] == ["00000000-", "00000001-"]
+    lake.discard("trajectories")
+    assert lake.read("trajectories").num_rows == 0
     with pytest.raises(LakeError, match="no kind 'dreams'"):
         lake.read("dreams")
 

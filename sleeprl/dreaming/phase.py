@@ -237,7 +237,7 @@ def run(
     tasks = make_tasks(documents, probes, config.seed)
     if not tasks:
         raise ValueError("no document has probes to judge dreams on; raise self_study.probe_share")
-    position = Position.load(run_dir / "dreaming-state", fleet.version + 1)
+    position = Position.load((run_dir / "dreaming-state").resolve(), fleet.version + 1)
     job = learner_job(config, learner, expert, run_dir, canary, position.first_version)
     engines = with_room(fleet.group, dreaming)
     actors = launch(config, job, engines.actors, tasks, fleet.placement)

@@ -2,19 +2,19 @@
 
     curriculum -> admission -> engines -> scorers -> reward -> queue -> learner -> engines
 
-Everything between the arrows is in flight at the same time; the driver moves
-references. What bounds it is admission: a group is admitted only where fewer than
-``(staleness + 1) * tasks_per_step`` wait in line before it, so no dream can be older
-than ``staleness`` updates when it is learned from, and nothing is thrown away.
+Everything between the arrows is in flight at the same time; the driver moves references. What
+bounds it is admission: a group is admitted only where fewer than ``(staleness + 1) *
+tasks_per_step`` wait in line before it, so no dream can be older than ``staleness`` updates when
+it is learned from, and nothing is thrown away.
 
 Where the algorithm asks for it, a group whose rewards are all equal is set aside and another is
 admitted in its place (DAPO's dynamic sampling); ``Line`` says which. Where engines and learner
 share a device, the engines sleep from the beginning of a step until its weights come.
 
-After each update the position is kept: learner, curriculum, which groups were admitted,
-which are learned, and what the others have come to. A killed run goes on from there, and
-an engine or a learner worker that dies is restarted: groups that were lost are admitted
-again under their numbers, so each is learned from exactly once.
+After each update the position is kept: learner, curriculum, which groups were admitted, which are
+learned, and what the others have come to. A killed run goes on from there, and an engine or a
+learner worker that dies is restarted: lost groups are admitted again under their numbers, so each
+is learned from exactly once. A scorer, reward or curriculum that dies ends the run.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ OnStep = Callable[[int, dict[str, Any]], None]
 
 @dataclass
 class Pipeline:
-    """The actors of one dreaming phase. ``learner`` ranks step together; ``scorers``,
-    ``rewards`` and ``curriculum`` are groups of their own processes. asks: the prompt of a
-    task's message. redraws: groups that may be set aside for an update. colocated: learner and
-    engines take turns."""
+    """The actors of one dreaming phase. ``learner`` ranks step together; the other groups have
+    processes of their own. asks: the prompt of a task's message. redraws: groups that may be set
+    aside for an update. colocated: learner and engines take turns."""
 
     config: DreamingConfig
     tasks: Mapping[str, Task]
@@ -117,19 +116,9 @@ class Pipeline:
         if self.broken:
             self._mend()
         moved = self._admit()
-        for group, stage, following in (
-            (self.engines, "generating", "scoring"),
-            (self.scorers, "scoring", "rewarding"),
-            (self.rewards, "rewarding", "queued"),
-        ):
-            for number, value in self._ends(group, stage):
-                self.held[number] = (following, value["batch"])
-                self.counts.move(stage, following)
-                self.ages.seen(number)
-                if value.get("equal"):
-                    self.line.equal.add(number)
-                if following in self.waiting:
-                    self.waiting[following].append(number)
+        self._take(self.engines, "generating", "scoring")
+        self._take(self.scorers, "scoring", "rewarding")
+        self._take(self.rewards, "rewarding", "queued")
         moved |= self._send(self.scorers, "scoring") | self._send(self.rewards, "rewarding")
         moved |= self._learn(on_step)
         if self.lost:
@@ -148,8 +137,7 @@ class Pipeline:
             number, task = self._next()
             asked = request(self.config, self.seed, number, task, self.asks)
             begun = self.begun.pop(number, None)
-            sent = self.engines.submit("rollout", str(number), begun=begun, **asked)
-            if not sent:
+            if not self.engines.submit("rollout", str(number), begun=begun, **asked):
                 raise RuntimeError("admission let in more groups than the engines have room for")
             self.counts.move("admitted", "generating")
             moved = True
@@ -165,12 +153,23 @@ class Pipeline:
         admitted.append(task.id)
         return len(admitted) - 1, task
 
+    def _take(self, group: ActorGroup, stage: str, following: str) -> None:
+        """Hold what a stage has done for the one that follows."""
+        for number, value in self._ends(group, stage):
+            self.held[number] = (following, value["batch"])
+            self.counts.move(stage, following)
+            self.ages.seen(number)
+            if value.get("equal"):
+                self.line.equal.add(number)
+            if following in self.waiting:
+                self.waiting[following].append(number)
+
     def _ends(self, group: ActorGroup, stage: str) -> list[tuple[int, dict[str, Any]]]:
         """What a stage has done; what it lost is admitted again, if that can be mended."""
         done = []
         for result in group.ready():
             number, failure = int(result.tag), result.failure
-            if failure is not None and failure.kind is Kind.DATA:
+            if failure and failure.kind is Kind.DATA:
                 raise ActorFailure(f"{group.name}-{result.actor}, group {number}", failure)
             if failure is None and stage == "generating":
                 oldest = result.value["versions"][0]
@@ -189,7 +188,7 @@ class Pipeline:
 
     def _send(self, group: ActorGroup, stage: str) -> bool:
         moved, waiting = False, self.waiting[stage]
-        while waiting:
+        while waiting and group.able():
             _, batch = self.held[waiting[0]]
             if not group.submit("score", str(waiting[0]), batch=batch, tasks=self.tasks):
                 break
@@ -246,12 +245,13 @@ class Pipeline:
 
     def _under_way(self) -> dict[str, Any]:
         """All groups but those of this update, as they are now, by number and stage."""
+        with self.waits.on("engine", what="the tokens so far", kind="generate"):
+            told = self.engines.call("prefixes") if self.counts.generating else []
+        self._take(self.engines, "generating", "scoring")  # who ended before they were asked
+        begun = {int(uid.split("-")[1]): ref for each in told for uid, ref in each.items()}
+        running = {f"{n}-generating": ref for n, ref in begun.items() if n not in self.held}
         held = {f"{n}-{s}": batch for n, (s, batch) in self.held.items() if s != "learning"}
-        if self.counts.generating:
-            with self.waits.on("engine", what="the tokens so far", kind="generate"):
-                for begun in self.engines.call("prefixes"):
-                    held |= {f"{uid.split('-')[1]}-generating": ref for uid, ref in begun.items()}
-        return held
+        return running | held
 
     def _publish(self) -> dict[str, Any]:
         """The learner's weights to all engines and scorers. Whoever fails to get them gets no work."""

@@ -65,13 +65,19 @@ class Lake:
                 writer.write_batch(batch)
         return path
 
+    def discard(self, kind: str) -> None:
+        """Remove what an attempt appended that did not come to its end, before the next one."""
+        for file in self.files(kind):
+            file.unlink()
+
     def files(self, kind: str) -> list[Path]:
         """The files of a kind, oldest first."""
         _schema(kind)
         return sorted((self.directory / kind).glob("[0-9]*-*.parquet"))
 
     def read(self, kind: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows of a kind in the order of appending, each uid once (its first row).
+        """All rows of a kind in the order of appending, each uid once: its last row, since what is
+        done again after a crash counts as it was done at last.
 
         ``columns`` limits what is read; ``uid`` is always there.
         """
@@ -89,9 +95,9 @@ class Lake:
                 raise _corrupt(file, error) from error
             tables.append(conform(table, schema))
         table = pa.concat_tables(tables)
-        _, first_rows = np.unique(table.column("uid").to_numpy(), return_index=True)
+        _, from_the_end = np.unique(table.column("uid").to_numpy()[::-1], return_index=True)
         keep = np.zeros(table.num_rows, dtype=bool)
-        keep[first_rows] = True
+        keep[table.num_rows - 1 - from_the_end] = True
         return table.filter(pa.array(keep))
 
     def uids(self, kind: str) -> set[str]:
