@@ -31,7 +31,7 @@ FEW = 20
 def gate(before: float | None, after: float | None, tolerance: float) -> dict[str, Any]:
     """Whether a generation may be committed: it must remember what the old one knew.
 
-    before, after: retention as shares; None (nothing was asked) passes.
+    before, after: retention as shares; None, where nothing was asked, passes.
     """
     lost = 0.0 if before is None or after is None else before - after
     return {
@@ -52,7 +52,7 @@ def commit(run: Run, selves: Selves) -> dict[str, Any]:
     answers = run.dir / ANSWERS
     passed["forgotten"] = forgotten(answers / "before.jsonl", answers / "after.jsonl")
     asked = run.result("before")["before"]["n"]["retention"]
-    few = f"; questions on retention: {asked}" if 0 < asked < FEW else ""
+    few = f"; questions on retention: {asked}" if asked < FEW else ""
     if not passed["passed"]:
         told = f"retention fell by {passed['lost']:.1%}, tolerance {config.gate.tolerance:.1%}"
         return {"gate": passed, "generation": None, "verdict": f"rolled back: {told}{few}"}

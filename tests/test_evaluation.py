@@ -242,6 +242,24 @@ def test_perplexity_is_per_token_over_all_texts(chat: Chat) -> None:
     assert perplexity(fleet, chat, ["a", ""], 64) == (None, 0)  # type: ignore[arg-type]
 
 
+def test_a_question_of_ones_own_is_read_with_its_document(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "Mara moved to Porto."), ("b.txt", "The meeting is at nine.")):
+        (tmp_path / name).write_text(text)
+    rows = [
+        {"question": "Where is Mara now?", "answer": "Porto"},
+        {"question": "When is the meeting?", "answer": "nine", "experience": "It is at nine."},
+        {"question": "Who wrote Hamlet?", "answer": "Shakespeare", "kind": "retention"},
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [f"wake.inputs=[{tmp_path}/a.txt,{tmp_path}/b.txt]"]
+    config = cfg.load(None, [*words, f"evaluation.questions={tmp_path}/q.jsonl"])
+    day = live(config, Lake(tmp_path / "lake"))
+    assert [probe.experience for probe in day.probes] == [
+        day.documents[0], "It is at nine.", None
+    ]  # fmt: skip
+    assert "Mara" in day.documents[0]
+
+
 def test_the_day_asks_a_model_what_it_can_know(tmp_path: Path) -> None:
     def kinds(*words: str) -> dict[str, int]:
         small = ["wake.people=2", "evaluation.retention=5", "evaluation.texts=3", *words]

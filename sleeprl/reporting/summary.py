@@ -142,4 +142,7 @@ def _verdict(summary: Summary) -> str:
     gate = summary.get("gate") or {}
     if "passed" not in gate:
         return ""
-    return "; gate passed" if gate["passed"] else "; gate refused it, rolled back"
+    if not gate["passed"]:
+        return "; gate refused it, rolled back"
+    unasked = gate.get("retention_before", 1.0) is None
+    return "; committed, but nothing was asked about the old" if unasked else "; gate passed"

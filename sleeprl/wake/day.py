@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
+
+from rapidfuzz import fuzz, process, utils
 
 from sleeprl.evaluation.probes import Day, Probe, read_questions
 from sleeprl.lineage import LineageStore
@@ -24,14 +27,33 @@ def live(config: NightConfig, lake: Lake) -> Day:
     seed, questions in held-out phrasings. The embedded model, which knows that world's
     past, is asked about it too (two-hop, retention). Any other model's retention is
     asked later, on what the smaller self says of itself. With inputs, the documents are
-    the user's, and the questions come from ``evaluation.questions``.
+    the user's, and the questions come from ``evaluation.questions``; who is asked with the text
+    in the prompt reads what the question names (``experience``), or the likest document.
     """
     if config.wake.inputs:
         record(config.wake.inputs, lake)
         documents = [e.as_text() for e in experiences(lake.read("experience"))]
         path = config.evaluation.questions
-        return Day(documents, read_questions(Path(path)) if path else [])
+        return Day(documents, _placed(read_questions(Path(path)), documents) if path else [])
     return _embedded_day(config, lake)
+
+
+def _placed(probes: list[Probe], documents: list[str]) -> list[Probe]:
+    """Questions about the day, each with the document in which most words of it and its answer stand,
+    unless it says itself what is to be read."""
+    return [
+        replace(probe, experience=_likest(f"{probe.question} {probe.answer}", documents))
+        if probe.experience is None and probe.kind != "retention"
+        else probe
+        for probe in probes
+    ]
+
+
+def _likest(text: str, documents: list[str]) -> str:
+    found = process.extractOne(
+        text, documents, scorer=fuzz.token_set_ratio, processor=utils.default_process
+    )
+    return str(found[0])
 
 
 def _is_native(config: NightConfig) -> bool:
