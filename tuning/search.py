@@ -6,16 +6,18 @@ One evening (day, smaller self, self-study) is prepared once and one engine is
 started once; every trial consolidates from the same texts and is measured on that
 engine while it trains. ASHA stops trials early on ``score``: recall, less ten times
 what retention lost beyond the gate's tolerance. Writes ``trials.json`` and
-``best.yaml`` (for ``sleeprl night best.yaml``) into the run directory.
+``best.yaml`` into the run directory; ``sleeprl night best.yaml`` is the night that was
+tuned. The same search again goes on with its evening; another needs another ``name``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from ray import tune
@@ -26,15 +28,21 @@ from rich.table import Table
 from sleeprl import config as cfg
 from sleeprl.actors.cluster import cluster
 from sleeprl.actors.fleet import Fleet
+from sleeprl.catalogue import CATALOGUE
+from sleeprl.checks import check_plugins
 from sleeprl.evaluation.probes import Day
 from sleeprl.files import write_json_atomic, write_text_atomic
+from sleeprl.models import find_model
 from sleeprl.night import PHASES, Night
 from sleeprl.reporting.progress import NightProgress
-from sleeprl.run import STATE, Run
-from sleeprl.settings import ConfigError, available_cpus, keys
+from sleeprl.run import CONFIG, STATE, Run
+from sleeprl.settings import ConfigError, NightConfig, available_cpus, keys
 
 KINDS = {"choice": tune.choice, "uniform": tune.uniform, "loguniform": tune.loguniform}
 EVENING = (STATE, "day.json", "study.json", "lake", "smaller-self-0")
+SEARCH = "search.json"
+SEARCHED = "consolidation."
+OPEN = ("consolidation.algorithm_options.", "consolidation.judge_options.")
 
 
 def search_space(spec: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +50,13 @@ def search_space(spec: dict[str, Any]) -> dict[str, Any]:
     known = set(keys())
     made = {}
     for key, value in spec.items():
-        if key not in known:
+        if not key.startswith(SEARCHED):
+            raise ConfigError(
+                f"space: {key!r} is not of the consolidation, and a trial does nothing else with what one "
+                f"evening prepared for all: its score would be noise; give {SEARCHED}*, or set it for all "
+                "under night"
+            )
+        if key not in known and not key.startswith(OPEN):
             raise ConfigError(f"space: unknown key {key!r}; `sleeprl night --dry-run` lists all")
         kind = next(iter(value), "")
         if len(value) != 1 or kind not in KINDS:
@@ -58,6 +72,38 @@ def score(figures: dict[str, Any], before: dict[str, Any], tolerance: float) -> 
     return float((figures["recall"] or 0.0) - 10.0 * max(0.0, lost - tolerance))
 
 
+def words_of(choice: dict[str, Any]) -> list[str]:
+    """The choice as ``key=value`` words."""
+    return [f"{key}={json.dumps(value)}" for key, value in choice.items()]
+
+
+def night_of(night: dict[str, Any], words: list[str]) -> NightConfig:
+    """The night as ``sleeprl night`` has it: what the catalogue says of its model lies below."""
+    config = cfg.from_dict(night, words)
+    if config.model.name not in CATALOGUE:
+        return config
+    merged = OmegaConf.merge(dict(CATALOGUE[config.model.name].night), night)
+    return cfg.from_dict(cast(dict[str, Any], OmegaConf.to_container(merged)), words)
+
+
+def tuned(night: dict[str, Any], words: list[str], choice: dict[str, Any]) -> str:
+    """The night with a choice, as the text of a file for ``sleeprl night``."""
+    over = [OmegaConf.from_dotlist([word]) for word in [*words, *words_of(choice)]]
+    return OmegaConf.to_yaml(OmegaConf.merge(night, *over))
+
+
+def refuse_other(config: NightConfig, described: dict[str, Any]) -> None:
+    """Refuse to mix two searches, or a search and a night, in one directory."""
+    path = config.run_dir / SEARCH
+    found = json.loads(path.read_text()) if path.is_file() else None
+    if (config.run_dir / CONFIG).is_file() and found != described:
+        raise ConfigError(
+            f"name={config.name!r}: {config.run_dir} holds "
+            f"{'a night' if found is None else 'a search with other settings'}; "
+            "give this search another name=..."
+        )
+
+
 def quiet() -> NightProgress:
     return NightProgress(PHASES, Console(file=open(os.devnull, "w")))
 
@@ -66,8 +112,7 @@ def trial(
     choice: dict[str, Any], settings: dict[str, Any], evening: str, fleet: Fleet, every: int
 ) -> None:
     """Consolidate with ``choice`` from the evening's texts; report every ``every`` steps."""
-    words = [f"{key}={value}" for key, value in choice.items()]
-    config = cfg.from_dict(settings, words)
+    config = cfg.from_dict(settings, words_of(choice))
     config.runs, config.name = str(Path.cwd()), "trial"
     config.run_dir.mkdir(parents=True, exist_ok=True)
     for name in EVENING:
@@ -96,7 +141,13 @@ def search(path: Path, words: list[str], console: Console) -> Path:
     spec = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(spec, dict)
     space = search_space(spec["space"])
-    config = cfg.from_dict(spec.get("night", {}), words)
+    night_spec = spec.get("night") or {}
+    config = night_of(night_spec, words)
+    check_plugins(config)
+    described = {**spec, "night": cfg.to_dict(config)}
+    refuse_other(config, described)
+    find_model(config)  # a wrong name is told, and a model downloaded, before anything starts
+    write_json_atomic(config.run_dir / SEARCH, described)
     # The driver of a trial only waits; it gets a core of its own that is not there.
     cores = config.resources.cpus or available_cpus()
     config.resources.cpus = cores + 1
@@ -142,8 +193,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
     write_json_atomic(run.dir / "trials.json", rows)
     best = results.get_best_result(metric="score", mode="max", scope="all")
     assert best.config is not None
-    chosen = OmegaConf.from_dotlist([f"{key}={value}" for key, value in best.config.items()])
-    write_text_atomic(run.dir / "best.yaml", OmegaConf.to_yaml(chosen))
+    write_text_atomic(run.dir / "best.yaml", tuned(night_spec, words, best.config))
     console.print(_table(rows, list(space)))
     if results.num_errors:
         console.print(f"[red]{results.num_errors} trial(s) failed:[/] {results.errors[0]}")
