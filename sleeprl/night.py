@@ -152,15 +152,13 @@ class Night:
 
     def self_study(self) -> dict[str, Any]:
         config, asked = self.config, bool(self.day.of_kind("retention"))
-        # Sampling need not repeat to the bit: what one attempt held out, another would train on.
-        self.lake.discard("trajectories")
         written = study(
             self._engines(), self.chat, self.day.documents, config.self_study, config.seed,
             config.model.max_length,
             hold_out=0.0 if asked else 0.25,
             notebook=notebook.load(self.selves.before(0)),
         )  # fmt: skip
-        self.lake.append(to_batch(written.trajectories), "trajectories")
+        self.lake.rewrite(to_batch(written.trajectories), "trajectories")
         written.save(self.run.dir / "study.json")
         notebook.save(written.notebook, self.run.dir)
         if not asked:
@@ -197,17 +195,14 @@ class Night:
         return {"width": self.selves.slots(index + 1).base_width}
 
     def recollect(self, index: int) -> dict[str, Any]:
-        """What the smaller self of a transfer between levels says of itself. What it learned tonight
-        is asked about too; before it did, it would have had to guess."""
-        config, lake = self.config, self.selves.lake(index)
-        learned = index > self.selves.from_context
+        """What the smaller self of a transfer between levels says of itself; of tonight if it slept on it."""
+        config, learned = self.config, index > self.selves.from_context
         asked = notebook.load(self.run.dir if learned else self.selves.before(0))
-        lake.discard("trajectories")
         written = rehearse(
             self._engines(), self.chat, config.self_study, config.seed + index,
             config.model.max_length, notebook=asked,
         )  # fmt: skip
-        lake.append(to_batch(written.trajectories), "trajectories")
+        self.selves.lake(index).rewrite(to_batch(written.trajectories), "trajectories")
         new = sum(text.purpose == "self_study" for text in written.trajectories)
         return {"new": new, "replay": len(written.trajectories) - new}
 

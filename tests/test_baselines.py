@@ -221,6 +221,15 @@ def test_roll_outs_go_on_from_old_texts_only_where_these_are_read() -> None:
         assert feed(name).replay_share == 0.0
 
 
+def test_what_was_written_with_a_document_in_sight_is_replayed_and_not_its_own() -> None:
+    texts = study()
+    texts.append(replace(texts[-1], uid="seen", task_id="study-0"))
+    assert len(feed("seeding", texts=texts).replay) == 10
+    assert len(feed("ewc", texts=texts).own) == 9
+    with pytest.raises(ValueError, match="there is no replay"):
+        feed("ewc", texts=[*study(replay=0), texts[-1]])
+
+
 def test_what_a_method_cannot_do_without_is_named() -> None:
     for name in set(METHODS) - {"fine_tuning"}:
         with pytest.raises(ValueError, match=r"study\.json"):

@@ -53,6 +53,9 @@ def test_a_rival_beside_the_answer_is_a_guess() -> None:
     sentence, asked = "The home city of Ann Lee is Oslo.", "Tell me the home city of Ann Lee."
     assert not is_correct(sentence, "Oslo") and is_correct(sentence, "Oslo", question=asked)
     assert not is_correct("It is not Oslo", "Oslo", question="Is it not Oslo?")
+    for denied in ("It isn't Oslo", "It isn’t Oslo", "Never Oslo"):
+        assert not is_correct(denied, "Oslo")
+    assert is_correct("Never on Sundays", "never on Sundays")
 
 
 def test_grade_goes_by_position_and_refuses_other_lengths() -> None:

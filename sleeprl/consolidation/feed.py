@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from sleeprl.actors.batches import Row
 from sleeprl.consolidation.methods import NEW, PASSAGE, REPLAY, STUDENT, Method
+from sleeprl.consolidation.self_study import STUDY
 from sleeprl.losses.streams import Part
 from sleeprl.settings import ConsolidationConfig
 from sleeprl.trajectories.schema import Trajectory
@@ -40,17 +41,18 @@ class Feed:
         self.rollouts = STUDENT in read
         """Whether the student's own texts are learnt from."""
         self.new = [t for t in texts if t.purpose == "self_study"]
-        own = [t for t in texts if t.purpose == "replay"]
-        self.replay = own if REPLAY in method.texts else []
+        replay = [t for t in texts if t.purpose == "replay"]
+        self.replay = replay if REPLAY in method.texts else []
+        free = [t for t in replay if not t.task_id.startswith(STUDY)]
         if not self.new and read & {NEW, STUDENT}:
             raise ValueError("self-study wrote no usable text; look at `malformed` in study.json")
-        if method.anchored and not own:
+        if method.anchored and not free:
             raise ValueError(
                 f"{method.title} needs the smaller self's own texts, but there is no replay; "
                 "set self_study.replay above 0"
             )
-        self.own = [row(text, REPLAY) for text in own]
-        """All that the smaller self wrote freely, read or not."""
+        self.own = [row(text, REPLAY) for text in free]
+        """All that the smaller self wrote freely, whether the method reads it or not."""
         count = config.batch_size
         replayed = round(count * config.replay_ratio) if self.replay else 0
         streams = {

@@ -2,8 +2,9 @@
 
 *new*: the experience is in the teacher's prompt only. The teacher asks itself
 questions about a document and answers them; the student will see the bare
-question. *replay*: what the smaller self writes with nothing in its prompt, the
-same prompt for both (``rehearsal``).
+question. *replay*: what both selves are to go on writing behind the same prompt. Nearly all of it the
+smaller self writes with nothing in its prompt (``rehearsal``); a few of tonight's questions are
+written with their document in sight, so that this skill stays, too (``STUDY``).
 
 When a level hands its slots on, there is no experience to read: all is written freely
 (``rehearse``).
@@ -145,6 +146,8 @@ def passages(document: str, sentences: int) -> list[str]:
     return [" ".join(found[at : at + sentences]) for at in range(0, len(found), sentences)]
 
 
+STUDY = "study-"
+"""How the tasks of replayed texts begin that were written with a document in sight."""
 ABOUT = 4.0
 """Nats of ``_gain``, at the least, of a question that is about its document. What is asked about
 somebody who is known, or about nobody in particular, stays below."""
@@ -238,7 +241,7 @@ def _answer(
             texts.append(trajectory("self_study", f"answer-{n}", index, bare, answer, prompt))
         # To ask about what it reads is a skill to keep, too. Examples need no skill.
         if index % 4 == 0 and not config.examples:
-            texts.append(trajectory("replay", f"study-{n}", index, one.prompt, one.written, None))
+            texts.append(trajectory("replay", f"{STUDY}{n}", index, one.prompt, one.written, None))
 
 
 def _state(writer: Writer, documents: Sequence[str]) -> list[Trajectory]:

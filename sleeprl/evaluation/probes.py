@@ -12,6 +12,7 @@ from sleeprl.files import write_json_atomic
 from sleeprl.losses.imitation import normalise
 
 _FIRST = re.compile(r"(?<=[.!?])\s")
+_DENIAL = re.compile(r"\b(?:not|never)\b|n['’]t\b", re.IGNORECASE)
 _WHOLE = re.compile(r"[.!?][\"')]*$")
 KINDS = ("recall", "two_hop", "retention")
 
@@ -49,14 +50,16 @@ class Day:
 def is_correct(answer: str, gold: str, rivals: Collection[str] = (), question: str = "") -> bool:
     """Whether the gold words stand in the answer as they are, and it says little else.
 
-    At most four more words that are not the question's, no denial, and none of ``rivals``
-    (single words that would be another answer): what lists everything is a guess, not an answer.
+    At most four more words that are not the question's, no denial that the gold words have not, and
+    none of ``rivals`` (single words that would be another answer): what lists everything is a guess.
     """
     words, wanted = normalise(answer).split(), normalise(gold).split()
     others = set(words) - set(wanted)
     repeated = set(normalise(question).split()) - set(wanted)
     said = [word for word in words if word not in repeated]
-    if not wanted or len(said) > len(wanted) + 4 or others & {"not", *rivals}:
+    if not wanted or len(said) > len(wanted) + 4 or others & {*rivals}:
+        return False
+    if _DENIAL.search(answer) and not _DENIAL.search(gold):
         return False
     spans = range(len(words) - len(wanted) + 1)
     return any(words[i : i + len(wanted)] == wanted for i in spans)

@@ -21,14 +21,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Mean difference, half-width of its 95 % interval, and the two-sided p of a paired t-test.
 
-    Entry i of both is the same seed. p is NaN for fewer than two pairs.
+    Entry i of both is the same seed. p is NaN for fewer than two pairs, and where all differ by the
+    same: chance cannot be told from so few without spread.
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, half = interval(differences)
     if len(differences) < 2:
         return mean, half, math.nan
     if not half:  # no spread at all: the test's statistic is 0/0 or infinite
-        return mean, half, 0.0 if mean else 1.0
+        return mean, half, math.nan if mean else 1.0
     return mean, half, float(stats.ttest_rel(ours, theirs).pvalue)
 
 

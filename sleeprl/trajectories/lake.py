@@ -65,10 +65,14 @@ class Lake:
                 writer.write_batch(batch)
         return path
 
-    def discard(self, kind: str) -> None:
-        """Remove what an attempt appended that did not come to its end, before the next one."""
+    def rewrite(self, data: pa.Table | pa.RecordBatch, kind: str) -> None:
+        """Have these rows alone: what an attempt appended that did not come to its end is removed.
+
+        Sampling need not repeat to the bit: what one attempt held out, another would learn from.
+        """
         for file in self.files(kind):
             file.unlink()
+        self.append(data, kind)
 
     def files(self, kind: str) -> list[Path]:
         """The files of a kind, oldest first."""

@@ -231,7 +231,7 @@ def _place(name: str, text: str) -> tuple[int, int]:
 
 
 def _last_share(places: Counter) -> float:
-    """Share of four-people texts in which the last person was written about (even: 0.25)."""
+    """Share of the fullest texts in which the last person was written about (even: 1 / MAX_PEOPLE)."""
     total = sum(n for (_, of), n in places.items() if of == MAX_PEOPLE)
     return round(places[(MAX_PEOPLE - 1, MAX_PEOPLE)] / total, 3) if total else 0.0
 
