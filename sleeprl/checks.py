@@ -58,6 +58,8 @@ _CHOICES = {
     "resources.offload": ("none", "optimizer", "parameters"),
 }
 _WITHOUT_RATIO = ("reinforce", "rest_em")
+_WITHIN_GROUP = ("grpo", "dr_grpo", "dapo", "dapo_unscaled", "gspo", "cispo", "rloo")
+"""Their advantage is over the others of a group."""
 
 
 def check(config: NightConfig) -> None:
@@ -84,6 +86,11 @@ def check(config: NightConfig) -> None:
     questions = config.evaluation.questions
     if questions is not None and not Path(questions).is_file():
         raise ConfigError(f"evaluation.questions={questions!r} does not exist; give a JSONL file")
+    if questions is not None and not config.wake.inputs:
+        raise ConfigError(
+            f"evaluation.questions={questions!r} would not be asked: wake.inputs is empty, and the "
+            "embedded world's day has questions of its own; give wake.inputs, or leave questions out"
+        )
     config.memory.clock()
     study, seeding, dreaming = config.self_study, config.consolidation, config.dreaming
     if seeding.prefix_min > seeding.prefix_max:
@@ -134,12 +141,29 @@ def check(config: NightConfig) -> None:
             "consolidation.algorithm=ppo needs a critic, and a consolidation has none; "
             "choose another, such as dapo (dreaming has a critic)"
         )
+    _check_groups(config)
     _check_wake_learning(config)
     _check_baselines(config.baselines, config.fixed_capacity.learning_rates)
     _check_transport(config)
     _check_layout(config.resources)
     _check_tensor_parallel(config.resources)
     _check_resources(config.resources)
+
+
+def _check_groups(config: NightConfig) -> None:
+    """Where a group is compared, one alone in it teaches nothing."""
+    seeding, dreaming = config.consolidation, config.dreaming
+    imitates = seeding.rollout_prompts > 0 and seeding.distillation < 1
+    for name, part, rewarded in (
+        ("dreaming", dreaming, dreaming.enabled and dreaming.policy > 0),
+        ("consolidation", seeding, imitates or "grpo" in config.baselines),
+    ):
+        compares = part.algorithm in _WITHIN_GROUP or part.algorithm_options.get("group_baseline")
+        if rewarded and compares and part.group_size == 1:
+            raise ConfigError(
+                f"{name}.group_size=1 leaves {name}.algorithm={part.algorithm} nothing to compare with, "
+                f"and no gradient; set {name}.group_size=2 or more, or an algorithm such as reinforce"
+            )
 
 
 def _check_wake_learning(config: NightConfig) -> None:
@@ -227,16 +251,31 @@ def _check_tensor_parallel(resources: ResourcesConfig) -> None:
 
 
 def check_plugins(config: NightConfig) -> None:
-    """Raise ``PluginError`` for a name that leads nowhere. Imports what is named by dotted path."""
-    for name, kind in (
-        (config.dreaming.reward, "reward"),
-        (config.dreaming.curriculum, "curriculum"),
-        (config.dreaming.algorithm, "algorithm"),
-        (config.consolidation.algorithm, "algorithm"),
-        (config.consolidation.judge, "judge"),
-        (config.resources.engine, "engine"),
+    """Raise ``PluginError`` for a name that leads nowhere, or cannot be called as the night will.
+
+    Imports what is named, but for the defaults, which are known to work.
+    """
+    default = NightConfig()
+    for key, given in (
+        ("dreaming.reward", ()),
+        ("dreaming.curriculum", ("tasks", "seed")),
+        ("dreaming.algorithm", ()),
+        ("consolidation.algorithm", ()),
+        ("consolidation.judge", ("learner", "chat")),
+        ("resources.engine", ("name", "options")),
     ):
-        registry.check(name, kind)
+        name, options = _plugin(config, key)
+        if (name, options) == _plugin(default, key):
+            continue
+        try:
+            registry.check(name, key.rpartition(".")[2], options, given)
+        except registry.PluginError as error:
+            raise registry.PluginError(f"{key}{'_options' if options else ''}: {error}") from None
+
+
+def _plugin(config: NightConfig, key: str) -> tuple[str, dict[str, Any]]:
+    """A plug-in's name and its options."""
+    return _get(config, key), {} if key == "resources.engine" else _get(config, f"{key}_options")
 
 
 def _check_baselines(baselines: Sequence[str], rates: Mapping[str, float]) -> None:

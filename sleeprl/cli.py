@@ -12,10 +12,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 
 from sleeprl import __version__
-from sleeprl.settings import ConfigError
+from sleeprl.settings import ConfigError, NightConfig
 
 app = typer.Typer(
     help="sleepRL: let a language model sleep on what it met, and wake up knowing it.",
@@ -51,7 +52,7 @@ def night(
 
     [bold]sleeprl night[/]                            on the embedded model, about five minutes on two cores
     [bold]sleeprl night my.yaml seed=1[/]             a file, then words that override it
-    [bold]sleeprl night wake.inputs=[notes.jsonl] model.name=Qwen/Qwen3-0.6B[/]
+    [bold]sleeprl night wake.inputs=\\[notes.jsonl] model.name=Qwen/Qwen3-0.6B[/]
     [bold]sleeprl night --resume runs/night[/]        go on after Ctrl-C or a crash
     """
     from sleeprl import config as cfg
@@ -76,15 +77,20 @@ def night(
             settings.name = runs.fresh_name(settings)
     check_plugins(settings)
     if dry_run:
-        console.print(cfg.to_yaml(settings), highlight=False, markup=False)
+        if resume is None:
+            _look(settings)
+        console.print(cfg.explained(settings), highlight=False, markup=False, soft_wrap=True)
         console.print(_plan(settings), highlight=False)
+        _warn(settings)
         return
+    from sleeprl.actors.cluster import require_gpus
     from sleeprl.models import find_model
-    from sleeprl.night import run_night
-    from sleeprl.reporting.progress import before_after_table
 
+    require_gpus(settings.resources)
     if resume is None:  # a wrong name is told, and a model downloaded, before anything starts
         find_model(settings)
+    from sleeprl.night import run_night
+    from sleeprl.reporting.progress import before_after_table
 
     # A scheduler's TERM is an interruption like Ctrl-C, also where a shell has disabled that.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -295,11 +301,36 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), [word for word in words if "=" in word]
 
 
-def _plan(settings: object) -> Panel:
-    from sleeprl.ladder import ladder
-    from sleeprl.settings import NightConfig, available_cpus
+def _look(settings: NightConfig) -> None:
+    """Read what a night would: the model's place, the inputs, the questions. Nothing is fetched."""
+    from sleeprl.evaluation.probes import read_questions
+    from sleeprl.models import local_model
+    from sleeprl.wake.record import read_experience
 
-    assert isinstance(settings, NightConfig)
+    local_model(settings)
+    inputs = settings.wake.inputs
+    if inputs and "-" not in inputs and not sum(1 for _ in read_experience(inputs)):
+        raise ConfigError(f"wake.inputs={inputs} hold no experience; there is nothing to sleep on")
+    if settings.evaluation.questions is not None:
+        read_questions(Path(settings.evaluation.questions))
+
+
+def _warn(settings: NightConfig) -> None:
+    """Say what this machine lacks; the night may be meant for another."""
+    if not settings.resources.gpus:
+        return
+    from sleeprl.actors.cluster import ResourceError, require_gpus
+
+    try:
+        require_gpus(settings.resources)
+    except ResourceError as error:
+        errors.print(f"[yellow]warning:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def _plan(settings: NightConfig) -> Panel:
+    from sleeprl.ladder import ladder
+    from sleeprl.settings import available_cpus
+
     r = settings.resources
     lines = [
         f"run directory   {settings.run_dir}",
@@ -331,10 +362,10 @@ def main() -> None:
             errors.print(shown)
             errors.print("SLEEPRL_TRACEBACK=1 shows the whole traceback.", style="dim")
             sys.exit(1)
-        # Every error that names a setting or an input of the user's is a ValueError.
-        if not isinstance(error, ValueError):
+        # Every error that names a setting or an input of the user's is one of these.
+        if not isinstance(error, ValueError | NotADirectoryError):
             raise
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

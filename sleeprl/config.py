@@ -7,7 +7,10 @@ OmegaConf; ``checks`` then refuses what cannot work, before any process is start
 from __future__ import annotations
 
 import difflib
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from sleeprl.checks import check
-from sleeprl.settings import ConfigError, NightConfig, keys
+from sleeprl.settings import ConfigError, NightConfig, keys, meanings
 
 
 def load(
@@ -61,6 +64,8 @@ def _merge(layers: Sequence[Any], overrides: Sequence[str]) -> NightConfig:
             words.append(OmegaConf.from_dotlist([word]))
         except Exception as error:
             raise ConfigError(f"{word!r} is not readable: {str(error).splitlines()[0]}") from None
+    for layer in [*layers, *words]:
+        _refuse_plain(OmegaConf.to_container(layer), NightConfig())
     merged = OmegaConf.structured(NightConfig)
     try:
         for layer in [*layers, *words]:
@@ -81,6 +86,21 @@ def to_yaml(config: NightConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def explained(config: NightConfig) -> str:
+    """``to_yaml`` with what each setting means above it, as a comment."""
+    told, lines, section = dict(meanings()), list[str](), ""
+    for line in to_yaml(config).splitlines():
+        if found := re.match(r"((?:  )?)(\w+):", line):
+            indent, name = found.groups()
+            section, key = (section, f"{section}.{name}") if indent else (name, name)
+            mark = f"{indent}# "
+            lines += textwrap.wrap(
+                told.get(key, ""), 100, initial_indent=mark, subsequent_indent=mark
+            )
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
 def to_dict(config: NightConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
@@ -90,18 +110,39 @@ def from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) -> NightCon
     return _merge([OmegaConf.create(values)], overrides)
 
 
+def _refuse_plain(values: Any, default: Any, prefix: str = "") -> None:
+    """Raise ConfigError for a plain value where a section or a list must be."""
+    for name, value in values.items():
+        wanted, key = getattr(default, str(name), None), f"{prefix}{name}"
+        if isinstance(value, dict) and is_dataclass(wanted):
+            _refuse_plain(value, wanted, f"{key}.")
+        elif isinstance(value, str | int | float) and is_dataclass(wanted):
+            meant = f"{key}.{fields(wanted)[0].name}={value}"
+            raise ConfigError(f"{key}={value}: {key} is a section; did you mean {meant}?")
+        elif isinstance(value, str | int | float) and isinstance(wanted, list):
+            raise ConfigError(f"{key}={value}: {key} is a list; write {key}=[{value}]")
+
+
 def _unknown_key(key: str) -> str:
     known = list(keys())
     sections = {name.split(".")[0] for name in known}
     leaves = {name.rsplit(".", 1)[-1]: name for name in known}
     section, _, leaf = key.rpartition(".")
-    near = difflib.get_close_matches(key, known, n=1)
+    beside = [name for name in known if name.rpartition(".")[0] == section]
+    near = [name for name in beside if _short_for(leaf, name.rpartition(".")[2])]
+    near = near or difflib.get_close_matches(key, known, n=1)
     if not near and section not in sections and not leaf:
         near = difflib.get_close_matches(key, sections, n=1)
     if not near:
         near = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1)]
     hint = f"; did you mean {near[0]!r}?" if near else "; `sleeprl night --dry-run` lists all keys"
     return f"unknown key {key!r}{hint}"
+
+
+def _short_for(leaf: str, name: str) -> bool:
+    """Whether it is one of the words of a name, or their initials: ``kl``, ``lr``."""
+    words = name.split("_")
+    return leaf in words or leaf == "".join(word[:1] for word in words)
 
 
 _OPEN = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from sleeprl.catalogue import CATALOGUE, fetch
+from sleeprl.catalogue import CATALOGUE, cached, fetch
 from sleeprl.lineage import LineageError, LineageStore
 from sleeprl.settings import ConfigError, NightConfig, ResourcesConfig
 
@@ -20,6 +20,25 @@ def find_model(config: NightConfig) -> Path:
     it, or HEAD); a Hugging Face id, from the local cache or the hub.
     """
     name = config.model.name
+    if (here := local_model(config)) is not None:
+        return here
+    if name in CATALOGUE:
+        return fetch(CATALOGUE[name])
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"model.name={name!r} cannot be had from the Hugging Face hub: {error}"
+        ) from None
+
+
+def local_model(config: NightConfig) -> Path | None:
+    """``find_model`` as far as it needs no network: None for a model that has to be fetched."""
+    name = config.model.name
     if name == "embedded":
         return EMBEDDED
     if Path(name).is_dir():
@@ -28,8 +47,12 @@ def find_model(config: NightConfig) -> Path:
                 f"model.name={name!r} is a directory without config.json; give a checkpoint"
             )
         return Path(name)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ConfigError(
+            f"model.name={name!r}: no such directory; give that of a checkpoint, written out"
+        )
     if name in CATALOGUE:
-        return fetch(CATALOGUE[name])
+        return cached(CATALOGUE[name])
     store = LineageStore(config.generations)
     try:
         return store.path(store.resolve(name))
@@ -43,16 +66,7 @@ def find_model(config: NightConfig) -> Path:
                 + f" By name there are {', '.join(names)} (see `sleeprl models`); it may also be a "
                 f"directory, a Hugging Face id (organisation/name), or a generation, but: {error}"
             ) from None
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-        )
-    except Exception as error:
-        raise ConfigError(
-            f"model.name={name!r} cannot be had from the Hugging Face hub: {error}"
-        ) from None
+    return None
 
 
 def device_dtype(dtype: str, resources: ResourcesConfig) -> str:

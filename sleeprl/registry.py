@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,30 @@ class PluginError(ValueError):
     """A plug-in that cannot be found or made; the message says where it was looked for."""
 
 
-def check(name: str, kind: str) -> None:
-    """Raise PluginError unless ``resolve`` would find ``name``; imports nothing of sleepRL's own."""
-    if name not in BUILTIN.get(kind, {}):
-        resolve(name, kind)
+def check(name: str, kind: str, options: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Raise PluginError unless ``create`` could call ``name`` with ``options``; it is not called.
+
+    given: the keyword arguments that the program adds.
+    """
+    factory = resolve(name, kind)
+    if not callable(factory):
+        raise PluginError(
+            f"{kind} {name!r} is a {type(factory).__name__} and cannot be called; name a class, or a "
+            f"function that returns a {kind}"
+        )
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # a builtin of Python's may have none
+        return
+    try:
+        signature.bind(**{**options, **dict.fromkeys(given)})
+    except TypeError as error:
+        takes = ", ".join(signature.parameters) or "nothing"
+        adds = f", and every {kind} is given {', '.join(given)}" if given else ""
+        raise PluginError(
+            f"{kind} {name!r} with options {dict(options)}: {error}; it takes {takes}{adds}. "
+            f"Mend the options, or name another {kind}"
+        ) from None
 
 
 def resolve(name: str, kind: str) -> Callable[..., Any]:
@@ -79,7 +100,7 @@ def resolve(name: str, kind: str) -> Callable[..., Any]:
     near = difflib.get_close_matches(name, known, n=1)
     raise PluginError(
         f"{kind} {name!r} is unknown"
-        + (f"; did you mean {near[0]!r}?" if near else "")
+        + (f"; did you mean {near[0]!r}?" if near else ".")
         + f" Known: {', '.join(known)}; or give a dotted path such as my_module.MyThing"
     )
 

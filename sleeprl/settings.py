@@ -5,9 +5,12 @@ Defaults are for the embedded model on two CPU cores.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ class ConfigError(ValueError):
 @dataclass
 class ModelConfig:
     name: str = "embedded"
-    """``embedded``, a generation id, a local directory, or a Hugging Face id."""
+    """``embedded``, a name that ``sleeprl models`` lists, a generation (its id, a beginning of one, or
+    ``HEAD``, the present one), a local directory, or a Hugging Face id."""
     dtype: str = "auto"
     """``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU, float32 on the CPU."""
     max_length: int = 512
@@ -80,7 +84,9 @@ class WakeConfig:
 @dataclass
 class EvaluationConfig:
     questions: str | None = None
-    """JSONL of ``{question, answer, kind?}`` for one's own data."""
+    """JSONL of ``{question, answer, kind?, experience?}`` about ``wake.inputs``. kind: ``recall`` (if
+    none is given), ``two_hop``, or ``retention`` of what was known before. experience: the document
+    that answers the question, for the self that may read it."""
     retention: int = 300
     """Questions on what was known before the night."""
     texts: int = 100
@@ -109,6 +115,7 @@ class SelfStudyConfig:
     temperature: float = 0.7
     """Below 1: what is taught must be true before it is varied."""
     max_tokens: int = 64
+    """Longest text that is written, in tokens."""
     opening: str = ""
     """What is put into its mouth where it is to write a question and its answer: ``Question:``,
     for a model that would not begin so by itself."""
@@ -122,21 +129,26 @@ class SelfStudyConfig:
 @dataclass
 class ConsolidationConfig:
     steps: int = 150
+    """Learner updates."""
     batch_size: int = 24
     """Teacher texts of the new experience per step, over all workers."""
     replay_ratio: float = 2.5
     """Replay texts per text of the new experience."""
     learning_rate: float = 1.5e-2
+    """Its highest value, after the warm-up."""
     warmup: int = 10
     """Steps over which the learning rate rises; it then falls along a cosine."""
     weight_decay: float = 0.0
+    """AdamW's: in a step a weight loses this share of itself, times the learning rate."""
     grad_clip: float = 1.0
+    """Longest gradient (its norm); a longer one is shortened to it."""
     beta: float = 0.0
     """Generalised JSD: 0 is the forward KL, 1 the reverse KL (method 7, GKD)."""
     support: str = "teacher"
     """Tokens that are compared: the ``top_k`` of the ``teacher`` or of the ``student`` with all
     others as one tail bin, or ``full``."""
     top_k: int = 32
+    """Size of the support, unless that is ``full``."""
     pointwise_clip: float | None = None
     """The most that one token of the support may add to a divergence (OPSD: 0.05); none: no limit."""
     on_policy: float = 0.5
@@ -162,19 +174,22 @@ class ConsolidationConfig:
     """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
     ``Algorithm``."""
     algorithm_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the algorithm."""
     semantic: float = 0.5
     """gamma: share of the semantic part in the imitation reward."""
     judge: str = "exact"
     """Who says whether two texts mean the same: ``exact``, ``embedding``, ``teacher``, or the
     dotted path of a ``Judge``."""
     judge_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the judge."""
     edit_threshold: float = 0.5
     """z0: beyond so many edits the lexical reward is 0."""
     edit_mode: str = "ratio"
     """What z0 is: a ``ratio`` of the longer text's length, or ``abs``, a number of edits (the paper)."""
     prefix_min: float = 0.1
+    """The shortest prefix of a teacher text that the student continues, as a share of it."""
     prefix_max: float = 0.6
-    """The random prefix of a teacher text that the student continues, as a share of it."""
+    """The longest; each is drawn between the two."""
     checkpoint_every: int = 40
     """Steps between two checkpoints of the job; each waits until no roll-outs are under way."""
 
@@ -203,6 +218,7 @@ class FixedCapacityConfig:
 @dataclass
 class DreamingConfig:
     enabled: bool = True
+    """Whether the night dreams at all."""
     steps: int = 8
     """Learner updates."""
     tasks_per_step: int = 4
@@ -212,17 +228,23 @@ class DreamingConfig:
     staleness: int = 1
     """Updates by which a dream's policy may trail the learner; 0 is the synchronous loop."""
     learning_rate: float = 2e-4
+    """Its highest value; it rises and falls as that of the consolidation."""
     grad_clip: float = 1.0
+    """Longest gradient (its norm); a longer one is shortened to it."""
     temperature: float = 1.0
+    """At which dreams are sampled."""
     max_tokens: int = 64
+    """Longest dream, in tokens."""
     reward: str = "likelihood_gain"
     """A built-in name or the dotted path of a ``Reward``."""
     reward_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the reward."""
     reward_deadline: float = 30.0
     """Seconds the reward of one dream may take before it is unscored."""
     curriculum: str = "weak_spots"
     """A built-in name or the dotted path of a ``Curriculum``."""
     curriculum_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the curriculum."""
     stall_seconds: float = 120.0
     """An actor that waits so long is named, with whom it waits for."""
     algorithm: str = "dapo"
@@ -230,6 +252,7 @@ class DreamingConfig:
     ``Algorithm``. ``dapo`` draws other groups for those whose rewards are all equal;
     ``algorithm_options.redraws`` bounds that, and 0 ends it."""
     algorithm_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the algorithm."""
     reference_kl: float = 0.0
     """Weight of the KL of the dream writer to the smaller self, on its dreams."""
     reference_estimator: str = "k3"
@@ -238,9 +261,12 @@ class DreamingConfig:
     """Off-policy correction: ``token``, ``sequence`` or ``geometric``; ``off`` leaves it to the
     algorithm, whose ratio is then taken to the policy that wrote the dream."""
     correction_mode: str = "truncate"
-    """``truncate`` caps the weight, ``mask`` drops what lies outside the band."""
+    """``truncate`` caps the weight at ``correction_high``, ``clip`` keeps it within the band from
+    ``correction_low`` to there, ``mask`` drops what lies outside the band."""
     correction_low: float = 0.5
+    """Lower end of the band, as a ratio of two policies' probabilities."""
     correction_high: float = 2.0
+    """Its upper end."""
     policy: float = 1.0
     """Weight of the policy gradient on the dream writer."""
     learn: float = 0.5
@@ -269,14 +295,18 @@ class ResourcesConfig:
     """``vllm``, or ``torch``: small, slow and the same to the bit each time; or the dotted path of a
     ``TokenEngine``."""
     engines: int = 1
+    """How many write texts side by side."""
     engine_cpus: int = 1
+    """Cores of one engine."""
     engine_gpus: float = 0.0
+    """GPUs of one engine: a share of one, such as 0.5, or whole ones; 0 is the CPU."""
     engine_tensor_parallel: int = 1
     """Processes of one engine that share every layer (vLLM's tensor parallelism); ``engine_cpus`` and
     ``engine_gpus`` are those of all of them, a GPU each."""
     engine_memory_gb: float = 1.0
-    """KV cache of one CPU engine."""
+    """KV cache of one CPU engine, in GiB."""
     engine_gpu_utilization: float = 0.4
+    """Share of a GPU's memory that vLLM takes."""
     transport: str = "shared_memory"
     """How new weights reach the engines: ``shared_memory`` on the learner's host, ``disk`` below
     ``runs`` on any host, vLLM's ``nccl`` between GPUs or ``ipc`` within one GPU."""
@@ -289,12 +319,15 @@ class ResourcesConfig:
     memory, but that of the learner's weights and optimiser stays, so ``engine_gpu_utilization``
     must leave room for it."""
     learner_workers: int = 1
+    """Processes that share the learner's state and batches (ZeRO-3)."""
     learner_cpus: int = 1
+    """Cores of one worker."""
     learner_gpus: float = 0.0
-    """Per worker."""
+    """GPUs of one worker, or a share of one; 0 is the CPU."""
     offload: str = "none"
     """What a learner worker keeps in the host's memory instead of its GPU's: ``optimizer`` its share of
-    the optimiser, which then steps there, ``parameters`` that and its share of the parameters."""
+    the optimiser, which then steps there, ``parameters`` that and its share of the parameters,
+    ``none`` nothing."""
     micro_batch_tokens: int = 8192
     """Padded tokens in one forward pass of a learner worker; fewer take less memory and more time,
     and change nothing else."""
@@ -302,10 +335,19 @@ class ResourcesConfig:
     """Actors that hold the teacher, a second copy of the model; none: the learner's own module
     teaches, with its new expert off."""
     teacher_cpus: int = 1
+    """Cores of one of them."""
     teacher_gpus: float = 0.0
+    """GPUs of one of them, or a share of one; 0 is the CPU."""
     max_failures: int = 1
     """How often in a phase a dead worker group, or while dreaming a dead engine, is restarted from
     the last checkpoint."""
+
+    @property
+    def gpus(self) -> float:
+        """Of all engines, learner workers and teachers together."""
+        learners = self.learner_workers * self.learner_gpus
+        teachers = self.teachers * self.teacher_gpus
+        return round(self.engines * self.engine_gpus + learners + teachers, 4)
 
     @property
     def learner_threads(self) -> int:
@@ -321,9 +363,11 @@ class NightConfig:
     name: str = "night"
     """Directory of the run below ``runs``."""
     runs: str = "runs"
+    """Directory of all runs."""
     generations: str = "generations"
     """Where committed generations live."""
     seed: int = 0
+    """Of all that is drawn: people, texts, batches, the new expert."""
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     wake: WakeConfig = field(default_factory=WakeConfig)
@@ -351,6 +395,25 @@ def keys(node: Any = NightConfig, prefix: str = "") -> Iterator[str]:
             yield from keys(value, f"{prefix}{entry.name}.")
         else:
             yield f"{prefix}{entry.name}"
+
+
+def meanings(section: Any = NightConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """All dotted keys with what stands below them here."""
+    (node,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(node, ast.ClassDef)
+    below = {
+        ast.unparse(entry.target): ast.literal_eval(text.value)
+        for entry, text in pairwise(node.body)
+        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    instance = section()
+    for each in fields(section):
+        value = getattr(instance, each.name)
+        if is_dataclass(value):
+            yield from meanings(type(value), f"{prefix}{each.name}.")
+        else:
+            told = " ".join(below.get(each.name, "").split())
+            yield f"{prefix}{each.name}", told.replace("``", "`")
 
 
 def available_cpus() -> int:

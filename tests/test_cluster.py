@@ -11,9 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 import yaml
 
+from sleeprl import cli
 from sleeprl import config as cfg
+from sleeprl.actors.cluster import ResourceError, cluster
+from sleeprl.settings import ResourcesConfig
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
@@ -52,8 +57,10 @@ def test_configs_load_and_set_resources_only(path: Path) -> None:
     assert set(yaml.safe_load(path.read_text())) == {"name", "resources"}
     config = cfg.load(path)
     assert config.name == path.stem
-    out = run("sleeprl", "night", str(path), "--dry-run").stdout
-    assert f"{config.resources.engines} x ({config.resources.engine_cpus} cores" in out
+    done = run("sleeprl", "night", str(path), "--dry-run", CUDA_VISIBLE_DEVICES="")
+    assert f"{config.resources.engines} x ({config.resources.engine_cpus} cores" in done.stdout
+    lacks = f"= {config.resources.gpus:g} GPUs, but this machine has 0"
+    assert (lacks in done.stderr) == (config.resources.address is None)
 
 
 def test_engines_and_learner_fit_into_the_eight_gpus_of_one_node() -> None:
@@ -62,6 +69,35 @@ def test_engines_and_learner_fit_into_the_eight_gpus_of_one_node() -> None:
         engines = have.engines * have.engine_gpus
         assert engines + have.learner_workers * have.learner_gpus == gpus
         assert have.engine_gpu_utilization <= have.engine_gpus
+
+
+def test_a_ray_of_its_own_that_lacks_gpus_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    two = ResourcesConfig(engine_gpus=1, learner_workers=2, learner_gpus=0.5)
+    with pytest.raises(
+        ResourceError, match=r"resources\.engine_gpus=1 \+ 2 learner.*= 2 GPUs.*has 1"
+    ):
+        with cluster(two):
+            pass
+    for fits in (ResourcesConfig(engine_gpus=0.5, learner_gpus=0.5), ResourcesConfig(),
+                 ResourcesConfig(engine_gpus=8, address="auto")):  # fmt: skip
+        with cluster(fits):
+            pass
+
+
+def test_a_night_that_lacks_gpus_is_told_in_a_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    words = ["resources.engine_gpus=1", "resources.cpus=2", f"runs={tmp_path / 'runs'}"]
+    monkeypatch.setattr(sys, "argv", ["sleeprl", "night", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "resources.engine_gpus=1 = 1 GPUs, but this machine has 0" in line
+    assert not (tmp_path / "runs").exists()
 
 
 # --- KubeRay ----------------------------------------------------------------------

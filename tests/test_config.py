@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from sleeprl import checks
+from sleeprl import checks, cli
 from sleeprl import config as cfg
 from sleeprl.catalogue import CATALOGUE, Spec
-from sleeprl.settings import ConfigError, DreamingConfig, LevelConfig, NightConfig, keys
+from sleeprl.evaluation.probes import KINDS
+from sleeprl.settings import ConfigError, DreamingConfig, LevelConfig, NightConfig, keys, meanings
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +29,25 @@ def refused(*words: str, path: Path | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
         cfg.load(path, list(words))
     return str(caught.value)
+
+
+@pytest.fixture
+def error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a command that is refused; the one line that it prints."""
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["sleeprl", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out, len(err.splitlines())) == (2, "", 1), out + err
+        return err
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))  # for examples/
+    return run
 
 
 # --- layers -----------------------------------------------------------------------
@@ -102,6 +126,28 @@ def test_keys_are_all_leaves_of_the_resolved_file() -> None:
     assert list(keys()) == leaves(yaml.safe_load(cfg.to_yaml(NightConfig())))
 
 
+def test_every_setting_is_explained() -> None:
+    told = dict(meanings())
+    assert list(told) == list(keys()) and all(told.values())
+    for key, choices in checks._CHOICES.items():
+        assert all(choice in told[key] for choice in choices), key
+    assert all(word in told["evaluation.questions"] for word in (*KINDS, "experience"))
+    assert "HEAD" in told["model.name"] and "sleeprl models" in told["model.name"]
+
+
+def test_what_is_explained_is_still_the_file(tmp_path: Path) -> None:
+    words = [
+        "seed=5",
+        "dreaming.reward_options={scale: 2}",
+        "memory.levels=[{period: 2, slots: 2}]",
+    ]
+    config = cfg.load(None, words)
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.explained(config))
+    assert cfg.load(path) == config
+    assert "\n  # Dreams per task.\n  group_size: 6\n" in path.read_text()
+
+
 def test_run_dir() -> None:
     assert cfg.load(None, ["runs=some/where", "name=first"]).run_dir == Path("some/where/first")
 
@@ -117,6 +163,9 @@ def test_run_dir() -> None:
         ("steps=3", "'steps'", ".steps'"),
         ("dreaming.learning_rat=1", "'dreaming.learning_rat'", "'dreaming.learning_rate'"),
         ("sed=1", "'sed'", "'seed'"),
+        ("consolidation.lr=1", "'consolidation.lr'", "'consolidation.learning_rate'"),
+        ("dreaming.lr=1", "'dreaming.lr'", "'dreaming.learning_rate'"),
+        ("dreaming.kl=1", "'dreaming.kl'", "'dreaming.reference_kl'"),
     ],
 )
 def test_a_mistyped_key_is_named_with_the_nearest(word: str, named: str, meant: str) -> None:
@@ -132,6 +181,20 @@ def test_a_mistyped_key_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("dreaming:\n  stepps: 3\n")
     message = refused(path=tmp_path / "x.yaml")
     assert "dreaming.stepps" in message and "'dreaming.steps'" in message
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("wake.inputs=notes.jsonl", "is a list; write wake.inputs=[notes.jsonl]"),
+        ("baselines=ewc,replay", "is a list; write baselines=[ewc,replay]"),
+        ("model=embedded", "model is a section; did you mean model.name=embedded?"),
+    ],
+)
+def test_a_plain_value_for_a_list_or_a_section(word: str, meant: str, tmp_path: Path) -> None:
+    assert meant in refused(word)
+    (tmp_path / "x.yaml").write_text("wake: {inputs: notes.jsonl}\n")
+    assert "write wake.inputs=[notes.jsonl]" in refused(path=tmp_path / "x.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -268,6 +331,35 @@ def test_staleness_needs_a_correction() -> None:
     cfg.load(None, ["dreaming.staleness=1", "dreaming.algorithm=gspo", words[1]])
 
 
+def test_questions_of_ones_own_need_a_day_of_ones_own(tmp_path: Path) -> None:
+    for name in ("notes.jsonl", "questions.jsonl"):
+        (tmp_path / name).touch()
+    word = f"evaluation.questions={tmp_path / 'questions.jsonl'}"
+    assert "give wake.inputs" in refused(word)
+    cfg.load(None, [word, f"wake.inputs=[{tmp_path / 'notes.jsonl'}]"])
+
+
+@pytest.mark.parametrize("name", ["dreaming", "consolidation"])
+def test_a_group_of_one_has_nothing_to_compare(name: str) -> None:
+    one, algorithm = f"{name}.group_size=1", f"{name}.algorithm="
+    for compares in checks._WITHIN_GROUP:
+        message = refused(one, algorithm + compares)
+        assert one in message and algorithm + compares in message
+    option = f"{name}.algorithm_options.group_baseline="
+    assert one in refused(one, f"{algorithm}reinforce_plus_plus", f"{option}true")
+    for alone in ("reinforce", "rest_em", "reinforce_plus_plus"):
+        cfg.load(None, [one, algorithm + alone])
+
+
+def test_a_group_of_one_that_earns_no_reward() -> None:
+    one = "consolidation.group_size=1"
+    for quiet in ("consolidation.distillation=1", "consolidation.rollout_prompts=0"):
+        cfg.load(None, [one, quiet, "baselines=[self_distillation]"])
+        assert one in refused(one, quiet, "baselines=[grpo]")
+    cfg.load(None, ["dreaming.group_size=1", "dreaming.enabled=false"])
+    cfg.load(None, ["dreaming.group_size=1", "dreaming.algorithm=ppo"])
+
+
 def test_prefix_bounds_and_room_for_a_prompt() -> None:
     message = refused("consolidation.prefix_min=0.7", "consolidation.prefix_max=0.2")
     assert "prefix_min=0.7" in message and "prefix_max=0.2" in message
@@ -353,3 +445,69 @@ def test_offloading_needs_a_gpu_to_take_the_load_off() -> None:
         config = cfg.load(None, [f"resources.offload={what}", "resources.learner_gpus=1"])
         assert config.resources.offload == what
     assert "none, optimizer, parameters" in refused("resources.offload=all")
+
+
+# --- the command ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "field", "fix"),
+    [
+        ("dreaming.reward_options.foo=1", "dreaming.reward_options", "takes scale"),
+        ("consolidation.judge_options.foo=1", "consolidation.judge_options", "takes learner, chat"),
+        ("dreaming.algorithm_options.foo=1", "dreaming.algorithm_options", "redraws"),
+        ("consolidation.judge=embedding", "consolidation.judge: ", "'model'"),
+        (
+            "dreaming.curriculum=examples.brief_reward.brief",
+            "dreaming.curriculum",
+            "given tasks, seed",
+        ),
+        (
+            "dreaming.reward=os.path",
+            "dreaming.reward",
+            "is a module and cannot be called; name a class",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_a_plug_in_that_cannot_be_called_so(
+    error: Callable[..., str], word: str, field: str, fix: str
+) -> None:
+    said = error("night", "--dry-run", word)
+    assert field in said and word.rpartition("=")[2] in said and fix in said
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("notes.pdf", "text", "cannot tell its format"),
+        ("notes.jsonl", "", "hold no experience"),
+        ("notes.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "notes.jsonl:2: neither field 'text'"),
+    ],
+)
+def test_a_dry_run_reads_the_inputs(
+    error: Callable[..., str], name: str, text: str, said: str
+) -> None:
+    Path(name).write_text(text)
+    assert said in error("night", "--dry-run", f"wake.inputs=[{name}]")
+
+
+def test_a_dry_run_reads_the_questions(error: Callable[..., str]) -> None:
+    Path("notes.txt").write_text("Mara lives in Oslo.")
+    Path("questions.jsonl").write_text('{"question": "Where?"}\n')
+    words = ("wake.inputs=[notes.txt]", "evaluation.questions=questions.jsonl")
+    assert "questions.jsonl:1: not a question" in error("night", "--dry-run", *words)
+    assert not Path("runs").exists()
+
+
+def test_a_dry_run_looks_for_the_model(error: Callable[..., str]) -> None:
+    assert "model.name='./mine': no such directory" in error("night", "--dry-run", "--model=./mine")
+
+
+def test_an_error_is_one_line_with_its_brackets(error: Callable[..., str]) -> None:
+    assert "write wake.inputs=[notes.jsonl]" in error("night", "wake.inputs=notes.jsonl")
+    assert "nope is not a run directory" in error("report", "nope")
+
+
+def test_help_shows_how_a_list_is_written() -> None:
+    out = CliRunner().invoke(cli.app, ["night", "--help"], env={"COLUMNS": "200"}).output
+    assert "wake.inputs=[notes.jsonl] model.name" in out

@@ -26,7 +26,7 @@ from sleeprl.chat import Chat
 from sleeprl.files import sha256_file
 from sleeprl.memory.checkpoint import widen
 from sleeprl.memory.experts import mlps
-from sleeprl.models import find_model
+from sleeprl.models import find_model, local_model
 from sleeprl.settings import ConfigError, NightConfig
 
 IDS = torch.tensor([[3, 40, 77, 9, 120, 5, 8, 31]])
@@ -313,6 +313,22 @@ def test_a_near_miss_is_told_what_was_meant(tmp_path: Path) -> None:
         find_model(settings("SmolLM-135m", tmp_path))
     with pytest.raises(ConfigError, match=r"'xyz' is unknown\. By name there are embedded, smol"):
         find_model(settings("xyz", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["/nowhere/model", "./model", "../model", "~/model", "my/own/model"]
+)
+def test_a_path_is_not_looked_for_on_the_hub(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.name='{name}': no such directory"):
+        find_model(settings(name, tmp_path))
+
+
+def test_what_needs_no_network_is_known_without_one(tiny_model: Path, cache: Path) -> None:
+    assert local_model(settings(str(tiny_model), cache)) == tiny_model
+    assert local_model(settings("smollm2-135m", cache)) is None
+    assert local_model(settings("organisation/model", cache)) is None
+    with pytest.raises(ConfigError, match="HEAD"):
+        local_model(settings("HEAD", cache))
 
 
 def test_a_cached_model_is_found_by_its_name(tiny_model: Path, cache: Path) -> None:

@@ -39,7 +39,6 @@ def test_every_builtin_can_be_found() -> None:
     for kind, builtin in BUILTIN.items():
         for name in builtin:
             assert callable(resolve(name, kind))
-            check(name, kind)
 
 
 def test_a_dotted_path_into_the_working_directory(here: Path) -> None:
@@ -73,6 +72,8 @@ def test_an_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(PluginError, match="did you mean 'ordered'") as caught:
         resolve("orderd", "thing")
     assert "counter, ordered" in str(caught.value) and "dotted path" in str(caught.value)
+    with pytest.raises(PluginError, match=r"'zzz' is unknown\. Known: counter"):
+        resolve("zzz", "thing")
 
 
 @pytest.mark.parametrize(
@@ -99,3 +100,15 @@ def test_a_wrong_option_is_named_with_the_plug_in(here: Path) -> None:
     (here / "plugin_options.py").write_text("def make(size):\n    return size\n")
     with pytest.raises(PluginError, match=r"plugin_options\.make.*siz"):
         create("plugin_options.make", "thing", {"siz": 1})
+
+
+def test_options_are_checked_without_a_call(here: Path) -> None:
+    text = "def make(tasks, size=1):\n    raise RuntimeError\nnumber = 3\n"
+    (here / "plugin_checked.py").write_text(text)
+    check("plugin_checked.make", "thing", {"size": 2}, ("tasks",))
+    with pytest.raises(PluginError, match=r"'siz'; it takes tasks, size, and every thing is given"):
+        check("plugin_checked.make", "thing", {"siz": 2}, ("tasks",))
+    with pytest.raises(PluginError, match="missing a required argument: 'tasks'"):
+        check("plugin_checked.make", "thing", {})
+    with pytest.raises(PluginError, match=r"is a int and cannot be called; name a class"):
+        check("plugin_checked.number", "thing", {})

@@ -10,14 +10,37 @@ from typing import Any
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from sleeprl.settings import ResourcesConfig, available_cpus
+from sleeprl.settings import ConfigError, ResourcesConfig, available_cpus
 
 ROOM_S = 600.0
 """How long a cluster may take to make room: one that scales starts machines meanwhile."""
 
 
-class ResourceError(RuntimeError):
+class ResourceError(ConfigError):
     """The cluster has not what is asked for."""
+
+
+def require_gpus(resources: ResourcesConfig) -> None:
+    """Raise ResourceError where a Ray of this machine's own would lack GPUs: it cannot grow."""
+    if resources.address is not None or not resources.gpus:
+        return
+    import torch
+
+    have = torch.cuda.device_count()
+    if resources.gpus > have:
+        asked = " + ".join(
+            f"{count} {name}(s) x resources.{name}_gpus={each:g}"
+            for name, count, each in (
+                ("engine", resources.engines, resources.engine_gpus),
+                ("learner", resources.learner_workers, resources.learner_gpus),
+                ("teacher", resources.teachers, resources.teacher_gpus),
+            )
+            if count * each
+        )
+        raise ResourceError(
+            f"{asked} = {resources.gpus:g} GPUs, but this machine has {have}; lower these (0 is the "
+            "CPU), or join a cluster with resources.address"
+        )
 
 
 @contextmanager
@@ -26,7 +49,10 @@ def cluster(resources: ResourcesConfig, *, state_api: bool = False) -> Iterator[
 
     state_api: with the dashboard process, by which Ray Train learns that a job's owner
         was stopped, and frees what the job held. A night on its own does without.
+
+    Raises ResourceError where a local one would lack GPUs.
     """
+    require_gpus(resources)
     if resources.address is None:
         # Threads that spin while they wait would take the core from whoever has work.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -9,4 +9,4 @@ from sleeprl.losses.algorithms.base import GroupClipped
 
 @dataclass(frozen=True)
 class GRPO(GroupClipped):
-    """Its KL to the reference is ``dreaming.kl``, which any algorithm may have."""
+    """Its KL to the reference is ``dreaming.reference_kl``, which any algorithm may have."""
