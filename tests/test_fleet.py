@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sleeprl.actors import group as of_group
 from sleeprl.actors.cluster import vacate
 from sleeprl.actors.engine import EngineOptions, Sampling, spawn
-from sleeprl.actors.fleet import Fleet, StaleEngine
+from sleeprl.actors.fleet import SILENCE, Fleet, StaleEngine
 from sleeprl.actors.group import ActorFailure, Kind
 from sleeprl.actors.health import Health
 from sleeprl.actors.torch_engine import TorchEngine
+from sleeprl.dreaming import learning
 from sleeprl.memory.checkpoint import WEIGHTS
 from sleeprl.weights.verify import Canary
 
@@ -177,6 +180,55 @@ def test_an_engine_that_is_lost_at_work_gets_no_more(
         fleet.generate(PROMPTS, SAMPLING)
     assert states(fleet) == [Health.HEALTHY, Health.DEAD]
     assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
+
+
+def test_an_engine_that_falls_silent_at_work_does_not_hang_who_waits(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_group, "GRACE_S", 1.0)
+    monkeypatch.setattr(of_group, "PROBE_S", 0.2)
+    fleet.health.dead_after = 2.0
+    pid = ray.get(fleet.group.actors[1].pid.remote())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ActorFailure, match=r"engine-1\.generate .*answer for 2 s") as silent:
+            fleet.generate(PROMPTS, SAMPLING)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert silent.value.failure.kind is Kind.INFRA
+    assert states(fleet) == [Health.HEALTHY, Health.DEAD]
+    assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
+
+
+def test_the_dead_and_the_silent_do_not_keep_a_fleet_from_its_end(fleet: Fleet) -> None:
+    killed, stopped = ray.get([actor.pid.remote() for actor in fleet.group.actors])
+    os.kill(killed, signal.SIGKILL)
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    fleet.shutdown()
+    assert time.monotonic() - began < 30
+    while ray.available_resources().get("CPU") != 2:  # what was reserved for them
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+
+
+def test_the_expert_is_gathered_before_the_engines_can_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They fail on rank 0 alone, which must not leave the others in a gather that never ends."""
+    done: list[str] = []
+
+    def publish(*_: Any) -> None:
+        done.append("publish")
+        raise StaleEngine("no engine is left")
+
+    job: Any = SimpleNamespace(first_version=1, canary=IDS)
+    actor = learning.LearnerActor(job, 0, 2, [])
+    actor.learner = SimpleNamespace(steps=1, expert=lambda: done.append("expert"))  # type: ignore
+    monkeypatch.setattr(learning, "publish", publish)
+    with pytest.raises(StaleEngine):
+        actor.publish()
+    assert done == ["expert", "publish"] and actor.fleet.health.dead_after == SILENCE
 
 
 def test_trap_10_an_engine_that_hangs_does_not_hang_the_update(

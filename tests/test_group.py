@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,18 @@ def all_of(group: ActorGroup) -> list[Result]:
         assert time.monotonic() < deadline, found
         found += group.ready(0.2)
     return found + group.ready()
+
+
+@contextmanager
+def stopped(*processes: int) -> Iterator[None]:
+    """They are there and do nothing."""
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
 
 
 def until(group: ActorGroup, right: Callable[[], bool]) -> None:
@@ -205,6 +219,30 @@ def test_silence_for_too_long_is_death_and_its_calls_are_lost(
     time.sleep(1.0)
     two.look()
     assert two.health[0] is Health.DEAD  # a late answer does not bring back the dead
+
+
+@pytest.mark.parametrize(("verified", "silent"), [([1], [0]), ([], [1]), ([0, 1], [0, 1])])
+def test_who_is_silent_and_in_the_way_is_dead(
+    two: ActorGroup, verified: list[int], silent: list[int]
+) -> None:
+    two.updated(verified)
+    with stopped(*(pid(two, index) for index in silent)):
+        assert two.dead(0.1) == []  # in this group silence means nothing yet
+        two.health.dead_after = 1.0
+        assert two.dead(0.1) == silent == two.health.having(Health.DEAD)
+    time.sleep(1.0)
+    two.look()
+    assert two.health.having(Health.DEAD) == silent
+
+
+def test_a_stale_member_that_answers_late_is_not_dead(two: ActorGroup) -> None:
+    two.health.dead_after = 60.0
+    two.updated([1])
+    slow = pid(two, 0)
+    with stopped(slow):
+        threading.Timer(1.0, os.kill, (slow, signal.SIGCONT)).start()
+        assert two.dead(0.1) == []
+    assert two.health[0] is Health.STALE and not two._pings
 
 
 def test_engines_are_placed_all_or_none() -> None:

@@ -107,3 +107,23 @@ def test_a_stale_engine_is_not_dead_for_being_so_for_long() -> None:
     clock.now += 10_000.0
     assert health[0] is Health.STALE
     assert health.note(0, Event.VERIFIED) is Health.HEALTHY
+
+
+def test_a_stale_engine_that_is_silent_for_too_long_is_dead() -> None:
+    clock = Clock()
+    health = FleetHealth(1, dead_after=60.0, clock=clock)
+    health.note(0, Event.UNVERIFIED)
+    clock.now += 61.0
+    assert health.note(0, Event.MISSED) is Health.STALE  # that is when its silence begins
+    clock.now += 61.0
+    assert health.note(0, Event.ANSWERED) is Health.STALE
+    assert health.note(0, Event.MISSED) is Health.STALE
+    clock.now += 59.0
+    assert health.note(0, Event.MISSED) is Health.STALE
+    clock.now += 2.0
+    assert health.note(0, Event.MISSED) is Health.DEAD and health.updatable == []
+    assert health.note(0, Event.RESTART) is Health.RESTARTING
+    clock.now += 61.0
+    assert health.note(0, Event.MISSED) is Health.RESTARTING  # it comes up for as long as it takes
+    assert health.note(0, Event.STARTED) is Health.STALE
+    assert health.note(0, Event.MISSED) is Health.STALE

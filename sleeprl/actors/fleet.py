@@ -19,6 +19,8 @@ from sleeprl.weights.verify import Canary, Certificate
 
 PATIENCE = 600.0
 """Seconds an engine may take for one step of an update."""
+FAREWELL = 10.0
+"""Seconds an engine may take to end by itself; vLLM's own limit is five."""
 SILENCE = 180.0
 """Seconds for which an engine may not answer before it is dead. They answer while they work."""
 
@@ -168,9 +170,12 @@ class Fleet:
         self._transport, self._connected = None, []
 
     def shutdown(self) -> None:
+        """End all engines; those that are dead, or do not answer for long, are no error."""
         try:
             self.disconnect()
-            self.group.call("shutdown")
+            refs = self.group.send("shutdown", [{}] * len(self.group))
+            if refs:
+                ray.wait(refs, num_returns=len(refs), timeout=FAREWELL)
         finally:
             self.group.kill()
             vacate(self.placement)
@@ -265,15 +270,11 @@ class Pending:
     total: int
 
     def wait(self) -> list[Any]:
-        """What was asked for, in its order. Raises ActorFailure for the first that failed."""
+        """What was asked for, in its order. Raises ActorFailure for the first that failed, or is DEAD
+        before it answers."""
         merged: list[Any] = [None] * self.total
         for turn, (engine, ref) in enumerate(self.refs.items()):
-            try:
-                answers = ray.get(ref)
-            except RayError as error:
-                answers = classify(error)
-                if isinstance(error, RayActorError):
-                    self.group.note(engine, Event.LOST)
+            answers = self.group.wait(engine, ref)
             if isinstance(answers, Failure):
                 raise ActorFailure(f"{self.group.name}-{engine}.{self.method}", answers)
             merged[turn :: len(self.refs)] = answers

@@ -183,6 +183,20 @@ class ActorGroup:
             raise ActorFailure(f"{self.name}-{index}.{method}", failure)
         return values
 
+    def wait(self, index: int, ref: Any) -> Any:
+        """What a call to a member gave, or a Failure; also of one that is DEAD before it answers."""
+        while not ray.wait([ref], timeout=PROBE_S)[0]:
+            self.look()
+            # A call to a process that is gone ends too, and tells more.
+            if self.health[index] is Health.DEAD and not ray.wait([ref], timeout=GRACE_S)[0]:
+                return self._silence()
+        try:
+            return ray.get(ref)
+        except RayError as error:
+            if isinstance(error, RayActorError):
+                self.note(index, Event.LOST)
+            return classify(error)
+
     def ended(self, refs: Sequence[Any]) -> bool:
         """Whether ``collect`` of these would not wait for long: all are done, or one has failed."""
         done, rest = ray.wait(list(refs), num_returns=len(refs), timeout=0)
@@ -224,9 +238,11 @@ class ActorGroup:
                 self.note(index, Event.LOST)
             results += self._lose(index, classify(answer.get()))  # the manager forgets them all too
         for index in self.health.having(Health.DEAD):
-            silent = f"it did not answer for {self.health.dead_after:.0f} s"
-            results += self._lose(index, Failure(Kind.INFRA, silent))
+            results += self._lose(index, self._silence())
         return results
+
+    def _silence(self) -> Failure:
+        return Failure(Kind.INFRA, f"it did not answer for {self.health.dead_after:.0f} s")
 
     def _lose(self, index: int, failure: Failure) -> list[Result]:
         """The end of all calls to a member that are under way."""
@@ -269,12 +285,24 @@ class ActorGroup:
         return bool(health.working)
 
     def dead(self, timeout: float = GRACE_S) -> list[int]:
-        """Ask who is gone, or says that it cannot work. One that is busy for so long is alive."""
+        """Ask who is gone, or says that it cannot work. One that is busy for so long is alive; but
+        where silence may mean death, who stands in the way of the others must answer or is DEAD."""
         self._ask([*self.health.updatable, *self.health.having(Health.RESTARTING)])
-        refs = [ref for ref, _ in self._pings.values()]
-        if refs:
+        unfit, asked = set[int](), list(self._pings)
+        while asked:
+            refs = [self._pings[index][0] for index in asked]
             ray.wait(refs, num_returns=len(refs), timeout=timeout)
-        return sorted({*self._hear(0.0), *self.health.having(Health.DEAD)})
+            unfit.update(self._hear(0.0))
+            asked = [index for index in self._in_the_way() if index in self._pings]
+        return sorted({*unfit, *self.health.having(Health.DEAD)})
+
+    def _in_the_way(self) -> list[int]:
+        """Members whose silence holds up more than themselves: every update waits for the STALE, and
+        all work for the SUSPECT where nobody else may be given it."""
+        if math.isinf(self.health.dead_after):
+            return []
+        suspects = [] if self.health.working else [Health.SUSPECT]
+        return self.health.having(Health.STALE, *suspects)
 
     def _ask(self, members: Iterable[int]) -> None:
         for index in members:

@@ -17,7 +17,7 @@ class Health(StrEnum):
     SUSPECT = "suspect"
     """It did not answer; it gets no work until it does."""
     STALE = "stale"
-    """It answers, but its weights are not known to be right."""
+    """It is there, but its weights are not known to be right."""
     DEAD = "dead"
     RESTARTING = "restarting"
     """Its process comes up: in the place of one that was lost, or as a new member."""
@@ -69,7 +69,8 @@ TRANSITIONS: dict[Health, dict[Event, Health]] = {
 class FleetHealth:
     """The state of each of ``count`` engines, which all begin HEALTHY: with the checkpoint's weights.
 
-    dead_after: seconds for which an engine may be SUSPECT; when it is missed after them, it is DEAD.
+    dead_after: seconds after which one that was missed, and not heard of since, is DEAD when it is
+    missed again; whether it was SUSPECT or STALE.
     """
 
     def __init__(
@@ -80,13 +81,14 @@ class FleetHealth:
         name: str = "engine",
     ) -> None:
         self._states = [Health.HEALTHY] * count
-        self._since = [clock()] * count
+        self._silent: list[float | None] = [None] * count
+        """Since when each has been missed without a break."""
         self.dead_after, self._clock, self._name = dead_after, clock, name
 
     def add(self) -> int:
         """A new member, whose process comes up; returns its number."""
         self._states.append(Health.RESTARTING)
-        self._since.append(self._clock())
+        self._silent.append(None)
         return len(self) - 1
 
     def note(self, engine: int, event: Event) -> Health:
@@ -95,14 +97,15 @@ class FleetHealth:
         if event not in TRANSITIONS[state]:
             raise ValueError(f"{self._name}-{engine} is {state}; it cannot be {event}")
         after = TRANSITIONS[state][event]
+        since, now = self._silent[engine], self._clock()
         # Told by who misses it, not by the clock alone: an answer may be there and not heard yet.
-        if (
-            state is after is Health.SUSPECT
-            and self._clock() - self._since[engine] > self.dead_after
-        ):
+        if event is not Event.MISSED:
+            self._silent[engine] = None
+        elif since is None:
+            self._silent[engine] = now
+        elif state in (Health.SUSPECT, Health.STALE) and now - since > self.dead_after:
             after = Health.DEAD
-        if after is not state:
-            self._states[engine], self._since[engine] = after, self._clock()
+        self._states[engine] = after
         return after
 
     def __getitem__(self, engine: int) -> Health:

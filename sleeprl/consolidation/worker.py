@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from sleeprl.actors.batches import Row
-from sleeprl.actors.fleet import Fleet, Pending
+from sleeprl.actors.fleet import SILENCE, Fleet, Pending
 from sleeprl.actors.group import ActorGroup
 from sleeprl.actors.learner import Learner, LearnerOptions
 from sleeprl.actors.publish import publish, save_trained
@@ -105,7 +105,7 @@ class _Worker:
         self.job, self.shell = job, shell
         self.learner = Learner(job.learner, Teachers(teachers) if teachers else None)
         self.rank, self.world = self.learner.rank, self.learner.world
-        self.fleet = Fleet(ActorGroup("engine", engines))
+        self.fleet = Fleet(ActorGroup("engine", engines, silence=SILENCE))
         self.fleet.version = job.first_version - 1
         self._sleep()
         method = METHODS[job.method]

@@ -21,7 +21,7 @@ from ray.exceptions import ObjectLostError
 from safetensors.torch import load_file, save_file
 
 from sleeprl.actors.batches import Row
-from sleeprl.actors.fleet import Fleet
+from sleeprl.actors.fleet import SILENCE, Fleet
 from sleeprl.actors.group import ActorGroup, Served
 from sleeprl.actors.learner import Learner, LearnerOptions
 from sleeprl.actors.publish import publish, save_trained
@@ -63,7 +63,7 @@ class LearnerActor(Served):
     def __init__(self, job: LearnerJob, rank: int, world: int, engines: Sequence[Any]) -> None:
         self.job, self.rank, self.world = job, rank, world
         self.engines = list(engines)
-        self.fleet = Fleet(ActorGroup("engine", self.engines))
+        self.fleet = Fleet(ActorGroup("engine", self.engines, silence=SILENCE))
 
     def rendezvous(self) -> str:
         with socket.socket() as probe:
@@ -115,7 +115,7 @@ class LearnerActor(Served):
         """Publish to these engines from now on."""
         self.fleet.disconnect()
         self.engines = list(engines)
-        self.fleet = Fleet(ActorGroup("engine", self.engines))
+        self.fleet = Fleet(ActorGroup("engine", self.engines, silence=SILENCE))
 
     def publish(self) -> dict[str, Any]:
         """Send the present weights; on rank 0 with the expert by reference, for the scorers, and
@@ -124,8 +124,8 @@ class LearnerActor(Served):
         May be done again: a version is known by the number of steps, not of publications.
         """
         self.fleet.version = self.job.first_version - 1 + self.learner.steps
+        expert = self.learner.expert()  # collective, and what follows may fail on rank 0 alone
         metrics: dict[str, Any] = publish(self.learner, self.fleet, self.job.canary)
-        expert = self.learner.expert()
         if self.rank == 0:
             metrics |= {
                 "version": self.fleet.version,
