@@ -9,8 +9,10 @@
 A chain is one method over one seed's nights. Each night the model meets fresh people: it
 writes its self-study about them, learns from it by its method, on as many tokens as every
 other method, and is asked in the morning about all people so far and about the old world.
+Sleep is its consolidation alone: no dreams, and no gate that would undo a bad night.
 All chains share their days, the self-study settings, the token budget and the grading;
-``in_context`` trains nothing and has the right document in its prompt.
+``in_context`` trains nothing and has a document in its prompt: the right one, or before a
+question about the old world any of the night's.
 
 Each chain's figures are in ``benchmarks/results/continual/METHOD-SEED.json``, written after
 every night: a benchmark that was stopped goes on where it was, as long as ``--work`` is there.
@@ -26,6 +28,7 @@ import os
 import random
 import shutil
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -44,7 +47,6 @@ from sleeprl import config as cfg
 from sleeprl.actors.cluster import cluster
 from sleeprl.actors.engine import EngineOptions
 from sleeprl.actors.fleet import Fleet
-from sleeprl.actors.learner import LearnerOptions
 from sleeprl.chat import Chat
 from sleeprl.consolidation import notebook
 from sleeprl.consolidation.job import budgeted
@@ -56,18 +58,13 @@ from sleeprl.evaluation.probes import Probe, grade
 from sleeprl.evaluation.statistics import trade_off
 from sleeprl.files import atomic_directory, locked, write_json_atomic
 from sleeprl.ladder import new_slots, steps_of
-from sleeprl.memory.checkpoint import (
-    EXPERT,
-    WEIGHTS,
-    all_tensors,
-    mlp_tensors,
-    widen,
-)
-from sleeprl.memory.growth import update
+from sleeprl.memory.checkpoint import EXPERT, WEIGHTS, all_tensors, mlp_tensors
+from sleeprl.memory.growth import growth_named, update
 from sleeprl.memory.slots import Slots
 from sleeprl.memory.transfer import Transfer
 from sleeprl.models import find_model
 from sleeprl.morning import environment
+from sleeprl.selves import learner_options
 from sleeprl.settings import NightConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import to_batch
@@ -148,6 +145,7 @@ class InProcess:
 @dataclass
 class Lab:
     """What all chains of a process share. base: the embedded model with room for every night.
+    settings: what of ``config`` is not a night's default, and may change what is learned.
     variant: what these settings are called, empty for the night's own."""
 
     config: NightConfig
@@ -155,24 +153,35 @@ class Lab:
     base: Path
     work: Path
     console: Console
+    settings: Sequence[str]
     variant: str = ""
 
     def __post_init__(self) -> None:
         self.chat = Chat(self.base)
 
 
-def chain(lab: Lab, method: str, seed: int, nights: int, rate: float, place: Path) -> list[Any]:
-    """Live the nights that ``place`` does not tell of yet; returns the figures of all."""
-    record: dict[str, Any] = {
-        "method": lab.variant or method, "seed": seed, "rate": rate, "nights": [],
-    }  # fmt: skip
-    models = lab.work / place.stem
-    if place.is_file():
-        found = json.loads(place.read_text())
-        done = len(found["nights"])
-        if done >= nights or (found["rate"] == rate and (models / f"after-{done}").is_dir()):
-            record = found
+def chain(
+    lab: Lab, method: str, seed: int, nights: int, rate: float, place: Path
+) -> dict[str, Any]:
+    """Live the nights that ``place`` does not tell of yet; returns what it then tells.
+
+    Exits where what is there is of other settings, or cannot be gone on with: it is not replaced.
+    """
     lived = days(seed, nights, lab.config)
+    made_with = {"rate": rate, "settings": lab.settings}
+    models, record = lab.work / place.stem, None
+    if place.is_file():
+        record = json.loads(place.read_text())
+        done, found = len(record["nights"]), {name: record[name] for name in made_with}
+        if found != made_with:
+            sys.exit(f"{place} is of {found}, not of {made_with}; move it away to make another")
+        if done < nights and not (models / f"after-{done}").is_dir():
+            sys.exit(f"{place} has {done} nights and {models} no model to go on from; move it away")
+    if record is None:
+        lab.fleet.publish(all_tensors(lab.base))
+        before = examine(lab, lived, 0, with_context=False)["retention"]
+        told = {"method": lab.variant or method, "seed": seed, **made_with, "before": before}
+        record = {**told, "nights": []}
     for night in range(len(record["nights"]), nights):
         before, after = models / f"after-{night}", models / f"after-{night + 1}"
         start = before if night and method != IN_CONTEXT else lab.base
@@ -193,7 +202,7 @@ def chain(lab: Lab, method: str, seed: int, nights: int, rate: float, place: Pat
         shutil.rmtree(before, ignore_errors=True)
         told = f"recall so far {fmean(seen['recall']):.1%}, retention {seen['retention']:.1%}"
         lab.console.print(f"{record['method']} seed {seed}, night {night + 1} of {nights}: {told}")
-    return record["nights"][:nights]
+    return record
 
 
 def learn_day(
@@ -210,33 +219,23 @@ def learn_day(
     scratch = after.with_name("scratch")
     shutil.rmtree(scratch, ignore_errors=True)
     steps = transfers(config, before, night) if METHODS[method].grows else [None]
-    known = kept = notebook.load(before)
+    kept = notebook.load(before)
     told = {"tokens": 0, "steps": 0}
     for number, step in enumerate(steps):
         if reads == (PASSAGE,):
             written = Study([])
         elif step is None or step.teacher_has_context:
-            written = study(lab.fleet, chat, documents, wanted, seed, longest, notebook=known)
+            written = study(lab.fleet, chat, documents, wanted, seed, longest, notebook=kept)
             kept = written.notebook
         else:
-            written = rehearse(lab.fleet, chat, wanted, seed + number, longest, notebook=known)
+            written = rehearse(lab.fleet, chat, wanted, seed + number, longest, notebook=kept)
         place = scratch / str(number)
         Lake(place / "lake").append(to_batch(written.trajectories), "trajectories")
         seeding = config.consolidation
         job = Job(
             method=method,
-            learner=LearnerOptions(
-                checkpoint=str(before.resolve()),
-                slot=step.slot if step else None,
-                held=step.reset if step else (),
-                dtype="float32",
-                seed=seed,
-                learning_rate=rate,
-                total_steps=seeding.steps,
-                warmup=seeding.warmup,
-                threads=config.resources.learner_cpus,
-                micro_batch_tokens=config.resources.micro_batch_tokens,
-                routed=step is not None and seeding.expert_gate > 0,
+            learner=replace(
+                learner_options(config, before, step, "float32", rate, seeding.steps), seed=seed
             ),
             config=seeding,
             fixed=config.fixed_capacity,
@@ -290,9 +289,11 @@ def parameters(checkpoint: Path) -> int:
 
 
 def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[str, Any]:
-    """recall, two_hop: of every day so far, oldest first. reading: tonight's recall with the text
+    """recall, two_hop: of every day up to ``night``, oldest first. reading: tonight's recall with the text
     in the prompt, what the next night's teacher is worth. retention, perplexity: the old world."""
-    probes = [*lived.old]
+    tonight = lived.documents[night]
+    old = [replace(one, experience=tonight[n % len(tonight)]) for n, one in enumerate(lived.old)]
+    probes = [*old]
     for past in lived.probes[: night + 1]:
         probes += past
     answers = ask(
@@ -304,16 +305,16 @@ def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[st
     def share(kind: str, among: Sequence[Probe]) -> float:
         return fmean(right[id(probe)] for probe in among if probe.kind == kind)
 
-    past, tonight = lived.probes[: night + 1], lived.probes[night]
+    past, asked = lived.probes[: night + 1], lived.probes[night]
     read = ask(
-        lab.fleet, lab.chat, tonight, with_context=True,
+        lab.fleet, lab.chat, asked, with_context=True,
         max_tokens=lab.config.evaluation.max_tokens,
     )  # fmt: skip
     return {
         "recall": [share("recall", day) for day in past],
         "two_hop": [share("two_hop", day) for day in past],
-        "reading": fmean(grade(read, tonight)),
-        "retention": share("retention", lived.old),
+        "reading": fmean(grade(read, asked)),
+        "retention": share("retention", old),
         "perplexity": perplexity(lab.fleet, lab.chat, lived.texts, lab.config.model.max_length - 1)[
             0
         ],
@@ -330,18 +331,17 @@ def tune(lab: Lab, methods: Sequence[str]) -> None:
     after fewer, rates win that have forgotten all by the tenth.
     Ablations of Sleep that grow as it does take its rate.
     """
-    before = examine(lab, days(TUNING_SEED, 1, lab.config), 0, with_context=False)["retention"]
     for method in methods:
         if method == IN_CONTEXT or (METHODS[method].grows and method != "seeding"):
             continue
-        known = json.loads(TUNING.read_text()) if TUNING.is_file() else {}
-        scores = {float(rate): score for rate, score in known.get(method, {}).items()}
+        scores = tuned(method)
 
         def score(rate: float, method: str = method, scores: dict[float, float] = scores) -> float:
             if rate not in scores:
                 place = lab.work / f"tune-{method}-{rate:g}.json"
-                end = chain(lab, method, TUNING_SEED, TUNING_NIGHTS, rate, place)[-1]
-                scores[rate] = trade_off(fmean(end["recall"]), end["retention"], before)
+                lived = chain(lab, method, TUNING_SEED, TUNING_NIGHTS, rate, place)
+                end = lived["nights"][-1]
+                scores[rate] = trade_off(fmean(end["recall"]), end["retention"], lived["before"])
                 with locked(TUNING.with_suffix(".lock")):
                     known = json.loads(TUNING.read_text()) if TUNING.is_file() else {}
                     known[method] = {f"{each:g}": scores[each] for each in sorted(scores)}
@@ -355,6 +355,12 @@ def tune(lab: Lab, methods: Sequence[str]) -> None:
         lab.console.print(f"{method}: {best:g}, trade-off {scores[best]:.3f}")
 
 
+def tuned(method: str) -> dict[float, float]:
+    """Scores by rate."""
+    known = json.loads(TUNING.read_text()) if TUNING.is_file() else {}
+    return {float(rate): score for rate, score in known.get(method, {}).items()}
+
+
 def rounded(rate: float) -> float:
     return float(f"{rate:.2g}")
 
@@ -364,12 +370,14 @@ def start_rate(config: NightConfig, method: str) -> float:
 
 
 def rate_of(config: NightConfig, method: str) -> float:
-    """The tuned rate, or the night's default where nothing was tuned."""
+    """The tuned rate; exits where none was, for the night's default is that of another method."""
     if method == IN_CONTEXT:
         return 0.0
-    tuned = json.loads(TUNING.read_text()) if TUNING.is_file() else {}
-    scores = tuned.get("seeding" if METHODS[method].grows else method)
-    return float(max(scores, key=scores.get)) if scores else start_rate(config, method)
+    name = "seeding" if METHODS[method].grows else method
+    scores = tuned(name)
+    if not scores:
+        sys.exit(f"the learning rate of {name} is not tuned: --tune --methods {name}")
+    return max(scores, key=lambda rate: scores[rate])
 
 
 # --- running it -----------------------------------------------------------------------------
@@ -389,7 +397,9 @@ def laboratory(
     config = cfg.load(None, [levels, *SETTINGS, *sets, *words])
     work.mkdir(parents=True, exist_ok=True)
     base, empty = work / f"base{variant}", new_slots(config)
-    widen(find_model(config), base, empty.count, empty.width, "float32", empty.pools)
+    growth_named(config.memory.growth).prepare(
+        find_model(config), base, empty.pools, empty.width, "float32"
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -400,10 +410,13 @@ def laboratory(
         resources = config.resources
         fleet = Fleet.launch(1, options, resources.engine_cpus, 0, resources.engine)
         try:
-            yield Lab(config, fleet, base, work, console, variant)
+            told = [*SETTINGS, *sets, *(w for w in words if not w.startswith("resources."))]
+            yield Lab(config, fleet, base, work, console, told, variant)
         finally:
             fleet.shutdown()
-    deepspeed.comm.destroy_process_group()  # torch's alone leaves DeepSpeed's group behind
+    # Torch's alone leaves DeepSpeed's group behind, which is there if anything was trained.
+    group = deepspeed.comm if deepspeed.comm.is_initialized() else dist
+    group.destroy_process_group()
 
 
 def main() -> None:
@@ -421,6 +434,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/continual"))
     arguments = parser.parse_args()
     console, nights = Console(), arguments.nights
+    if nights < 2:
+        parser.error(f"--nights {nights}: what is kept shows after two nights at the earliest")
     CHAINS.mkdir(parents=True, exist_ok=True)
     for variant in [] if arguments.show else ["", *arguments.variants]:
         methods = ["seeding"] if variant else arguments.methods

@@ -35,36 +35,38 @@ TITLES = {
 }
 
 
-def chains(nights: int) -> dict[str, dict[int, list[Any]]]:
-    """The chains that are so long: method, seed, nights."""
-    found: dict[str, dict[int, list[Any]]] = {}
+def chains(nights: int) -> dict[str, dict[int, dict[str, Any]]]:
+    """The records of chains that are so long, cut there, by method and seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted(CHAINS.glob("*.json")):
         record = json.loads(path.read_text())
         if len(record["nights"]) >= nights:
-            found.setdefault(record["method"], {})[record["seed"]] = record["nights"][:nights]
+            record["nights"] = record["nights"][:nights]
+            found.setdefault(record["method"], {})[record["seed"]] = record
     order = [IN_CONTEXT, *METHODS, *VARIANTS]
     return {method: found[method] for method in order if method in found}
 
 
-def outcome(nights: list[Any], before: float) -> dict[str, float]:
+def outcome(record: dict[str, Any]) -> dict[str, float]:
     """Of one chain, after the last night.
 
     recall: mean over all days. learning: of each day on its own morning; held: what part of
-    that is left. backward_transfer: the same as a mean difference (Lopez-Paz & Ranzato,
-    1706.08840). trade_off: see statistics. tokens, seconds: of one night.
+    that is left, of all days but the last. backward_transfer: the same as a mean difference
+    (Lopez-Paz & Ranzato, 1706.08840). trade_off: see statistics. tokens, seconds: of one night.
     """
-    last = nights[-1]
-    fresh = [night["recall"][-1] for night in nights]
-    later = [now - then for now, then in zip(last["recall"][:-1], fresh[:-1], strict=True)]
+    nights = record["nights"]
+    last, fresh = nights[-1], [night["recall"][-1] for night in nights]
+    # Of the last day nothing can be lost yet.
+    then, now = fresh[:-1], last["recall"][:-1]
     return {
         "recall": fmean(last["recall"]),
         "two_hop": fmean(last["two_hop"]),
         "learning": fmean(fresh),
-        "held": fmean(last["recall"]) / max(fmean(fresh), 1e-9),
-        "backward_transfer": fmean(later),
+        "held": fmean(now) / max(fmean(then), 1e-9),
+        "backward_transfer": fmean(now) - fmean(then),
         "retention": last["retention"],
         "perplexity": last["perplexity"],
-        "trade_off": trade_off(fmean(last["recall"]), last["retention"], before),
+        "trade_off": trade_off(fmean(last["recall"]), last["retention"], record["before"]),
         **{name: fmean(night.get(name, 0) for night in nights) for name in ("tokens", "seconds")},
         "parameters": last.get("parameters", 0),
     }
@@ -73,10 +75,7 @@ def outcome(nights: list[Any], before: float) -> dict[str, float]:
 def summarise(nights: int) -> dict[str, Any]:
     """Means and intervals of each method, and Sleep against it, paired by seed."""
     found = chains(nights)
-    before = 1.0 if IN_CONTEXT not in found else max(
-        night["retention"] for lived in found[IN_CONTEXT].values() for night in lived
-    )  # fmt: skip
-    of = {m: {s: outcome(n, before) for s, n in seeds.items()} for m, seeds in found.items()}
+    of = {m: {s: outcome(record) for s, record in seeds.items()} for m, seeds in found.items()}
     sleep = of.get("seeding", {})
     rows = {}
     for method, seeds in of.items():
@@ -103,7 +102,7 @@ def percent(mean: float, half: float) -> str:
 
 def show(result: dict[str, Any], console: Console) -> None:
     columns = ("recall", "learning", "backward_transfer", "retention", "trade_off")
-    told = f"After {result['nights']} nights (%, mean ± 95 % over seeds)"
+    told = f"After {result['nights']} nights (%, mean ± 95 % over seeds; p of each by itself)"
     table = Table(title=told, box=None, padding=(0, 1, 0, 0))
     headings = (
         "method",
@@ -144,12 +143,12 @@ def draw(nights: int, path: Path) -> None:
             "color": "#009e73" if strong else colours[(2 * number + number // 9) % 18],
             "linewidth": 2.6 if strong else 1.3,
             "linestyle": ":" if method == IN_CONTEXT else "-",
-            "label": "Sleep" if strong else title(method),
+            "label": title(method),
             "zorder": 3 if strong else 2,
         }
         recall = lambda night: fmean(night["recall"])  # noqa: E731
         for axis, of in zip(axes, (recall, lambda night: night["retention"]), strict=True):
-            values = [[of(night) * 100 for night in lived] for lived in seeds.values()]
+            values = [[of(night) * 100 for night in one["nights"]] for one in seeds.values()]
             axis.plot(range(1, nights + 1), [fmean(at) for at in zip(*values, strict=True)], **look)
     axes[0].set_ylabel("recall of everyone met so far (%)")
     axes[1].set_ylabel("retention of the old world (%)")
@@ -159,7 +158,7 @@ def draw(nights: int, path: Path) -> None:
         axis.set_ylim(-3, 103)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    _days(matrix, list(chains(nights).get("seeding", {}).values()))
+    _days(matrix, [one["nights"] for one in chains(nights).get("seeding", {}).values()])
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=4
     )
@@ -171,7 +170,7 @@ def _days(axis: Any, lived: list[list[Any]]) -> None:
     """Recall of day i after night j, a mean over chains."""
     from matplotlib.patches import Rectangle
 
-    axis.set_title("Sleep: recall of each day (%)", fontsize=10)
+    axis.set_title(f"{title('seeding')}: recall of each day (%)", fontsize=10)
     axis.set_xlabel("after night")
     axis.set_ylabel("of day")
     for night, at in enumerate(zip(*lived, strict=True)):

@@ -224,11 +224,12 @@ def trl_version() -> str | None:
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    table = Table(title="Distillation loss, forward and backward from hidden states")
+    title = "Distillation loss, forward and backward from hidden states (MiB, CPU seconds)"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     for heading in (
         "vocabulary",
         "variant",
-        "peak MiB",
+        "peak",
         "of naive",
         "resident",
         "seconds",
