@@ -172,7 +172,7 @@ def chain(
     models, record = lab.work / place.stem, None
     if place.is_file():
         record = json.loads(place.read_text())
-        done, found = len(record["nights"]), {name: record[name] for name in made_with}
+        done, found = len(record["nights"]), {name: record.get(name) for name in made_with}
         if found != made_with:
             sys.exit(f"{place} is of {found}, not of {made_with}; move it away to make another")
         if done < nights and not (models / f"after-{done}").is_dir():

@@ -31,10 +31,7 @@ def load(
     of_model: settings of models by name. Those of ``model.name`` lie below what the file
         and the words say.
     """
-    layers = [] if path is None else [_read(path)]
-    config = _merge(layers, overrides)
-    below = (of_model or {}).get(config.model.name)
-    return _merge([OmegaConf.create(dict(below)), *layers], overrides) if below else config
+    return _layered([] if path is None else [_read(path)], overrides, of_model)
 
 
 def _read(path: str | Path) -> Any:
@@ -57,8 +54,7 @@ def _merge(layers: Sequence[Any], overrides: Sequence[str]) -> NightConfig:
                 f"{word!r} is neither a config file nor key=value; write for example seed=1"
             )
         name = word.partition("=")[0]
-        known = any(key == name or key.startswith(f"{name}.") for key in keys())
-        if not known and not name.startswith(_OPEN):
+        if not is_key(name):
             raise ConfigError(_unknown_key(name))
         try:
             words.append(OmegaConf.from_dotlist([word]))
@@ -105,9 +101,29 @@ def to_dict(config: NightConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
 
-def from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) -> NightConfig:
-    """A checked configuration from plain data, such as ``to_dict`` makes, and ``key=value`` words."""
-    return _merge([OmegaConf.create(values)], overrides)
+def from_dict(
+    values: dict[str, Any],
+    overrides: Sequence[str] = (),
+    of_model: Mapping[str, Mapping[str, Any]] | None = None,
+) -> NightConfig:
+    """``load`` with plain data, such as ``to_dict`` makes, in the place of a file."""
+    return _layered([OmegaConf.create(values)], overrides, of_model)
+
+
+def is_key(name: str) -> bool:
+    """Whether something can be set under a dotted name."""
+    known = any(key == name or key.startswith(f"{name}.") for key in keys())
+    return known or name.startswith(_OPEN)
+
+
+def _layered(
+    layers: Sequence[Any],
+    overrides: Sequence[str],
+    of_model: Mapping[str, Mapping[str, Any]] | None,
+) -> NightConfig:
+    config = _merge(layers, overrides)
+    below = (of_model or {}).get(config.model.name)
+    return _merge([OmegaConf.create(dict(below)), *layers], overrides) if below else config
 
 
 def _refuse_plain(values: Any, default: Any, prefix: str = "") -> None:

@@ -240,14 +240,36 @@ def test_tokens_that_share_a_character_stand_in_a_document_together(chat: Chat) 
 
 
 def test_what_leaves_no_room_for_an_answer_is_not_asked(chat: Chat) -> None:
+    long = " Ann" * 40
+
+    def rambles(message: str, number: int) -> tuple[str, str]:
+        if number % 2 and message.endswith(STUDY_QA) and message[:3] in ("Ann", "Bob"):
+            return format_qa(f"{message[:3]}{long} {number}?", "no"), "stop"
+        if number % 2 and FREE_QA in message and not message.endswith(FREE_QA):
+            return f"{long} {number}?\nAnswer: guess", "stop"
+        return author(message, number)
+
+    fleet = Script(chat, rambles)
+    whole = [chat.prompt(with_experience(text, STUDY_QA)) for text in DOCUMENTS]
+    length = max(map(len, whole)) + CONFIG.max_tokens + 20
+    result = study(fleet, chat, DOCUMENTS, CONFIG, 0, length)  # type: ignore[arg-type]
+    assert any(text.task_id == "neighbour" for text in result.trajectories)
+    assert any(text.task_id == "answer-0" for text in result.trajectories)
+    read = [text.teacher_prompt_ids or text.prompt_ids for text in result.trajectories]
+    assert not any(long in chat.decode(ids) for ids in read)
+    assert max(map(len, fleet.prompts)) <= length - CONFIG.max_tokens
+
+
+def test_neighbours_are_of_every_document(chat: Chat) -> None:
     fleet = Script(chat, author)
-    room = max(map(len, (chat.prompt(with_experience(d, "which?")) for d in DOCUMENTS)))
-    writer = Writer(fleet, chat, CONFIG, 0, room + CONFIG.max_tokens)  # type: ignore[arg-type]
-    assert writer.can_answer(DOCUMENTS[0], "which?")
-    long = "which of all that there are? " * 20
-    assert not writer.can_answer(DOCUMENTS[0], long)
-    with pytest.raises(ValueError, match=r"leaves \d+ beside"):
-        writer.write([chat.prompt(with_experience(DOCUMENTS[0], long))])
+    writer = Writer(fleet, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
+    drafts = [replace(ANN, document=n, question=f"{w} {i}?")
+              for n, w in enumerate(("Ann", "Bob")) for i in range(20)]  # fmt: skip
+    ids = [chat.text(f"Question: {draft.question}") for draft in drafts]
+    asked = [replace(d, ids=own, surprise=[1.0] * len(own)) for d, own in zip(drafts, ids)]
+    neighbours(writer, DOCUMENTS, asked, 10)  # fewer than the first document has questions
+    for document in DOCUMENTS:
+        assert any(chat.decode(prompt).startswith(document) for prompt in fleet.prompts)
 
 
 def test_probes_are_kept_out_of_training(chat: Chat) -> None:

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import OmegaConf
 from ray import tune
@@ -36,18 +36,16 @@ from sleeprl.models import find_model
 from sleeprl.night import PHASES, Night
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import CONFIG, STATE, Run
-from sleeprl.settings import ConfigError, NightConfig, available_cpus, keys
+from sleeprl.settings import ConfigError, NightConfig, available_cpus
 
 KINDS = {"choice": tune.choice, "uniform": tune.uniform, "loguniform": tune.loguniform}
 EVENING = (STATE, "day.json", "study.json", "lake", "smaller-self-0")
 SEARCH = "search.json"
 SEARCHED = "consolidation."
-OPEN = ("consolidation.algorithm_options.", "consolidation.judge_options.")
 
 
 def search_space(spec: dict[str, Any]) -> dict[str, Any]:
     """``{key: {choice: [...]}}``, or ``uniform`` / ``loguniform`` with ``[low, high]``."""
-    known = set(keys())
     made = {}
     for key, value in spec.items():
         if not key.startswith(SEARCHED):
@@ -56,7 +54,7 @@ def search_space(spec: dict[str, Any]) -> dict[str, Any]:
                 f"evening prepared for all: its score would be noise; give {SEARCHED}*, or set it for all "
                 "under night"
             )
-        if key not in known and not key.startswith(OPEN):
+        if not cfg.is_key(key):
             raise ConfigError(f"space: unknown key {key!r}; `sleeprl night --dry-run` lists all")
         kind = next(iter(value), "")
         if len(value) != 1 or kind not in KINDS:
@@ -79,11 +77,7 @@ def words_of(choice: dict[str, Any]) -> list[str]:
 
 def night_of(night: dict[str, Any], words: list[str]) -> NightConfig:
     """The night as ``sleeprl night`` has it: what the catalogue says of its model lies below."""
-    config = cfg.from_dict(night, words)
-    if config.model.name not in CATALOGUE:
-        return config
-    merged = OmegaConf.merge(dict(CATALOGUE[config.model.name].night), night)
-    return cfg.from_dict(cast(dict[str, Any], OmegaConf.to_container(merged)), words)
+    return cfg.from_dict(night, words, {spec.name: spec.night for spec in CATALOGUE.values()})
 
 
 def tuned(night: dict[str, Any], words: list[str], choice: dict[str, Any]) -> str:
