@@ -367,7 +367,7 @@ def test_a_batch_without_parts_keeps_the_graph() -> None:
 
 
 def test_the_default_chunk_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_LOGITS", 60)
+    monkeypatch.setitem(chunked.CHUNK_LOGITS, "cpu", 60)
     monkeypatch.setattr(chunked, "CHUNK_POSITIONS", 4)
     sizes: list[int] = []
 

@@ -51,6 +51,9 @@ class VLLMEngine(TokenEngine):
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             # Eager anyway; without this the first batch waits 16 s for stray compilations.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
+        else:
+            # Nothing is sampled by top-p or top-k here, whose kernels would be compiled at the start.
+            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         # A partial update warns once per module that was not sent; the canary is what checks it.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

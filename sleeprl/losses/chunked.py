@@ -18,9 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from sleeprl.losses.divergence import full_precision, logprobs_of, top_k_with_tail
 
-CHUNK_LOGITS = 2**22
-"""Logits in one chunk where no size is given, 16 MiB in float32; but never fewer than
-``CHUNK_POSITIONS``, since the whole head is read for each chunk."""
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
+"""Logits in one chunk where no size is given, 16 and 128 MiB in float32, for the caches of the one
+and the many launches of the other; but never fewer than ``CHUNK_POSITIONS``, since the whole head is
+read for each chunk."""
 CHUNK_POSITIONS = 256
 
 Values = Callable[[Tensor, slice], Sequence[Tensor]]
@@ -143,7 +144,8 @@ class _ChunkedValues(torch.autograd.Function):
 
 def _chunk_size(head_VH: Tensor, chunk: int | None) -> int:
     if chunk is None:
-        chunk = max(CHUNK_POSITIONS, CHUNK_LOGITS // head_VH.shape[0])
+        logits = CHUNK_LOGITS["cuda" if head_VH.is_cuda else "cpu"]
+        chunk = max(CHUNK_POSITIONS, logits // head_VH.shape[0])
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 position")
     return chunk

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
 
 FLOOR = -80.0
 """In place of log 0, where k covers the vocabulary."""
@@ -36,9 +37,7 @@ def full_precision(logits: Tensor) -> Tensor:
 
 def logprobs_of(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
     """Log-probability of one token per position, [N]."""
-    logits_NV = full_precision(logits_NV)
-    chosen_N = logits_NV.gather(-1, tokens_N[..., None]).squeeze(-1)
-    return chosen_N - logits_NV.logsumexp(-1)
+    return -cross_entropy(full_precision(logits_NV), tokens_N, reduction="none")
 
 
 def top_k_with_tail(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -54,12 +53,43 @@ def top_k_with_tail(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def on_support(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
     """Log-probabilities of the k tokens ``ids_NK`` plus the tail bin, [N, K+1]."""
-    logits_NV = full_precision(logits_NV)
-    # The tail from the logits themselves: 1 - sum(exp) of a sure model is rounding noise,
-    # and flooring it takes away the gradient just where the student is most wrong.
-    rest_NV = logits_NV.scatter(-1, ids_NK, float("-inf"))
-    kept_NK1 = torch.cat([logits_NV.gather(-1, ids_NK), rest_NV.logsumexp(-1, keepdim=True)], -1)
-    return kept_NK1.log_softmax(-1).clamp_min(FLOOR)
+    kept: Tensor = _OnSupport.apply(full_precision(logits_NV), ids_NK)
+    return kept
+
+
+class _OnSupport(torch.autograd.Function):
+    """One pass of exponentials over the vocabulary, and one saved tensor: e^(z-max) outside the
+    support. With R their sum, T the whole sum and G the sum of the upstream gradient g, a token of
+    the tail gets e^(z-max) (g_tail/R - G/T), one that is kept g_k - G p_k."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
+        most_N1 = logits_NV.amax(-1, keepdim=True)
+        rest_NV = (logits_NV - most_N1).exp_()
+        odds_NK = rest_NV.gather(-1, ids_NK)
+        # The tail is summed: 1 - sum(exp) of a sure model is rounding noise, and flooring it
+        # takes away the gradient just where the student is most wrong.
+        rest_NV.scatter_(-1, ids_NK, 0.0)
+        tail_N1 = rest_NV.sum(-1, keepdim=True)
+        total_N1 = tail_N1 + odds_NK.sum(-1, keepdim=True)
+        bins_NK1 = torch.cat([logits_NV.gather(-1, ids_NK) - most_N1, tail_N1.log()], -1)
+        logprobs_NK1 = bins_NK1 - total_N1.log()
+        if ctx.needs_input_grad[0]:
+            below_NK1 = logprobs_NK1 < FLOOR
+            ctx.save_for_backward(rest_NV, ids_NK, odds_NK, tail_N1, total_N1, below_NK1)
+        return logprobs_NK1.clamp_min_(FLOOR)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_NK1: Tensor) -> tuple[Tensor, None]:
+        rest_NV, ids_NK, odds_NK, tail_N1, total_N1, below_NK1 = ctx.saved_tensors
+        upstream_NK1 = upstream_NK1.masked_fill(below_NK1, 0.0)
+        share_N1 = upstream_NK1.sum(-1, keepdim=True) / total_N1
+        # Where the tail is too small to be told from nothing it is below the floor.
+        tail_N1 = tail_N1.clamp_min(torch.finfo(tail_N1.dtype).tiny)
+        gradient_NV = rest_NV * (upstream_NK1[..., -1:] / tail_N1 - share_N1)
+        gradient_NV.scatter_(-1, ids_NK, upstream_NK1[..., :-1] - share_N1 * odds_NK)
+        return gradient_NV, None
 
 
 def divergence(
