@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -81,7 +80,9 @@ FULL = (
 QUICK = (Setting("embedded", "all", 8, 3),)
 
 
-def batch(setting: Setting, vocabulary: int) -> list[Row]:
+def batch(
+    setting: Setting, vocabulary: int, prompt: int = PROMPT, response: int = RESPONSE
+) -> list[Row]:
     """Random rows of one length: no padding, so a token is a token for everybody."""
     generator = torch.Generator().manual_seed(0)
 
@@ -89,7 +90,7 @@ def batch(setting: Setting, vocabulary: int) -> list[Row]:
         return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
 
     return [
-        Row(draw(PROMPT), draw(RESPONSE), "dream", None, (-1.0) ** n, [-8.0] * RESPONSE)
+        Row(draw(prompt), draw(response), "dream", None, (-1.0) ** n, [-8.0] * response)
         for n in range(setting.rows)
     ]
 
@@ -103,17 +104,19 @@ class Bare:
     """The loop without a framework."""
 
     def __init__(self, options: LearnerOptions) -> None:
+        self.device = torch.device("cuda" if options.gpu else "cpu")
         directory = Path(options.checkpoint)
         slots = Slots.load(directory)
         assert slots is not None
         growth = growth_of(slots)
-        model: Any = growth.load(directory, slots, getattr(torch, options.dtype))
+        model: Any = growth.load(directory, slots, getattr(torch, options.dtype)).to(self.device)
         if options.slot is None:
             if model.config.tie_word_embeddings:
                 model.model.embed_tokens.weight.requires_grad_(False)
             self.trained = [p for p in model.parameters() if p.requires_grad]
         else:
             self.trained = growth.grow(model, slots.width, options.seed, options.slot)
+            model.to(self.device)
         self.model = ResponseModel(model)
         self.options = options
         self.optimizer = torch.optim.AdamW(
@@ -121,22 +124,29 @@ class Bare:
         )
 
     def step(self, rows: Sequence[Row]) -> float:
-        device = torch.device("cpu")
-        counts_P3 = token_counts(PARTS, ["dream"] * len(rows), [RESPONSE] * len(rows))
-        within = partial(
-            chunked_stream_loss,
-            window=window(rows, device),
-            parts=PARTS,
-            counts_P3=counts_P3,
-            options=LOSS,
+        """In micro-batches of as many rows as fit, which are all of one length."""
+        counts_P3 = token_counts(
+            PARTS, ["dream"] * len(rows), [len(row.response_ids) for row in rows]
         )
-        asked = padded([row.prompt_ids for row in rows], [row.response_ids for row in rows])
-        loss, _ = self.model(within, *asked)
+        at_once = max(1, self.options.micro_batch_tokens // rows[0].student_length())
+        total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
-        loss.backward()
+        for start in range(0, len(rows), at_once):
+            micro = rows[start : start + at_once]
+            within = partial(
+                chunked_stream_loss,
+                window=window(micro, self.device),
+                parts=PARTS,
+                counts_P3=counts_P3,
+                options=LOSS,
+            )
+            asked = padded([row.prompt_ids for row in micro], [row.response_ids for row in micro])
+            loss, _ = self.model(within, *(part.to(self.device) for part in asked))
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.trained, self.options.grad_clip)
         self.optimizer.step()
-        return float(loss.detach())
+        return float(total)
 
 
 class Zero:
@@ -158,13 +168,18 @@ def serve(
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    backend = "nccl" if made.gpu else "gloo"
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
     contestant = kind(made)
     pipe.send("ready")
     while pipe.recv():
         wall, cpu = time.monotonic(), time.process_time()
         loss = contestant.step(rows)
+        if made.gpu:
+            torch.cuda.synchronize()
         pipe.send((time.monotonic() - wall, time.process_time() - cpu, loss))
+    if made.gpu:
+        pipe.send(torch.cuda.max_memory_allocated())
 
 
 class Team:
@@ -174,10 +189,10 @@ class Team:
         self, kind: type[Bare | Zero], made: LearnerOptions, rows: Sequence[Row],
         cores: Sequence[int | None] = (None,),
     ) -> None:  # fmt: skip
-        spawn = mp.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        spawn, self.gpu = mp.get_context("spawn"), made.gpu
+        # By a file: a port that is free now may not be when the processes have started.
+        self.meeting = tempfile.TemporaryDirectory()
+        address = f"file://{self.meeting.name}/ranks"
         pairs = [spawn.Pipe() for _ in cores]
         self.pipes = [ours for ours, _ in pairs]
         self.processes = [
@@ -206,15 +221,24 @@ class Team:
             raise RuntimeError(f"a process ended; exit codes: {codes}") from None
         return max(wall), sum(cpu), loss[0]
 
-    def end(self) -> None:
+    def end(self) -> int | None:
+        """Returns the most bytes that the first had on its GPU, if it has one."""
         for pipe in self.pipes:
             pipe.send(False)
+        most: int | None = self.pipes[0].recv() if self.gpu else None
         for process in self.processes:
             process.join()
+        self.meeting.cleanup()
+        return most
 
 
-def compare(ours: Team, theirs: Team, pairs: int) -> dict[str, list[float]]:
-    """Steps in turn, of which the first of each is not counted; who begins changes each time."""
+def compare(
+    ours: Team, theirs: Team, pairs: int, tolerance: float = 0.02
+) -> dict[str, list[float]]:
+    """Steps in turn, of which the first of each is not counted; who begins changes each time.
+
+    tolerance: by how much their losses may differ.
+    """
     found: dict[str, list[float]] = {
         f"{who}_{what}": [] for who in ("ours", "theirs") for what in ("wall", "cpu", "loss")
     }
@@ -225,7 +249,7 @@ def compare(ours: Team, theirs: Team, pairs: int) -> dict[str, list[float]]:
                 if number:
                     found[f"{who}_{what}"].append(value)
     for one, other in zip(found["ours_loss"], found["theirs_loss"], strict=True):
-        if not math.isclose(one, other, rel_tol=0.05, abs_tol=0.02):
+        if not math.isclose(one, other, rel_tol=0.05, abs_tol=tolerance):
             raise RuntimeError(f"the two do not compute the same: losses {one} and {other}")
     return found
 

@@ -56,6 +56,7 @@ class Setting:
     requests: int
     max_tokens: int
     pairs: int
+    gpu: bool = False
 
 
 FULL = (
@@ -143,14 +144,14 @@ def timed(
 def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
     options = EngineOptions(
         model=str(checkpoint), dtype=setting.dtype, max_length=512, threads=1, memory_gb=1.0,
-        gpu=False, gpu_utilization=0.4, seed=0,
+        gpu=setting.gpu, gpu_utilization=0.4, seed=0,
     )  # fmt: skip
     ours, theirs = get_context("spawn").Pipe()
     alone = get_context("spawn").Process(target=serve, args=(theirs, options))
     alone.start()
     theirs.close()  # so that we hear if it dies
-    fleet = Fleet.launch(1, options, cpus=0, gpus=0)
-    assert ours.recv() == "ready"
+    assert ours.recv() == "ready"  # two that start at once would measure each other's memory
+    fleet = Fleet.launch(1, options, cpus=0, gpus=0.5 * setting.gpu)
 
     def by_group(batch: Batch) -> list[list[int]]:
         return [completion.token_ids for completion in fleet.generate(*batch)]

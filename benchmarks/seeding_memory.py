@@ -15,13 +15,13 @@ ratios of its own; the table has their means with 95 % intervals.
                glibc does by itself: this has what the heap keeps and cannot reuse
     seconds    CPU time of that second pass: what else runs on the machine does not count
 
-    naive            all logits, then JSD(beta) over the full vocabulary
-    chunked          ``chunked_values`` with the same divergence
+    naive            all logits, then JSD(beta) over the full vocabulary, in plain PyTorch
+    chunked          ``chunked_values`` with our divergence
     trl-gkd          TRL's GKDTrainer.generalized_jsd_loss, on all logits
     trl-distillation the loss of TRL's DistillationTrainer, which is chunked too
     naive-top-k      all logits, then JSD(beta) on the teacher's top 32 and a tail bin,
                      the teacher's part given: what the learner trains with
-    chunked-top-k    ``chunked_values`` with the same
+    chunked-top-k    ``chunked_values`` with our divergence
 
 TRL is wanted by this benchmark only: ``pip install --no-deps trl datasets pandas dill
 multiprocess xxhash httpx httpcore h11 anyio fsspec``. Without it the two variants are
@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import subprocess
 import sys
@@ -60,12 +61,25 @@ Loss = Callable[[Tensor, Tensor, Tensor, TopK | None], Tensor]
 
 
 def naive(beta: float) -> Loss:
+    """What one writes first: log-probabilities over the vocabulary, the formula, and autograd."""
+
+    def jsd(teacher_NK: Tensor, student_NK: Tensor) -> Tensor:
+        shift = math.log(beta), math.log1p(-beta)
+        mixture_NK = torch.logaddexp(teacher_NK + shift[0], student_NK + shift[1])
+        of_teacher_N = (teacher_NK.exp() * (teacher_NK - mixture_NK)).sum(-1)
+        of_student_N = (student_NK.exp() * (student_NK - mixture_NK)).sum(-1)
+        return (beta * of_teacher_N + (1 - beta) * of_student_N).mean()
+
     def loss(student_NH: Tensor, teacher_NH: Tensor, head_VH: Tensor, top: TopK | None) -> Tensor:
+        student_NV = (student_NH @ head_VH.T).float().log_softmax(-1)
         if top is not None:
-            return divergence(top, student_NH @ head_VH.T, beta=beta).mean()
+            rest_NV = student_NV.scatter(-1, top.ids_NK, -math.inf)
+            tail_N1 = rest_NV.logsumexp(-1, keepdim=True)
+            kept_NK1 = torch.cat([student_NV.gather(-1, top.ids_NK), tail_N1], -1)
+            return jsd(top.logprobs_NK1, kept_NK1)
         with torch.no_grad():
-            teacher_NV = teacher_NH @ head_VH.T
-        return divergence(teacher_NV, student_NH @ head_VH.T, beta=beta, support="full").mean()
+            teacher_NV = (teacher_NH @ head_VH.T).float().log_softmax(-1)
+        return jsd(teacher_NV, student_NV)
 
     return loss
 
@@ -90,7 +104,7 @@ def trl_gkd(beta: float) -> Loss:
     def loss(student_NH: Tensor, teacher_NH: Tensor, head_VH: Tensor, top: TopK | None) -> Tensor:
         with torch.no_grad():
             teacher_NV = teacher_NH @ head_VH.T
-        labels_1N = torch.zeros(1, len(student_NH), dtype=torch.long)
+        labels_1N = torch.zeros(1, len(student_NH), dtype=torch.long, device=head_VH.device)
         logits_NV = student_NH @ head_VH.T
         return GKDTrainer.generalized_jsd_loss(
             logits_NV[None], teacher_NV[None], labels=labels_1N, beta=beta
@@ -103,7 +117,7 @@ def trl_distillation(beta: float) -> Loss:
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     def loss(student_NH: Tensor, teacher_NH: Tensor, head_VH: Tensor, top: TopK | None) -> Tensor:
-        mask_1N = torch.ones(1, len(student_NH))
+        mask_1N = torch.ones(1, len(student_NH), device=head_VH.device)
         hidden = student_NH[None], teacher_NH[None]
         return _chunked_divergence_loss(*hidden, head_VH, head_VH, mask_1N, beta)[0]
 
@@ -113,40 +127,51 @@ def trl_distillation(beta: float) -> Loss:
 MAKERS = {"trl-gkd": trl_gkd, "trl-distillation": trl_distillation}
 
 
+def maker(variant: str) -> Callable[[float], Loss]:
+    """What makes a variant's loss of beta."""
+    return MAKERS.get(variant, chunked if variant.startswith("chunked") else naive)
+
+
 def measure(variant: str, vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
     """One variant in this process: bytes, seconds, and what it computed."""
     torch.set_num_threads(1)
-    make = MAKERS.get(variant, chunked if variant.startswith("chunked") else naive)
-    loss = make(options.beta)
+    loss = maker(variant)(options.beta)
     top_k = variant.endswith("top-k")
 
-    def run(inputs: tuple[Tensor, Tensor, Tensor, TopK | None]) -> tuple[float, float]:
-        inputs[0].grad = None
-        value = loss(*inputs)
+    def run(made: tuple[Tensor, Tensor, Tensor, TopK | None]) -> tuple[float, float]:
+        made[0].grad = None
+        value = loss(*made)
         value.backward()
-        assert inputs[0].grad is not None
-        return value.item(), inputs[0].grad.norm().item()
+        assert made[0].grad is not None
+        return value.item(), made[0].grad.norm().item()
 
-    run(_inputs(8, options.hidden, 1000, top_k))  # the libraries' own first-use memory
-    inputs = _inputs(options.positions, options.hidden, vocabulary, top_k)
+    run(inputs(8, options.hidden, 1000, top_k))  # the libraries' own first-use memory
+    made = inputs(options.positions, options.hidden, vocabulary, top_k)
     found: dict[str, Any] = {}
     for name, threshold in (("peak_bytes", 2**20), ("resident_bytes", 2**25)):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
         before, began = _status("VmRSS"), time.process_time()
-        found["loss"], found["gradient"] = run(inputs)
+        found["loss"], found["gradient"] = run(made)
         found["seconds"] = time.process_time() - began
         found[name] = _status("VmHWM") - before
     return found
 
 
-def _inputs(
-    positions: int, hidden: int, vocabulary: int, top_k: bool
+def inputs(
+    positions: int,
+    hidden: int,
+    vocabulary: int,
+    top_k: bool,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, TopK | None]:
-    generator = torch.Generator().manual_seed(0)
-    student, noise = (torch.randn(positions, hidden, generator=generator) for _ in range(2))
-    head = torch.randn(vocabulary, hidden, generator=generator).mul_(2.0 / hidden**0.5)
-    teacher = student + 0.3 * noise
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
+    student, noise = (draw(positions, hidden) for _ in range(2))
+    head = draw(vocabulary, hidden).mul_(2.0 / hidden**0.5).to(dtype)
+    teacher = (student + 0.3 * noise).to(dtype)
+    student = student.to(dtype)
     top = None
     if top_k:
         pieces = [top_k_with_tail(piece @ head.T, 32) for piece in teacher.split(8)]
