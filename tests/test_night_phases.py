@@ -1,0 +1,111 @@
+"""Single phases of a night, with what they call stood in for: what they hand on, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import sleeprl.night as night_module
+from sleeprl import config as cfg
+from sleeprl.consolidation import notebook
+from sleeprl.consolidation.self_study import Study
+from sleeprl.dreaming import phase
+from sleeprl.night import Night
+from sleeprl.trajectories.lake import Lake
+from sleeprl.trajectories.schema import Trajectory, from_batch
+
+
+def text(uid: str) -> Trajectory:
+    return Trajectory(uid, "d", 0, "self_study", [1], [2], [-1.0], [0], "stop")
+
+
+def a_night(tmp_path: Path) -> Any:
+    """As much of a ``Night`` as writes texts: one transfer of the day, and one level handed on
+    before it and after it."""
+    before, run = tmp_path / "before", tmp_path / "run"
+    before.mkdir()
+    run.mkdir()
+    selves = SimpleNamespace(
+        from_context=1,
+        before=lambda index: before,
+        lake=lambda index: Lake(tmp_path / f"lake-{index}"),
+    )
+    return SimpleNamespace(
+        config=cfg.load(None, []),
+        selves=selves,
+        run=SimpleNamespace(dir=run),
+        lake=Lake(run / "lake"),
+        chat=None,
+        day=SimpleNamespace(of_kind=lambda kind: ["a question"], documents=["a text"]),
+        _engines=lambda: None,
+    )
+
+
+@pytest.mark.parametrize(("index", "asked"), [(0, "of old"), (2, "of tonight")])
+def test_a_level_that_hands_on_is_asked_about_what_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int, asked: str
+) -> None:
+    """Tonight's slot is in a level that hands on after the day's transfer, not before it."""
+    self = a_night(tmp_path)
+    notebook.save(["of old"], self.selves.before(0))
+    notebook.save(["of tonight"], self.run.dir)
+    given: list[list[str]] = []
+
+    def rehearse(*_: Any, notebook: list[str]) -> Study:
+        given.append(notebook)
+        return Study([text("t")])
+
+    monkeypatch.setattr(night_module, "rehearse", rehearse)
+    assert Night.recollect(self, index) == {"new": 1, "replay": 0}
+    assert given == [[asked]]
+    assert [row.uid for row in from_batch(self.selves.lake(index).read("trajectories"))] == ["t"]
+
+
+def test_self_study_after_a_kill_leaves_no_text_of_the_first_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the lake and the end of the phase, it samples again, and holds out others:
+    what was trained on at first may be a probe now."""
+    self = a_night(tmp_path)
+    attempts = iter([Study([text("a"), text("b")], notebook=["q"]), Study([text("b"), text("c")])])
+    monkeypatch.setattr(night_module, "study", lambda *_, **__: next(attempts))
+
+    def killed(study: Study, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as at_first:
+        at_first.setattr(Study, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Night.self_study(self)
+    Night.self_study(self)
+    uids = [row.uid for row in from_batch(self.lake.read("trajectories"))]
+    assert sorted(uids) == ["b", "c"]
+
+
+def test_dreaming_hands_its_actors_whole_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They work in a directory of their own."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[Path] = []
+
+    class Found(Exception):
+        pass
+
+    def load(path: Path, first_version: int) -> None:
+        asked.append(path)
+        raise Found
+
+    monkeypatch.setattr(phase.Position, "load", load)
+    monkeypatch.setattr(phase, "make_tasks", lambda *_: ["a task"])
+    fleet: Any = SimpleNamespace(version=3)
+    nothing: Any = None
+    with pytest.raises(Found):
+        phase.run(
+            cfg.load(None, []), fleet, nothing, Path("expert"), nothing, [], [], Path("runs/n"),
+            [], print, nothing,
+        )  # fmt: skip
+    assert asked == [tmp_path / "runs/n/dreaming-state"]
