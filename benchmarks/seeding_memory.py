@@ -151,6 +151,7 @@ def measure(variant: str, vocabulary: int, options: argparse.Namespace) -> dict[
     found: dict[str, Any] = {}
     for name, threshold in (("peak_bytes", 2**20), ("resident_bytes", 2**25)):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold)
+        ctypes.CDLL(None).malloc_trim(0)  # what is free would be given back during the pass
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
         before, began = _status("VmRSS"), time.process_time()
         found["loss"], found["gradient"] = run(made)
