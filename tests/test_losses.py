@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_tail
+from sleeprl.losses.divergence import FLOOR, generalised_jsd, on_support, top_k_with_tail
 from sleeprl.losses.imitation import imitation_reward, lexical, normalise, semantic
 from sleeprl.losses.policy import Correction, mismatch
 from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
@@ -143,6 +143,31 @@ def test_gradient_of_the_divergence_is_that_of_the_naive_one(beta: float) -> Non
     loss.backward()
     assert ours.grad is not None and naive.grad is not None
     torch.testing.assert_close(ours.grad.double(), naive.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", [slice(0, 1), slice(3, 6)], ids=["kept", "tail"])
+@pytest.mark.parametrize("far", [0.0, -60.0, -200.0, -2000.0])
+def test_a_support_is_that_of_the_plain_form_and_so_is_its_gradient(
+    where: slice, far: float
+) -> None:
+    """Also of a token, or of a whole tail, that is all but impossible or below the floor."""
+    ids = torch.tensor([[0, 1, 2]]).repeat(4, 1)
+    base = logits(11, 4, 6).double()
+    base[:, where] += far
+    weights = torch.arange(1.0, 5.0, dtype=torch.float64)
+
+    def plain(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
+        tail_N1 = logits_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1, keepdim=True)
+        kept_NK1 = torch.cat([logits_NV.gather(-1, ids_NK), tail_N1], -1)
+        return kept_NK1.log_softmax(-1).clamp_min(FLOOR)
+
+    found = []
+    for form in (plain, on_support):
+        own = base.clone().requires_grad_()
+        values = form(own, ids)
+        found.append((values.detach(), torch.autograd.grad((values * weights).sum(), own)[0]))
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("gap", [10.0, 16.0, 25.0])
