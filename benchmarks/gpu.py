@@ -1,6 +1,6 @@
 """What only a GPU shows: the learner's share of the card, the losses, updates and roll-outs there.
 
-    python benchmarks/gpu.py                        all of it on one GPU of 80 GB (10 minutes)
+    python benchmarks/gpu.py                        all of it, on one GPU of 80 GB
     python benchmarks/gpu.py --parts learner losses
 
     limits     what the card can do: a bfloat16 matrix product, a copy on it, a copy onto it
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 import traceback
@@ -34,6 +33,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import rollout
@@ -253,7 +253,7 @@ def updates(work: Path) -> Iterator[dict[str, Any]]:
             for name, tensor in weights.items():
                 target[name].copy_(tensor)
 
-        with an_engine(first, Delivery(kind, directory=str(work / "delivery"))) as fleet:
+        with an_engine(first, Delivery(kind)) as fleet:
             was = fleet.logprobs([canary.token_ids])[0]
             certificates: list[Certificate] = []
 
@@ -272,7 +272,7 @@ def updates(work: Path) -> Iterator[dict[str, Any]]:
             "bytes": nbytes,
             "seconds": interval(spent),
             "copy_seconds": interval(copied := seconds(copy)),
-            "of_copy": math.fsum(copied) / len(copied) / (math.fsum(spent) / len(spent)),
+            "of_copy": fmean(copied) / fmean(spent),
             "canary": [one.difference for one in certificates],
             "canary_before": max(abs(a - b) for a, b in zip(was, canary.logprobs, strict=True)),
         }

@@ -65,8 +65,7 @@ def naive(beta: float) -> Loss:
     """What one writes first: log-probabilities over the vocabulary, the formula, and autograd."""
 
     def jsd(teacher_NK: Tensor, student_NK: Tensor) -> Tensor:
-        shift = math.log(beta), math.log1p(-beta)
-        mixture_NK = torch.logaddexp(teacher_NK + shift[0], student_NK + shift[1])
+        mixture_NK = torch.logaddexp(teacher_NK + math.log(beta), student_NK + math.log1p(-beta))
         of_teacher_N = (teacher_NK.exp() * (teacher_NK - mixture_NK)).sum(-1)
         of_student_N = (student_NK.exp() * (student_NK - mixture_NK)).sum(-1)
         return (beta * of_teacher_N + (1 - beta) * of_student_N).mean()
@@ -232,7 +231,7 @@ def compare(
                         f"{variant} computes another {figure}: {runs} against {naive}"
                     )
             seconds, base = ([run["seconds"] for run in of] for of in (runs, naive))
-            # The most of the repeats: under memory pressure the kernel takes pages away meanwhile.
+            # The most of the repeats: what is given back during a pass lowers its reading.
             most, base_most = (
                 {name: max(run[name] for run in of) for name in ("peak_bytes", "resident_bytes")}
                 for of in (runs, naive)
