@@ -221,6 +221,21 @@ def test_silence_for_too_long_is_death_and_its_calls_are_lost(
     assert two.health[0] is Health.DEAD  # a late answer does not bring back the dead
 
 
+def test_who_is_silent_for_too_long_is_not_waited_for_by_those_that_ask_all(
+    two: ActorGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GRACE_S", 0.2)
+    monkeypatch.setattr(module, "PROBE_S", 0.1)
+    assert len(two.call("work", seconds=1.0)) == 2  # in this group silence means nothing yet
+    two.health.dead_after = 1.0
+    with (
+        stopped(pid(two, 1)),
+        pytest.raises(ActorFailure, match=r"engine-1\.work.*did not answer for 1 s") as told,
+    ):
+        two.call("work")
+    assert told.value.failure.kind is Kind.INFRA and two.dead(0.1) == [1]
+
+
 @pytest.mark.parametrize(("verified", "silent"), [([1], [0]), ([], [1]), ([0, 1], [0, 1])])
 def test_who_is_silent_and_in_the_way_is_dead(
     two: ActorGroup, verified: list[int], silent: list[int]

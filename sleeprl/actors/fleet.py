@@ -59,9 +59,8 @@ class Fleet:
         near = options.delivery.kind in ON_ONE_HOST
         placement = place(count, cpus, gpus, "STRICT_PACK" if near else "PACK")
         handles = [spawn(index, options, cpus, gpus, engine, placement) for index in range(count)]
-        fleet = cls(ActorGroup("engine", handles, silence=SILENCE), placement=placement)
-        fleet.group.call("start")
-        return fleet
+        ActorGroup("engine", handles).call("start")  # while it starts, silence means nothing
+        return cls(ActorGroup("engine", handles, silence=SILENCE), placement=placement)
 
     @property
     def health(self) -> FleetHealth:

@@ -166,22 +166,33 @@ class ActorGroup:
     def collect(
         self, method: str, refs: Sequence[Any], members: Sequence[int] | None = None
     ) -> list[Any]:
-        """The values of sent calls. Of several failures the one that explains the others is raised.
+        """The values of sent calls. Of several failures the one that explains the others is raised;
+        being DEAD before it answers is one.
 
         members: who was asked, if not all.
         """
-        waiting, failed = list(refs), False
+        asked = self.present if members is None else members
+        waiting, failed = dict(zip(refs, asked, strict=True)), False
         while waiting and not failed:
-            done, waiting = ray.wait(waiting)
-            failed = any(isinstance(_value(ref), Failure) for ref in done)
+            done, _ = ray.wait(list(waiting), timeout=PROBE_S)
+            if not done:
+                self.look()
+                failed = bool(self._dead(waiting.values()))
+            for ref in done:
+                del waiting[ref]
+                failed |= isinstance(_value(ref), Failure)
         if waiting:
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S)
+            _, rest = ray.wait(list(waiting), num_returns=len(waiting), timeout=GRACE_S)
+            waiting = {ref: waiting[ref] for ref in rest}
         values = [None if ref in waiting else _value(ref) for ref in refs]
-        answers = zip(self.present if members is None else members, values, strict=True)
-        failures = [(i, v) for i, v in answers if isinstance(v, Failure)]
+        failures = [(i, v) for i, v in zip(asked, values, strict=True) if isinstance(v, Failure)]
+        failures += [(index, self._silence()) for index in self._dead(waiting.values())]
         for index, failure in sorted(failures, key=lambda pair: pair[1].kind is Kind.DATA)[:1]:
             raise ActorFailure(f"{self.name}-{index}.{method}", failure)
         return values
+
+    def _dead(self, members: Iterable[int]) -> list[int]:
+        return [index for index in members if self.health[index] is Health.DEAD]
 
     def wait(self, index: int, ref: Any) -> Any:
         """What a call to a member gave, or a Failure; also of one that is DEAD before it answers."""
