@@ -140,7 +140,10 @@ def first_steps(directory: Path, notes: Notes) -> None:
 
 def one_text(directory: Path, notes: Notes) -> None:
     learner = Learner(options(directory))
+    started: list[str] = []
+    sys.addaudithook(lambda what, of: started.append(of[0]) if what == "subprocess.Popen" else None)
     notes.numbers["one text"] = learner.step(rows(1)[:1], PARTS, LOSS)
+    notes.numbers["started by a step"] = list(started)
     notes.tensors("expert-one-text", learner.expert())
 
 
@@ -728,13 +731,17 @@ def test_the_teacher_is_asked_once_about_a_named_text(saw: Saw) -> None:
             assert torch.equal(tensor, unnamed[name]), name
 
 
+def test_a_step_starts_no_process(saw: Saw) -> None:
+    assert saw.one["started by a step"] == []
+
+
 def test_the_guard_of_a_killed_compile_does_not_stop_the_next(tmp_path: Path) -> None:
     from torch.utils.cpp_extension import get_default_build_root
 
     built = next(Path(get_default_build_root()).rglob("deepspeed_shm_comm"))
     shutil.copytree(built, tmp_path / built.name)  # compiled already: there is only to load
     (tmp_path / built.name / "lock").touch()
-    code = "from sleeprl.actors.cpu_op import load_shared_memory_op as f; f(); print('loaded')"
+    code = "from sleeprl.actors.cpu import load_shared_memory_op as f; f(); print('loaded')"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240

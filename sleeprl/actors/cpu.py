@@ -1,4 +1,4 @@
-"""DeepSpeed's C++ op for ranks on one host's CPUs, loaded so that a killed compile stops nobody."""
+"""What DeepSpeed wants to be told where it has no GPU."""
 
 from __future__ import annotations
 
@@ -23,3 +23,16 @@ def load_shared_memory_op() -> None:
         for guard in root.rglob("deepspeed_shm_comm/lock"):
             guard.unlink(missing_ok=True)
         get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+
+
+def count_devices_once() -> None:
+    """Let DeepSpeed remember how many devices there are.
+
+    It asks once for each bucket of gradients, and on CPUs starts ``numactl`` to find out, whether
+    or not it is there: a process for every million gradients of every micro-batch.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    count = accelerator.device_count()
+    accelerator.device_count = lambda: count
