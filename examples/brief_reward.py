@@ -1,6 +1,6 @@
 """A reward of one's own: dreams that teach, but in few words.
 
-sleeprl night examples/brief_reward.yaml
+From the root of the repository: sleeprl night examples/brief_reward.yaml
 """
 
 from sleeprl.dreaming.tasks import Dream

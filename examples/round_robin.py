@@ -1,6 +1,6 @@
 """A curriculum of one's own: every task in turn, the hard ones twice.
 
-sleeprl night examples/round_robin.yaml
+From the root of the repository: sleeprl night examples/round_robin.yaml
 """
 
 

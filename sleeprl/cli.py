@@ -133,7 +133,11 @@ def wake(
         bool, typer.Option("--skip-bad", help="Leave bad lines out instead of stopping.")
     ] = False,
 ) -> None:
-    """Record real input into the experience lake, and answer questions with it in context."""
+    """Record real input into the experience lake, and answer questions with it in context.
+
+    [bold]sleeprl wake notes.jsonl --ask "Where does Mara Lindqvist live?"[/]
+    [bold]sleeprl night 'wake.inputs=[lake]'[/]      sleep on all that was recorded
+    """
     from sleeprl.trajectories.lake import Lake
     from sleeprl.wake.record import record
 
@@ -148,8 +152,11 @@ def wake(
             console.print(f"[bold]{question}[/]\n{said}")
 
 
+Run = Annotated[Path, typer.Argument(help="Directory of a run.", exists=True, file_okay=False)]
+
+
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
+def report(run: Run) -> None:
     """Write the HTML report of a run again."""
     from sleeprl.reporting.report import write_report
 
@@ -158,7 +165,7 @@ def report(run: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> 
 
 @app.command()
 def inspect(
-    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    run: Run,
     purpose: Annotated[
         str | None, typer.Option(help="Only self_study, replay, dream, or redrawn.")
     ] = None,
@@ -179,7 +186,7 @@ def inspect(
 
 @app.command()
 def replay(
-    run: Annotated[Path, typer.Argument(help="Directory of a run that has dreamt.")],
+    run: Run,
     engines_only: Annotated[
         bool,
         typer.Option("--engines-only", help="Write and score the same groups, and learn nothing."),

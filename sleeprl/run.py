@@ -103,7 +103,7 @@ def resume(directory: Path) -> NightConfig:
     path = directory / CONFIG
     if not path.is_file():
         raise ConfigError(
-            f"--resume {str(directory)!r}: there is no {CONFIG} in it; give the directory of a run"
+            f"{str(directory)!r} is not the directory of a run: there is no {CONFIG} in it"
         )
     config = cfg.load(path)
     if config.run_dir.resolve() != directory.resolve():

@@ -505,7 +505,14 @@ def test_a_dry_run_looks_for_the_model(error: Callable[..., str]) -> None:
 
 def test_an_error_is_one_line_with_its_brackets(error: Callable[..., str]) -> None:
     assert "write wake.inputs=[notes.jsonl]" in error("night", "wake.inputs=notes.jsonl")
-    assert "nope is not a run directory" in error("report", "nope")
+    Path("wake").mkdir()
+    assert "'wake' is not the directory of a run: there is no" in error("night", "--resume=wake")
+
+
+@pytest.mark.parametrize("command", ["report", "inspect", "replay"])
+def test_a_run_that_is_not_there_is_told_so(command: str) -> None:
+    told = CliRunner().invoke(cli.app, [command, "runs/nope"], env={"COLUMNS": "200"})
+    assert told.exit_code == 2 and "'runs/nope' does not exist" in told.output
 
 
 def test_help_shows_how_a_list_is_written() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from sleeprl.trajectories import Lake
 from sleeprl.trajectories.experience import experiences
+from sleeprl.trajectories.schema import VERSION_KEY
 from sleeprl.wake.record import ExperienceError, read_experience, record
 
 CHAT = [
@@ -61,6 +62,22 @@ def test_every_format_gives_the_same_experience(tmp_path):
     assert texts == [chat.as_text(), "user: Hi", "Bob has a cat.\n\nIt is grey."]
     assert [json.loads(e.metadata) for e in read(lake)[2:]] == [{"year": 2}, {}, {}]
     assert len(lake.files("experience")) == 2
+
+
+def test_a_lake_is_read_as_it_was_recorded(tmp_path):
+    lines = tmp_path / "day.jsonl"
+    items = [{"text": "Ann lives in Oslo.", "year": 1}, {"messages": CHAT}]
+    lines.write_text("".join(json.dumps(item) + "\n" for item in items))
+    lake = Lake(tmp_path / "lake")
+    record([lines], lake)
+    assert list(read_experience([lake.directory])) == read(lake)
+    other = Lake(tmp_path / "other")
+    assert record([lake.directory], other).added == 2 and read(other) == read(lake)
+    table = lake.read("experience")
+    newer = {**table.schema.metadata, VERSION_KEY: b"99"}
+    pq.write_table(table.replace_schema_metadata(newer), tmp_path / "newer.parquet")
+    with pytest.raises(ExperienceError, match=r"schema version 99.*upgrade sleepRL"):
+        list(read_experience([tmp_path / "newer.parquet"]))
 
 
 def test_stdin_and_tool_calls(tmp_path, monkeypatch):

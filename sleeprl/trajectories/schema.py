@@ -148,11 +148,16 @@ def from_batch(batch: pa.RecordBatch | pa.Table) -> list[Trajectory]:
     return [Trajectory(*row) for row in zip(*columns, strict=True)]
 
 
+def same_schema(found: pa.Schema, schema: pa.Schema) -> bool:
+    """Whether both have the same name; the version and so the columns may differ."""
+    return bool((found.metadata or {}).get(NAME_KEY) == schema.metadata[NAME_KEY])
+
+
 def check_schema(found: pa.Schema, schema: pa.Schema) -> None:
     """Raise SchemaError unless data of schema ``found`` can be read as ``schema``."""
     wanted, have = schema.metadata, found.metadata or {}
     name, version = wanted[NAME_KEY].decode(), int(wanted[VERSION_KEY])
-    if have.get(NAME_KEY) != wanted[NAME_KEY]:
+    if not same_schema(found, schema):
         other = have.get(NAME_KEY, b"nothing of sleepRL").decode()
         raise SchemaError(f"expected data of schema {name!r}, got {other!r}")
     if (newer := int(have.get(VERSION_KEY, b"0"))) > version:

@@ -1,7 +1,7 @@
 """Real input into the experience lake: JSONL, Parquet, plain text, directories, stdin.
 
 An object has either ``text`` or ``messages`` (OpenAI chat form); its other keys are
-kept as metadata. A plain-text file is one document.
+kept as metadata. A plain-text file is one document. What a lake holds is read as it was recorded.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sleeprl.trajectories.experience import Experience, experience_batch
+from sleeprl.trajectories.experience import (
+    EXPERIENCE_SCHEMA,
+    Experience,
+    experience_batch,
+    experiences,
+)
 from sleeprl.trajectories.lake import Lake
+from sleeprl.trajectories.schema import SchemaError, same_schema
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 CHUNK = 1024  # experiences held in memory at once
@@ -137,15 +143,16 @@ def _numbered(name: str, lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
             yield f"{name}:{number}", line
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Experience]]:
     try:
         file = pq.ParquetFile(path)
+        recorded = same_schema(file.schema_arrow, EXPERIENCE_SCHEMA)  # what ``record`` wrote
         number = 0
         for batch in file.iter_batches(CHUNK):
-            for row in batch.to_pylist():
+            for row in experiences(batch) if recorded else batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, SchemaError) as error:
         raise ExperienceError(f"{path}: not a readable Parquet file ({error})") from error
 
 
@@ -188,6 +195,8 @@ FORMATS: dict[str, Format] = {
 
 
 def _experience(item: Any, source: str) -> Experience:
+    if isinstance(item, Experience):
+        return item
     if not isinstance(item, dict):
         raise ExperienceError(f'a {type(item).__name__}, not an object; write {{"text": ...}}')
     metadata = {
