@@ -78,6 +78,10 @@ def check(config: NightConfig) -> None:
                 raise ConfigError(f"{key}={value} must be at least {low}")
             if key in _AT_MOST_ONE and value > 1:
                 raise ConfigError(f"{key}={value} must be at most 1")
+            if key.endswith("_gpus") and value > 1 and value != int(value):
+                raise ConfigError(
+                    f"{key}={value} must be a share of one, such as 0.5, or whole ones"
+                )
         if key in _CHOICES and value not in _CHOICES[key]:
             raise ConfigError(f"{key}={value!r} must be one of {', '.join(_CHOICES[key])}")
     for text in config.wake.inputs:

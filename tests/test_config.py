@@ -239,6 +239,7 @@ def test_a_value_of_the_wrong_type_names_its_key(word: str) -> None:
         "consolidation.learning_rate=-1e-3",
         "consolidation.batch_size=-2",
         "dreaming.group_size=0",
+        "resources.engine_gpus=1.5",
         "resources.engines=0",
         "resources.learner_workers=0",
         "memory.width=0",
