@@ -133,6 +133,12 @@ def check(config: NightConfig) -> None:
             f"dreaming.correction_low={dreaming.correction_low} is above "
             f"dreaming.correction_high={dreaming.correction_high}; lower the first"
         )
+    if dreaming.temperature != 1 and dreaming.correction_level == "off":
+        raise ConfigError(
+            f"dreaming.temperature={dreaming.temperature} with dreaming.correction_level=off trains on "
+            "dreams of another distribution as if they were the policy's; set "
+            "dreaming.correction_level=token or dreaming.temperature=1"
+        )
     without = dreaming.algorithm in _WITHOUT_RATIO and dreaming.correction_level == "off"
     if dreaming.staleness > 0 and without:
         raise ConfigError(
@@ -198,11 +204,6 @@ def _check_transport(config: NightConfig) -> None:
         raise ConfigError(
             f"resources.transport={resources.transport} is vLLM's, but "
             f"resources.engine={resources.engine}; set resources.transport=shared_memory"
-        )
-    if config.memory.growth == "low_rank":
-        raise ConfigError(
-            f"resources.transport={resources.transport} cannot send what the night itself sends with "
-            "memory.growth=low_rank, without a GPU; set resources.transport=shared_memory"
         )
 
 

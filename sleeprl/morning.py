@@ -72,7 +72,7 @@ def commit(run: Run, selves: Selves) -> dict[str, Any]:
     generation = store.commit(
         build,
         Manifest(
-            transaction=str(run.dir.resolve()),
+            transaction=f"{run.dir.resolve()} {run.state['id']}",
             base_model=store.get(parent).base_model if parent else config.model.name,
             parent=parent,
             config=cfg.to_dict(config),
@@ -148,7 +148,14 @@ def environment() -> dict[str, str]:
 
 
 def told(result: dict[str, Any]) -> str:
-    """The recall and retention of the last state in a result, for the line of the phase."""
-    last = next(v for v in reversed(list(result.values())) if isinstance(v, dict))
-    said = [f"{k} {last[k]:.0%}" for k in ("recall", "retention") if last.get(k) is not None]
-    return ", ".join(said)
+    """Recall and retention of the states in a result, for the line of the phase."""
+    states = []
+    for state, figures in result.items():
+        if isinstance(figures, dict):
+            said = [
+                f"{k} {figures[k]:.0%}"
+                for k in ("recall", "retention")
+                if figures.get(k) is not None
+            ]
+            states.append("with the text: " * state.endswith("with_context") + ", ".join(said))
+    return "; ".join(states)

@@ -1,9 +1,8 @@
 """One night as straight code: wake, measure, study, consolidate, dream, and the morning after.
 
-Each phase is a function that returns plain JSON and leaves what is large on disk;
-``Run.phase`` records it, so a killed night resumes at the phase it died in. What the
-memory levels do is a list of steps, known before anything is trained: room where it is
-needed, the context into level 1, then each level that is due into the next slower one.
+Each phase is a function that returns plain JSON and leaves what is large on disk; ``Run.phase`` records
+it, so a killed night resumes at the phase it died in. What the memory levels do is a list of steps: room
+where it is needed, the context into level 1, each level that is due into the next slower one.
 """
 
 from __future__ import annotations
@@ -129,7 +128,7 @@ class Night:
         if not day.documents:
             raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
         day.save(self.run.dir / "day.json")
-        return {"documents": len(day.documents), "questions": len(day.probes)}
+        return {"documents": len(day.documents), "retention": len(day.of_kind("retention"))}
 
     def prepare(self, day: Day) -> None:
         """Start the engines with the model that the next step needs; every attempt has to."""
@@ -151,7 +150,7 @@ class Night:
         }
 
     def self_study(self) -> dict[str, Any]:
-        config, asked = self.config, bool(self.day.of_kind("retention"))
+        config, asked = self.config, self.run.result("wake")["retention"]
         written = study(
             self._engines(), self.chat, self.day.documents, config.self_study, config.seed,
             config.model.max_length,
@@ -230,19 +229,20 @@ class Night:
 
     def after(self) -> dict[str, Any]:
         canary = Canary.load(self.selves.expert() / CANARY)
-        self._engines().publish(self.selves.larger(), canary)
+        self.selves.send(self._engines(), self.selves.larger(), canary)
         return {"after": self.measure("after")}
 
     def baseline(self, name: str) -> dict[str, Any]:
         """Another method on the same day and as many training tokens; only its figures stay."""
-        if any(isinstance(step, Merge) for step in self.selves.steps):
-            self.restart(0)  # the model was widened since
         index = self.selves.from_context if METHODS[name].grows else None
+        if self.selves.merge:  # then the engines are wider than what this method starts from
+            self.restart(index or 0)
         job = train.budgeted(self._job(name, index), self.run.result("consolidation")["tokens"])
         shown = ("loss", "imitation_reward")
         end = self._train(job, name, name, job.learner.total_steps, shown)
         figures = self.measure(name)
-        self._engines().publish(all_tensors(self.selves.dense()))
+        if not self.selves.merge:
+            self.selves.send(self._engines(), all_tensors(self.selves.dense()))
         shutil.rmtree(self.run.dir / "train" / name, ignore_errors=True)
         return {"figures": figures, "steps": end["step"], "tokens": end["tokens"]}
 

@@ -144,7 +144,7 @@ def replay(directory: Path, *, engines_only: bool = False) -> str:
             config, selves.dreamer(), born, run.dir, night.canary, position.first_version
         )
         if engines_only:
-            fleet.publish(selves.larger(index), Canary.load(born / CANARY))
+            selves.send(fleet, selves.larger(index), Canary.load(born / CANARY))
             tasks = make_tasks(day.documents, load_probes(run.dir / "study.json"), config.seed)
             found = engines_alone(
                 config, fleet, job, {task.id: task for task in tasks}, position.admitted[: position.done],

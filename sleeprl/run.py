@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,8 @@ ANSWERS = "answers"
 
 
 class Run:
-    """Phases of one night with their results, timings, metrics and progress.
+    """Phases of one night with their results, timings, metrics and progress. ``state["id"]`` is this
+    night's alone: another may have its directory one day.
 
     A key may have parts, ``levels-2-texts``: its first part names the line that shows it.
     """
@@ -35,9 +37,9 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         write_text_atomic(self.dir / CONFIG, cfg.to_yaml(config))
         self.metrics = MetricsLog(self.dir / METRICS)
-        self.state: dict[str, Any] = {"results": {}, "seconds": {}}
+        self.state: dict[str, Any] = {"id": uuid.uuid4().hex, "results": {}, "seconds": {}}
         if (self.dir / STATE).is_file():
-            self.state = json.loads((self.dir / STATE).read_text())
+            self.state |= json.loads((self.dir / STATE).read_text())
 
     def done(self, key: str) -> bool:
         return key in self.state["results"]

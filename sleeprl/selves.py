@@ -8,7 +8,7 @@ crash finds or rebuilds the same one.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from sleeprl import ladder
 from sleeprl.actors.engine import EngineOptions
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.learner import LearnerOptions
+from sleeprl.actors.publish import publish_from_gpu
 from sleeprl.chat import Chat
 from sleeprl.files import atomic_directory, atomic_path
 from sleeprl.memory.checkpoint import EXPERT, WAKE, widen
-from sleeprl.memory.growth import growth_named, growth_of, update
+from sleeprl.memory.growth import beside, growth_named, growth_of, update
 from sleeprl.memory.slots import LOW_RANK, Slots
 from sleeprl.memory.transfer import Merge, Step, Transfer, from_dict, to_dict
 from sleeprl.memory.wake_learning import wake_gradient
@@ -32,6 +33,8 @@ from sleeprl.models import find_model
 from sleeprl.run import Run
 from sleeprl.settings import NightConfig
 from sleeprl.trajectories.lake import Lake
+from sleeprl.weights.transport import BETWEEN_GPUS
+from sleeprl.weights.verify import Canary
 
 
 def learner_options(
@@ -102,6 +105,11 @@ class Selves:
     @property
     def steps(self) -> list[Step]:
         return [from_dict(step) for step in self.run.result("plan")["steps"]]
+
+    @property
+    def merge(self) -> bool:
+        """Whether a step makes the base take a slot in, and so maybe wider."""
+        return any(isinstance(step, Merge) for step in self.steps)
 
     @property
     def last(self) -> int:
@@ -252,7 +260,7 @@ class Selves:
 
     def launch(self, index: int) -> Fleet:
         """Start engines that hold ``before(index)``."""
-        resources, checkpoint, slots = self.config.resources, self.before(index), self.slots(index)
+        resources, checkpoint = self.config.resources, self.before(index)
         options = EngineOptions.of(self.config, str(checkpoint.resolve()), self.dtype)
         fleet = Fleet.launch(
             resources.engines,
@@ -261,7 +269,16 @@ class Selves:
             resources.engine_gpus,
             resources.engine,
         )
-        if slots.growth == LOW_RANK and slots.used:
-            # The weights of such a checkpoint are the base alone; the slots lie beside them.
-            fleet.publish(growth_of(slots).tensors(checkpoint, slots))
+        if rest := beside(checkpoint):
+            self.send(fleet, rest)
         return fleet
+
+    def send(
+        self, fleet: Fleet, tensors: Iterable[tuple[str, Tensor]], canary: Canary | None = None
+    ) -> None:
+        """Weights that no learner holds, to all engines."""
+        resources = self.config.resources
+        if resources.transport in BETWEEN_GPUS:
+            publish_from_gpu(fleet, tensors, canary, resources.learner_gpus)
+        else:
+            fleet.publish(tensors, canary)

@@ -332,6 +332,14 @@ def test_staleness_needs_a_correction() -> None:
     cfg.load(None, ["dreaming.staleness=1", "dreaming.algorithm=gspo", words[1]])
 
 
+def test_a_temperature_needs_a_correction() -> None:
+    words = ["dreaming.temperature=0.7", "dreaming.correction_level=off"]
+    message = refused(*words)
+    assert all(word in message for word in words) and "correction_level=token" in message
+    cfg.load(None, words[:1])
+    cfg.load(None, words[1:])
+
+
 def test_questions_of_ones_own_need_a_day_of_ones_own(tmp_path: Path) -> None:
     for name in ("notes.jsonl", "questions.jsonl"):
         (tmp_path / name).touch()
@@ -400,7 +408,6 @@ def test_transports_between_gpus_need_gpus(kind: str) -> None:
     words.append("resources.learner_gpus=0.5")
     assert cfg.load(None, words).resources.transport == kind
     assert "resources.engine=torch" in refused(*words, "resources.engine=torch")
-    assert "memory.growth=low_rank" in refused(*words, "memory.growth=low_rank")
 
 
 def test_transport_and_update_mode_are_of_those_there_are() -> None:

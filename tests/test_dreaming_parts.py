@@ -327,7 +327,7 @@ PAIRS = (("Where does Ann live?", "Ann lives in Oslo"), ("What is her pet?", "a 
 
 
 def scorer(wide: Path, rate: float = 0.5, probes: int = 8) -> Scorer:
-    return Scorer(str(wide), 0, "float32", rate, probes, 1)
+    return Scorer(str(wide), 0, rate, probes, 1)
 
 
 def task(*probes: tuple[str, str]) -> dict[str, Task]:

@@ -230,8 +230,9 @@ def test_what_is_known_is_what_is_said_each_time(chat: Chat) -> None:
     )
     asked, config = ["sure", "guess", "sure", "silent", "late"], EvaluationConfig(texts=1)
     day = own_retention(DAY, asked, ["a", "b"], fleet, chat, config)  # type: ignore[arg-type]
-    assert day.probes == [*DAY.probes, Probe("sure", "Paris", "retention")]
-    assert day.texts == DAY.texts
+    told = [probe for probe in DAY.probes if probe.kind != "retention"]
+    assert day.probes == [*told, Probe("sure", "Paris", "retention")]
+    assert day.texts == ["a"]
     heat = [(s.temperature, s.seed) for s in fleet.sampling]
     assert heat == [(0.0, None), (0.5, 1), (0.5, 2)]
 

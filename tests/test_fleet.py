@@ -24,6 +24,7 @@ from sleeprl.actors.engine import EngineOptions, Sampling, spawn
 from sleeprl.actors.fleet import SILENCE, Fleet, StaleEngine
 from sleeprl.actors.group import ActorFailure, Kind
 from sleeprl.actors.health import Health
+from sleeprl.actors.publish import publish_from_gpu
 from sleeprl.actors.torch_engine import TorchEngine
 from sleeprl.dreaming import learning
 from sleeprl.memory.checkpoint import WEIGHTS
@@ -110,6 +111,17 @@ def test_a_stale_engine_gets_no_work_until_an_update_verifies(
     again = fleet.generate_later(PROMPTS, SAMPLING)
     assert list(again.refs) == [0, 1]
     assert [c.token_ids for c in again.wait()] == [c.token_ids for c in made]
+
+
+def test_a_process_with_gpus_of_its_own_sends_for_one_that_has_none(
+    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+) -> None:
+    """Here nobody has any; what it does is the same."""
+    publish_from_gpu(fleet, weights.items(), canary(tiny_model, weights), gpus=0)
+    assert fleet.version == 1 and states(fleet) == [Health.HEALTHY, Health.STALE]
+    publish_from_gpu(fleet, weights.items(), canary(tiny_model, weights), gpus=0)
+    assert fleet.version == 2 and states(fleet) == [Health.HEALTHY] * 2
+    assert {v for c in fleet.generate(PROMPTS, SAMPLING) for v in c.versions} == {2}
 
 
 def test_no_engine_left_is_an_error_that_names_them(

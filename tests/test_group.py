@@ -236,6 +236,29 @@ def test_who_is_silent_for_too_long_is_not_waited_for_by_those_that_ask_all(
     assert told.value.failure.kind is Kind.INFRA and two.dead(0.1) == [1]
 
 
+def test_one_that_answers_too_late_is_no_less_dead_while_another_still_works(
+    two: ActorGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PROBE_S", 0.1)
+    two.health.dead_after = 1.0
+    frozen, found = pid(two, 0), threading.Event()
+
+    def thaw() -> None:
+        while not found.wait(0.05) and two.health[0] is not Health.DEAD:
+            pass
+        os.kill(frozen, signal.SIGCONT)
+
+    waits = threading.Thread(target=thaw)
+    waits.start()
+    try:
+        os.kill(frozen, signal.SIGSTOP)
+        with pytest.raises(ActorFailure, match=r"engine-0\.work.*did not answer"):
+            two.scatter("work", [{"seconds": 0.0}, {"seconds": 30.0}])
+    finally:
+        found.set()
+        waits.join()
+
+
 @pytest.mark.parametrize(("verified", "silent"), [([1], [0]), ([], [1]), ([0, 1], [0, 1])])
 def test_who_is_silent_and_in_the_way_is_dead(
     two: ActorGroup, verified: list[int], silent: list[int]

@@ -193,6 +193,7 @@ def placing(directory: Path, notes: Notes) -> None:
 
 def bfloat16(directory: Path, notes: Notes) -> None:
     half = Learner(options(directory, dtype="bfloat16"))
+    notes.numbers["half sums in"] = str(half.optimizer.gradient_accumulation_dtype)
     half.step(rows(1), PARTS, LOSS)
     half.step(rows(2), PARTS, LOSS)
     state = half.state()
@@ -632,6 +633,7 @@ def test_two_ranks_go_on_to_the_bit(saw: Saw) -> None:
 
 
 def test_bfloat16_goes_on_to_the_bit(saw: Saw) -> None:
+    assert saw.one["half sums in"] == "torch.float32"
     equal(saw.file("half-3-resumed"), saw.file("half-3"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -361,6 +362,13 @@ def selves(place: Path, model: Path, *words: str) -> Selves:
     return made
 
 
+def test_another_night_in_the_same_directory_is_another(tiny_model: Path, tmp_path: Path) -> None:
+    run = selves(tmp_path, tiny_model).run
+    assert selves(tmp_path, tiny_model).run.state == run.state  # resumed
+    shutil.rmtree(run.dir)
+    assert selves(tmp_path, tiny_model).run.state["id"] != run.state["id"]
+
+
 @pytest.mark.parametrize("name", sorted(BUILTIN["growth"]))
 def test_an_engine_starts_with_the_model_before_a_step(
     name: str, tiny_model: Path, tmp_path: Path
@@ -557,3 +565,12 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
     assert slots_of(three).used == (2, 0)
     assert told["after"]["recall"] > 0.3
     assert recall(three, first_day) + recall(three, second_day) > 0.15
+
+    # Or its oldest is merged into the base, which is wider then; baselines begin before, or after it.
+    told, four = sleep(
+        tmp_path, "four", f"model.name={full}", "seed=9", "dreaming.enabled=false",
+        "memory.when_full=merge", "baselines=[no_replay,fine_tuning]", "consolidation.steps=16",
+    )  # fmt: skip
+    assert from_dict(store.get(four.name).steps[0]) == Merge(2)
+    assert slots_of(four).base_width == slots.base_width + slots.width
+    assert told["baselines"]["no_replay"]["recall"] > 0.1 and "fine_tuning" in told["baselines"]

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from sleeprl import cli
 from sleeprl.lineage import LineageStore, Manifest, diff
-from sleeprl.memory.checkpoint import WEIGHTS, mlp_tensors, widen, write_grown
+from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, mlp_tensors, widen, write_grown
+from sleeprl.memory.growth import growth_named
 from sleeprl.memory.slots import Slots
 
 Command = Callable[..., tuple[int, str, str]]
@@ -62,6 +64,34 @@ def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Lineage
         checkpoint, slots = store.path(parent), grown
     store.set_head(parent)
     return store
+
+
+def test_a_night_of_low_rank_growth_changes_the_ranks_of_its_slot(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    store, growth = LineageStore(tmp_path / "generations"), growth_named("low_rank")
+    checkpoint, parent = tmp_path / "wide", None
+    slots = growth.prepare(tiny_model, checkpoint, [3], 8, "float32")
+    for slot in range(2):
+        born = growth.load(checkpoint, slots, torch.float32)
+        growth.grow(born, slots.width, seed=slot)
+        made = {
+            n: t.detach() + 0.1 for n, t in expert_tensors(dict(born.named_parameters())).items()
+        }
+
+        def write(
+            target: Path, source: Path = checkpoint, slot: int = slot, made: Any = made
+        ) -> None:
+            growth.write(source, target, Slots.load(source), slot, made)
+
+        night = Manifest(f"night-{slot}", "tiny", parent=parent, slots=vars(slots.filled(slot)))
+        parent = store.commit(write, night)
+        checkpoint, slots = store.path(parent), slots.filled(slot)
+    weights = diff(store, *(m.id for m in store.list())).weights
+    changed = {key for key, change in weights.parts.items() if change.changed}
+    parts = [f"mlp.{p}_proj.lora_{f}" for p in ("gate", "up", "down") for f in "AB"]
+    assert changed == {("slot 1", part) for part in parts}
+    assert {where for where, _ in weights.parts} == {"base", "slot 0", "slot 1"}
 
 
 def test_a_night_of_growth_changes_its_slot_and_nothing_else(store: LineageStore) -> None:

@@ -172,12 +172,13 @@ class ActorGroup:
         members: who was asked, if not all.
         """
         asked = self.present if members is None else members
-        waiting, failed = dict(zip(refs, asked, strict=True)), False
+        waiting, failed, dead = dict(zip(refs, asked, strict=True)), False, list[int]()
         while waiting and not failed:
             done, _ = ray.wait(list(waiting), timeout=PROBE_S)
             if not done:
                 self.look()
-                failed = bool(self._dead(waiting.values()))
+                dead = [index for index in waiting.values() if self.health[index] is Health.DEAD]
+                failed = bool(dead)
             for ref in done:
                 del waiting[ref]
                 failed |= isinstance(_value(ref), Failure)
@@ -186,13 +187,10 @@ class ActorGroup:
             waiting = {ref: waiting[ref] for ref in rest}
         values = [None if ref in waiting else _value(ref) for ref in refs]
         failures = [(i, v) for i, v in zip(asked, values, strict=True) if isinstance(v, Failure)]
-        failures += [(index, self._silence()) for index in self._dead(waiting.values())]
+        failures += [(index, self._silence()) for index in dead]  # also if it answers by now
         for index, failure in sorted(failures, key=lambda pair: pair[1].kind is Kind.DATA)[:1]:
             raise ActorFailure(f"{self.name}-{index}.{method}", failure)
         return values
-
-    def _dead(self, members: Iterable[int]) -> list[int]:
-        return [index for index in members if self.health[index] is Health.DEAD]
 
     def wait(self, index: int, ref: Any) -> Any:
         """What a call to a member gave, or a Failure; also of one that is DEAD before it answers."""

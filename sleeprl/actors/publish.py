@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import ray
 from safetensors.torch import save_file
+from torch import Tensor
 
-from sleeprl.actors.fleet import Fleet
+from sleeprl.actors.fleet import SILENCE, Fleet
+from sleeprl.actors.group import ActorGroup
 from sleeprl.actors.learner import Learner
 from sleeprl.files import atomic_path
 from sleeprl.memory.checkpoint import EXPERT, WEIGHTS
+from sleeprl.weights.transport import Named
+from sleeprl.weights.verify import Canary
 
 CANARY = "canary.json"
 
@@ -44,6 +51,28 @@ def publish(learner: Learner, fleet: Fleet, canary: list[int]) -> dict[str, floa
         "canary": max(c.difference or 0.0 for c in verified),
         "stale_engines": float(len(certificates) - len(verified)),
     }
+
+
+def publish_from_gpu(
+    fleet: Fleet, tensors: Iterable[Named], canary: Canary | None, gpus: float
+) -> None:
+    """``Fleet.publish`` by a process that has ``gpus``: between GPUs one that has none, as the driver,
+    cannot send."""
+    version = fleet.version + 1
+    send = ray.remote(_send).options(num_cpus=0, num_gpus=gpus)
+    verified = ray.get(send.remote(fleet.group.actors, version, dict(tensors), canary))
+    fleet.version = version
+    fleet.group.updated(verified)
+
+
+def _send(
+    engines: Sequence[Any], version: int, tensors: Mapping[str, Tensor], canary: Canary | None
+) -> list[int]:
+    """Who ended verified."""
+    fleet = Fleet(ActorGroup("engine", engines, silence=SILENCE))
+    fleet.publish(tensors.items(), canary, version)
+    fleet.disconnect()
+    return fleet.health.working
 
 
 def save_trained(learner: Learner, directory: Path, canary: list[int]) -> None:

@@ -32,6 +32,8 @@ def deepspeed_config(*, dtype: str, grad_clip: float, gpu: bool, offload: str) -
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also where it is offloaded
         "bf16": {"enabled": dtype == "bfloat16"},
+        # Else micro-batches are summed in the model's own, and what comes of them depends on their size.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

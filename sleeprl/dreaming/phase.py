@@ -126,7 +126,7 @@ def judges(config: NightConfig, learner: LearnerOptions) -> tuple[ActorGroup, Ac
     """The scorers and the rewards."""
     dreaming = config.dreaming
     scorers = _beside(
-        Scorer, learner.checkpoint, learner.seed, learner.dtype, dreaming.trial_learning_rate,
+        Scorer, learner.checkpoint, learner.seed, dreaming.trial_learning_rate,
         dreaming.trial_probes, 1, learner.held, learner.wake,
     )  # fmt: skip
     rewards = _beside(

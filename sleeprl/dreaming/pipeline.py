@@ -2,19 +2,17 @@
 
     curriculum -> admission -> engines -> scorers -> reward -> queue -> learner -> engines
 
-Everything between the arrows is in flight at the same time; the driver moves references. What
-bounds it is admission: a group is admitted only where fewer than ``(staleness + 1) *
-tasks_per_step`` wait in line before it, so no dream can be older than ``staleness`` updates when
-it is learned from, and nothing is thrown away.
+Everything between the arrows is in flight at the same time; the driver moves references. What bounds it is
+admission: a group is admitted only where fewer than ``(staleness + 1) * tasks_per_step`` wait in line before
+it, so no dream can be older than ``staleness`` updates when it is learned from, and nothing is thrown away.
 
-Where the algorithm asks for it, a group whose rewards are all equal is set aside and another is
-admitted in its place (DAPO's dynamic sampling); ``Line`` says which. Where engines and learner
-share a device, the engines sleep from the beginning of a step until its weights come.
+Where the algorithm asks for it, a group whose rewards are all equal is set aside and another is admitted in
+its place (DAPO's dynamic sampling); ``Line`` says which. Where engines and learner share a device, the
+engines sleep from the beginning of a step until its weights come.
 
-After each update the position is kept: learner, curriculum, which groups were admitted, which are
-learned, and what the others have come to. A killed run goes on from there, and an engine or a
-learner worker that dies is restarted: lost groups are admitted again under their numbers, so each
-is learned from exactly once. A scorer, reward or curriculum that dies ends the run.
+After each update the position is kept: learner, curriculum, and what has come of each group. A killed run
+goes on from there, and an engine or a learner worker that dies is restarted; lost groups are admitted again
+under their numbers, so each is learned from exactly once. A dead scorer, reward or curriculum ends the run.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sleeprl.actors.group import ActorGroup
+from sleeprl.actors.health import Health
 from sleeprl.dreaming.counts import Ages, Counts
 from sleeprl.dreaming.line import Line
 from sleeprl.dreaming.mending import Mender
@@ -258,7 +257,8 @@ class Pipeline:
         with self.waits.on("learner", what="the new weights", kind="sync"):
             sent: dict[str, Any] = self.learner.call("publish")[0]
             self.engines.updated(sent.pop("verified"))
-            if stale := sent.pop("stale_engines", 0):
+            silent = len(self.engines.health.having(Health.DEAD))  # no work for it, whatever it got
+            if stale := max(sent.pop("stale_engines", 0), silent):
                 told = f"{stale:.0f} did not end the update verified"
                 raise ActorFailure("engines", Failure(Kind.INFRA, told))
             self.scorers.scatter("set_expert", [{"expert": sent.pop("expert")}] * len(self.scorers))

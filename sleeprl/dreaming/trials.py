@@ -31,13 +31,13 @@ from sleeprl.trajectories.schema import from_batch, with_column, with_ref_logpro
 
 
 class Scorer(Served):
-    """A plain torch copy of the learner's model, one step behind it at most."""
+    """A plain torch copy of the learner's model, one step behind it at most. In single precision
+    also where the learner's is half: a trial's step would be rounded away, or up to what it is not."""
 
     def __init__(
         self,
         checkpoint: str,
         slot_seed: int,
-        dtype: str,
         rate: float,
         probes: int,
         threads: int,
@@ -51,7 +51,7 @@ class Scorer(Served):
         self.chat = Chat(checkpoint)
         growth = growth_of(slots)
         applied = load_file(wake) if wake else None
-        self.model = growth.load(directory, slots, getattr(torch, dtype), held, applied)
+        self.model = growth.load(directory, slots, torch.float32, held, applied)
         self.parameters = growth.grow(self.model, slots.width, slot_seed)
         self.rate, self.probes = rate, probes
 

@@ -98,12 +98,12 @@ def own_retention(
     chat: Chat,
     config: EvaluationConfig,
 ) -> Day:
-    """The day with a retention probe that needs no labels.
+    """The day with a retention probe that needs no labels, in the place of one that it had.
 
     questions, texts: what the smaller self asked and stated freely, none of it trained on.
     It answers the questions again, greedily, and twice with chance; what it says each
-    time, in its first sentence, is what it knows, and is asked in the morning. The texts,
-    where the day has none, are for the perplexity.
+    time, in its first sentence, is what it knows, and is asked in the morning. The texts are
+    for the perplexity.
     """
     asked = [Probe(q, "", "retention") for q in dict.fromkeys(questions)][: config.retention]
     greedy, *others = (
@@ -119,4 +119,5 @@ def own_retention(
     ]
     sure = [all(marks) for marks in zip(*(grade(other, probes) for other in others), strict=True)]
     probes = [probe for probe, kept in zip(probes, sure, strict=True) if kept]
-    return Day(day.documents, [*day.probes, *probes], day.texts or list(texts)[: config.texts])
+    told = [probe for probe in day.probes if probe.kind != "retention"]
+    return Day(day.documents, [*told, *probes], list(texts)[: config.texts])

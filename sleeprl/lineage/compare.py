@@ -21,6 +21,8 @@ BASE = "base"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 # Dimension of a gated MLP's projection along which its hidden units lie.
 _UNITS = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}
+# What ``memory.lowrank`` writes beside a base, whose import takes torch's seconds.
+_ADAPTER, _RANKS = "adapter", {"lora_A": 0, "lora_B": 1}
 
 
 @dataclass
@@ -105,10 +107,10 @@ def diff(store: LineageStore, a: str, b: str) -> Diff:
 def compare_weights(
     a: Path, b: Path, slots_a: Mapping[str, Any], slots_b: Mapping[str, Any]
 ) -> Weights:
-    """All safetensors of two checkpoint directories.
+    """All safetensors of two checkpoint directories, and of the adapters in them.
 
-    The MLPs are split into the base and the slots where both have the same layout of
-    them. A tensor that is larger on one side is compared as if the other were padded
+    The MLPs, or an adapter's ranks, are split into the base and the slots where both have the
+    same layout of them. A tensor that is larger on one side is compared as if the other were padded
     with zeros: that is what widening does.
     """
     from safetensors import safe_open
@@ -120,7 +122,8 @@ def compare_weights(
         def tensors(directory: Path) -> dict[str, Any]:
             files = [
                 stack.enter_context(safe_open(file, framework="pt"))
-                for file in sorted(directory.glob("*.safetensors"))
+                for where in (directory, directory / _ADAPTER)
+                for file in sorted(where.glob("*.safetensors"))
             ]
             return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
@@ -172,14 +175,19 @@ def _layout(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[int, int] | Non
 def _pieces(
     part: str, a: Tensor, b: Tensor, layout: tuple[int, int] | None
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The tensor whole, or an MLP's projection cut along its units: the base, then each slot."""
-    dim = _UNITS.get(part)
+    """The tensor whole, or cut along an MLP's units or an adapter's ranks: the base, then each slot."""
+    dim = _RANKS.get(part.rpartition(".")[2])
+    # A low-rank model has no base width: its slots are ranks of the adapter, and its MLPs are whole.
+    if dim is None and layout is not None and layout[0]:
+        dim = _UNITS.get(part)
     if layout is None or dim is None or a.dim() != 2 or b.dim() != 2:
         yield BASE, a, b
         return
     base, width = layout
     cuts = [0, *range(base, max(a.shape[dim], b.shape[dim]) + 1, width)]
     for number, (start, end) in enumerate(pairwise(cuts)):
+        if start == end:
+            continue
         pair = [
             t.narrow(dim, min(start, t.shape[dim]), max(0, min(end, t.shape[dim]) - start))
             for t in (a, b)

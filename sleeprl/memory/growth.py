@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sleeprl.memory import checkpoint as ckpt
 from sleeprl.memory import experts
-from sleeprl.memory.slots import FILE, Slots
+from sleeprl.memory.slots import FILE, LOW_RANK, Slots
 from sleeprl.memory.transfer import Merge, Step
 from sleeprl.registry import create
 
@@ -130,6 +130,15 @@ def growth_named(name: str) -> Growth:
 def growth_of(slots: Slots) -> Growth:
     """The growth that a checkpoint's slots are for."""
     return growth_named(slots.growth)
+
+
+def beside(checkpoint: Path) -> Iterator[tuple[str, Tensor]] | None:
+    """What an engine that has loaded a checkpoint must be sent still, if anything: of a low-rank model
+    the slots, which lie beside its weights, as the dense tensors that they make."""
+    slots = Slots.load(checkpoint)
+    if slots is None or slots.growth != LOW_RANK or not slots.used:
+        return None
+    return growth_of(slots).tensors(checkpoint, slots)
 
 
 def update(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sleeprl import config as cfg
 from sleeprl.actors.engine import EngineOptions, Sampling
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
 from sleeprl.losses.imitation import normalise
+from sleeprl.memory.growth import beside
 from sleeprl.models import find_model
 from sleeprl.prompts import with_experience
 from sleeprl.settings import available_cpus
@@ -56,6 +58,8 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
     try:
         options = EngineOptions.of(settings, str(source), "float32")
         fleet = Fleet.launch(1, options, cpus=1, gpus=0)
+        if rest := beside(Path(source)):
+            fleet.publish(rest)
         sampling = [Sampling(reply, temperature=0.0)] * len(prompts)
         return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
     finally:

@@ -18,6 +18,8 @@ Named = tuple[str, Tensor]
 
 ON_ONE_HOST = ("shared_memory", "ipc")
 """Kinds of delivery that do not leave the sender's host."""
+BETWEEN_GPUS = ("nccl", "ipc")
+"""Kinds of delivery whose sender must have a GPU."""
 
 
 @dataclass(frozen=True)
