@@ -1,11 +1,15 @@
-"""What DeepSpeed wants to be told where it has no GPU."""
+"""What DeepSpeed and the C library want to be told where there is no GPU."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 from sleeprl.files import locked
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""glibc's names for them, ``malloc.h``."""
 
 
 def load_shared_memory_op() -> None:
@@ -36,3 +40,17 @@ def count_devices_once() -> None:
     accelerator = get_accelerator()
     count = accelerator.device_count()
     accelerator.device_count = lambda: count
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory it has been given, for the tensors of the next step.
+
+    glibc gives large blocks back when they are freed, and the kernel clears their pages each time they
+    are asked for anew: 5 to 8 % of a step of a 135 M model. Elsewhere nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sleeprl.actors.anchor import Anchor
 from sleeprl.actors.batches import EMPTY, Row, Targets, micro_batches, window
-from sleeprl.actors.cpu import count_devices_once, load_shared_memory_op
+from sleeprl.actors.cpu import count_devices_once, keep_memory, load_shared_memory_op
 from sleeprl.actors.layout import inputs, padded
 from sleeprl.actors.response import ResponseModel, all_logits
 from sleeprl.actors.teacher import Teachers, teach
@@ -89,6 +89,7 @@ class Learner:
         if not options.gpu:
             load_shared_memory_op()
             count_devices_once()
+            keep_memory()
         self.options, self.teachers = options, teachers
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
