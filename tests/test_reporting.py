@@ -395,6 +395,23 @@ def test_without_a_terminal_progress_is_plain_lines() -> None:
     ]
 
 
+def test_what_is_left_is_told_without_the_start() -> None:
+    clock = Clock()
+    out, progress = plain(clock)
+    with progress:
+        progress.start("grow", total=10)
+        clock.now += 100  # until workers are up
+        for _ in range(3):
+            progress.update("grow", advance=1)
+            clock.now += 10
+        progress.finish("grow")
+    assert out.getvalue().splitlines()[1:-1] == [
+        "[1:40] Consolidation: 1/10, 1:40",
+        "[1:50] Consolidation: 2/10, 1:50, 1:20 left",
+        "[2:00] Consolidation: 3/10, 2:00, 1:10 left",
+    ]
+
+
 def test_an_exception_fails_the_running_phase_and_goes_on() -> None:
     out, progress = plain(Clock())
     with pytest.raises(KeyboardInterrupt), progress:
@@ -417,8 +434,9 @@ def test_on_a_terminal_prints_and_logs_of_others_appear_whole(
     progress = NightProgress(PHASES, console, clock=clock)
     with progress:
         progress.start("grow", total=10)
-        clock.now += 4
-        progress.update("grow", advance=4, loss=0.5)
+        for _ in range(2):
+            clock.now += 2
+            progress.update("grow", advance=2, loss=0.5)
         print("printed by someone")
         logger.warning("logged by someone")
         progress.skip("dream", "resumed")

@@ -37,6 +37,8 @@ class _Phase:
     state: State = "waiting"
     total: float | None = None
     completed: float = 0.0
+    first: tuple[float, float] | None = None
+    """What was completed by the first advance, and when."""
     started_s: float = 0.0
     ended_s: float | None = None
     note: str = ""
@@ -46,11 +48,13 @@ class _Phase:
         return (now if self.ended_s is None else self.ended_s) - self.started_s
 
     def eta_s(self, now: float) -> float | None:
-        """Seconds left at the pace so far; None when that cannot be said."""
-        if self.state != "running" or not self.total or self.completed <= 0:
+        """Seconds left at the pace since the first that was done, which starting up came before; None
+        when that cannot be said."""
+        done, began = self.first or (self.completed, now)
+        if self.state != "running" or not self.total or self.completed <= done:
             return None
         left = max(0.0, self.total - self.completed)
-        return self.elapsed_s(now) * left / self.completed
+        return (now - began) * left / (self.completed - done)
 
     def figures(self) -> str:
         """The latest metrics as one piece of text."""
@@ -118,6 +122,7 @@ class NightProgress:
             phase = self._phases[key]
             phase.state, phase.total, phase.note = "running", total, note
             phase.completed, phase.started_s, phase.ended_s = 0.0, self._clock(), None
+            phase.first = None
             self._say(phase, f"started{f', {note}' if note else ''}")
 
     def update(
@@ -131,6 +136,8 @@ class NightProgress:
         with self._lock:
             phase = self._phases[key]
             phase.completed += advance
+            if advance and phase.first is None:
+                phase.first = phase.completed, self._clock()
             phase.total = phase.total if total is None else total
             phase.metrics |= metrics
             if self._clock() - self._last_line_s >= self._every_s:
