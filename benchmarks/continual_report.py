@@ -35,6 +35,9 @@ TITLES = {
 }
 
 
+ORDER = (IN_CONTEXT, *METHODS, *VARIANTS)
+
+
 def chains(nights: int) -> dict[str, dict[int, dict[str, Any]]]:
     """The records of chains that are so long, cut there, by method and seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
@@ -43,8 +46,7 @@ def chains(nights: int) -> dict[str, dict[int, dict[str, Any]]]:
         if len(record["nights"]) >= nights:
             record["nights"] = record["nights"][:nights]
             found.setdefault(record["method"], {})[record["seed"]] = record
-    order = [IN_CONTEXT, *METHODS, *VARIANTS]
-    return {method: found[method] for method in order if method in found}
+    return {method: found[method] for method in ORDER if method in found}
 
 
 def outcome(record: dict[str, Any]) -> dict[str, float]:
@@ -135,14 +137,15 @@ def draw(nights: int, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (*axes, matrix) = plt.subplots(1, 3, figsize=(13.6, 4.4), width_ratios=(1, 1, 0.95))
-    # Without the greens, which are Sleep's.
+    # Without the greens, which are Sleep's. A method has its own, whoever else is there.
     colours = [colour for n, colour in enumerate(plt.get_cmap("tab20").colors) if n not in (4, 5)]
-    for number, (method, seeds) in enumerate(chains(nights).items()):
-        strong = method == "seeding"
+    for method, seeds in chains(nights).items():
+        number, strong = ORDER.index(method), method == "seeding"
+        style = "--" if title(method).startswith("Sleep,") else "-"
         look = {
             "color": "#009e73" if strong else colours[(2 * number + number // 9) % 18],
             "linewidth": 2.6 if strong else 1.3,
-            "linestyle": ":" if method == IN_CONTEXT else "-",
+            "linestyle": ":" if method == IN_CONTEXT else style,
             "label": title(method),
             "zorder": 3 if strong else 2,
         }
