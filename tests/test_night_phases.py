@@ -13,6 +13,7 @@ from sleeprl import config as cfg
 from sleeprl.consolidation import notebook
 from sleeprl.consolidation.self_study import Study
 from sleeprl.dreaming import phase
+from sleeprl.evaluation.probes import Day, Probe
 from sleeprl.night import Night
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import Trajectory, from_batch
@@ -36,10 +37,10 @@ def a_night(tmp_path: Path) -> Any:
     return SimpleNamespace(
         config=cfg.load(None, []),
         selves=selves,
-        run=SimpleNamespace(dir=run),
+        run=SimpleNamespace(dir=run, result=lambda key: {"wake": {"retention": 1}}[key]),
         lake=Lake(run / "lake"),
         chat=None,
-        day=SimpleNamespace(of_kind=lambda kind: ["a question"], documents=["a text"]),
+        day=Day(["a text"], [Probe("a question", "an answer", "retention")]),
         _engines=lambda: None,
     )
 
@@ -83,6 +84,23 @@ def test_self_study_after_a_kill_leaves_no_text_of_the_first_attempt(
     Night.self_study(self)
     uids = [row.uid for row in from_batch(self.lake.read("trajectories"))]
     assert sorted(uids) == ["b", "c"]
+
+
+def test_a_day_without_old_questions_is_asked_its_own_after_a_kill_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first attempt has put its own into the day: nothing that they ask may be trained on."""
+    self, held = a_night(tmp_path), []
+    self.run.result = lambda key: {"wake": {"retention": 0}}[key]
+
+    def study(*_: Any, hold_out: float, **__: Any) -> Study:
+        held.append(hold_out)
+        return Study([text("a")])
+
+    monkeypatch.setattr(night_module, "study", study)
+    monkeypatch.setattr(night_module.figures, "own_retention", lambda day, *_: day)
+    Night.self_study(self)
+    assert held == [0.25] and (self.run.dir / "day.json").is_file()
 
 
 def test_dreaming_hands_its_actors_whole_paths(
