@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import shutil
 import socket
 import subprocess
@@ -145,12 +144,6 @@ def one_text(directory: Path, notes: Notes) -> None:
     sys.addaudithook(lambda what, of: started.append(of[0]) if what == "subprocess.Popen" else None)
     notes.numbers["one text"] = learner.step(rows(1)[:1], PARTS, LOSS)
     notes.numbers["started by a step"] = list(started)
-    pages = []
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)  # 64 MiB
-        pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    notes.numbers["pages asked for"] = pages
     notes.tensors("expert-one-text", learner.expert())
 
 
@@ -742,10 +735,6 @@ def test_the_teacher_is_asked_once_about_a_named_text(saw: Saw) -> None:
 
 def test_a_step_starts_no_process(saw: Saw) -> None:
     assert saw.one["started by a step"] == []
-
-
-def test_memory_that_was_freed_is_there_for_the_next_step(saw: Saw) -> None:
-    assert saw.one["pages asked for"][1] < 2**24 * 4 / resource.getpagesize() / 10
 
 
 def test_the_guard_of_a_killed_compile_does_not_stop_the_next(tmp_path: Path) -> None:

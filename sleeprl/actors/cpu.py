@@ -46,7 +46,7 @@ def keep_memory() -> None:
     """Let this process keep the memory it has been given, for the tensors of the next step.
 
     glibc gives large blocks back when they are freed, and the kernel clears their pages each time they
-    are asked for anew: 5 to 8 % of a step of a 135 M model. Elsewhere nothing happens.
+    are asked for anew. Elsewhere nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -62,9 +62,10 @@ class VLLMEngine(TokenEngine):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from sleeprl.weights.buckets import BACKEND
+        from sleeprl.weights.transport import BETWEEN_GPUS
 
         kind = self.options.delivery.kind
-        self._own_receiver = kind not in ("nccl", "ipc")
+        self._own_receiver = kind not in BETWEEN_GPUS
         if kind == "ipc":  # handles are not plain data; they come from this host's own learner
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         arguments: dict[str, Any]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from sleeprl import config as cfg
 from sleeprl.actors.engine import EngineOptions, Sampling
@@ -58,7 +57,7 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
     try:
         options = EngineOptions.of(settings, str(source), "float32")
         fleet = Fleet.launch(1, options, cpus=1, gpus=0)
-        if rest := beside(Path(source)):
+        if rest := beside(source):
             fleet.publish(rest)
         sampling = [Sampling(reply, temperature=0.0)] * len(prompts)
         return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
