@@ -146,7 +146,7 @@ if sys.argv[1] == "cuda":
 else:
     if not current_platform.is_cpu():
         sys.exit(f"this vLLM is not the CPU build: {current_platform}")
-    from sleeprl.actors.cpu_op import load_shared_memory_op
+    from sleeprl.actors.cpu import load_shared_memory_op
 
     load_shared_memory_op()
 PYTHON
