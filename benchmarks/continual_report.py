@@ -24,6 +24,11 @@ VARIANTS = {
     "wide": ("memory.width=256",),
     # Every second night what two slots hold is handed on to one slot, and both are reset.
     "levels": ("memory.levels=[{{period: 2, slots: 2}}, {{period: {nights}, slots: {nights}}}]",),
+    # Both stay on beside the slot that learnt from them.
+    "no_reset": (
+        "memory.levels=[{{period: 2, slots: {nights}}}, {{period: {nights}, slots: {nights}}}]",
+        "memory.reset=false",
+    ),
 }
 """Sleep with other settings, as chains beside the methods."""
 TITLES = {
@@ -31,7 +36,8 @@ TITLES = {
     "gate": "Sleep, gated experts",
     "narrow": "Sleep, width 16",
     "wide": "Sleep, width 256",
-    "levels": "Sleep, two levels, reset",
+    "levels": "Sleep, two levels",
+    "no_reset": "Sleep, two levels, no reset",
 }
 
 

@@ -56,7 +56,7 @@ def require_layout(config: NightConfig, slots: Slots) -> None:
 def steps_of(config: NightConfig, slots: Slots, boundaries: Sequence[Due]) -> tuple[Step, ...]:
     """``plan_night``, with a full level told as a matter of configuration."""
     try:
-        steps = plan_night(slots, boundaries, config.memory.when_full)
+        steps = plan_night(slots, boundaries, config.memory.when_full, config.memory.reset)
     except PoolFull as error:
         raise ConfigError(f"memory.levels: {error}") from None
     replay = config.self_study.replay
@@ -84,8 +84,9 @@ def told(step: Step) -> str:
         return f"slot {step.slot} into the base"
     if step.sender == CONTEXT:
         return f"context into slot {step.slot} of level {step.receiver}"
-    held = ", ".join(map(str, step.reset))
-    return f"level {step.sender} (slots {held}) into slot {step.slot} of level {step.receiver}"
+    held = ", ".join(map(str, step.held))
+    told = f"level {step.sender} (slots {held}) into slot {step.slot} of level {step.receiver}"
+    return told if step.reset else f"{told}, which keeps them"
 
 
 def ladder(config: NightConfig) -> list[str]:

@@ -51,7 +51,7 @@ def learner_options(
     return LearnerOptions(
         checkpoint=str(checkpoint.resolve()),
         slot=step.slot if step else None,
-        held=step.reset if step else (),
+        held=step.held if step else (),
         dtype=dtype,
         seed=config.seed,
         learning_rate=rate,
@@ -222,8 +222,9 @@ class Selves:
         """For dreaming, which goes on with the expert of the last transfer."""
         dreaming = self.config.dreaming
         learner = self.learner(self.last, dreaming.learning_rate, dreaming.steps)
-        # A gate of its own is part of the expert by now.
-        return replace(learner, grad_clip=dreaming.grad_clip, routed=False)
+        # A gate of its own is part of the expert by now; what a level keeps is on again.
+        held = self.transfer(self.last).reset
+        return replace(learner, held=held, grad_clip=dreaming.grad_clip, routed=False)
 
     def larger(self, index: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """The night's outcome, as tensors for an engine that holds ``before(last)``; or, with the

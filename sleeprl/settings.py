@@ -57,6 +57,9 @@ class MemoryConfig:
     when_full: str = "distil"
     """What makes room in the slowest level: ``distil`` all its slots into one, ``merge`` the
     oldest into the base, or ``stop`` with an error."""
+    reset: bool = True
+    """Empty the slots of a level once what they hold was handed on. Without (the paper's ablation)
+    they stay on beside the slot that learnt from them, and take up room in their level."""
 
     def clock(self) -> Clock:
         """A new clock of these levels; raises ConfigError for periods or slots that cannot be."""

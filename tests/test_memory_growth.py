@@ -297,6 +297,14 @@ def test_a_fast_level_is_handed_to_the_next_slower_one(
     engine.load_state_dict(dict(sent), strict=False)
     torch.testing.assert_close(logits(engine), logits(model), **CLOSE)
 
+    # Without the reset the sender is on beside it: what it held is there twice.
+    (step,) = plan(slots, sender=1, reset=False)
+    assert isinstance(step, Transfer) and step.held == (0, 1)
+    kept = update(two, tmp_path / "kept", slots, step, expert)
+    assert kept.used_in(1) == (0, 1) and kept.used_in(2) == (3, 4)
+    twice = logits(growth.load(tmp_path / "kept", kept, torch.float32))
+    assert (twice - logits(model)).abs().max() > 1e-3
+
 
 def test_a_reset_gives_the_model_without_those_slots(
     two: Path, empty: Path, growth: Growth, tmp_path: Path

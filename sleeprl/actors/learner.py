@@ -45,7 +45,7 @@ MEETING = timedelta(hours=1)
 @dataclass(frozen=True)
 class LearnerOptions:
     """checkpoint: one that can grow. slot: the one to grow in; None trains every parameter.
-    held: slots that only the smaller self has (``Transfer.reset``). routed: the expert gets a
+    held: slots that only the smaller self has (``Transfer.held``). routed: the expert gets a
     gate of its own, which ``Part.quiet`` teaches to close. wake: file of the gradients that only
     the larger self has applied (``wake_learning``)."""
 

@@ -53,7 +53,7 @@ def teach(
 class TeacherActor(Served):
     """A frozen smaller self. It has no state of its own, so a lost one is started again.
 
-    held: slots that it has and the larger self has not (``Transfer.reset``).
+    held: slots that it has and the larger self has not (``Transfer.held``).
     """
 
     def __init__(

@@ -275,7 +275,7 @@ def load_training_form(
 ) -> nn.Module:
     """A checkpoint with only its occupied columns, in eval mode on the CPU.
 
-    held: slots that only the smaller self has (``Transfer.reset``): frozen experts
+    held: slots that only the smaller self has (``Transfer.held``): frozen experts
         beside the MLPs, each with its switch.
     wake: gradients accumulated for the sender's base, by checkpoint name and at the
         checkpoint's width. The larger self has them applied, the smaller self not

@@ -47,7 +47,7 @@ class Growth(Protocol):
         held: Collection[int] = (),
         wake: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
-        """The training form. held: slots that only the smaller self has (``Transfer.reset``)."""
+        """The training form. held: slots that only the smaller self has (``Transfer.held``)."""
 
     def grow(
         self,

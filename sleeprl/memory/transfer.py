@@ -33,10 +33,12 @@ class Transfer:
 
     sender: a level, or ``CONTEXT``. receiver: the level that gets the new slot.
     teacher_on: slots that hold what the smaller self knows.
-    student_on: slots of the larger self; ``slot`` among them, with its new content.
+    student_on: slots of the larger self while it learns; ``slot`` among them, with its
+        new content.
     slot: the one to be trained; nothing else changes while it is.
-    reset: slots emptied afterwards. A level that is distilled into itself has
-        ``slot`` among them: it is emptied first, then takes the new expert.
+    reset: slots emptied afterwards: ``held``, or none where a level keeps what it handed
+        on. A level that is distilled into itself has ``slot`` among them: it is emptied
+        first, then takes the new expert.
     """
 
     sender: int
@@ -50,6 +52,12 @@ class Transfer:
     def teacher_has_context(self) -> bool:
         """Mode A. In Mode B both selves get the same prompt."""
         return self.sender == CONTEXT
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Slots whose content only the teacher has: those of the sender."""
+        beside = set(self.student_on) - {self.slot}
+        return tuple(slot for slot in self.teacher_on if slot not in beside)
 
     def after(self, slots: Slots) -> Slots:
         return slots.freed(self.reset).filled(self.slot)
@@ -82,7 +90,10 @@ def from_dict(values: Mapping[str, Any]) -> Step:
 
 
 def plan_night(
-    slots: Slots, boundaries: Iterable[Due], when_full: WhenFull | str = WhenFull.DISTIL
+    slots: Slots,
+    boundaries: Iterable[Due],
+    when_full: WhenFull | str = WhenFull.DISTIL,
+    reset: bool = True,
 ) -> tuple[Step, ...]:
     """All steps of one night, in order; the last of them is a transfer.
 
@@ -95,7 +106,7 @@ def plan_night(
     handing_on = [sender for sender in senders if CONTEXT < sender < slots.levels]
     steps: list[Step] = []
     for sender in (slots.levels, CONTEXT, *handing_on):
-        made = plan(slots, sender, when_full)
+        made = plan(slots, sender, when_full, reset)
         for step in made:
             slots = step.after(slots)
         steps.extend(made)
@@ -103,13 +114,17 @@ def plan_night(
 
 
 def plan(
-    slots: Slots, sender: int, when_full: WhenFull | str = WhenFull.DISTIL
+    slots: Slots,
+    sender: int,
+    when_full: WhenFull | str = WhenFull.DISTIL,
+    reset: bool = True,
 ) -> tuple[Step, ...]:
     """What has to be done when ``sender`` is due, in order; each step is one generation.
 
     Empty when there is nothing to hand on: an empty sender, or the slowest level
-    while it still has room. Raises PoolFull when the receiver is full and may not,
-    or cannot, be emptied.
+    while it still has room. Without ``reset`` a level keeps what it hands on (the
+    paper's ablation); making room in the slowest level empties slots all the same.
+    Raises PoolFull when the receiver is full and may not, or cannot, be emptied.
     """
     slowest = slots.levels
     full = len(slots.used_in(slowest)) == slots.pools[-1]
@@ -120,7 +135,7 @@ def plan(
         return ()
     receiver = sender + 1
     if receiver != slowest or not full:
-        return (_transfer(slots, sender, receiver, slots.next_free(receiver)),)
+        return (_transfer(slots, sender, receiver, slots.next_free(receiver), reset),)
     if not room:
         raise PoolFull(
             f"all {slots.pools[-1]} slots of level {slowest}, the slowest, are in use and "
@@ -129,7 +144,7 @@ def plan(
         )
     (step,) = room
     slots = step.after(slots)
-    return (step, _transfer(slots, sender, receiver, slots.next_free(receiver)))
+    return (step, _transfer(slots, sender, receiver, slots.next_free(receiver), reset))
 
 
 def _room(slots: Slots, when_full: WhenFull) -> tuple[Step, ...]:
@@ -142,7 +157,10 @@ def _room(slots: Slots, when_full: WhenFull) -> tuple[Step, ...]:
     return ()
 
 
-def _transfer(slots: Slots, sender: int, receiver: int, slot: int) -> Transfer:
-    reset = () if sender == CONTEXT else slots.used_in(sender)
-    kept = tuple(number for number in slots.used if number not in reset)
-    return Transfer(sender, receiver, slots.used, (*kept, slot), slot, reset)
+def _transfer(
+    slots: Slots, sender: int, receiver: int, slot: int, reset: bool = True
+) -> Transfer:
+    held = () if sender == CONTEXT else slots.used_in(sender)
+    beside = tuple(number for number in slots.used if number not in held)
+    emptied = held if reset else ()
+    return Transfer(sender, receiver, slots.used, (*beside, slot), slot, emptied)
