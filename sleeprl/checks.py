@@ -32,7 +32,7 @@ _AT_LEAST_ZERO = {
     "dreaming.staleness", "dreaming.policy", "dreaming.learn", "dreaming.hold",
     "dreaming.reference_kl", "dreaming.correction_low", "gate.tolerance",
     "resources.cpus", "resources.engine_gpus", "resources.learner_gpus", "resources.max_failures",
-    "resources.teachers", "resources.teacher_gpus",
+    "resources.teachers", "resources.teacher_gpus", "resources.learner_workers_most",
     "self_study.probe_share", "self_study.replay", "self_study.examples", "self_study.whole",
     "self_study.facts_per_document", "self_study.notebook", "evaluation.texts", "fixed_capacity.ewc",
 }  # fmt: skip
@@ -301,6 +301,7 @@ def _check_resources(resources: ResourcesConfig) -> None:
             f"resources.offload={resources.offload} moves what a GPU holds to the host, but "
             "resources.learner_gpus=0: there is nothing to move; set offload=none, or give a GPU"
         )
+    _check_elastic(resources)
     if resources.address is not None:
         return
     have = resources.cpus or available_cpus()
@@ -315,6 +316,27 @@ def _check_resources(resources: ResourcesConfig) -> None:
             f"{apart if teachers else ''} "
             f"= {engines + learners + teachers} cores, but there are {have}; "
             "lower these, or set resources.cpus to share cores on purpose"
+        )
+
+
+def _check_elastic(resources: ResourcesConfig) -> None:
+    most, least = resources.learner_workers_most, resources.learner_workers
+    named = f"resources.learner_workers_most={most}"
+    if 0 < most < least:
+        raise ConfigError(
+            f"{named} is below learner_workers={least}, the fewest; raise it, or set 0"
+        )
+    if not resources.elastic:
+        return
+    if resources.address is None:
+        raise ConfigError(
+            f"{named}, but a Ray of this machine's own stays as large as it is; join a cluster with "
+            "resources.address, or set learner_workers_most=0"
+        )
+    if resources.transport != "disk":
+        raise ConfigError(
+            f"{named}, but resources.transport={resources.transport} needs the learner's first worker "
+            "on the engines' host, and an elastic one may be anywhere; set transport=disk"
         )
 
 

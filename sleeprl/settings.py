@@ -323,6 +323,9 @@ class ResourcesConfig:
     must leave room for it."""
     learner_workers: int = 1
     """Processes that share the learner's state and batches (ZeRO-3)."""
+    learner_workers_most: int = 0
+    """Above ``learner_workers``, consolidation is elastic: it has between the two, as many as the nodes
+    that are there offer of Ray's custom resource ``sleeprl_learner`` (``cluster/README.md``)."""
     learner_cpus: int = 1
     """Cores of one worker."""
     learner_gpus: float = 0.0
@@ -344,6 +347,10 @@ class ResourcesConfig:
     max_failures: int = 1
     """How often in a phase a dead worker group, or while dreaming a dead engine, is restarted from
     the last checkpoint."""
+
+    @property
+    def elastic(self) -> bool:
+        return self.learner_workers_most > self.learner_workers
 
     @property
     def gpus(self) -> float:

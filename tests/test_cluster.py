@@ -17,7 +17,7 @@ import yaml
 
 from sleeprl import cli
 from sleeprl import config as cfg
-from sleeprl.actors.cluster import ResourceError, cluster
+from sleeprl.actors.cluster import LEARNER, ResourceError, cluster, require_learners
 from sleeprl.settings import ResourcesConfig
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +85,15 @@ def test_a_ray_of_its_own_that_lacks_gpus_is_not_started(monkeypatch: pytest.Mon
                  ResourcesConfig(engine_gpus=8, address="auto")):  # fmt: skip
         with cluster(fits):
             pass
+
+
+def test_an_elastic_learner_without_nodes_for_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = ResourcesConfig(address="auto", learner_workers=2, learner_workers_most=4)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, LEARNER: 1.0})
+    with pytest.raises(ResourceError, match=rf"learner_workers=2.*{LEARNER} for 1;.*--resources"):
+        require_learners(some)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, LEARNER: 2.0})
+    require_learners(some)
 
 
 def test_a_night_that_lacks_gpus_is_told_in_a_line_and_leaves_nothing(

@@ -392,6 +392,16 @@ def test_an_impossible_split_of_the_machine() -> None:
     cfg.load(None, ["resources.engines=30", "resources.address=auto"])  # another machine's cores
 
 
+def test_an_elastic_learner_needs_a_cluster_and_weights_that_travel() -> None:
+    most = "resources.learner_workers_most=3"
+    assert "below learner_workers=4" in refused(most, "resources.learner_workers=4")
+    assert "resources.address" in refused(most)
+    joined = (most, "resources.address=auto")
+    assert "transport=shared_memory" in refused(*joined)
+    assert cfg.load(None, [*joined, "resources.transport=disk"]).resources.elastic
+    assert not cfg.load(None, [f"{most[:-1]}1"]).resources.elastic
+
+
 def test_importing_the_configuration_brings_neither_torch_nor_ray() -> None:
     code = "import sys, sleeprl.config; print([m for m in ('torch', 'ray') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

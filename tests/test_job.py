@@ -10,7 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 STEPS = 120
+ELASTIC = "elastic"
 
 
 def drive(directory: Path, name: str) -> None:
@@ -31,18 +33,52 @@ def drive(directory: Path, name: str) -> None:
     from sleeprl.settings import ResourcesConfig
 
     resources = ResourcesConfig(cpus=3, learner_workers=2, engine_memory_gb=0.2)
-    with cluster(resources):
+    with ExitStack() as stack:
+        lose = None
+        if name == ELASTIC:
+            resources, lose = stack.enter_context(two_nodes())
+        stack.enter_context(cluster(resources))
         options = EngineOptions(
             model=str(directory / "wide"), dtype="float32", max_length=128, threads=1,
             memory_gb=0.2, gpu=False, gpu_utilization=0.4, seed=0,
         )  # fmt: skip
         fleet = Fleet.launch(1, options, 1, 0)
+
+        def tell(record: dict[str, Any]) -> None:
+            print("step", int(record["step"]), record["loss"], int(record["workers"]), flush=True)
+            if lose is not None and record["step"] >= 40:
+                lose()
+
         end = train.run(
-            job(directory, name), fleet, resources, directory / "train", name,
-            lambda record: print("step", int(record["step"]), record["loss"], flush=True),
+            job(directory, name), fleet, resources, directory / "train", name, tell
         )  # fmt: skip
         print("end", end["step"], end["tokens"], flush=True)
         fleet.shutdown()
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[Any, Callable[[], None]]]:
+    """A cluster whose second node, with room for one worker, is lost when it is told so."""
+    from ray.cluster_utils import Cluster
+
+    from sleeprl.actors.cluster import LEARNER
+    from sleeprl.settings import ResourcesConfig
+
+    head = {"num_cpus": 2, "resources": {LEARNER: 1}, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    second = [nodes.add_node(num_cpus=1, resources={LEARNER: 1})]
+
+    def lose() -> None:
+        while second:
+            nodes.remove_node(second.pop(), allow_graceful=False)
+
+    try:
+        yield ResourcesConfig(
+            address=nodes.address, learner_workers=1, learner_workers_most=2,
+            engine_memory_gb=0.2, transport="disk",
+        ), lose  # fmt: skip
+    finally:
+        nodes.shutdown()
 
 
 def job(directory: Path, name: str) -> Any:
@@ -98,14 +134,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     Lake(place / "lake").append(to_batch(texts), "trajectories")
     steps = run(place, "whole")
-    assert [number for number, _ in steps] == list(range(1, STEPS + 1))
+    assert [number for number, *_ in steps] == list(range(1, STEPS + 1))
     return place
 
 
 def run(
     place: Path, name: str, disturb: Callable[[int, int], bool] = lambda *_: False
-) -> list[tuple[int, float]]:
-    """Drive a job; the steps it told. disturb: called with pid and step, True once it is done."""
+) -> list[tuple[int, float, int]]:
+    """Drive a job; the steps it told, each with its loss and workers.
+
+    disturb: called with pid and step, True once it is done.
+    """
     words = [sys.executable, str(Path(__file__)), str(place), name]
     process = subprocess.Popen(
         words,
@@ -116,13 +155,13 @@ def run(
         start_new_session=True,
     )
     assert process.stdout is not None
-    told: list[tuple[int, float]] = []
+    told: list[tuple[int, float, int]] = []
     done, ended = False, False
     try:
         for line in process.stdout:
-            word, *values = line.split()
+            word, *values = line.split() or [""]  # a lost node is told of in lines of its own
             if word == "step":
-                told.append((int(values[0]), float(values[1])))
+                told.append((int(values[0]), float(values[1]), int(values[2])))
                 done = done or disturb(process.pid, told[-1][0])
             ended = ended or word == "end"
         process.wait(60)
@@ -173,7 +212,7 @@ def kill_the_driver(pid: int, step: int) -> bool:
 @pytest.mark.timeout(600)
 def test_a_killed_worker_changes_nothing(place: Path) -> None:
     told = run(place, "worker-killed", disturb=kill_a_worker)
-    numbers = [number for number, _ in told]
+    numbers = [number for number, *_ in told]
     assert len(numbers) > STEPS, "no step was done again, so nothing was interrupted"
     assert numbers[-1] == STEPS and sorted(set(numbers)) == list(range(1, STEPS + 1))
     same(place, "worker-killed")
@@ -189,6 +228,21 @@ def test_a_killed_process_changes_nothing(place: Path) -> None:
     assert 24 < rest[0][0] < STEPS, "it did not go on from a checkpoint"
     assert rest[-1][0] == STEPS
     same(place, "driver-killed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_elastic_job_goes_on_with_the_workers_that_are_left(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")  # it asks for two first
+    told = run(place, ELASTIC)
+    assert told[-1][0] == STEPS and sorted({number for number, *_ in told}) == [
+        *range(1, STEPS + 1)
+    ]
+    assert [workers for *_, workers in told[:40]] == [2] * 40
+    assert told[-1][2] == 1, "the lost node was not noticed"
+    same(place, ELASTIC)
 
 
 if __name__ == "__main__":

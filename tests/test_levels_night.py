@@ -369,6 +369,23 @@ def test_another_night_in_the_same_directory_is_another(tiny_model: Path, tmp_pa
     assert selves(tmp_path, tiny_model).run.state["id"] != run.state["id"]
 
 
+@pytest.mark.parametrize("reset", [True, False])
+def test_dreaming_goes_on_with_what_a_level_kept(
+    reset: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    full = grown(tiny_model, tmp_path / "grown", GATED_MLP, (2, 2), ())
+    made = selves(
+        tmp_path, full, f"memory.reset={str(reset).lower()}",
+        "memory.levels=[{period: 1, slots: 2}, {period: 2, slots: 2}]",
+    )  # fmt: skip
+    assert made.last == 1 and made.transfer(1).sender == 1
+    tonight = made.expert(0)
+    tonight.mkdir(parents=True)
+    save_file(trained(growth_of(made.slots(0)), full, 0, seed=0), tonight / EXPERT)
+    assert made.learner(1, 1e-3, 4).held == (0,)  # the teacher's alone while it is handed on
+    assert made.dreamer().held == ((0,) if reset else ())
+
+
 @pytest.mark.parametrize("name", sorted(BUILTIN["growth"]))
 def test_an_engine_starts_with_the_model_before_a_step(
     name: str, tiny_model: Path, tmp_path: Path

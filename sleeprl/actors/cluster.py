@@ -12,6 +12,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from sleeprl.settings import ConfigError, ResourcesConfig, available_cpus
 
+LEARNER = "sleeprl_learner"
+"""Ray's custom resource of a node that takes learner workers, one for each, where their number is
+elastic."""
+
 ROOM_S = 600.0
 """How long a cluster may take to make room: one that scales starts machines meanwhile."""
 
@@ -40,6 +44,18 @@ def require_gpus(resources: ResourcesConfig) -> None:
         raise ResourceError(
             f"{asked} = {resources.gpus:g} GPUs, but this machine has {have}; lower these (0 is the "
             "CPU), or join a cluster with resources.address"
+        )
+
+
+def require_learners(resources: ResourcesConfig) -> None:
+    """Raise ResourceError where an elastic learner has fewer nodes than it needs at the least: Ray
+    Train would wait for them and say nothing."""
+    offered = ray.cluster_resources().get(LEARNER, 0)
+    if resources.elastic and offered < resources.learner_workers:
+        raise ResourceError(
+            f"resources.learner_workers={resources.learner_workers}, but the nodes of this cluster "
+            f"offer {LEARNER} for {offered:g}; start them with "
+            f"ray start --resources '{{\"{LEARNER}\": N}}', N workers of each"
         )
 
 

@@ -14,7 +14,9 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from sleeprl.actors.cluster import LEARNER, require_learners
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.mailbox import Mailbox
 from sleeprl.actors.teacher import launch_teachers
@@ -83,12 +85,19 @@ def run(
     Called again with the same ``storage`` and ``name`` after a crash, the job goes on
     from its last checkpoint. on_metrics: called with each step's record, in order.
     """
-    mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+    require_learners(resources)
+    # Where the driver is, not on a node that may be taken away.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
     options = job.learner
     teachers = launch_teachers(resources, options.checkpoint, options.held, options.dtype)
     workers: dict[str, float] = {"CPU": resources.learner_cpus}
     if resources.learner_gpus:
         workers["GPU"] = resources.learner_gpus
+    count: int | tuple[int, int] = resources.learner_workers
+    if resources.elastic:
+        # What engines hold counts as free with Ray Train (2.60); of this resource they hold nothing.
+        workers[LEARNER], count = 1, (resources.learner_workers, resources.learner_workers_most)
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={
@@ -98,8 +107,7 @@ def run(
             "mailbox": mailbox,
         },
         scaling_config=ScalingConfig(
-            # Not elastic: Ray 2.60 counts what the engines hold as free, and waits for it for ever.
-            num_workers=resources.learner_workers,
+            num_workers=count,
             use_gpu=resources.learner_gpus > 0,
             resources_per_worker=workers,
         ),

@@ -192,7 +192,7 @@ class _Worker:
 
     def report(self, step: int, rows: list[Row], metrics: dict[str, float]) -> None:
         self.tokens += trained_tokens(rows)
-        figures = {**metrics, **self.extra, "trained_tokens": self.tokens}
+        figures = {**metrics, **self.extra, "trained_tokens": self.tokens, "workers": self.world}
         self.shell.tell({"step": step + 1, **figures})
         self.extra = {}
 

@@ -157,9 +157,7 @@ def _room(slots: Slots, when_full: WhenFull) -> tuple[Step, ...]:
     return ()
 
 
-def _transfer(
-    slots: Slots, sender: int, receiver: int, slot: int, reset: bool = True
-) -> Transfer:
+def _transfer(slots: Slots, sender: int, receiver: int, slot: int, reset: bool = True) -> Transfer:
     held = () if sender == CONTEXT else slots.used_in(sender)
     beside = tuple(number for number in slots.used if number not in held)
     emptied = held if reset else ()
