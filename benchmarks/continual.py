@@ -39,7 +39,7 @@ from statistics import fmean
 from typing import Any
 
 import torch.distributed as dist
-from continual_report import CHAINS, IN_CONTEXT, RESULTS, VARIANTS, draw, show, summarise
+from continual_report import CHAINS, IN_CONTEXT, RESULTS, VARIANTS, WHOLE, draw, show, summarise
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -247,7 +247,8 @@ def learn_day(
             passages=[chat.text(text)[:longest] for text in documents],
         )
         shell = InProcess()
-        learn(budgeted(job, TOKENS // len(steps)), lab.fleet.group.actors, shell)
+        tokens = TOKENS if lab.variant in WHOLE else TOKENS // len(steps)
+        learn(budgeted(job, tokens), lab.fleet.group.actors, shell)
         gc.collect()
         lab.fleet.version = shell.end["version"]
         told = {name: told[name] + shell.end[key] for name, key in TOLD.items()}

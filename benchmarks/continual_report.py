@@ -18,12 +18,14 @@ RESULTS = Path(__file__).parent / "results"
 CHAINS = RESULTS / "continual"
 IN_CONTEXT = "in_context"
 
+LEVELS = ("memory.levels=[{{period: 2, slots: 2}}, {{period: {nights}, slots: {nights}}}]",)
 VARIANTS = {
     "gate": ("consolidation.expert_gate=1.0",),
     "narrow": ("memory.width=16",),
     "wide": ("memory.width=256",),
     # Every second night what two slots hold is handed on to one slot, and both are reset.
-    "levels": ("memory.levels=[{{period: 2, slots: 2}}, {{period: {nights}, slots: {nights}}}]",),
+    "levels": LEVELS,
+    "levels_whole": LEVELS,
     # Both stay on beside the slot that learnt from them.
     "no_reset": (
         "memory.levels=[{{period: 2, slots: {nights}}}, {{period: {nights}, slots: {nights}}}]",
@@ -31,13 +33,16 @@ VARIANTS = {
     ),
 }
 """Sleep with other settings, as chains beside the methods."""
+WHOLE = ("levels_whole", "no_reset")
+"""Each transfer of a night has a night's tokens, as in ``sleeprl night``; elsewhere they share them."""
 TITLES = {
     IN_CONTEXT: "Text in the prompt",
     "gate": "Sleep, gated experts",
     "narrow": "Sleep, width 16",
     "wide": "Sleep, width 256",
     "levels": "Sleep, two levels",
-    "no_reset": "Sleep, two levels, no reset",
+    "levels_whole": "Sleep, two levels, more tokens",
+    "no_reset": "Sleep, no reset, more tokens",
 }
 
 

@@ -10,7 +10,7 @@ the same padded batches; that the losses of both stay together over all steps is
 row has a prompt of its own: what the learner saves on shared ones is in ``grpo_vs_trl.py``.
 
     one rank   ``Learner`` on DeepSpeed ZeRO-3 beside the bare loop, a process each with one
-               thread, which take turns step by step. A pair is two steps in a row; compared is
+               thread, which take turns step by step, the first two uncounted. Compared is
                their CPU time, so that what else runs on the machine does not count. Wanted on
                the 135 M model: at least 0.95 of the bare loop's tokens per second.
     two ranks  two processes with one thread on a core of their own, against one rank with the
@@ -56,6 +56,9 @@ from sleeprl.settings import available_cpus
 PARTS = {"dream": Part(pg=1.0)}
 LOSS = LossOptions()
 PROMPT, RESPONSE = 32, 64
+WARM_UP = 2
+"""Steps that are not counted: ZeRO-3 traces the model's modules in the first, and lays out by it what
+it fetches ahead in the second."""
 
 
 @dataclass(frozen=True)
@@ -235,18 +238,18 @@ class Team:
 def compare(
     ours: Team, theirs: Team, pairs: int, tolerance: float = 0.02
 ) -> dict[str, list[float]]:
-    """Steps in turn, of which the first of each is not counted; who begins changes each time.
+    """Steps in turn, of which the first ones of each are not counted; who begins changes each time.
 
     tolerance: by how much their losses may differ.
     """
     found: dict[str, list[float]] = {
         f"{who}_{what}": [] for who in ("ours", "theirs") for what in ("wall", "cpu", "loss")
     }
-    for number in range(pairs + 1):
+    for number in range(pairs + WARM_UP):
         turn = [("ours", ours), ("theirs", theirs)]
         for who, team in turn[:: (-1) ** number]:
             for what, value in zip(("wall", "cpu", "loss"), team.step(), strict=True):
-                if number:
+                if number >= WARM_UP:
                     found[f"{who}_{what}"].append(value)
     for one, other in zip(found["ours_loss"], found["theirs_loss"], strict=True):
         if not math.isclose(one, other, rel_tol=0.05, abs_tol=tolerance):

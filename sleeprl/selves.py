@@ -52,6 +52,7 @@ def learner_options(
         checkpoint=str(checkpoint.resolve()),
         slot=step.slot if step else None,
         held=step.held if step else (),
+        keeps=step is not None and step.held != step.reset,
         dtype=dtype,
         seed=config.seed,
         learning_rate=rate,
@@ -224,7 +225,7 @@ class Selves:
         learner = self.learner(self.last, dreaming.learning_rate, dreaming.steps)
         # A gate of its own is part of the expert by now; what a level keeps is on again.
         held = self.transfer(self.last).reset
-        return replace(learner, held=held, grad_clip=dreaming.grad_clip, routed=False)
+        return replace(learner, held=held, keeps=False, grad_clip=dreaming.grad_clip, routed=False)
 
     def larger(self, index: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """The night's outcome, as tensors for an engine that holds ``before(last)``; or, with the

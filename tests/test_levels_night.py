@@ -290,7 +290,7 @@ def hand_on(directory: Path, notes: Any) -> None:
         place = directory / name
         checkpoint = place / "with-1"
         learner = Learner(
-            replace(options(directory), checkpoint=str(checkpoint), slot=2, held=(0, 1))
+            replace(options(directory), checkpoint=str(checkpoint), slot=2, held=(0, 1), keeps=True)
         )
         texts = [replace(row, teacher_prompt_ids=None) for row in rows(1)]
         seen = notes.numbers
@@ -302,6 +302,9 @@ def hand_on(directory: Path, notes: Any) -> None:
         seen[name, "after"] = learner.logprobs(texts)
         notes.tensors(f"{name}-expert", learner.expert())
         notes.tensors(f"{name}-export", dict(learner.export()))
+        learner.settle()
+        seen[name, "kept"] = learner.logprobs(texts)
+        notes.tensors(f"{name}-kept", dict(learner.export()))
 
 
 def expected(directory: Path, texts: Sequence[Row], over: dict[str, Tensor] | None = None) -> Any:
@@ -345,6 +348,14 @@ def test_the_learner_of_a_transfer_has_both_selves(tmp_path: Path) -> None:
         assert moved > 1e-3
         exported = load_file(tmp_path / f"{name}-export.safetensors")
         same_logprobs(expected(place / "smaller", texts, exported), right)  # into an engine
+        # Where the level keeps what it handed on, that is on again in the end.
+        kept = growth.write(checkpoint, place / "kept", slots_of(checkpoint), 2, expert)
+        assert kept.used == (3, 0, 1, 2)
+        growth.export(place / "kept", place / "all")
+        right = expected(place / "all", texts)
+        same_logprobs(seen[name, "kept"], right)
+        exported = load_file(tmp_path / f"{name}-kept.safetensors")
+        same_logprobs(expected(place / "smaller", texts, exported), right)
 
 
 # --- checkpoints and engines ------------------------------------------------------

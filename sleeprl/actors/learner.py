@@ -32,7 +32,7 @@ from sleeprl.losses.chunked import token_logprobs
 from sleeprl.losses.ewc import diagonal_fisher
 from sleeprl.losses.streams import LossOptions, Part, chunked_stream_loss, token_counts
 from sleeprl.memory import checkpoint as ckpt
-from sleeprl.memory.experts import Listener, listening, load_training_form, smaller_self
+from sleeprl.memory.experts import Listener, keep_held, listening, load_training_form, smaller_self
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
 from sleeprl.weights.verify import Canary
@@ -45,9 +45,10 @@ MEETING = timedelta(hours=1)
 @dataclass(frozen=True)
 class LearnerOptions:
     """checkpoint: one that can grow. slot: the one to grow in; None trains every parameter.
-    held: slots that only the smaller self has (``Transfer.held``). routed: the expert gets a
-    gate of its own, which ``Part.quiet`` teaches to close. wake: file of the gradients that only
-    the larger self has applied (``wake_learning``)."""
+    held: slots that only the smaller self has (``Transfer.held``). keeps: the larger self has them
+    too once it has learnt (``memory.reset`` is off). routed: the expert gets a gate of its own,
+    which ``Part.quiet`` teaches to close. wake: file of the gradients that only the larger self
+    has applied (``wake_learning``)."""
 
     checkpoint: str
     slot: int | None
@@ -63,6 +64,7 @@ class LearnerOptions:
     micro_batch_tokens: int = 8192
     """Padded tokens that one forward pass may hold."""
     held: tuple[int, ...] = ()
+    keeps: bool = False
     routed: bool = False
     wake: str = ""
     offload: str = "none"
@@ -106,6 +108,8 @@ class Learner:
         self.slots, self.growth = slots, growth_of(slots)
         dtype = getattr(torch, options.dtype)
         self._wake = load_file(options.wake) if options.wake else None
+        self._emptied = options.held
+        """Slots that the larger self does not have, as an engine has to be told."""
         model = self.growth.load(self.directory, slots, dtype, options.held, self._wake)
         if options.slot is None:
             trained = _all_but_tied(model)
@@ -379,14 +383,14 @@ class Learner:
         """
         first = self.rank == 0
         if self.options.slot is not None:
-            expert, held = ckpt.expert_tensors(dict(self._gathered(keep=first))), self.options.held
+            expert = ckpt.expert_tensors(dict(self._gathered(keep=first)))
             if first:
                 yield from self.growth.fold(
                     self.directory,
                     self.slots,
                     self.options.slot,
                     expert,
-                    reset=held,
+                    reset=self._emptied,
                     wake=self._wake,
                 )
             return
@@ -402,6 +406,12 @@ class Learner:
             if parameter.requires_grad and not name.startswith("critic.")
         ]
         return gathered(named, keep=keep)
+
+    def settle(self) -> None:
+        """Become the generation that this makes, after the last step: what the sender keeps is on."""
+        if self.options.keeps:
+            keep_held(self.engine.module)
+            self._emptied = ()
 
     def set_expert(self, expert: Mapping[str, Tensor]) -> None:
         """Put an expert, whole, under checkpoint names, in the place of the present one. Collective."""

@@ -230,6 +230,7 @@ class _Worker:
         """Leave the final weights in the engines and, where it is wanted, on disk."""
         if self.pending is not None:
             self.pending[1].wait()
+        self.learner.settle()
         publish(self.learner, self.fleet, self.job.canary)
         if self.job.output:
             save_trained(self.learner, Path(self.job.output), self.job.canary)

@@ -228,6 +228,13 @@ def become_smaller(model: nn.Module) -> None:
             module.enabled = module.smaller
 
 
+def keep_held(model: nn.Module) -> None:
+    """The larger self with all that the smaller self has, for good: nothing was reset."""
+    for module in model.modules():
+        if isinstance(module, Grown) and module.smaller:
+            module.enabled = True
+
+
 @contextmanager
 def listening(model: nn.Module, weights_BT: Tensor) -> Iterator[Listener]:
     """Hear how loud the newborn experts are in what is computed meanwhile."""
