@@ -20,7 +20,7 @@ from sleeprl.chat import Chat
 from sleeprl.consolidation import job as train
 from sleeprl.consolidation import notebook
 from sleeprl.consolidation.methods import METHODS
-from sleeprl.consolidation.self_study import load_probes, rehearse, study
+from sleeprl.consolidation.self_study import load_probes, rehearse, study, told
 from sleeprl.consolidation.worker import Job
 from sleeprl.dreaming import phase as dreaming
 from sleeprl.evaluation import figures
@@ -118,9 +118,7 @@ class Night:
             run.phase("wake_learning", learn, lambda r: r["told"])
         if not run.done("commit"):
             self.prepare(day)
-        run.phase(
-            "self_study", self.self_study, lambda r: f"{r['new']} new, {r['replay']} replayed"
-        )
+        run.phase("self_study", self.self_study, told)
         run.phase("before", self.before, morning.told)
 
     def wake(self) -> dict[str, Any]:

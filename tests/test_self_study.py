@@ -23,6 +23,7 @@ from sleeprl.consolidation.self_study import (
     load_probes,
     passages,
     study,
+    told,
 )
 from sleeprl.consolidation.writer import Asked, Writer, asks
 from sleeprl.prompts import (
@@ -541,6 +542,9 @@ def test_no_replay_and_no_usable_pair(chat: Chat) -> None:
     _, result = written(chat, config=config, who=lambda message, number: ("no pair", "stop"))
     assert result.trajectories == result.probes == result.held_questions == []
     assert (result.written, result.malformed) == (3 * 4, 3 * 4)  # it was asked three times
+    line = told({"new": 0, "replay": 0, "written": result.written, "malformed": result.malformed})
+    assert "12 of 12 texts" in line and "self_study.replay, opening and examples" in line
+    assert told({"new": 3, "replay": 2, "written": 9, "malformed": 1}) == "3 new, 2 replayed"
 
 
 def test_a_document_that_does_not_fit_is_refused_before_anything_is_written(chat: Chat) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from operator import sub
@@ -71,6 +71,17 @@ class Study:
         write_json_atomic(
             path, {"probes": rows, "written": self.written, "malformed": self.malformed}
         )
+
+
+def told(result: Mapping[str, int]) -> str:
+    """What came of it, for the line of the phase."""
+    line = f"{result['new']} new, {result['replay']} replayed"
+    if result["replay"]:
+        return line
+    return (
+        f"{line} ({result['malformed']} of {result['written']} texts were not of the form asked for): "
+        "what it knew is not rehearsed and may be lost; see self_study.replay, opening and examples"
+    )
 
 
 def load_probes(path: Path) -> list[Pair]:
