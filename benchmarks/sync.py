@@ -6,7 +6,9 @@
 Checkpoints are random and shaped like Llama's. *Transport* is all of pack, map, check and copy
 into place: from the sender's tensors to those of another process, which answers bucket by
 bucket; *mapped* leaves the last copy out, as an engine does that loads straight from the mapping.
-*Copy* is ``copy_`` of the same tensors within the sender, into memory that is there already. All on
+*Raw* is the least that two processes can do: one copies flat bytes into shared memory in pieces of
+a bucket's size, the other copies them out, with no names, no checks and an empty message for each
+piece. *Copy* is ``copy_`` of the same tensors within the sender, into memory that is there already. All on
 one thread, in turn, so that each repeat has its own ratio: of CPU seconds, of both processes
 together (on a busy machine the wall clock measures the others), and of wall-clock seconds.
 Intervals are 95 % (Student's t over repeats). *Into vLLM* is ``Fleet.publish`` to one engine in a
@@ -42,13 +44,15 @@ from sleeprl.memory.checkpoint import all_tensors
 from sleeprl.models import EMBEDDED
 from sleeprl.morning import environment
 from sleeprl.settings import ResourcesConfig
-from sleeprl.weights.buckets import receive
+from sleeprl.weights.buckets import map_file, receive
+from sleeprl.weights.shared_memory import BUCKET_BYTES, Segment
 from sleeprl.weights.transport import Delivery, make_transport
 from sleeprl.weights.verify import checksum
 
 RESULTS = Path(__file__).parent / "results"
 TRANSPORTS = ("shared_memory", "disk")
 MAPPED = "shared_memory, mapped"
+RAW = "raw, two processes"
 SIZES = {
     # hidden, intermediate, layers, heads, vocabulary
     "1M": (128, 352, 4, 4, 1024),
@@ -90,11 +94,21 @@ def receiver(pipe: Connection, shapes: Mapping[str, tuple[list[int], torch.dtype
     """The other process: maps each bucket and copies it into tensors of its own."""
     torch.set_num_threads(1)
     place = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    pieces, whole = [], torch.zeros(0, dtype=torch.uint8)
     while True:
         told = pipe.recv()
         if told is None:
             pipe.send({name: checksum(tensor) for name, tensor in place.items()})
             return
+        if isinstance(told, list):  # the segments of *raw*, and the bytes in all
+            pieces = [flat(map_file(path, BUCKET_BYTES)) for path in told[:-1]]
+            whole = torch.zeros(told[-1], dtype=torch.uint8)
+            continue
+        if isinstance(told, int):
+            piece = whole[told * BUCKET_BYTES : (told + 1) * BUCKET_BYTES]
+            piece.copy_(pieces[told % 2][: len(piece)])
+            pipe.send(time.process_time())
+            continue
         info, copying = told
         tensors = receive(**info)[1]
         for name, tensor in tensors if copying else ():
@@ -139,6 +153,27 @@ def sender(name: str, directory: Path, weights: Weights, pipe: Connection) -> Ca
     return send
 
 
+def flat(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+
+
+def raw_sender(nbytes: int, pipe: Connection) -> Callable[[], float]:
+    segments = [Segment(BUCKET_BYTES) for _ in range(2)]
+    pieces = torch.ones(nbytes, dtype=torch.uint8).split(BUCKET_BYTES)
+    pipe.send([*(segment.path for segment in segments), nbytes])
+
+    def send() -> float:
+        for number, piece in enumerate(pieces):
+            flat(segments[number % 2].storage)[: len(piece)].copy_(piece)
+            if number:
+                pipe.recv()
+            pipe.send(number)
+        spent: float = pipe.recv()
+        return spent
+
+    return send
+
+
 def seconds(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
     work()
@@ -158,6 +193,7 @@ def measure_transports(
     with receiving(weights) as pipe:
         works: dict[str, Callable[[], float | None]] = {"copy": copy}
         works |= {kind: sender(kind, directory, weights, pipe) for kind in (*TRANSPORTS, MAPPED)}
+        works[RAW] = raw_sender(sum(tensor.nbytes for tensor in weights.values()), pipe)
         for work in works.values():
             other = work() or 0.0  # the first time makes pages and starts threads
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
@@ -229,7 +265,7 @@ def row(
                 "of_copy_wall": ratio(wall, kind),
                 "into_vllm_seconds": interval(engine[kind]) if kind in engine else None,
             }
-            for kind in (*TRANSPORTS, MAPPED)
+            for kind in (*TRANSPORTS, MAPPED, RAW)
         },
         "cpu_and_wall_seconds": found,
         "into_vllm_seconds": engine,
