@@ -54,6 +54,7 @@ TRANSPORTS = ("shared_memory", "disk")
 MAPPED = "shared_memory, mapped"
 RAW = "raw, two processes"
 COPY_BESIDE_DISK = "copy, beside disk"
+COPIES = {"disk": COPY_BESIDE_DISK}
 SIZES = {
     # hidden, intermediate, layers, heads, vocabulary
     "1M": (128, 352, 4, 4, 1024),
@@ -261,12 +262,7 @@ def row(
         {name: [pair[i] for pair in pairs] for name, pairs in found.items()} for i in (0, 1)
     )
     ratio = lambda of, kind: interval(  # noqa: E731
-        [
-            copy / ours
-            for copy, ours in zip(
-                of[COPY_BESIDE_DISK if kind == "disk" else "copy"], of[kind], strict=True
-            )
-        ]
+        [copy / ours for copy, ours in zip(of[COPIES.get(kind, "copy")], of[kind], strict=True)]
     )
     return {
         "size": size,

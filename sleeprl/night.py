@@ -164,6 +164,8 @@ class Night:
                 config.evaluation,
             )  # fmt: skip
             self.day.save(self.run.dir / "day.json")
+        if config.dreaming.enabled:  # it would be told of only after consolidation
+            dreaming.make_tasks(self.day.documents, written.probes, config.seed)
         purposes = [t.purpose for t in written.trajectories]
         return {
             "new": purposes.count("self_study"),

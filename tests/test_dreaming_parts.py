@@ -36,6 +36,7 @@ from sleeprl.dreaming.trials import Scorer
 from sleeprl.memory.checkpoint import expert_tensors, widen
 from sleeprl.prompts import STUDY_QA, format_qa, with_experience
 from sleeprl.registry import create
+from sleeprl.settings import ConfigError
 from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
 
 TASKS = [Task(f"t{i}", i, f"message {i}", (("Who?", f"Ann{i}"),)) for i in range(5)]
@@ -135,6 +136,8 @@ def test_make_tasks_gives_each_document_its_own_probes() -> None:
     assert tasks[0].message == with_experience("zero", STUDY_QA)
     assert tasks == make_tasks(["zero", "one", "two"], probes, seed=1)
     assert tasks[0].probes != make_tasks(["zero", "one", "two"], probes, seed=2)[0].probes
+    with pytest.raises(ConfigError, match=r"self_study\.probe_share.*dreaming\.enabled=false"):
+        make_tasks(["zero"], [], seed=1)
 
 
 # --- rewards ----------------------------------------------------------------------

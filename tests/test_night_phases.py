@@ -35,7 +35,7 @@ def a_night(tmp_path: Path) -> Any:
         lake=lambda index: Lake(tmp_path / f"lake-{index}"),
     )
     return SimpleNamespace(
-        config=cfg.load(None, []),
+        config=cfg.load(None, ["dreaming.enabled=false"]),
         selves=selves,
         run=SimpleNamespace(dir=run, result=lambda key: {"wake": {"retention": 1}}[key]),
         lake=Lake(run / "lake"),

@@ -50,8 +50,10 @@ def require_gpus(resources: ResourcesConfig) -> None:
 def require_learners(resources: ResourcesConfig) -> None:
     """Raise ResourceError where an elastic learner has fewer nodes than it needs at the least: Ray
     Train would wait for them and say nothing."""
+    if not resources.elastic:
+        return
     offered = ray.cluster_resources().get(LEARNER, 0)
-    if resources.elastic and offered < resources.learner_workers:
+    if offered < resources.learner_workers:
         raise ResourceError(
             f"resources.learner_workers={resources.learner_workers}, but the nodes of this cluster "
             f"offer {LEARNER} for {offered:g}; start them with "
@@ -66,7 +68,7 @@ def cluster(resources: ResourcesConfig, *, state_api: bool = False) -> Iterator[
     state_api: with the dashboard process, by which Ray Train learns that a job's owner
         was stopped, and frees what the job held. A night on its own does without.
 
-    Raises ResourceError where a local one would lack GPUs.
+    Raises ResourceError where a local one would lack GPUs, or nodes have no room for the learner.
     """
     require_gpus(resources)
     if resources.address is None:
@@ -82,6 +84,7 @@ def cluster(resources: ResourcesConfig, *, state_api: bool = False) -> Iterator[
     else:
         ray.init(address=resources.address, log_to_driver=False, logging_level="error")
     try:
+        require_learners(resources)
         yield
     finally:
         ray.shutdown()

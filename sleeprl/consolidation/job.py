@@ -16,7 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sleeprl.actors.cluster import LEARNER, require_learners
+from sleeprl.actors.cluster import LEARNER
 from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.mailbox import Mailbox
 from sleeprl.actors.teacher import launch_teachers
@@ -85,7 +85,6 @@ def run(
     Called again with the same ``storage`` and ``name`` after a crash, the job goes on
     from its last checkpoint. on_metrics: called with each step's record, in order.
     """
-    require_learners(resources)
     # Where the driver is, not on a node that may be taken away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()

@@ -27,7 +27,7 @@ from sleeprl.dreaming.tasks import Curriculum, Outcome, Task, algorithm_of
 from sleeprl.dreaming.trials import Scorer
 from sleeprl.prompts import STUDY_QA, with_experience
 from sleeprl.registry import create
-from sleeprl.settings import DreamingConfig, NightConfig
+from sleeprl.settings import ConfigError, DreamingConfig, NightConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import from_batch
 
@@ -56,7 +56,10 @@ class CurriculumActor(Served):
 
 
 def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> list[Task]:
-    """One task per document that has probes, its probes shuffled."""
+    """One task per document that has probes, its probes shuffled.
+
+    Raises ConfigError where none has: there is nothing to judge dreams on.
+    """
     tasks = []
     for number, document in enumerate(documents):
         mine = [(p.question, p.answer) for p in probes if p.document == number]
@@ -64,6 +67,11 @@ def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> l
         if mine:
             message = with_experience(document, STUDY_QA)
             tasks.append(Task(f"document-{number}", number, message, tuple(mine)))
+    if not tasks:
+        raise ConfigError(
+            "dreaming.enabled=true, but self-study left no document with probes to judge dreams on; raise "
+            "self_study.probe_share or pairs_per_document, or set dreaming.enabled=false"
+        )
     return tasks
 
 
@@ -235,8 +243,6 @@ def run(
     """
     dreaming = config.dreaming
     tasks = make_tasks(documents, probes, config.seed)
-    if not tasks:
-        raise ValueError("no document has probes to judge dreams on; raise self_study.probe_share")
     position = Position.load((run_dir / "dreaming-state").resolve(), fleet.version + 1)
     job = learner_job(config, learner, expert, run_dir, canary, position.first_version)
     engines = with_room(fleet.group, dreaming)
