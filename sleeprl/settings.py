@@ -93,7 +93,7 @@ class EvaluationConfig:
     retention: int = 300
     """Questions on what was known before the night."""
     texts: int = 100
-    """Held-out texts for the perplexity."""
+    """Held-out texts for the perplexity; of a world that has none the smaller self writes them."""
     max_tokens: int = 24
     """Longest answer."""
 
@@ -286,6 +286,9 @@ class DreamingConfig:
 class GateConfig:
     tolerance: float = 0.02
     """Retention may fall by this much; beyond it the night is rolled back."""
+    perplexity: float = 1.25
+    """The perplexity of held-out texts may rise to so many times what it was, and no further: it is
+    what tells of a model that can hardly be asked questions."""
 
 
 @dataclass

@@ -12,9 +12,10 @@ import pytest
 from sleeprl import config as cfg
 from sleeprl.actors.engine import Completion, Sampling
 from sleeprl.chat import Chat
-from sleeprl.evaluation.figures import ask, forgotten, measure, own_retention, perplexity
+from sleeprl.evaluation.figures import ask, forgotten, measure, own_retention, own_texts, perplexity
 from sleeprl.evaluation.probes import KINDS, Day, Probe, grade, is_correct, read_questions
 from sleeprl.lineage import LineageStore, Manifest
+from sleeprl.prompts import FREE_FACT
 from sleeprl.settings import EvaluationConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.wake.day import live
@@ -228,13 +229,38 @@ def test_what_is_known_is_what_is_said_each_time(chat: Chat) -> None:
             "late": ["Bonn", "Bonn", "Lima"],
         },
     )
-    asked, config = ["sure", "guess", "sure", "silent", "late"], EvaluationConfig(texts=1)
-    day = own_retention(DAY, asked, ["a", "b"], fleet, chat, config)  # type: ignore[arg-type]
+    asked, config = ["sure", "guess", "sure", "silent", "late"], EvaluationConfig()
+    day = own_retention(DAY, asked, fleet, chat, config)  # type: ignore[arg-type]
     told = [probe for probe in DAY.probes if probe.kind != "retention"]
     assert day.probes == [*told, Probe("sure", "Paris", "retention")]
-    assert day.texts == ["a"]
+    assert day.texts == DAY.texts
     heat = [(s.temperature, s.seed) for s in fleet.sampling]
     assert heat == [(0.0, None), (0.5, 1), (0.5, 2)]
+
+
+class Talker(Script):
+    """Says another number each time, and the second time nothing."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat, self.asked = chat, []
+
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
+    ) -> list[Completion]:
+        self.asked += zip(map(self.chat.decode, prompts), sampling, strict=True)
+        ids = [self.chat.text("" if s.seed == 1 else f"It is {s.seed}.") for s in sampling]
+        return [Completion(i, [0.0] * len(i), [0] * len(i), "length") for i in ids]
+
+
+def test_texts_of_ones_own_are_stated_and_written_until_they_are_enough(chat: Chat) -> None:
+    """What is cut off counts, for it is only read; what is empty does not."""
+    fleet, config = Talker(chat), EvaluationConfig(texts=5, max_tokens=7)
+    day = own_texts(DAY, ["a", "b"], fleet, chat, config)  # type: ignore[arg-type]
+    assert day.texts == ["a", "b", "It is 0.", "It is 2."] and day.probes == DAY.probes
+    assert {(s.max_tokens, s.temperature) for _, s in fleet.asked} == {(7, 1.0)}
+    assert {message for message, _ in fleet.asked} == {FREE_FACT}
+    enough = own_texts(DAY, list("abcdefg"), fleet, chat, config)  # type: ignore[arg-type]
+    assert enough.texts == list("abcde") and len(fleet.asked) == 3
 
 
 def test_perplexity_is_per_token_over_all_texts(chat: Chat) -> None:

@@ -475,6 +475,7 @@ SMALL = [
     "resources.cpus=2",
     # 40 steps are for the plumbing; what nights keep is measured in benchmarks.
     "gate.tolerance=0.9",
+    "gate.perplexity=5",
     TWO_LEVELS,
 ]
 

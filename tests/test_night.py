@@ -20,7 +20,7 @@ from sleeprl.consolidation import notebook
 from sleeprl.lineage import LineageStore
 from sleeprl.memory.slots import Slots
 from sleeprl.memory.transfer import Transfer, from_dict
-from sleeprl.morning import commit, gate
+from sleeprl.morning import commit
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import Run
 from sleeprl.selves import Selves
@@ -43,6 +43,7 @@ SMALL = [
     "evaluation.texts=10",
     # 40 steps are for the plumbing; what a whole night keeps is measured in benchmarks/night.py.
     "gate.tolerance=0.5",
+    "gate.perplexity=5",
 ]
 
 
@@ -148,8 +149,6 @@ def test_the_generation_is_an_ordinary_checkpoint(place: Path) -> None:
 def test_a_refused_gate_commits_nothing(place: Path) -> None:
     """The morning of the same night again, with a gate that no forgetting passes."""
     told = summary(place)
-    assert gate(1.0, 0.979, 0.02)["passed"] is False
-    assert gate(1.0, 0.98, 0.02)["passed"] and gate(None, None, 0.0)["passed"]
     shutil.copytree(place / "runs" / "first", place / "runs" / "refused")
     words = [f"runs={place / 'runs'}", "name=refused", f"generations={place / 'none'}"]
     config = load(None, words)

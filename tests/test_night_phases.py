@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,17 @@ def text(uid: str) -> Trajectory:
     return Trajectory(uid, "d", 0, "self_study", [1], [2], [-1.0], [0], "stop")
 
 
+MET = {"retention": 1, "texts": 1}
+
+
+def asked(day: Day, *_: Any) -> Day:
+    return replace(day, probes=[])
+
+
+def stated(day: Day, *_: Any) -> Day:
+    return replace(day, texts=["a fact"])
+
+
 def a_night(tmp_path: Path) -> Any:
     """As much of a ``Night`` as writes texts: one transfer of the day, and one level handed on
     before it and after it."""
@@ -37,7 +49,7 @@ def a_night(tmp_path: Path) -> Any:
     return SimpleNamespace(
         config=cfg.load(None, ["dreaming.enabled=false"]),
         selves=selves,
-        run=SimpleNamespace(dir=run, result=lambda key: {"wake": {"retention": 1}}[key]),
+        run=SimpleNamespace(dir=run, result=lambda key: {"wake": MET}[key]),
         lake=Lake(run / "lake"),
         chat=None,
         day=Day(["a text"], [Probe("a question", "an answer", "retention")]),
@@ -91,16 +103,31 @@ def test_a_day_without_old_questions_is_asked_its_own_after_a_kill_too(
 ) -> None:
     """Its first attempt has put its own into the day: nothing that they ask may be trained on."""
     self, held = a_night(tmp_path), []
-    self.run.result = lambda key: {"wake": {"retention": 0}}[key]
+    self.run.result = lambda key: {"wake": {"retention": 0, "texts": 0}}[key]
 
     def study(*_: Any, hold_out: float, **__: Any) -> Study:
         held.append(hold_out)
         return Study([text("a")])
 
     monkeypatch.setattr(night_module, "study", study)
-    monkeypatch.setattr(night_module.figures, "own_retention", lambda day, *_: day)
+    monkeypatch.setattr(night_module.figures, "own_retention", asked)
+    monkeypatch.setattr(night_module.figures, "own_texts", stated)
     Night.self_study(self)
-    assert held == [0.25] and (self.run.dir / "day.json").is_file()
+    assert held == [0.25]
+    assert Day.load(self.run.dir / "day.json") == replace(self.day, probes=[], texts=["a fact"])
+
+
+def test_ones_own_old_questions_stay_where_the_day_has_no_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    self = a_night(tmp_path)
+    self.run.result = lambda key: {"wake": {"retention": 1, "texts": 0}}[key]
+    monkeypatch.setattr(night_module, "study", lambda *_, **__: Study([text("a")]))
+    monkeypatch.setattr(night_module.figures, "own_retention", asked)
+    monkeypatch.setattr(night_module.figures, "own_texts", stated)
+    asks = self.day.probes
+    Night.self_study(self)
+    assert Day.load(self.run.dir / "day.json") == replace(self.day, probes=asks, texts=["a fact"])
 
 
 def test_dreaming_hands_its_actors_whole_paths(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
 from sleeprl.evaluation.probes import KINDS, Day, Probe, first_sentence, grade, is_whole
 from sleeprl.files import write_text_atomic
-from sleeprl.prompts import with_experience
+from sleeprl.prompts import FREE_FACT, with_experience
 from sleeprl.settings import EvaluationConfig
 
 
@@ -91,19 +92,13 @@ def forgotten(before: Path, after: Path) -> list[dict[str, str]]:
 
 
 def own_retention(
-    day: Day,
-    questions: Sequence[str],
-    texts: Sequence[str],
-    fleet: Fleet,
-    chat: Chat,
-    config: EvaluationConfig,
+    day: Day, questions: Sequence[str], fleet: Fleet, chat: Chat, config: EvaluationConfig
 ) -> Day:
     """The day with a retention probe that needs no labels, in the place of one that it had.
 
-    questions, texts: what the smaller self asked and stated freely, none of it trained on.
-    It answers the questions again, greedily, and twice with chance; what it says each
-    time, in its first sentence, is what it knows, and is asked in the morning. The texts are
-    for the perplexity.
+    questions: what the smaller self asked freely, none of it trained on. It answers them again,
+    greedily, and twice with chance; what it says each time, in its first sentence, is what it
+    knows, and is asked in the morning.
     """
     asked = [Probe(q, "", "retention") for q in dict.fromkeys(questions)][: config.retention]
     greedy, *others = (
@@ -120,4 +115,21 @@ def own_retention(
     sure = [all(marks) for marks in zip(*(grade(other, probes) for other in others), strict=True)]
     probes = [probe for probe, kept in zip(probes, sure, strict=True) if kept]
     told = [probe for probe in day.probes if probe.kind != "retention"]
-    return Day(day.documents, [*told, *probes], list(texts)[: config.texts])
+    return replace(day, probes=[*told, *probes])
+
+
+def own_texts(
+    day: Day, stated: Sequence[str], fleet: Fleet, chat: Chat, config: EvaluationConfig
+) -> Day:
+    """The day with texts for the perplexity, in the place of those that it had.
+
+    stated: facts that the smaller self stated freely, none of them trained on. Where they are too
+    few it writes more, as long as an answer and as they come, for of a weak writer little is
+    whole. At temperature 1 the rise of log perplexity over the night estimates how many nats per
+    token the larger self is away from the smaller one (forward KL).
+    """
+    missing = max(0, config.texts - len(stated))
+    sampling = [Sampling(config.max_tokens, 1.0, seed) for seed in range(missing)]
+    written = fleet.generate([chat.prompt(FREE_FACT)] * missing, sampling)
+    more = [text for c in written if (text := chat.decode(c.token_ids))]
+    return replace(day, texts=[*stated, *more][: config.texts])

@@ -38,6 +38,11 @@ class Day:
     def of_kind(self, kind: str) -> list[Probe]:
         return [probe for probe in self.probes if probe.kind == kind]
 
+    def counts(self) -> dict[str, int]:
+        """How many documents, old questions, and held-out texts there are."""
+        old = len(self.of_kind("retention"))
+        return {"documents": len(self.documents), "retention": old, "texts": len(self.texts)}
+
     def save(self, path: Path) -> None:
         write_json_atomic(path, asdict(self))
 

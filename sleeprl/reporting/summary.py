@@ -145,4 +145,4 @@ def _verdict(summary: Summary) -> str:
     if not gate["passed"]:
         return "; gate refused it, rolled back"
     unasked = gate.get("retention_before", 1.0) is None
-    return "; committed, but nothing was asked about the old" if unasked else "; gate passed"
+    return "; gate passed on the perplexity alone" if unasked else "; gate passed"

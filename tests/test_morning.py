@@ -1,0 +1,71 @@
+"""The gate: what must hold before a generation is committed, and what is said where it does not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sleeprl import config as cfg
+from sleeprl.morning import gate
+from sleeprl.settings import ConfigError, GateConfig
+
+CONFIG = GateConfig(tolerance=0.02, perplexity=1.25)
+
+
+def figures(retention: float | None, perplexity: float | None) -> dict[str, float | None]:
+    return {"retention": retention, "perplexity": perplexity}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "refused"),
+    [
+        ((1.0, 40.0), (1.0, 40.0), []),
+        ((1.0, 40.0), (0.98, 50.0), []),  # both at their limits
+        ((0.5, 40.0), (0.9, 10.0), []),  # better is never refused
+        ((1.0, 40.0), (0.979, 40.0), ["retention fell from 100.0% to 97.9%, more than"]),
+        ((1.0, 40.0), (1.0, 50.1), ["rose from 40 to 50.1, more than gate.perplexity=1.25 times"]),
+        ((1.0, 40.0), (0.5, 900.0), ["retention fell", "perplexity of held-out texts rose"]),
+        # Nothing could be asked: the texts alone decide.
+        ((None, 3e4), (None, 6e9), ["rose from 3e+04 to 6e+09"]),
+        ((None, 3e4), (None, 3e4), []),
+        ((1.0, None), (0.9, None), ["retention fell"]),
+        ((1.0, None), (1.0, None), []),
+        ((None, None), (None, None), ["nothing measured what was known before"]),
+        # An overflow is no rise that can be compared.
+        ((1.0, 40.0), (1.0, math.inf), ["perplexity"]),
+        ((1.0, 40.0), (1.0, math.nan), ["perplexity"]),
+    ],
+)
+def test_what_was_known_must_hold(
+    before: tuple[float | None, float | None],
+    after: tuple[float | None, float | None],
+    refused: list[str],
+) -> None:
+    told = gate(figures(*before), figures(*after), CONFIG)
+    assert told["passed"] == (not refused)
+    assert all(reason in told["refused"] for reason in refused)
+    assert told["refused"].count(";") == max(0, len(refused) - 1) + (before == (None, None))
+
+
+SHARES, PERPLEXITIES = st.floats(0, 1), st.floats(1, 1e6)
+
+
+@given(SHARES, SHARES, PERPLEXITIES, PERPLEXITIES)
+def test_each_measure_can_refuse_alone(
+    known: float, kept: float, before: float, after: float
+) -> None:
+    def passed(retention: bool, perplexity: bool) -> bool:
+        pairs = [(known, kept)] * retention or [(None, None)]
+        more = [(before, after)] * perplexity or [(None, None)]
+        old, new = (figures(a, b) for a, b in zip(*pairs, *more, strict=True))
+        return bool(gate(old, new, CONFIG)["passed"])
+
+    assert passed(True, True) == (passed(True, False) and passed(False, True))
+
+
+def test_a_gate_always_has_texts_to_measure() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.texts=0 must be greater than 0"):
+        cfg.load(None, ["evaluation.texts=0"])
