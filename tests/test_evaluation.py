@@ -257,6 +257,7 @@ def test_texts_of_ones_own_are_stated_and_written_until_they_are_enough(chat: Ch
     fleet, config = Talker(chat), EvaluationConfig(texts=5, max_tokens=7)
     day = own_texts(DAY, ["a", "b"], fleet, chat, config)  # type: ignore[arg-type]
     assert day.texts == ["a", "b", "It is 0.", "It is 2."] and day.probes == DAY.probes
+    assert day.answering == FREE_FACT and DAY.answering == ""
     assert {(s.max_tokens, s.temperature) for _, s in fleet.asked} == {(7, 1.0)}
     assert {message for message, _ in fleet.asked} == {FREE_FACT}
     enough = own_texts(DAY, list("abcdefg"), fleet, chat, config)  # type: ignore[arg-type]
@@ -270,6 +271,15 @@ def test_perplexity_is_per_token_over_all_texts(chat: Chat) -> None:
     assert value == pytest.approx((2 * 2 * 3 * 4) ** 0.25)
     assert perplexity(fleet, chat, ["abcd"], 3)[1] == 2  # type: ignore[arg-type]
     assert perplexity(fleet, chat, ["a", ""], 64) == (None, 0)  # type: ignore[arg-type]
+
+
+def test_perplexity_of_answers_is_of_what_stands_behind_the_message(chat: Chat) -> None:
+    fleet, start = Script(chat, {}), len(chat.prompt("tell me"))
+    value, count = perplexity(fleet, chat, ["ab", "a", ""], 64, "tell me")  # type: ignore[arg-type]
+    told = [1 + start + place for place in (0, 1, 0)]
+    assert count == 3 and value == pytest.approx(math.prod(told) ** (1 / 3))
+    cut = perplexity(fleet, chat, ["ab"], start + 1, "tell me")  # type: ignore[arg-type]
+    assert cut == (pytest.approx(told[0]), 1)
 
 
 def test_a_question_of_ones_own_is_read_with_its_document(tmp_path: Path) -> None:

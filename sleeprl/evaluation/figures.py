@@ -38,13 +38,20 @@ def ask(
 
 
 def perplexity(
-    fleet: Fleet, chat: Chat, texts: Sequence[str], longest: int
+    fleet: Fleet, chat: Chat, texts: Sequence[str], longest: int, answering: str = ""
 ) -> tuple[float | None, int]:
-    """Per token over all texts, each cut to ``longest`` tokens, and the number of tokens."""
-    sequences = [ids[:longest] for ids in map(chat.text, texts) if len(ids) > 1]
+    """Per token over all texts, and the number of tokens.
+
+    answering: the message that they are answers to, which is no part of it. With it a text is cut
+    to ``longest`` tokens; a chat model has hardly seen a text that stands alone.
+    """
+    prompt = chat.prompt(answering) if answering else []
+    start = max(0, len(prompt) - 1)  # the first token of all is given nothing to go by
+    sequences = [[*prompt, *chat.text(text)][:longest] for text in texts]
+    sequences = [ids for ids in sequences if len(ids) > start + 1]
     if not sequences:
         return None, 0
-    logprobs = [value for values in fleet.logprobs(sequences) for value in values]
+    logprobs = [value for values in fleet.logprobs(sequences) for value in values[start:]]
     return math.exp(-sum(logprobs) / len(logprobs)), len(logprobs)
 
 
@@ -72,7 +79,9 @@ def measure(
         marks = [ok for ok, probe in zip(right, probes, strict=True) if probe.kind == kind]
         figures[kind] = sum(marks) / len(marks) if marks else None
         counts[kind] = len(marks)
-    figures["perplexity"], counts["perplexity"] = perplexity(fleet, chat, day.texts, max_length - 1)
+    figures["perplexity"], counts["perplexity"] = perplexity(
+        fleet, chat, day.texts, max_length - 1, day.answering
+    )
     return {**figures, "n": counts}
 
 
@@ -132,4 +141,4 @@ def own_texts(
     sampling = [Sampling(config.max_tokens, 1.0, seed) for seed in range(missing)]
     written = fleet.generate([chat.prompt(FREE_FACT)] * missing, sampling)
     more = [text for c in written if (text := chat.decode(c.token_ids))]
-    return replace(day, texts=[*stated, *more][: config.texts])
+    return replace(day, texts=[*stated, *more][: config.texts], answering=FREE_FACT)

@@ -29,11 +29,15 @@ class Probe:
 
 @dataclass(frozen=True)
 class Day:
-    """What a night is about: the documents met, the questions asked, and held-out texts."""
+    """What a night is about: the documents met, the questions asked, and held-out texts.
+
+    answering: the message that the texts are answers to; they stand alone where it is empty.
+    """
 
     documents: list[str]
     probes: list[Probe]
     texts: list[str] = field(default_factory=list)
+    answering: str = ""
 
     def of_kind(self, kind: str) -> list[Probe]:
         return [probe for probe in self.probes if probe.kind == kind]
@@ -49,7 +53,7 @@ class Day:
     @staticmethod
     def load(path: Path) -> Day:
         values = json.loads(path.read_text())
-        return Day(values["documents"], [Probe(**p) for p in values["probes"]], values["texts"])
+        return Day(**{**values, "probes": [Probe(**p) for p in values["probes"]]})
 
 
 def is_correct(answer: str, gold: str, rivals: Collection[str] = (), question: str = "") -> bool:
