@@ -152,8 +152,8 @@ class Night:
         written = study(
             self._engines(), self.chat, self.day.documents, config.self_study, config.seed,
             config.model.max_length,
-            hold_out=0.0 if asked else 0.25,
-            notebook=notebook.load(self.selves.before(0)),
+            hold_out=0.0 if asked else 0.25, notebook=notebook.load(self.selves.before(0)),
+            on_written=lambda count: self.run.progress.update("self_study", texts=count),
         )  # fmt: skip
         self.lake.rewrite(to_batch(written.trajectories), "trajectories")
         written.save(self.run.dir / "study.json")

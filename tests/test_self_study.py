@@ -437,6 +437,15 @@ def test_what_retention_asks_is_not_trained_on(chat: Chat) -> None:
     assert not [text for text in said for question in result.held_questions if question in text]
 
 
+def test_it_says_how_much_is_written(chat: Chat) -> None:
+    told: list[int] = []
+    result = study(
+        Script(chat, author), chat, DOCUMENTS, CONFIG, 0, 512,  # type: ignore[arg-type]
+        on_written=told.append,
+    )  # fmt: skip
+    assert len(told) > 3 and told == sorted(told) and told[-1] == result.written
+
+
 def test_what_is_stated_is_rehearsed_where_its_own_answer_bears_it_out(chat: Chat) -> None:
     fleet, result = written(chat)
     count = CONFIG.replay // 4

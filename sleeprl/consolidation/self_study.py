@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from operator import sub
@@ -98,13 +98,15 @@ def study(
     *,
     hold_out: float = 0.0,
     notebook: Sequence[str] = (),
+    on_written: Callable[[int], None] = lambda _: None,
 ) -> Study:
     """Sample both streams from the engines, which must hold the smaller self's weights.
 
     hold_out: share of the free questions and facts that nothing is to be trained on.
     notebook: what was asked on earlier nights, first what is to be asked again first.
+    on_written: told how many texts there are, a few times.
     """
-    writer = Writer(fleet, chat, config, seed, max_length)
+    writer = Writer(fleet, chat, config, seed, max_length, on_written)
     # A dream is asked for with the whole document, and everything that helps a weak writer.
     whole = [asks(chat, config, with_experience(text, STUDY_QA)) for text in documents]
     writer.require_room(whole)

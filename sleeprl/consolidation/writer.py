@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -41,13 +41,17 @@ class Asked:
 
 
 class Writer:
-    """Samples with a seed of its own for every text, so a study repeats."""
+    """Samples with a seed of its own for every text, so a study repeats.
+
+    on_written: told of the texts so far after each set of them.
+    """
 
     def __init__(
-        self, fleet: Fleet, chat: Chat, config: SelfStudyConfig, seed: int, max_length: int
-    ) -> None:
+        self, fleet: Fleet, chat: Chat, config: SelfStudyConfig, seed: int, max_length: int,
+        on_written: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
         self.fleet, self.chat, self.config, self.seed = fleet, chat, config, seed
-        self.max_length = max_length
+        self.max_length, self.on_written = max_length, on_written
         self.written = self.malformed = 0
 
     def require_room(self, prompts: Sequence[list[int]]) -> None:
@@ -80,6 +84,7 @@ class Writer:
         completions = self.fleet.generate(prompts, sampling)
         self.written += len(prompts)
         self.malformed += sum(c.finish_reason != "stop" for c in completions)
+        self.on_written(self.written)
         return completions
 
     def begin(self, message: str) -> list[int]:
