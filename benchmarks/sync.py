@@ -44,9 +44,9 @@ from sleeprl.memory.checkpoint import all_tensors
 from sleeprl.models import EMBEDDED
 from sleeprl.morning import environment
 from sleeprl.settings import ResourcesConfig
-from sleeprl.weights.buckets import map_file, receive
+from sleeprl.weights.buckets import Mapped, receive
 from sleeprl.weights.shared_memory import BUCKET_BYTES, Segment
-from sleeprl.weights.transport import Delivery, make_transport
+from sleeprl.weights.transport import Delivery, WeightTransport, make_transport
 from sleeprl.weights.verify import checksum
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,7 +103,7 @@ def receiver(pipe: Connection, shapes: Mapping[str, tuple[list[int], torch.dtype
             pipe.send({name: checksum(tensor) for name, tensor in place.items()})
             return
         if isinstance(told, list):  # the segments of *raw*, and the bytes in all
-            pieces = [flat(map_file(path, BUCKET_BYTES)) for path in told[:-1]]
+            pieces = [flat(Mapped(path, BUCKET_BYTES).storage) for path in told[:-1]]
             whole = torch.zeros(told[-1], dtype=torch.uint8)
             continue
         if isinstance(told, int):
@@ -135,10 +135,9 @@ def receiving(weights: Weights) -> Iterator[Connection]:
         process.kill()
 
 
-def sender(name: str, directory: Path, weights: Weights, pipe: Connection) -> Callable[[], float]:
-    kind, _, mapped = name.partition(", ")
-    transport = make_transport(Delivery(kind, directory=str(directory)))
-
+def sender(
+    transport: WeightTransport, weights: Weights, pipe: Connection, *, copying: bool
+) -> Callable[[], float]:
     def send() -> float:
         """Returns the receiver's CPU seconds so far."""
         transport.begin(1)
@@ -146,7 +145,7 @@ def sender(name: str, directory: Path, weights: Weights, pipe: Connection) -> Ca
         for info in transport.buckets(weights.items()):
             if loading:
                 pipe.recv()
-            pipe.send((info, not mapped))
+            pipe.send((info, copying))
             loading = True
         spent: float = pipe.recv()
         transport.finish()
@@ -166,7 +165,7 @@ def raw_sender(nbytes: int, pipe: Connection) -> Callable[[], float]:
 
     def send() -> float:
         for number, piece in enumerate(pieces):
-            flat(segments[number % 2].storage)[: len(piece)].copy_(piece)
+            flat(segments[number % 2].memory.storage)[: len(piece)].copy_(piece)
             if number:
                 pipe.recv()
             pipe.send(number)
@@ -199,11 +198,13 @@ def measure_transports(
     for kinds in (("copy", "shared_memory", MAPPED, RAW), (COPY_BESIDE_DISK, "disk")):
         with receiving(weights) as pipe:
             works: dict[str, Callable[[], float | None]] = {kinds[0]: copy}
+            # One sender, as an engine has: it keeps mapped what one sender writes.
+            transport = make_transport(Delivery(kinds[1], directory=str(directory)))
             for kind in kinds[1:]:
                 works[kind] = (
                     raw_sender(sum(tensor.nbytes for tensor in weights.values()), pipe)
                     if kind == RAW
-                    else sender(kind, directory, weights, pipe)
+                    else sender(transport, weights, pipe, copying=kind != MAPPED)
                 )
             for work in works.values():
                 other = work() or 0.0  # the first time makes pages and starts threads

@@ -8,6 +8,7 @@ are those of transformers on the same checkpoint.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import replace
@@ -96,7 +97,7 @@ class Rig:
         await self.engine.begin_update(self.version)
         loading: asyncio.Future[None] | None = None
         for info in transport.buckets(weights.items()):
-            if damage in info["layout"]["names"]:
+            if damage in json.loads(info["layout"])["names"]:
                 turn_a_bit(info, damage)
             if loading is not None:
                 await loading
@@ -114,7 +115,7 @@ class Rig:
 
 
 def turn_a_bit(info: dict[str, Any], name: str) -> None:
-    layout = info["layout"]
+    layout = json.loads(info["layout"])
     with open(info["file"]["path"], "r+b") as file:
         file.seek(layout["offsets"][layout["names"].index(name)])
         (byte,) = file.read(1)

@@ -20,7 +20,7 @@ from sleeprl.actors.fleet import Fleet, StaleEngine
 from sleeprl.memory.checkpoint import WEIGHTS
 from sleeprl.settings import ConfigError, NightConfig
 from sleeprl.weights import shared_memory
-from sleeprl.weights.buckets import Layout
+from sleeprl.weights.buckets import Bucket
 from sleeprl.weights.verify import Canary
 
 IDS = [1, *range(40, 70)]
@@ -134,7 +134,7 @@ def test_two_ranks_answer_and_are_updated_as_one(
         together.shutdown()
 
 
-def damaged(group: Any, version: int) -> Layout:
+def damaged(group: Any, version: int) -> Bucket:
     """What a sender would tell of other tensors than those that arrive."""
     from sleeprl.weights.buckets import lay_out
 

@@ -6,6 +6,7 @@ The same transports into the real engines are in ``test_engine``.
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import threading
@@ -87,6 +88,11 @@ def send(
     transport.finish()
 
 
+def names(info: dict[str, Any]) -> list[str]:
+    found: list[str] = json.loads(info["layout"])["names"]
+    return found
+
+
 def test_what_is_sent_arrives(make: Make) -> None:
     @settings(deadline=None, max_examples=60)
     @given(named_tensors(), st.integers(1, 600), st.integers(0, 9))
@@ -94,11 +100,11 @@ def test_what_is_sent_arrives(make: Make) -> None:
         transport = make(limit)
         arrived: list[Named] = []
         for info, part in send(transport, tensors, version):
-            offsets = info["layout"]["offsets"]
+            offsets = json.loads(info["layout"])["offsets"]
             assert all(offset % ALIGNMENT == 0 for offset in offsets)
             sizes = [tensor.numel() * tensor.element_size() for _, tensor in part]
             assert sum(sizes) <= limit or len(part) == 1
-            assert part[0][0] in info["layout"]["checksums"]
+            assert part[0][0] in info["checksums"]
             arrived += [(name, tensor.clone()) for name, tensor in part]
         transport.close()
         assert [name for name, _ in arrived] == [name for name, _ in tensors]
@@ -112,7 +118,7 @@ def test_what_is_sent_arrives(make: Make) -> None:
 def test_trap_1_tensors_travel_in_buckets(make: Make) -> None:
     tensors = [(str(i), torch.full((16,), float(i))) for i in range(6)]  # 64 bytes each
     infos = [info for info, _ in send(make(128), tensors)]
-    assert [info["layout"]["names"] for info in infos] == [["0", "1"], ["2", "3"], ["4", "5"]]
+    assert [names(info) for info in infos] == [["0", "1"], ["2", "3"], ["4", "5"]]
 
 
 def test_trap_4_tensors_are_copied_so_a_gather_may_close(make: Make) -> None:
@@ -196,9 +202,20 @@ def test_shared_memory_is_mapped_in_place_and_written_again() -> None:
     assert again[0][0]["file"] == received[0][0]["file"], "its pages are made once"
 
 
+def test_the_views_of_a_layout_are_made_once_and_go_with_their_segment() -> None:
+    transport = SharedMemoryTransport(256)
+    first, second, other = (
+        next(send(transport, [("w", torch.full(shape, 7.0))], version))[1][0][1]
+        for version, shape in enumerate([(4, 4), (4, 4), (2, 8)])
+    )
+    assert first is second and other.shape == (2, 8) and other.data_ptr() == first.data_ptr()
+    ((_, ((_, larger),)),) = send(transport, [("w", torch.arange(100.0))])
+    assert torch.equal(larger, torch.arange(100.0)), "not in the segment that was too small"
+
+
 def test_a_tensor_larger_than_a_bucket_has_one_of_its_own(make: Make) -> None:
     tensors = [("small", torch.ones(4)), ("large", torch.arange(100.0)), ("last", torch.ones(4))]
-    arrived = [(info["layout"]["names"], part) for info, part in send(make(64), tensors)]
+    arrived = [(names(info), part) for info, part in send(make(64), tensors)]
     assert [names for names, _ in arrived] == [["small"], ["large"], ["last"]]
     assert torch.equal(arrived[1][1][0][1], tensors[1][1])
 
@@ -220,7 +237,7 @@ def test_weights_that_are_not_on_this_host_are_not_taken_for_zeros(tmp_path: Pat
     other = tmp_path / "other"
     for file in ({"path": str(other)}, {"inode": 1}, {"nbytes": 128}):
         with pytest.raises(FileNotFoundError, match=r"resources\.transport=disk"):
-            receive({**info["file"], **file}, info["layout"])
+            receive(**{**info, "file": {**info["file"], **file}})
     assert not other.exists()
 
 

@@ -1,16 +1,19 @@
 """A bucket: whole tensors one behind the other in a file, and the description that travels.
 
-The receiver maps the file and loads straight from it; nothing is pickled. The description
-carries checksums of some of the tensors, taken by the sender from what it meant to send.
+The receiver maps the file and loads straight from it; nothing is pickled. The layout is the same
+at each update, so it travels as a text, by which both sides find the views that they have made
+already: making them costs as much as copying a small model does. Beside it travel checksums of
+some of the tensors, taken by the sender from what it meant to send.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,36 +36,55 @@ class Layout:
     shapes: list[list[int]]
     offsets: list[int]
     nbytes: int
+
+    @property
+    def text(self) -> str:
+        return json.dumps(vars(self))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What is about to be sent. text: of the layout."""
+
+    layout: Layout
+    text: str
     checksums: dict[str, int]
 
+    def describe(self, path: str, nbytes: int, inode: int | None = None) -> dict[str, Any]:
+        """The update info. nbytes: of the file. inode: of one that is written again and again, and
+        is kept mapped; its path means another file on another host."""
+        file = {"path": path, "nbytes": nbytes, "inode": inode}
+        return {"file": file, "layout": self.text, "checksums": self.checksums}
 
-def lay_out(group: Sequence[Named], version: int) -> Layout:
+
+def lay_out(group: Sequence[Named], version: int) -> Bucket:
+    layout, text = _laid_out(tuple((name, t.dtype, t.shape) for name, t in group))
+    checksums = {
+        name: checksum(tensor)
+        for number, (name, tensor) in enumerate(group)
+        if number == 0 or is_sampled(name, version)
+    }
+    return Bucket(layout, text, checksums)
+
+
+@lru_cache(maxsize=4096)
+def _laid_out(group: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> tuple[Layout, str]:
     offsets, size = [], 0
-    for _, tensor in group:
+    for _, dtype, shape in group:
         offsets.append(size)
-        size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-    return Layout(
-        [name for name, _ in group],
-        [str(tensor.dtype).removeprefix("torch.") for _, tensor in group],
-        [list(tensor.shape) for _, tensor in group],
+        size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    layout = Layout(
+        [name for name, _, _ in group],
+        [str(dtype).removeprefix("torch.") for _, dtype, _ in group],
+        [list(shape) for _, _, shape in group],
         offsets,
         size,
-        {
-            name: checksum(tensor)
-            for number, (name, tensor) in enumerate(group)
-            if number == 0 or is_sampled(name, version)
-        },
     )
-
-
-def describe(path: str, nbytes: int, layout: Layout, inode: int | None = None) -> dict[str, Any]:
-    """The update info. nbytes: of the file. inode: of one that is written again and again, and
-    is kept mapped; its path means another file on another host."""
-    return {"file": {"path": path, "nbytes": nbytes, "inode": inode}, "layout": vars(layout)}
+    return layout, layout.text
 
 
 def receive(
-    file: dict[str, Any], layout: dict[str, Any]
+    file: dict[str, Any], layout: str, checksums: dict[str, int]
 ) -> tuple[torch.UntypedStorage, list[Named]]:
     """The file's memory and the tensors in it, after their checksums.
 
@@ -70,25 +92,43 @@ def receive(
     file is not, or another: on another host than the sender's, mapping it would create it,
     full of zeros, without a word.
     """
-    path, inode = Path(file["path"]), file["inode"]
-    there = path.stat() if path.exists() else None
-    if there is None or there.st_size != file["nbytes"] or inode not in (None, there.st_ino):
+    path, inode, nbytes = file["path"], file["inode"], file["nbytes"]
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        there = None
+    if there is None or there.st_size != nbytes or inode not in (None, there.st_ino):
         raise FileNotFoundError(
-            f"weights {path} ({file['nbytes']} bytes) are not on this host; with "
+            f"weights {path} ({nbytes} bytes) are not on this host; with "
             "resources.transport=shared_memory engines and learner must share one: set "
             "resources.transport=disk and keep `runs` on a file system that all hosts see"
         )
-    if inode is None:
-        storage = map_file(file["path"], file["nbytes"])
-    else:
-        storage = _mapped(file["path"], inode, file["nbytes"])
-    tensors = list(views(storage, Layout(**layout)))
-    check(tensors, layout["checksums"])
-    return storage, tensors
+    memory = Mapped(path, nbytes) if inode is None else _kept(path, inode, nbytes)
+    tensors = memory.views(layout)
+    check(tensors, checksums)
+    return memory.storage, tensors
 
 
-def views(storage: torch.UntypedStorage, layout: Layout) -> Iterator[Named]:
-    """The tensors of a layout, sharing memory with ``storage``."""
+class Mapped:
+    """The memory of a file, shared with whoever else maps it, and the tensors in it."""
+
+    def __init__(self, path: str, nbytes: int) -> None:
+        self.storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=nbytes)
+        self._views: dict[str, list[Named]] = {}
+
+    def views(self, layout: str) -> list[Named]:
+        """The tensors of a layout's text; made once."""
+        if layout not in self._views:
+            self._views[layout] = list(_views(self.storage, Layout(**json.loads(layout))))
+        return self._views[layout]
+
+
+@lru_cache(maxsize=2)  # as many as a sender has: mapping anew costs more than copying
+def _kept(path: str, inode: int, nbytes: int) -> Mapped:
+    return Mapped(path, nbytes)
+
+
+def _views(storage: torch.UntypedStorage, layout: Layout) -> Iterator[Named]:
     memory: Tensor = torch.empty(0, dtype=torch.uint8)
     memory.set_(storage)  # type: ignore[call-overload]
     columns = (layout.names, layout.dtypes, layout.shapes, layout.offsets)
@@ -96,13 +136,3 @@ def views(storage: torch.UntypedStorage, layout: Layout) -> Iterator[Named]:
         dtype = getattr(torch, dtype_name)
         own = memory.narrow(0, offset, math.prod(shape) * dtype.itemsize)
         yield name, own.view(dtype).view(shape)
-
-
-@lru_cache(maxsize=2)  # as many as a sender has: mapping anew costs more than copying
-def _mapped(path: str, inode: int, nbytes: int) -> torch.UntypedStorage:
-    return map_file(path, nbytes)
-
-
-def map_file(path: str, nbytes: int) -> torch.UntypedStorage:
-    storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=nbytes)
-    return storage

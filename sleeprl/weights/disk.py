@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sleeprl.files import atomic_path
-from sleeprl.weights.buckets import BACKEND, describe, lay_out
+from sleeprl.weights.buckets import BACKEND, lay_out
 from sleeprl.weights.transport import Named, TransportError, split
 
 BUCKET_BYTES = 256 << 20
@@ -45,17 +45,17 @@ class DiskTransport:
 
     def buckets(self, tensors: Iterable[Named]) -> Iterator[dict[str, Any]]:
         for group in split(tensors, self.limit):
-            layout = lay_out(group, self._version)
+            bucket = lay_out(group, self._version)
             path = (self.directory / f"{self._version}-{uuid.uuid4().hex}.bucket").resolve()
             with atomic_path(path) as whole, whole.open("wb") as file:
-                for (_, tensor), offset in zip(group, layout.offsets, strict=True):
+                for (_, tensor), offset in zip(group, bucket.layout.offsets, strict=True):
                     file.seek(offset)
                     file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-                file.truncate(layout.nbytes)
+                file.truncate(bucket.layout.nbytes)
             self._files.append(path)
             while len(self._files) > 2:
                 self._files.popleft().unlink(missing_ok=True)
-            yield describe(str(path), layout.nbytes, layout)
+            yield bucket.describe(str(path), bucket.layout.nbytes)
 
     def finish(self) -> None:
         while self._files:

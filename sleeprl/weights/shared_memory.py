@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sleeprl.weights.buckets import BACKEND, describe, lay_out, map_file, views
+from sleeprl.weights.buckets import BACKEND, Mapped, lay_out
 from sleeprl.weights.transport import Named, TransportError, split
 
 BUCKET_BYTES = 8 << 20
@@ -30,7 +30,7 @@ class Segment:
         self.nbytes = nbytes
         self.path = f"/proc/{os.getpid()}/fd/{handle}"
         self.inode = os.fstat(handle).st_ino
-        self.storage = map_file(self.path, nbytes)
+        self.memory = Mapped(self.path, nbytes)
 
 
 class SharedMemoryTransport:
@@ -55,11 +55,12 @@ class SharedMemoryTransport:
 
     def buckets(self, tensors: Iterable[Named]) -> Iterator[dict[str, Any]]:
         for number, group in enumerate(split(tensors, self.limit)):
-            layout = lay_out(group, self._version)
-            segment = self._segment(number % 2, layout.nbytes)
-            for (_, target), (_, source) in zip(views(segment.storage, layout), group, strict=True):
+            bucket = lay_out(group, self._version)
+            segment = self._segment(number % 2, bucket.layout.nbytes)
+            targets = segment.memory.views(bucket.text)
+            for (_, target), (_, source) in zip(targets, group, strict=True):
                 target.copy_(source)
-            yield describe(segment.path, segment.nbytes, layout, segment.inode)
+            yield bucket.describe(segment.path, segment.nbytes, segment.inode)
 
     def _segment(self, turn: int, nbytes: int) -> Segment:
         """The one whose turn it is, a larger one in its place where it is too small."""

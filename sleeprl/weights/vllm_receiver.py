@@ -28,7 +28,8 @@ class BucketInitInfo(WeightTransferInitInfo):
 @dataclass
 class BucketUpdateInfo(WeightTransferUpdateInfo):
     file: dict[str, Any]
-    layout: dict[str, Any]
+    layout: str
+    checksums: dict[str, int]
 
 
 class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo]):
@@ -58,7 +59,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
         if self.fault is not None:
             return
         try:
-            storage, tensors = receive(update_info.file, update_info.layout)
+            storage, tensors = receive(**vars(update_info))
             self.model.load_weights(tensors)
             self._own(storage.data_ptr())
         except Exception as error:
