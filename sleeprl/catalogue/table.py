@@ -68,6 +68,50 @@ _QUESTION_ANSWER = (
     "{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
 )
 
+_WEAK_WRITER: Mapping[str, Mapping[str, Any]] = {
+    "wake": {"people": 4, "people_per_document": 1},
+    "self_study": {
+        "opening": "Question:",
+        "examples": 4,
+        "whole": 0.0,
+        "sentences": 1,
+        "pairs_per_document": 42,
+        "facts_per_document": 0,
+        "replay": 300,
+        "temperature": 0.5,
+        "max_tokens": 40,
+    },
+    "consolidation": {
+        "steps": 60,
+        "batch_size": 8,
+        "replay_ratio": 1.0,
+        "learning_rate": 1e-2,
+        "rollout_prompts": 2,
+        "checkpoint_every": 16,
+    },
+    "fixed_capacity": {"learning_rate": 1e-4},
+    "dreaming": {
+        "steps": 2,
+        "tasks_per_step": 2,
+        "group_size": 4,
+        "max_tokens": 48,
+        "trial_probes": 4,
+    },
+    "evaluation": {"retention": 100, "texts": 100, "max_tokens": 24},
+    "resources": {"engine_memory_gb": 2.0, "micro_batch_tokens": 2048},
+}
+"""A short night, and help for a model that was not trained to write questions and answers."""
+
+
+def _night(**sections: Mapping[str, Any]) -> dict[str, Any]:
+    """``_WEAK_WRITER`` with other values in some of its sections."""
+    short = {
+        name: {**_WEAK_WRITER.get(name, {}), **sections.get(name, {})}
+        for name in {**_WEAK_WRITER, **sections}
+    }
+    return {**short, "baselines": []}
+
+
 _SPECS = (
     Spec(
         name="smollm2-135m",
@@ -80,40 +124,7 @@ _SPECS = (
         dtype="float32",
         licence="Apache-2.0",
         note="English chat; fluent, a weak reader",
-        night={
-            "model": {"dtype": "bfloat16"},  # twice as fast, also on many CPUs
-            "wake": {"people": 4, "people_per_document": 1},
-            "self_study": {
-                "opening": "Question:",
-                "examples": 4,
-                "whole": 0.0,
-                "sentences": 1,
-                "pairs_per_document": 42,
-                "facts_per_document": 0,
-                "replay": 300,
-                "temperature": 0.5,
-                "max_tokens": 40,
-            },
-            "consolidation": {
-                "steps": 60,
-                "batch_size": 8,
-                "replay_ratio": 1.0,
-                "learning_rate": 1e-2,
-                "rollout_prompts": 2,
-                "checkpoint_every": 16,
-            },
-            "fixed_capacity": {"learning_rate": 1e-4},
-            "dreaming": {
-                "steps": 2,
-                "tasks_per_step": 2,
-                "group_size": 4,
-                "max_tokens": 48,
-                "trial_probes": 4,
-            },
-            "evaluation": {"retention": 100, "texts": 10, "max_tokens": 24},
-            "baselines": [],
-            "resources": {"engine_memory_gb": 2.0, "micro_batch_tokens": 2048},
-        },
+        night=_night(model={"dtype": "bfloat16"}),  # twice as fast, also on many CPUs
     ),
     Spec(
         name="minimind2-small",
@@ -126,6 +137,7 @@ _SPECS = (
         dtype="float32",
         licence="Apache-2.0",
         note="Chinese and English chat; small, learns and forgets fast",
+        night=_night(),
     ),
     Spec(
         name="gemma-3-270m",
@@ -144,6 +156,7 @@ _SPECS = (
         terms="Gemma is provided under and subject to the Gemma Terms of Use found at "
         "ai.google.dev/gemma/terms; its use is restricted by the Gemma Prohibited Use Policy.",
         chat_template=_QUESTION_ANSWER,
+        night=_night(model={"dtype": "bfloat16"}),
     ),
     Spec(
         name="qwen2.5-coder-1.5b",
@@ -158,6 +171,12 @@ _SPECS = (
         dtype="bfloat16",
         licence="Apache-2.0",
         note="a real reader; slow on a few cores, right for a GPU",
+        night=_night(
+            model={"dtype": "bfloat16"},
+            wake={"people": 2},
+            self_study={"pairs_per_document": 36, "replay": 120},
+            consolidation={"steps": 40, "rollout_every": 20},
+        ),
     ),
 )
 
