@@ -65,7 +65,7 @@ class Run:
         """One step's metrics into the file and the bar; ``show`` names those beside the bar."""
         self.metrics.write(phase, step, **metrics)
         shown = {name.rsplit("/", 1)[-1]: metrics[name] for name in show if name in metrics}
-        self.progress.update(_line(phase), advance=1, total=total, **shown)
+        self.progress.update(_line(phase), completed=step, total=total, **shown)
 
     def close(self) -> None:
         self.metrics.close()

@@ -375,9 +375,9 @@ def test_without_a_terminal_progress_is_plain_lines() -> None:
     with progress:
         progress.skip("wake", "its result is there")
         progress.start("grow", total=100, note="2 workers")
-        for _ in range(30):
+        for step in range(1, 31):
             clock.now += 1
-            progress.update("grow", advance=2, loss=0.125, stage="[seed]")
+            progress.update("grow", completed=2 * step, loss=0.125, stage="[seed]")
         clock.now += 5
         progress.finish("grow", note="kept")
         progress.start("dream")
@@ -401,14 +401,31 @@ def test_what_is_left_is_told_without_the_start() -> None:
     with progress:
         progress.start("grow", total=10)
         clock.now += 100  # until workers are up
-        for _ in range(3):
-            progress.update("grow", advance=1)
+        for step in (1, 2, 3):
+            progress.update("grow", completed=step)
             clock.now += 10
         progress.finish("grow")
     assert out.getvalue().splitlines()[1:-1] == [
         "[1:40] Consolidation: 1/10, 1:40",
         "[1:50] Consolidation: 2/10, 1:50, 1:20 left",
         "[2:00] Consolidation: 3/10, 2:00, 1:10 left",
+    ]
+
+
+def test_what_an_earlier_attempt_did_is_done_and_no_measure_of_the_pace() -> None:
+    clock = Clock()
+    out, progress = plain(clock)
+    with progress:
+        progress.start("grow", total=40)
+        for step in (21, 22, 17, 18):  # resumed, and a worker lost on the way
+            clock.now += 10
+            progress.update("grow", completed=step)
+        progress.finish("grow")
+    assert out.getvalue().splitlines()[1:-1] == [
+        "[0:10] Consolidation: 21/40, 0:10",
+        "[0:20] Consolidation: 22/40, 0:20, 3:00 left",
+        "[0:30] Consolidation: 17/40, 0:30",
+        "[0:40] Consolidation: 18/40, 0:40, 3:40 left",
     ]
 
 
@@ -434,9 +451,9 @@ def test_on_a_terminal_prints_and_logs_of_others_appear_whole(
     progress = NightProgress(PHASES, console, clock=clock)
     with progress:
         progress.start("grow", total=10)
-        for _ in range(2):
+        for step in (2, 4):
             clock.now += 2
-            progress.update("grow", advance=2, loss=0.5)
+            progress.update("grow", completed=step, loss=0.5)
         print("printed by someone")
         logger.warning("logged by someone")
         progress.skip("dream", "resumed")

@@ -137,7 +137,7 @@ _SPECS = (
         dtype="float32",
         licence="Apache-2.0",
         note="Chinese and English chat; small, learns and forgets fast",
-        night=_night(),
+        night=_night(consolidation={"learning_rate": 1e-3}),
     ),
     Spec(
         name="gemma-3-270m",
@@ -175,7 +175,8 @@ _SPECS = (
             model={"dtype": "bfloat16"},
             wake={"people": 2},
             self_study={"pairs_per_document": 36, "replay": 120},
-            consolidation={"steps": 40, "rollout_every": 20},
+            consolidation={"steps": 40, "rollout_every": 20, "learning_rate": 1e-3},
+            resources={"engine_memory_gb": 1.0, "micro_batch_tokens": 512},
         ),
     ),
 )

@@ -38,7 +38,7 @@ class _Phase:
     total: float | None = None
     completed: float = 0.0
     first: tuple[float, float] | None = None
-    """What was completed by the first advance, and when."""
+    """What was completed when it was first told, and when that was."""
     started_s: float = 0.0
     ended_s: float | None = None
     note: str = ""
@@ -117,7 +117,7 @@ class NightProgress:
             self._display.close()
 
     def start(self, key: str, total: float | None = None, note: str = "") -> None:
-        """The phase runs from now on; ``total`` is what ``advance`` will add up to."""
+        """The phase runs from now on; ``total`` is how much there is to complete."""
         with self._lock:
             phase = self._phases[key]
             phase.state, phase.total, phase.note = "running", total, note
@@ -128,16 +128,18 @@ class NightProgress:
     def update(
         self,
         key: str,
-        advance: float = 0.0,
+        completed: float | None = None,
         total: float | None = None,
         **metrics: float | str,
     ) -> None:
-        """``advance`` more is done; ``metrics`` replace those of the same name."""
+        """``completed`` is done of the whole, also by an earlier attempt, and may be less than before
+        where a worker was lost; ``metrics`` replace those of the same name."""
         with self._lock:
             phase = self._phases[key]
-            phase.completed += advance
-            if advance and phase.first is None:
-                phase.first = phase.completed, self._clock()
+            if completed is not None:
+                if phase.first is None or completed <= phase.completed:
+                    phase.first = completed, self._clock()
+                phase.completed = completed
             phase.total = phase.total if total is None else total
             phase.metrics |= metrics
             if self._clock() - self._last_line_s >= self._every_s:
