@@ -170,12 +170,14 @@ _SPECS = (
         disk=3555,
         dtype="bfloat16",
         licence="Apache-2.0",
-        note="a real reader; slow on a few cores, right for a GPU",
+        note="a real reader; slow on a few cores, right for a GPU. Dreams are off: the scorer's copy in "
+        "float32 wants more than 24 GB of memory in all; dreaming.enabled=true where there is more",
         night=_night(
             model={"dtype": "bfloat16"},
             wake={"people": 2},
             self_study={"pairs_per_document": 36, "replay": 120},
             consolidation={"steps": 40, "rollout_every": 20, "learning_rate": 1e-3},
+            dreaming={"enabled": False},
             resources={"engine_memory_gb": 1.0, "micro_batch_tokens": 512},
         ),
     ),
