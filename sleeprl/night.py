@@ -296,5 +296,5 @@ class Night:
             self.run.log(phase, step, record, steps, *shown)
             on_step(step)
 
-        storage = self.run.dir / "train"
-        return train.run(job, self._engines(), self.config.resources, storage, name, on_metrics)
+        told, place = (on_metrics, self.run.progress.warn), self.run.dir / "train"
+        return train.run(job, self._engines(), self.config.resources, place, name, *told)

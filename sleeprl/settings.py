@@ -248,8 +248,6 @@ class DreamingConfig:
     """A built-in name or the dotted path of a ``Curriculum``."""
     curriculum_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the curriculum."""
-    stall_seconds: float = 120.0
-    """An actor that waits so long is named, with whom it waits for."""
     algorithm: str = "dapo"
     """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
     ``Algorithm``. ``dapo`` draws other groups for those whose rewards are all equal;
@@ -350,6 +348,8 @@ class ResourcesConfig:
     max_failures: int = 1
     """How often in a phase a dead worker group, or while dreaming a dead engine, is restarted from
     the last checkpoint."""
+    stall_seconds: float = 120.0
+    """Who waits so long is named, with whom it waits for."""
 
     @property
     def elastic(self) -> bool:

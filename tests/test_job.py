@@ -7,11 +7,13 @@ prints each step; started again with the same name it goes on.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def drive(directory: Path, name: str) -> None:
     from sleeprl.consolidation import job as train
     from sleeprl.settings import ResourcesConfig
 
-    resources = ResourcesConfig(cpus=3, learner_workers=2, engine_memory_gb=0.2)
+    resources = ResourcesConfig(cpus=3, learner_workers=2, engine_memory_gb=0.2, stall_seconds=1)
     with ExitStack() as stack:
         lose = None
         if name == ELASTIC:
@@ -49,9 +51,10 @@ def drive(directory: Path, name: str) -> None:
             if lose is not None and record["step"] >= 40:
                 lose()
 
+        stalled = partial(print, file=sys.stderr)
         end = train.run(
-            job(directory, name), fleet, resources, directory / "train", name, tell
-        )  # fmt: skip
+            job(directory, name), fleet, resources, directory / "train", name, tell, stalled
+        )
         print("end", end["step"], end["tokens"], flush=True)
         fleet.shutdown()
 
@@ -75,7 +78,7 @@ def two_nodes() -> Iterator[tuple[Any, Callable[[], None]]]:
     try:
         yield ResourcesConfig(
             address=nodes.address, learner_workers=1, learner_workers_most=2,
-            engine_memory_gb=0.2, transport="disk",
+            engine_memory_gb=0.2, transport="disk", stall_seconds=20,
         ), lose  # fmt: skip
     finally:
         nodes.shutdown()
@@ -135,6 +138,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Lake(place / "lake").append(to_batch(texts), "trajectories")
     steps = run(place, "whole")
     assert [number for number, *_ in steps] == list(range(1, STEPS + 1))
+    stalls = re.findall("whole has waited .*", (place / "whole.err").read_text())
+    # No worker starts within a second; two wait for two cores, of which they hold none yet.
+    assert stalls and "training by the learner: its next step; each worker wants" in stalls[0]
     return place
 
 
@@ -243,6 +249,8 @@ def test_an_elastic_job_goes_on_with_the_workers_that_are_left(
     assert [workers for *_, workers in told[:40]] == [2] * 40
     assert told[-1][2] == 1, "the lost node was not noticed"
     same(place, ELASTIC)
+    lost = re.findall(f"{ELASTIC} has waited .*", (place / f"{ELASTIC}.err").read_text())
+    assert any("'sleeprl_learner'" in text for text in lost), lost
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sleeprl.dreaming.phase import CurriculumActor
 from sleeprl.dreaming.pipeline import Pipeline
 from sleeprl.dreaming.position import POSITION, Position
 from sleeprl.dreaming.tasks import Outcome, Task
+from sleeprl.reporting.waits import Watchdog
 from sleeprl.settings import DreamingConfig
 
 TASKS = [Task(f"t{i}", i, f"message {i}", ()) for i in range(3)]
@@ -201,7 +203,7 @@ def dream(
         curriculum=curriculum,
         learner=learner,
         asks=lambda message: [0, config.group_size],
-        on_stall=print,
+        watch=partial(Watchdog, limit_s=120, on_stall=print),
         seed=1,
         position=position,
         mender=Mender(

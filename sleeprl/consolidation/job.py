@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.mailbox import Mailbox
 from sleeprl.actors.teacher import launch_teachers
 from sleeprl.consolidation.worker import Job, feed, learn
+from sleeprl.reporting.waits import Waits, Watchdog
 from sleeprl.settings import ResourcesConfig
 
 OnMetrics = Callable[[dict[str, Any]], None]
@@ -72,6 +73,12 @@ def _train_loop(arguments: dict[str, Any]) -> None:
     learn(arguments["job"], arguments["engines"], shell, arguments["teachers"])
 
 
+def _free(wanted: Iterable[str]) -> dict[str, float]:
+    """What nobody holds of these resources in the cluster; engines hold some of it for good."""
+    free = ray.available_resources()
+    return {name: free.get(name, 0.0) for name in wanted}
+
+
 def run(
     job: Job,
     fleet: Fleet,
@@ -79,11 +86,13 @@ def run(
     storage: Path,
     name: str,
     on_metrics: OnMetrics,
+    on_stall: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run to the end and return what came of it (step, tokens, version, verified engines).
 
     Called again with the same ``storage`` and ``name`` after a crash, the job goes on
-    from its last checkpoint. on_metrics: called with each step's record, in order.
+    from its last checkpoint. on_metrics: called with each step's record, in order. on_stall: told
+    when no step ends for ``resources.stall_seconds``: Ray Train waits for workers and says nothing.
     """
     # Where the driver is, not on a node that may be taken away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -129,15 +138,23 @@ def run(
     thread.start()
     end: dict[str, Any] = {}
     alive = True
-    while alive:
-        thread.join(0.2)
-        alive = thread.is_alive()
-        for record in ray.get(mailbox.take.remote()):
-            # Ray Train keeps only the metrics of checkpoints, so the end comes this way too.
-            if "end" in record:
-                end = record["end"]
-            else:
-                on_metrics(record)
+
+    def stalled(text: str) -> None:
+        on_stall(f"{text}; each worker wants {workers}, free are {_free(workers)}")
+
+    waits = Waits(name)
+    with Watchdog(waits, resources.stall_seconds, stalled):
+        while alive:
+            waits.now(name, "the learner", what="its next step", kind="train")
+            thread.join(0.2)
+            alive = thread.is_alive()
+            for record in ray.get(mailbox.take.remote()):
+                waits.now(name, None)
+                # Ray Train keeps only the metrics of checkpoints, so the end comes this way too.
+                if "end" in record:
+                    end = record["end"]
+                else:
+                    on_metrics(record)
     for actor in (mailbox, *teachers):
         ray.kill(actor)
     if failed:

@@ -27,6 +27,7 @@ from sleeprl.dreaming.tasks import Curriculum, Outcome, Task, algorithm_of
 from sleeprl.dreaming.trials import Scorer
 from sleeprl.prompts import STUDY_QA, with_experience
 from sleeprl.registry import create
+from sleeprl.reporting.waits import Watchdog
 from sleeprl.settings import ConfigError, DreamingConfig, NightConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import from_batch
@@ -202,7 +203,7 @@ def assemble(
         curriculum=actors.curriculum,
         learner=actors.learners,
         asks=lambda message: asks(chat, config.self_study, message),
-        on_stall=on_stall,
+        watch=partial(Watchdog, limit_s=config.resources.stall_seconds, on_stall=on_stall),
         seed=config.seed,
         position=position,
         mender=Mender(

@@ -51,7 +51,7 @@ class Pipeline:
     curriculum: ActorGroup
     learner: ActorGroup
     asks: Callable[[str], list[int]]
-    on_stall: Callable[[str], None]
+    watch: Callable[[Waits], Watchdog]
     seed: int
     position: Position
     mender: Mender
@@ -63,7 +63,7 @@ class Pipeline:
 
     def run(self, on_step: OnStep) -> None:
         """Learn ``config.steps`` times. Raises ActorFailure for what cannot be mended."""
-        with Watchdog(self.waits, self.config.stall_seconds, self.on_stall):
+        with self.watch(self.waits):
             self._begin()
             while self.position.version < self.config.steps:
                 try:
