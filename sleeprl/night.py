@@ -34,7 +34,7 @@ from sleeprl.reporting.progress import NightProgress
 from sleeprl.reporting.report import write_report
 from sleeprl.run import ANSWERS, SUMMARY, Run
 from sleeprl.selves import Selves
-from sleeprl.settings import ConfigError, NightConfig
+from sleeprl.settings import NightConfig
 from sleeprl.trajectories.schema import to_batch
 from sleeprl.wake.day import live
 from sleeprl.weights.verify import Canary
@@ -96,6 +96,8 @@ class Night:
                 run.progress.skip("levels", "no level is due")
             if config.dreaming.enabled:
                 run.phase("dreaming", self.dream, lambda r: f"{r['dreams']} dreams")
+            else:
+                run.progress.skip("dreaming", "dreaming.enabled=false")
             run.phase("after", self.after, morning.told)
             for name in config.baselines:
                 run.phase(name, partial(self.baseline, name), morning.told)
@@ -123,8 +125,6 @@ class Night:
 
     def wake(self) -> dict[str, Any]:
         day = live(self.config, self.lake)
-        if not day.documents:
-            raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
         day.save(self.run.dir / "day.json")
         return day.counts()
 

@@ -16,7 +16,7 @@ from sleeprl.evaluation.figures import ask, forgotten, measure, own_retention, o
 from sleeprl.evaluation.probes import KINDS, Day, Probe, grade, is_correct, read_questions
 from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.prompts import FREE_FACT
-from sleeprl.settings import EvaluationConfig
+from sleeprl.settings import ConfigError, EvaluationConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.wake.day import live
 
@@ -298,6 +298,13 @@ def test_a_question_of_ones_own_is_read_with_its_document(tmp_path: Path) -> Non
         day.documents[0], "It is at nine.", None
     ]  # fmt: skip
     assert "Mara" in day.documents[0]
+
+
+def test_a_day_without_experience_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    config = cfg.load(None, [f"wake.inputs=[{tmp_path}/a.jsonl]"])
+    with pytest.raises(ConfigError, match=r"wake\.inputs hold no experience"):
+        live(config, Lake(tmp_path / "lake"))
 
 
 def test_the_day_asks_a_model_what_it_can_know(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ _SPECS = (
         terms="Gemma is provided under and subject to the Gemma Terms of Use found at "
         "ai.google.dev/gemma/terms; its use is restricted by the Gemma Prohibited Use Policy.",
         chat_template=_QUESTION_ANSWER,
-        night=_night(model={"dtype": "bfloat16"}),
+        night=_night(model={"dtype": "bfloat16"}, consolidation={"learning_rate": 1e-3}),
     ),
     Spec(
         name="qwen2.5-coder-1.5b",

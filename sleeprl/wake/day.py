@@ -10,7 +10,7 @@ from rapidfuzz import fuzz, process, utils
 
 from sleeprl.evaluation.probes import Day, Probe, read_questions
 from sleeprl.lineage import LineageStore
-from sleeprl.settings import NightConfig
+from sleeprl.settings import ConfigError, NightConfig
 from sleeprl.trajectories.experience import Experience, experiences
 from sleeprl.trajectories.lake import Lake
 from sleeprl.wake.record import record
@@ -29,10 +29,13 @@ def live(config: NightConfig, lake: Lake) -> Day:
     asked later, on what the smaller self says of itself. With inputs, the documents are
     the user's, and the questions come from ``evaluation.questions``; who is asked with the text
     in the prompt reads what the question names (``experience``), or the likest document.
+    Raises ConfigError for inputs that hold nothing.
     """
     if config.wake.inputs:
         record(config.wake.inputs, lake)
         documents = [e.as_text() for e in experiences(lake.read("experience"))]
+        if not documents:
+            raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
         path = config.evaluation.questions
         return Day(documents, _placed(read_questions(Path(path)), documents) if path else [])
     return _embedded_day(config, lake)
