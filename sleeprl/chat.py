@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+MESSAGE = "\ue000"
+"""Stands for a message where a template is asked what comes before it."""
 CUT = "\ufffd"
 """Where the text of some tokens ends within a character."""
 
@@ -42,6 +44,13 @@ class Chat:
             return_dict=False,
         )
         return [*map(int, ids), *self.text(opening)]
+
+    def turn(self) -> list[int]:
+        """Ids that end where the user begins to speak."""
+        told = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": MESSAGE}], add_generation_prompt=True, tokenize=False
+        )
+        return self.text(str(told).partition(MESSAGE)[0])
 
     def response(self, text: str) -> list[int]:
         """Ids of an answer and the end of the turn."""

@@ -34,7 +34,7 @@ _AT_LEAST_ZERO = {
     "resources.cpus", "resources.engine_gpus", "resources.learner_gpus", "resources.max_failures",
     "resources.teachers", "resources.teacher_gpus", "resources.learner_workers_most",
     "self_study.probe_share", "self_study.replay", "self_study.examples", "self_study.whole",
-    "self_study.facts_per_document", "self_study.notebook", "fixed_capacity.ewc",
+    "self_study.facts_per_document", "self_study.notebook", "self_study.conversations", "fixed_capacity.ewc",
 }  # fmt: skip
 _AT_MOST_ONE = {
     "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",

@@ -113,6 +113,9 @@ class SelfStudyConfig:
     """Questions that the smaller self asks itself freely, with nothing in its prompt. Those of
     earlier nights, at most twice as many, stand in for up to half of them; one for each fact is
     rehearsed."""
+    conversations: int = 0
+    """Messages that the smaller self writes in the user's place, and answers, to be rehearsed too: for
+    a chat model that hardly writes questions when it is asked to."""
     notebook: int = 20_000
     """Of its own questions so many are kept from night to night; 0 keeps none."""
     temperature: float = 0.7

@@ -22,6 +22,7 @@ from sleeprl.consolidation.self_study import (
     _gain,
     load_probes,
     passages,
+    rehearse,
     study,
     told,
 )
@@ -437,6 +438,44 @@ def test_what_retention_asks_is_not_trained_on(chat: Chat) -> None:
     assert not [text for text in said for question in result.held_questions if question in text]
 
 
+def talker(message: str, number: int) -> tuple[str, str]:
+    """In the user's place it writes a message twice each, sometimes none, and goes on in other lines."""
+    if not message:
+        return ("" if number % 5 == 4 else f"hello {number // 2}\nand then"), "length"
+    if message.startswith("hello"):
+        return f"answer to {message[-1]}", "length" if message.endswith("1") else "stop"
+    return author(message, number)
+
+
+def test_a_chat_model_talks_to_itself(chat: Chat) -> None:
+    config = replace(CONFIG, conversations=8)
+    result = study(Script(chat, talker), chat, DOCUMENTS, config, 0, 512)  # type: ignore[arg-type]
+    rows = [t for t in result.trajectories if t.task_id == "conversation"]
+    told = [(chat.decode(t.prompt_ids), chat.decode(t.response_ids)) for t in rows]
+    assert told == [(f"hello {n}", f"answer to {n}") for n in range(4)]
+    assert all(t.purpose == "replay" and t.teacher_prompt_ids is None for t in rows)
+    assert rows[1].finish_reason == "length", "what is cut off is rehearsed as far as it goes"
+    # Some are asked about in the morning, and not rehearsed.
+    held = study(
+        Script(chat, talker), chat, DOCUMENTS, config, 0, 512, hold_out=0.5,  # type: ignore[arg-type]
+    )  # fmt: skip
+    kept = [chat.decode(t.prompt_ids) for t in held.trajectories if t.task_id == "conversation"]
+    asked = [question for question in held.held_questions if question.startswith("hello")]
+    assert len(kept) == len(asked) == 2
+    assert sorted([*kept, *asked]) == [f"hello {n}" for n in range(4)]
+    between = rehearse(Script(chat, talker), chat, config, 0, 512)  # type: ignore[arg-type]
+    assert sum(t.task_id == "conversation" for t in between.trajectories) == 4
+
+
+def test_a_turn_is_what_comes_before_any_message(chat: Chat) -> None:
+    start = chat.turn()
+    assert start and chat.decode(start) == ""
+    for message in ("hello", "Where is Ann?"):
+        assert chat.prompt(message)[: len(start)] == start and len(chat.prompt(message)) > len(
+            start
+        )
+
+
 def test_it_says_how_much_is_written(chat: Chat) -> None:
     told: list[int] = []
     result = study(
@@ -552,7 +591,7 @@ def test_no_replay_and_no_usable_pair(chat: Chat) -> None:
     assert result.trajectories == result.probes == result.held_questions == []
     assert (result.written, result.malformed) == (3 * 4, 3 * 4)  # it was asked three times
     line = told({"new": 0, "replay": 0, "written": result.written, "malformed": result.malformed})
-    assert "12 of 12 texts" in line and "self_study.replay, opening and examples" in line
+    assert "12 of 12 texts" in line and "self_study.conversations, opening and examples" in line
     assert told({"new": 3, "replay": 2, "written": 9, "malformed": 1}) == "3 new, 2 replayed"
 
 

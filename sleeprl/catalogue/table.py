@@ -78,6 +78,7 @@ _WEAK_WRITER: Mapping[str, Mapping[str, Any]] = {
         "pairs_per_document": 42,
         "facts_per_document": 0,
         "replay": 300,
+        "conversations": 200,
         "temperature": 0.5,
         "max_tokens": 40,
     },

@@ -1,9 +1,9 @@
 """What the smaller self writes with nothing in its prompt, so that what it knew stays.
 
-Without such texts growth forgets as fast as fine-tuning does. There are four kinds of
+Without such texts growth forgets as fast as fine-tuning does. There are five kinds of
 them: what it asks itself; what it asked itself on earlier nights (``notebook``); what it states,
 since of its own accord it asks about what it has known for long and states what it learned last;
-and what lies next to what is learned tonight. Questions and statements spread as wide as they
+what lies next to what is learned tonight; and conversations. Questions and statements spread as wide as they
 can. Answers are the surest there are, because a slip of chance would be learned too.
 """
 
@@ -117,6 +117,30 @@ def recollect(writer: Writer, purpose: Purpose, count: int, hold_out: float = 0.
         given = said.get(tuple(chat.prompt(question)), "")
         if grade([given], [Probe(question, answer, "")])[0]:
             rows.append(trajectory(purpose, "recalled", index, prompt, stated[fact], None))
+    return Free(rows, sorted(held))
+
+
+def converse(writer: Writer, count: int, hold_out: float = 0.0) -> Free:
+    """Messages that it writes in the user's place, with its answers (Magpie, 2406.08464).
+
+    A message is the first line of what is written. Answers count also where they are cut off: the
+    smaller self says at each token what it would have said.
+    """
+    if not count:
+        return Free([], [])
+    chat = writer.chat
+    drafts = writer.write([chat.turn()] * count, WIDE)
+    lines = [chat.decode(draft.token_ids).partition("\n")[0].strip() for draft in drafts]
+    messages = [line for line in dict.fromkeys(lines) if line and writer.has_room(line)]
+    held = writer.hold_out(messages, hold_out)
+    prompts = [chat.prompt(message) for message in messages if message not in held]
+    rows = [
+        trajectory("replay", "conversation", index, prompt, answer, None)
+        for index, (prompt, answer) in enumerate(
+            zip(prompts, writer.write(prompts, SURE), strict=True)
+        )
+        if answer.token_ids
+    ]
     return Free(rows, sorted(held))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
 from sleeprl.consolidation.notebook import turned
-from sleeprl.consolidation.rehearsal import SURE, ask_freely, neighbours, recollect
+from sleeprl.consolidation.rehearsal import SURE, ask_freely, converse, neighbours, recollect
 from sleeprl.consolidation.writer import Asked, Writer, asks, trajectory
 from sleeprl.files import write_json_atomic
 from sleeprl.prompts import (
@@ -80,7 +80,7 @@ def told(result: Mapping[str, int]) -> str:
         return line
     return (
         f"{line} ({result['malformed']} of {result['written']} texts were not of the form asked for): "
-        "what it knew is not rehearsed and may be lost; see self_study.replay, opening and examples"
+        "what it knew is not rehearsed and may be lost; see self_study.conversations, opening and examples"
     )
 
 
@@ -120,10 +120,11 @@ def study(
     free = ask_freely(writer, config.replay, hold_out, again)
     stated = recollect(writer, "replay", quarter, hold_out)
     beside = neighbours(writer, documents, asked, quarter)
-    held = {tuple(chat.prompt(question)) for question in free.held}
-    rows = [*free.trajectories, *stated.trajectories, *beside]
+    talk = converse(writer, config.conversations, hold_out)
+    result.held_questions, result.held_facts = [*free.held, *talk.held], stated.held
+    held = {tuple(chat.prompt(question)) for question in result.held_questions}
+    rows = [*free.trajectories, *stated.trajectories, *beside, *talk.trajectories]
     result.trajectories += [row for row in rows if tuple(row.prompt_ids) not in held]
-    result.held_questions, result.held_facts = free.held, stated.held
     result.coverage = free.coverage
     result.notebook = turned(notebook, list(tonight), free.asked, config.notebook, seed)
     result.written, result.malformed = writer.written, writer.malformed
@@ -149,7 +150,8 @@ def rehearse(
     writer = Writer(fleet, chat, config, seed, max_length)
     recent = recollect(writer, "self_study", config.replay // 2)
     free = ask_freely(writer, config.replay, again=notebook)
-    texts = [*recent.trajectories, *free.trajectories]
+    talk = converse(writer, config.conversations)
+    texts = [*recent.trajectories, *free.trajectories, *talk.trajectories]
     return Study(texts, written=writer.written, malformed=writer.malformed, coverage=free.coverage)
 
 

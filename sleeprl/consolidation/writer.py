@@ -70,7 +70,11 @@ class Writer:
 
     def can_answer(self, document: str, question: str) -> bool:
         """Whether a question fits behind its document, with an answer."""
-        return len(self.chat.prompt(with_experience(document, question))) <= self._room
+        return self.has_room(with_experience(document, question))
+
+    def has_room(self, message: str) -> bool:
+        """Whether a message fits, with an answer."""
+        return len(self.chat.prompt(message)) <= self._room
 
     def write(
         self, prompts: Sequence[list[int]], temperature: float | None = None
