@@ -13,7 +13,7 @@ from sleeprl import config as cfg
 from sleeprl.actors.engine import Completion, Sampling
 from sleeprl.chat import Chat
 from sleeprl.evaluation.figures import ask, forgotten, measure, own_retention, own_texts, perplexity
-from sleeprl.evaluation.probes import KINDS, Day, Probe, grade, is_correct, read_questions
+from sleeprl.evaluation.probes import KINDS, Day, Probe, grade, is_correct, read_questions, told_by
 from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.prompts import FREE_FACT
 from sleeprl.settings import ConfigError, EvaluationConfig
@@ -204,6 +204,37 @@ def test_a_model_that_goes_on_talking_is_graded_by_its_first_sentence() -> None:
     assert grade(said, probes) == [True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("answer", "question", "told"),
+    [
+        (
+            "The closest planet to Earth is Mercury.",
+            "What planet is the closest to Earth?",
+            "mercury",
+        ),
+        ("Cats drink cold milk.", "What do cats drink?", "cold milk"),
+        ("Paris", "Where?", "paris"),
+        # What does not stand together, or repeats the question, is the whole answer.
+        ("Ann sang with Cid.", "Who sang with whom?", "Ann sang with Cid."),
+        ("It is so.", "Is it so?", "It is so."),
+        ("", "Where?", ""),
+    ],
+)
+def test_an_answer_is_what_it_says_beside_its_question(
+    answer: str, question: str, told: str
+) -> None:
+    assert told_by(answer, question) == told
+    assert not answer or is_correct(answer, told, question=question)
+
+
+def test_an_answer_in_other_words_is_not_forgotten() -> None:
+    question = "What planet is the closest to Earth?"
+    gold = told_by("The closest planet to Earth is Mercury.", question)
+    probes = [Probe(question, gold, "retention")] * 2
+    said = ["The planet closest to Earth is Mercury.", "The planet closest to Earth is Venus."]
+    assert grade(said, probes) == [True, False]
+
+
 class Unsure(Script):
     """``answers`` in turn: greedy, then the two samples."""
 
@@ -232,7 +263,7 @@ def test_what_is_known_is_what_is_said_each_time(chat: Chat) -> None:
     asked, config = ["sure", "guess", "sure", "silent", "late"], EvaluationConfig()
     day = own_retention(DAY, asked, fleet, chat, config)  # type: ignore[arg-type]
     told = [probe for probe in DAY.probes if probe.kind != "retention"]
-    assert day.probes == [*told, Probe("sure", "Paris", "retention")]
+    assert day.probes == [*told, Probe("sure", "paris", "retention")]
     assert day.texts == DAY.texts
     heat = [(s.temperature, s.seed) for s in fleet.sampling]
     assert heat == [(0.0, None), (0.5, 1), (0.5, 2)]

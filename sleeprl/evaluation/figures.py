@@ -12,7 +12,7 @@ from typing import Any
 from sleeprl.actors.engine import Sampling
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
-from sleeprl.evaluation.probes import KINDS, Day, Probe, first_sentence, grade, is_whole
+from sleeprl.evaluation.probes import KINDS, Day, Probe, first_sentence, grade, is_whole, told_by
 from sleeprl.files import write_text_atomic
 from sleeprl.prompts import FREE_FACT, with_experience
 from sleeprl.settings import EvaluationConfig
@@ -106,8 +106,8 @@ def own_retention(
     """The day with a retention probe that needs no labels, in the place of one that it had.
 
     questions: what the smaller self asked freely, none of it trained on. It answers them again,
-    greedily, and twice with chance; what it says each time, in its first sentence, is what it
-    knows, and is asked in the morning.
+    greedily, and twice with chance; what it says each time, in its first sentence and beside what
+    the question says, is what it knows, and is asked in the morning.
     """
     asked = [Probe(q, "", "retention") for q in dict.fromkeys(questions)][: config.retention]
     greedy, *others = (
@@ -118,7 +118,7 @@ def own_retention(
     # Cut off in the middle of its sentence an answer is none.
     cut = [len(chat.text(gold)) >= config.max_tokens - 1 and not is_whole(gold) for gold in golds]
     probes = [
-        Probe(p.question, "" if ends else gold, p.kind)
+        Probe(p.question, "" if ends else told_by(gold, p.question), p.kind)
         for p, gold, ends in zip(asked, golds, cut, strict=True)
     ]
     sure = [all(marks) for marks in zip(*(grade(other, probes) for other in others), strict=True)]

@@ -105,6 +105,18 @@ def first_sentence(text: str) -> str:
     return _FIRST.split(text)[0]
 
 
+def told_by(answer: str, question: str) -> str:
+    """What an answer says beside its question, where that stands together; else all of it.
+
+    "Mercury" of "The closest planet to Earth is Mercury", however the rest may be put.
+    """
+    asked = {*normalise(question).split()}
+    words = normalise(answer).split()
+    own = [place for place, word in enumerate(words) if word not in asked]
+    together = own and own[-1] - own[0] + 1 == len(own)
+    return " ".join(words[own[0] : own[-1] + 1]) if together else answer
+
+
 def is_whole(sentence: str) -> bool:
     """Whether it ends as a sentence does."""
     return bool(_WHOLE.search(sentence))
