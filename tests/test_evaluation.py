@@ -210,10 +210,11 @@ def test_a_model_that_goes_on_talking_is_graded_by_its_first_sentence() -> None:
         (
             "The closest planet to Earth is Mercury.",
             "What planet is the closest to Earth?",
-            "mercury",
+            "Mercury",
         ),
         ("Cats drink cold milk.", "What do cats drink?", "cold milk"),
-        ("Paris", "Where?", "paris"),
+        ("Paris", "Where?", "Paris"),
+        ("I'm afraid I can't say so.", "Is it so?", "I'm afraid I can't say"),
         # What does not stand together, or repeats the question, is the whole answer.
         ("Ann sang with Cid.", "Who sang with whom?", "Ann sang with Cid."),
         ("It is so.", "Is it so?", "It is so."),
@@ -263,7 +264,7 @@ def test_what_is_known_is_what_is_said_each_time(chat: Chat) -> None:
     asked, config = ["sure", "guess", "sure", "silent", "late"], EvaluationConfig()
     day = own_retention(DAY, asked, fleet, chat, config)  # type: ignore[arg-type]
     told = [probe for probe in DAY.probes if probe.kind != "retention"]
-    assert day.probes == [*told, Probe("sure", "paris", "retention")]
+    assert day.probes == [*told, Probe("sure", "Paris", "retention")]
     assert day.texts == DAY.texts
     heat = [(s.temperature, s.seed) for s in fleet.sampling]
     assert heat == [(0.0, None), (0.5, 1), (0.5, 2)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from sleeprl.files import write_json_atomic
 from sleeprl.losses.imitation import normalise
 
+_WORD = re.compile(r"\w+")
 _FIRST = re.compile(r"(?<=[.!?])\s")
 _DENIAL = re.compile(r"\b(?:not|never)\b|n['’]t\b", re.IGNORECASE)
 _WHOLE = re.compile(r"[.!?][\"')]*$")
@@ -111,10 +112,10 @@ def told_by(answer: str, question: str) -> str:
     "Mercury" of "The closest planet to Earth is Mercury", however the rest may be put.
     """
     asked = {*normalise(question).split()}
-    words = normalise(answer).split()
-    own = [place for place, word in enumerate(words) if word not in asked]
+    words = list(_WORD.finditer(answer))
+    own = [place for place, word in enumerate(words) if word[0].lower() not in asked]
     together = own and own[-1] - own[0] + 1 == len(own)
-    return " ".join(words[own[0] : own[-1] + 1]) if together else answer
+    return answer[words[own[0]].start() : words[own[-1]].end()] if together else answer
 
 
 def is_whole(sentence: str) -> bool:
