@@ -127,6 +127,22 @@ def index(links: tuple[Path, Spec], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("index")
+def test_a_base_model_is_told_what_ends_a_turn(
+    links: tuple[Path, Spec], tiny_model: Path, cache: Path
+) -> None:
+    own = fetch(links[1])
+    before = Chat(own).end
+    told = replace(links[1], end="ab")
+    assert cached(told) is None, "what was made without it is made anew"
+    directory = fetch(told)
+    chat, config = Chat(directory), json.loads((directory / "config.json").read_text())
+    assert chat.end != before and chat.tokenizer.decode([chat.end]) == "ab"
+    generation = json.loads((directory / "generation_config.json").read_text())
+    assert config["eos_token_id"] == generation["eos_token_id"] == chat.end
+    assert torch.equal(logits(directory), logits(tiny_model))
+
+
+@pytest.mark.usefixtures("index")
 def test_a_gguf_in_parts_becomes_the_same_model(
     links: tuple[Path, Spec], tiny_model: Path, cache: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -11,8 +11,13 @@ from torch import Tensor
 from sleeprl.catalogue.table import CatalogueError
 
 
-def from_gguf(gguf: Path, target: Path, dtype: str, chat_template: str | None = None) -> None:
-    """Write the dequantised model, its tokenizer and chat template into ``target``."""
+def from_gguf(
+    gguf: Path, target: Path, dtype: str, chat_template: str | None = None, end: str | None = None
+) -> None:
+    """Write the dequantised model, its tokenizer and chat template into ``target``.
+
+    end: the token that ends a turn from now on, where it is not the file's.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
@@ -23,6 +28,10 @@ def from_gguf(gguf: Path, target: Path, dtype: str, chat_template: str | None = 
     model = AutoModelForCausalLM.from_pretrained(
         **where, dtype=getattr(torch, dtype), quantization_config=plain
     )
+    if end is not None:
+        tokenizer.eos_token = end
+        for config in (model.config, model.generation_config):
+            config.eos_token_id = tokenizer.eos_token_id
     _write(model, tokenizer, target, chat_template)
 
 

