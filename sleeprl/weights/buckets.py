@@ -12,8 +12,8 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -37,50 +37,48 @@ class Layout:
     offsets: list[int]
     nbytes: int
 
-    @property
+    @cached_property
     def text(self) -> str:
-        return json.dumps(vars(self))
+        return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """What is about to be sent. text: of the layout."""
+    """What is about to be sent."""
 
     layout: Layout
-    text: str
     checksums: dict[str, int]
 
     def describe(self, path: str, nbytes: int, inode: int | None = None) -> dict[str, Any]:
         """The update info. nbytes: of the file. inode: of one that is written again and again, and
         is kept mapped; its path means another file on another host."""
         file = {"path": path, "nbytes": nbytes, "inode": inode}
-        return {"file": file, "layout": self.text, "checksums": self.checksums}
+        return {"file": file, "layout": self.layout.text, "checksums": self.checksums}
 
 
 def lay_out(group: Sequence[Named], version: int) -> Bucket:
-    layout, text = _laid_out(tuple((name, t.dtype, t.shape) for name, t in group))
+    layout = _laid_out(tuple((name, t.dtype, t.shape) for name, t in group))
     checksums = {
         name: checksum(tensor)
         for number, (name, tensor) in enumerate(group)
         if number == 0 or is_sampled(name, version)
     }
-    return Bucket(layout, text, checksums)
+    return Bucket(layout, checksums)
 
 
 @lru_cache(maxsize=4096)
-def _laid_out(group: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> tuple[Layout, str]:
+def _laid_out(group: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> Layout:
     offsets, size = [], 0
     for _, dtype, shape in group:
         offsets.append(size)
         size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    layout = Layout(
+    return Layout(
         [name for name, _, _ in group],
         [str(dtype).removeprefix("torch.") for _, dtype, _ in group],
         [list(shape) for _, _, shape in group],
         offsets,
         size,
     )
-    return layout, layout.text
 
 
 def receive(

@@ -57,7 +57,7 @@ class SharedMemoryTransport:
         for number, group in enumerate(split(tensors, self.limit)):
             bucket = lay_out(group, self._version)
             segment = self._segment(number % 2, bucket.layout.nbytes)
-            targets = segment.memory.views(bucket.text)
+            targets = segment.memory.views(bucket.layout.text)
             for (_, target), (_, source) in zip(targets, group, strict=True):
                 target.copy_(source)
             yield bucket.describe(segment.path, segment.nbytes, segment.inode)
