@@ -37,13 +37,13 @@ def gate(before: Figures, after: Figures, config: GateConfig) -> dict[str, Any]:
     before, after: ``retention`` as shares, None where nothing was asked, ``perplexity`` of the
     held-out texts, and ``n``. What was measured must hold, retention on few questions only where there
     is no perplexity; where neither was, nothing passes. ``refused`` says why, and is empty where it
-    passes.
+    passes; ``tolerance`` is None where retention was no judge.
     """
     lost = rise = None
     refused = []
+    judges = before["n"]["retention"] >= FEW or before["perplexity"] is None
     if before["retention"] is not None:
         lost = before["retention"] - after["retention"]
-        judges = before["n"]["retention"] >= FEW or before["perplexity"] is None
         if judges and lost > config.tolerance + 1e-9:
             refused.append(
                 f"retention fell from {before['retention']:.1%} to {after['retention']:.1%}, more "
@@ -64,7 +64,7 @@ def gate(before: Figures, after: Figures, config: GateConfig) -> dict[str, Any]:
         "lost": lost,
         "retention_before": before["retention"],
         "retention_after": after["retention"],
-        "tolerance": config.tolerance,
+        "tolerance": config.tolerance if judges else None,
         "rise": rise,
         "perplexity_tolerance": config.perplexity,
     }

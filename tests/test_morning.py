@@ -60,6 +60,7 @@ def test_one_slip_in_few_questions_undoes_no_night(
     """Where the texts say that nothing else moved; without any the few are all there is."""
     told = gate(figures(1.0, perplexity, asked), figures(0.9, perplexity, asked), CONFIG)
     assert told["passed"] is passed and told["lost"] == pytest.approx(0.1)
+    assert told["tolerance"] == (None if passed else CONFIG.tolerance)
 
 
 SHARES, PERPLEXITIES = st.floats(0, 1), st.floats(1, 1e6)

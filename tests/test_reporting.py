@@ -519,7 +519,7 @@ def test_headline() -> None:
     assert headline(summary) == (
         "Slept on 20 new people: recall 3 % → 91 %, retention 97.8 % → 97.0 %; gate passed."
     )
-    summary["gate"]["retention_before"] = None
+    summary["gate"]["tolerance"] = None
     assert headline(summary).endswith("; gate passed on the perplexity alone.")
     summary["gate"]["passed"] = False
     del summary["slept_on"], summary["before"]

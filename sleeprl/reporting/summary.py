@@ -144,5 +144,5 @@ def _verdict(summary: Summary) -> str:
         return ""
     if not gate["passed"]:
         return "; gate refused it, rolled back"
-    unasked = gate.get("retention_before", 1.0) is None
-    return "; gate passed on the perplexity alone" if unasked else "; gate passed"
+    alone = gate.get("tolerance", 0.0) is None
+    return "; gate passed on the perplexity alone" if alone else "; gate passed"
