@@ -1,11 +1,13 @@
-"""One night over several seeds: what Sleep remembers, what it forgets, against fine-tuning.
+"""One night over several seeds: what Sleep remembers, what it forgets, against other methods.
 
     python benchmarks/night.py                      nights of seeds 0 1 2: table, JSON, picture
     python benchmarks/night.py --tune               the baseline's learning rate, on other seeds
 
-Each seed has fresh people, so the nights are independent. Intervals are 95 % (Student's
-t over seeds); the comparison with fine-tuning is paired by seed. The trade-off of a
-model is the harmonic mean of its recall and of the share of old knowledge it kept.
+Each seed has fresh people, so the nights are independent. A seed's night is what ``sleeprl night``
+runs, with plain fine-tuning; a second one of the same day has no dreams, and the methods of a fixed
+capacity that learn from a self-study as Sleep does. Intervals are 95 % (Student's t over seeds);
+comparisons are paired by seed. The trade-off of a model is the harmonic mean of its recall and of
+the share of old knowledge it kept.
 Results go to ``benchmarks/results/night.json`` and ``night.svg``; tuning to
 ``night-tuning.json``.
 """
@@ -33,7 +35,8 @@ from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import Run
 
 RESULTS = Path(__file__).parent / "results"
-STATES = ("before", "before_with_context", "fine_tuned", "after")
+LEARNERS = ("fine_tuning_pairs", "replay")
+STATES = ("before", "before_with_context", "fine_tuned", *LEARNERS, "without_dreams", "after")
 FIGURES = ("recall", "two_hop", "retention", "perplexity")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 TUNING_SEEDS = (100, 101)
@@ -47,11 +50,20 @@ def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict
     """Run one night per seed and put their figures together."""
     summaries = []
     with tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch:
-        for seed in seeds:
+
+        def night(name: str, *more: str) -> dict[str, Any]:
             places = [f"runs={scratch}/runs", f"generations={scratch}/generations"]
-            config = cfg.load(None, [*words, *places, f"seed={seed}", f"name=seed-{seed}"])
-            summaries.append(run_night(config))
+            config = cfg.load(None, [*words, *places, f"name={name}", *more])
+            summary = run_night(config)
             shutil.rmtree(config.run_dir)
+            return {k: v for k, v in summary.items() if k != "samples"}
+
+        for seed in seeds:
+            whole = night(f"seed-{seed}", f"seed={seed}")
+            bare = ["dreaming.enabled=false", f"baselines=[{','.join(LEARNERS)}]"]
+            other = night(f"seed-{seed}-undreamt", f"seed={seed}", *bare)
+            undreamt = {"without_dreams": other["after"], **other["baselines"]}
+            summaries.append({**whole, **undreamt})
     states = {
         state: {
             figure: dict(zip(("mean", "half_width"), interval(values), strict=True))
@@ -60,16 +72,16 @@ def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict
         }
         for state in STATES
     }
-    sleep = [traded(s["after"], s["before"]) for s in summaries]
-    tuned = [traded(s["fine_tuned"], s["before"]) for s in summaries]
+    learned = {state: [traded(s[state], s["before"]) for s in summaries] for state in STATES[2:]}
     return {
         "command": "python benchmarks/night.py",
         "seeds": list(seeds),
         "states": states,
-        "trade_off": {
-            "sleep": interval(sleep),
-            "fine_tuned": interval(tuned),
-            "difference": paired(sleep, tuned),
+        "trade_off": {state: interval(values) for state, values in learned.items()},
+        "ahead_of": {
+            state: paired(learned["after"], values)
+            for state, values in learned.items()
+            if state != "after"
         },
         "recall_of_with_context": interval(
             [s["after"]["recall"] / s["before_with_context"]["recall"] for s in summaries]
@@ -78,8 +90,8 @@ def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict
             [s["after"]["retention"] - s["before"]["retention"] for s in summaries]
         ),
         "gate_passed": sum(s["gate"]["passed"] for s in summaries),
-        "seconds": interval([sum(s["seconds"].values()) for s in summaries]),
-        "nights": [{k: v for k, v in s.items() if k != "samples"} for s in summaries],
+        "wall_seconds": interval([s["wall_seconds"] for s in summaries]),
+        "nights": summaries,
         "environment": environment(),
     }
 
@@ -132,12 +144,14 @@ def show(result: dict[str, Any], console: Console) -> None:
         ]
         table.add_row(state.replace("_", " "), *cells)
     console.print(table)
-    for name in ("sleep", "fine_tuned", "difference"):
-        mean, half, *p = result["trade_off"][name]
-        test = f", paired t-test p = {p[0]:.2g}" if p else ""
-        console.print(f"trade-off, {name.replace('_', ' ')}: {mean:.3f} ± {half:.3f}{test}")
-    mean, half = result["seconds"]
-    console.print(f"seconds per night: {mean:.0f} ± {half:.0f}")
+    for state, (mean, half) in result["trade_off"].items():
+        told = f"trade-off, {state.replace('_', ' ')}: {mean:.3f} ± {half:.3f}"
+        if state in result["ahead_of"]:
+            ahead, by, p = result["ahead_of"][state]
+            told += f"; the night is ahead by {ahead:.3f} ± {by:.3f} (paired t-test, p = {p:.2g})"
+        console.print(told)
+    mean, half = result["wall_seconds"]
+    console.print(f"seconds per night, start of Ray to commit: {mean:.0f} ± {half:.0f}")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -151,12 +165,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
         "before": ("o", "#767676"),
         "before_with_context": ("^", "#0072b2"),
         "fine_tuned": ("s", "#d55e00"),
+        "fine_tuning_pairs": ("v", "#e69f00"),
+        "replay": ("P", "#cc79a7"),
+        "without_dreams": ("d", "#56b4e9"),
         "after": ("D", "#009e73"),
     }
     names = {
         "before": "before",
         "before_with_context": "before, with the text in context",
         "fine_tuned": "fine-tuned on the text",
+        "fine_tuning_pairs": "fine-tuned on its self-study",
+        "replay": "the same, and replay",
+        "without_dreams": "the night without dreams",
         "after": "after the night",
     }
     figure, axes = plt.subplots(figsize=(6.4, 4.2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -120,6 +121,8 @@ def commit(run: Run, selves: Selves) -> dict[str, Any]:
 def summarise(run: Run) -> dict[str, Any]:
     """``summary.json``: before, before_with_context, after, baselines, seconds, and the rest.
 
+    ``seconds`` is by phase; ``wall_seconds`` has also what is between them, such as starting Ray.
+
     ``baselines`` has the figures, steps, tokens and seconds of each method by name;
     ``fine_tuned`` is the one that the report's picture shows.
     """
@@ -147,6 +150,7 @@ def summarise(run: Run) -> dict[str, Any]:
         **results["after"],
         "baselines": baselines,
         "seconds": run.state["seconds"],
+        "wall_seconds": run.state["wall_seconds"],
         "gate": results["commit"]["gate"],
         "generation": results["commit"]["generation"],
         "idle": dreams.get("idle", {}),
@@ -159,9 +163,10 @@ def summarise(run: Run) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """What a figure was measured with: versions and machine."""
+    """What a figure was measured with: versions and machine; in a checkout also the commit."""
     found = {
         "sleeprl": sleeprl.__version__,
+        **_commit(),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {available_cpus()} cores",
     }
@@ -171,6 +176,16 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _commit() -> dict[str, str]:
+    """Also whether files differ from it; nothing outside a checkout of this repository."""
+    root = Path(sleeprl.__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return {}
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
+    found = subprocess.run(describe, capture_output=True, text=True, check=False)
+    return {"commit": found.stdout.strip()} if found.returncode == 0 else {}
 
 
 def told(result: dict[str, Any]) -> str:

@@ -130,9 +130,8 @@ class Night:
 
     def prepare(self, day: Day) -> None:
         """Start the engines with the model that the next step needs; every attempt has to."""
-        self.run.progress.start("prepare")
-        self.attach(day, self.selves.launch(self.selves.next))
-        self.run.progress.finish("prepare", f"{len(self._engines().group)} running")
+        start = lambda: self.attach(day, self.selves.launch(self.selves.next))  # noqa: E731
+        self.run.attempt("prepare", start, lambda _: f"{len(self._engines().group)} running")
 
     def attach(self, day: Day, fleet: Fleet) -> None:
         """Work on this day with these engines, which hold the smaller self's weights."""

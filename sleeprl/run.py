@@ -26,7 +26,8 @@ ANSWERS = "answers"
 
 class Run:
     """Phases of one night with their results, timings, metrics and progress. ``state["id"]`` is this
-    night's alone: another may have its directory one day.
+    night's alone: another may have its directory one day. ``state["wall_seconds"]`` is of all attempts,
+    each up to the last phase that it finished.
 
     A key may have parts, ``levels-2-texts``: its first part names the line that shows it.
     """
@@ -38,8 +39,10 @@ class Run:
         write_text_atomic(self.dir / CONFIG, cfg.to_yaml(config))
         self.metrics = MetricsLog(self.dir / METRICS)
         self.state: dict[str, Any] = {"id": uuid.uuid4().hex, "results": {}, "seconds": {}}
+        self.state["wall_seconds"] = 0.0
         if (self.dir / STATE).is_file():
             self.state |= json.loads((self.dir / STATE).read_text())
+        self._began = time.monotonic() - self.state["wall_seconds"]
 
     def done(self, key: str) -> bool:
         return key in self.state["results"]
@@ -52,14 +55,30 @@ class Run:
         if self.done(key):
             self.progress.skip(_line(key), "done before")
             return self.result(key)
-        began = time.monotonic()
-        self.progress.start(_line(key))
-        result = work()
+        result, seconds = self._do(key, work)
         self.state["results"][key] = result
-        self.state["seconds"][key] = round(time.monotonic() - began, 2)
-        write_json_atomic(self.dir / STATE, self.state)
+        self.state["seconds"][key] = seconds
+        self._save()
         self.progress.finish(_line(key), note(result))
         return result
+
+    def attempt(self, key: str, work: Callable[[], T], note: Callable[[T], str]) -> T:
+        """Do ``work`` whatever is recorded: what each attempt needs. Its seconds add up."""
+        result, seconds = self._do(key, work)
+        before = self.state["seconds"].get(key, 0.0)
+        self.state["seconds"][key] = round(before + seconds, 2)
+        self._save()
+        self.progress.finish(_line(key), note(result))
+        return result
+
+    def _do(self, key: str, work: Callable[[], T]) -> tuple[T, float]:
+        began = time.monotonic()
+        self.progress.start(_line(key))
+        return work(), round(time.monotonic() - began, 2)
+
+    def _save(self) -> None:
+        self.state["wall_seconds"] = round(time.monotonic() - self._began, 2)
+        write_json_atomic(self.dir / STATE, self.state)
 
     def log(self, phase: str, step: int, metrics: dict[str, float], total: int, *show: str) -> None:
         """One step's metrics into the file and the bar; ``show`` names those beside the bar."""

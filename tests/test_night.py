@@ -81,7 +81,9 @@ def test_the_night_teaches_and_is_measured(place: Path) -> None:
     assert told["before_with_context"]["recall"] > 0.8
     assert told["after"]["recall"] > told["before"]["recall"] + 0.2
     assert told["after"]["n"]["recall"] == 4 * 7 * 2
-    assert set(told["seconds"]) >= {"wake", "self_study", "consolidation", "dreaming", "after"}
+    phases = {"wake", "prepare", "self_study", "consolidation", "dreaming", "after"}
+    assert set(told["seconds"]) >= phases
+    assert told["wall_seconds"] > sum(told["seconds"].values())
 
 
 def test_the_run_directory_is_complete(place: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from sleeprl.consolidation.self_study import Study
 from sleeprl.dreaming import phase
 from sleeprl.evaluation.probes import Day, Probe
 from sleeprl.night import Night
+from sleeprl.run import Run
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import Trajectory, from_batch
 
@@ -154,3 +156,20 @@ def test_dreaming_hands_its_actors_whole_paths(
             [], print, nothing,
         )  # fmt: skip
     assert asked == [tmp_path / "runs/n/dreaming-state"]
+
+
+def test_what_each_attempt_does_adds_up_and_a_finished_phase_is_not_done_again(
+    tmp_path: Path,
+) -> None:
+    done: list[str] = []
+    for _ in range(2):  # the second attempt goes on from the first one's directory
+        progress: Any = SimpleNamespace(
+            **dict.fromkeys(("start", "finish", "skip"), lambda *_: None)
+        )
+        run = Run(cfg.load(None, [f"runs={tmp_path}", "name=cut"]), progress)
+        run.attempt("prepare", lambda: time.sleep(0.05) or done.append("prepare"), lambda _: "")
+        assert run.phase("wake", lambda: done.append("wake") or 7) == 7
+        run.close()
+    assert done == ["prepare", "wake", "prepare"]
+    assert run.state["seconds"]["prepare"] >= 0.1
+    assert run.state["wall_seconds"] >= run.state["seconds"]["prepare"]

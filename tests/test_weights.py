@@ -38,7 +38,6 @@ from sleeprl.weights.verify import (
     Certificate,
     Corrupted,
     checksum,
-    is_sampled,
     largest_difference,
 )
 
@@ -299,11 +298,17 @@ def test_a_checksum_knows_dtype_and_shape_and_looks_at_all_of_a_large_tensor() -
         assert checksum(other) != checksum(large)
 
 
-def test_in_time_every_tensor_is_sampled() -> None:
-    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(100)]
-    of_one = [sum(is_sampled(name, version) for name in names) for version in range(40)]
-    assert all(2 < count < 30 for count in of_one)
-    assert all(any(is_sampled(name, version) for version in range(100)) for name in names)
+def test_in_time_every_tensor_is_checked(make: Make) -> None:
+    tensors = [(f"layers.{i}", torch.full((8,), float(i))) for i in range(7)]
+    transport, checked = make(1 << 20), []
+    for version in range(1, 8):
+        transport.begin(version)
+        for info in transport.buckets(tensors):
+            assert "layers.0" in info["checksums"] and len(info["checksums"]) <= 2
+            checked += info["checksums"]
+            receive(**info)
+        transport.finish()
+    assert {name for name, _ in tensors} == set(checked)
 
 
 def test_a_damaged_tensor_is_named(make: Make) -> None:

@@ -234,7 +234,7 @@ def _cost(block: Mapping[str, Any]) -> str:
 
 def _timeline(seconds: Mapping[str, float | None]) -> list[Bar]:
     """The phases one after the other, in the order in which they are listed."""
-    known = {key: s for key, s in seconds.items() if s is not None and key != "total"}
+    known = {key: s for key, s in seconds.items() if s is not None}
     total = sum(known.values())
     bars, began = [], 0.0
     for key, length in known.items():
@@ -266,9 +266,9 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     ]
     covered = (summary.get("self_study") or {}).get("replay_coverage")
     if covered is not None:
-        facts.append(("replay coverage", percent(covered, 0)))
+        facts.append(("replay covers", f"{percent(covered, 0)} of what it says freely"))
     seconds = summary.get("seconds") or {}
-    total = seconds.get("total") or sum(s for k, s in seconds.items() if s and k != "total")
+    total = summary.get("wall_seconds") or sum(s for s in seconds.values() if s)
     return [*facts, ("time", duration(total))] if total else facts
 
 

@@ -21,8 +21,6 @@ from torch import Tensor
 from sleeprl.files import write_json_atomic
 
 BLOCKS, BLOCK = 8, 1 << 11
-SAMPLED = 8
-"""Beside the first of each bucket about one tensor in so many is checked, others at each version."""
 
 
 class StaleWeights(ConnectionError):
@@ -33,17 +31,16 @@ class Corrupted(RuntimeError):
     """A tensor did not arrive as it was sent."""
 
 
-def is_sampled(name: str, version: int) -> bool:
-    return zlib.crc32(f"{version}:{name}".encode()) % SAMPLED == 0
-
-
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of dtype, shape and bytes; of a large tensor 8 blocks of 2 KiB, spread over it."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
+    blocks = flat[None]
     if len(flat) > BLOCKS * BLOCK:
-        flat = flat.as_strided((BLOCKS, BLOCK), (len(flat) // BLOCKS, 1)).reshape(-1)
-    about = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    return zlib.crc32(flat.cpu().numpy().data, about)
+        blocks = flat.as_strided((BLOCKS, BLOCK), (len(flat) // BLOCKS, 1))
+    found = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    for block in blocks.cpu().numpy():
+        found = zlib.crc32(block, found)
+    return found
 
 
 def check(tensors: Iterable[tuple[str, Tensor]], checksums: Mapping[str, int]) -> None:
