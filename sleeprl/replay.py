@@ -65,7 +65,7 @@ def learner_alone(config: NightConfig, job: LearnerJob, output: Path) -> Replaye
         num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus
     )
     world = resources.learner_workers
-    learner = ActorGroup("learner", [actor.remote(job, rank, world, []) for rank in range(world)])
+    learner = ActorGroup("learner", [actor.remote(job, rank, world) for rank in range(world)])
     recorder = _recorder()
     try:
         join(learner, Position(output))

@@ -479,12 +479,36 @@ def test_outcomes_gather_a_task_s_dreams(chat: Chat) -> None:
     assert outcomes(rows) == [Outcome("t1", [0.5], 3.0), Outcome("t0", [0.25], 1.0)]
 
 
-@given(st.lists(st.integers(0, 5), min_size=7, max_size=7), st.integers(-1, 1))
-def test_counts_identity(numbers: list[int], off: int) -> None:
-    names = ("generating", "scoring", "rewarding", "queued", "learning", "learned", "redrawn")
-    counts = Counts(admitted=sum(numbers) + off, **dict(zip(names, numbers, strict=True)))
-    if off == 0:
-        counts.check()
-    else:
+STAGES = ("generating", "scoring", "rewarding", "queued", "learning")
+
+
+@given(st.lists(st.integers(0, 5), min_size=7, max_size=7), st.integers(-1, 1), st.data())
+def test_counts_are_held_against_where_the_groups_are(
+    numbers: list[int], off: int, data: st.DataObject
+) -> None:
+    counts = Counts()
+    places = (*STAGES, "learned", "redrawn")
+    for place, groups in zip(places, numbers, strict=True):
+        for _ in range(groups):
+            counts.move("admitted", place)
+    generating, *rest = numbers
+    held = [stage for stage, groups in zip(STAGES[1:], rest, strict=False) for _ in range(groups)]
+    counts.check(sum(numbers), generating, held)
+    if off:
         with pytest.raises(AssertionError, match="lost or doubled"):
-            counts.check()
+            counts.check(sum(numbers) + off, generating, held)
+        with pytest.raises(AssertionError, match="lost or doubled"):
+            counts.check(sum(numbers), generating + off, held)
+    if held:
+        index = data.draw(st.integers(0, len(held) - 1))  # one that nobody moved
+        other = data.draw(st.sampled_from([stage for stage in STAGES if stage != held[index]]))
+        with pytest.raises(AssertionError, match="lost or doubled"):
+            counts.check(sum(numbers), generating, [*held[:index], other, *held[index + 1 :]])
+
+
+def test_a_group_cannot_be_moved_twice() -> None:
+    counts = Counts()
+    counts.move("admitted", "generating")
+    counts.move("generating", "scoring")
+    with pytest.raises(AssertionError, match="cannot go from generating to scoring"):
+        counts.move("generating", "scoring")

@@ -128,7 +128,7 @@ def test_the_calls_of_a_removed_member_are_told_lost(two: ActorGroup) -> None:
     for number in range(4):
         assert two.submit("work", f"call-{number}", seconds=2.0)
     two.remove(0)
-    assert two.health[0] is Health.RETIRED and two.outstanding == 2 and len(two) == 1
+    assert two.health[0] is Health.RETIRED and two.outstanding == 4 and len(two) == 1
     found = {result.tag: result for result in all_of(two)}
     assert sorted(found) == [f"call-{number}" for number in range(4)]
     lost = [r for r in found.values() if r.failure is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,6 +73,21 @@ class Stage(Served):
         return [{"batch": b, "oldest": b[2], "equal": b[0] in self.equal} for b in batches]
 
 
+class Counting(Stage):
+    """One that says what it has done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrote = 0
+
+    def rollout(self, *args: Any, **kwargs: Any) -> Any:
+        self.wrote += 1
+        return super().rollout(*args, **kwargs)
+
+    def heard(self) -> tuple[int, int]:
+        return self.version, self.wrote
+
+
 def die_once(marker: Path) -> None:
     if marker.exists():
         marker.unlink()
@@ -82,10 +97,10 @@ def die_once(marker: Path) -> None:
 class Learns(Served):
     """Learns numbers, and keeps them as the real one keeps weights."""
 
-    def __init__(self, engines: list[Any], dies: Path | None) -> None:
+    def __init__(self, dies: Path | None) -> None:
         self.learned: list[Any] = []
         self.redrawn: list[Any] = []
-        self.engines, self.dies = engines, dies
+        self.dies = dies
 
     def rendezvous(self) -> str:
         return "here"
@@ -96,9 +111,6 @@ class Learns(Served):
             if (Path(state) / "redrawn.json").exists():
                 self.redrawn = json.loads((Path(state) / "redrawn.json").read_text())
 
-    def use(self, engines: list[Any]) -> None:
-        self.engines = engines
-
     def step(self, batches: Sequence[Any], redrawn: Sequence[Any]) -> Any:
         if self.dies:
             die_once(self.dies / f"step-{len(self.learned)}")
@@ -108,13 +120,19 @@ class Learns(Served):
         outcomes += [Outcome(task, [], 0.1) for _, task, _ in redrawn]
         return {"metrics": {}, "outcomes": outcomes}
 
-    def publish(self) -> Any:
+    def publish(self, engines: Sequence[Any]) -> Any:
         version = len(self.learned) // CONFIG.tasks_per_step
-        for engine in self.engines:
+        late = self.dies is not None and (self.dies / f"late-{version}").exists()
+        there = {i: each for i, each in enumerate(engines) if each is not None}
+        for engine in there.values():
             ray.get(engine.set_expert.remote(version))
         if self.dies:
             die_once(self.dies / f"publish-{version}")
-        return {"version": version, "expert": version, "verified": range(len(self.engines))}
+        sent = {"version": version, "expert": version, "verified": list(there)}
+        if late and self.dies:
+            (self.dies / f"late-{version}").unlink()
+            sent |= {"verified": list(there)[1:], "stale_engines": 1.0}
+        return sent
 
     def save(self, directory: str, groups: Mapping[str, Any]) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -167,6 +185,7 @@ def dream(
     redraws: int = 0,
     redrawn: list[Any] | None = None,
     tasks: Mapping[str, Task] = BY_ID,
+    on_step: Callable[[int, ActorGroup], None] = lambda *_: None,
     **stages: Any,
 ) -> tuple[list[Any], Position]:
     """Go on from what is in ``directory``; break in the callback of step ``stop_at``.
@@ -181,16 +200,20 @@ def dream(
     }
     of_engines = ActorGroup("engine", list(engines) or [ray.get_actor("engine")], in_flight=8)
     curriculum = ActorGroup("curriculum", [fresh(CurriculumActor, "weak_spots", {}, TASKS, 5)])
-    learner = ActorGroup("learner", [fresh(Learns, of_engines.actors, dies)])
+    learner = ActorGroup("learner", [fresh(Learns, dies)])
     if position.curriculum is not None:
         curriculum.call("load_state_dict", state=position.curriculum)
     steps: list[int] = []
     told: list[str] = []
     drawn: list[float] = []
 
-    def on_step(step: int, metrics: Mapping[str, float]) -> None:
+    groups: list[int] = []
+
+    def told_of(step: int, metrics: Mapping[str, Any]) -> None:
         steps.append(step)
         drawn.append(metrics["redrawn"])
+        groups.extend(metrics["groups"])
+        on_step(step, of_engines)
         if step == stop_at:
             raise Broken
 
@@ -208,14 +231,14 @@ def dream(
         position=position,
         mender=Mender(
             of_engines, learner, lambda index: fresh(Stage, dies),
-            lambda rank: fresh(Learns, of_engines.actors, dies), limit, told.append,
+            lambda rank: fresh(Learns, dies), limit, told.append,
         ),
         redraws=redraws,
     )  # fmt: skip
     try:
         join(learner, position)
-        learner.call("publish")
-        pipeline.run(on_step)
+        learner.call("publish", engines=of_engines.actors)
+        pipeline.run(told_of)
         assert steps == list(range(config.steps - len(steps) + 1, config.steps + 1))
         assert pipeline.counts.learned == config.steps * config.tasks_per_step
         # Two who die at once are mended at once.
@@ -224,7 +247,9 @@ def dream(
         assert pipeline.counts.redrawn == len(aside) >= sum(drawn) and max(drawn) <= redraws
         if redrawn is not None:
             redrawn += aside
-        return learner.call("all")[0], position
+        learned = learner.call("all")[0]
+        assert groups == [number for number, _, _ in learned[len(learned) - len(groups) :]]
+        return learned, position
     finally:
         curriculum.kill()
         learner.kill()
@@ -357,6 +382,37 @@ def test_whoever_dies_is_restarted_and_each_group_is_learned_once(tmp_path: Path
     assert [task for _, task, _ in learned] == position.admitted
     for index, (_, _, born) in enumerate(learned):
         assert index // CONFIG.tasks_per_step - born <= CONFIG.staleness
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_engines_come_and_go_while_dreams_are_dreamt(tmp_path: Path) -> None:
+    """The second leaves with what it is writing, a third comes: it gets weights, then work."""
+    third: list[Any] = []
+
+    def on_step(step: int, engines: ActorGroup) -> None:
+        if step == 2:
+            engines.remove(1)
+        if step == 3:
+            third.append(fresh(Counting))
+            engines.start([engines.add(third[0])])
+
+    two = [fresh(Stage) for _ in range(2)]
+    learned, position = dream(tmp_path / "state", engines=two, on_step=on_step)
+    assert [number for number, _, _ in learned] == list(range(12))
+    assert [task for _, task, _ in learned] == position.admitted
+    version, wrote = ray.get(third[0].heard.remote())
+    assert version == CONFIG.steps and wrote > 0
+    ray.kill(third[0])
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_engine_that_missed_an_update_gets_the_weights_again(tmp_path: Path) -> None:
+    (tmp_path / "late-3").touch()
+    learned, _ = dream(tmp_path / "state", dies=tmp_path, limit=1)
+    assert [number for number, _, _ in learned] == list(range(12))
+    (tmp_path / "late-3").touch()
+    with pytest.raises(ActorFailure, match="did not end the update verified"):
+        dream(tmp_path / "other", dies=tmp_path, limit=0)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -159,8 +159,8 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
         learner(place), dreaming, str(place / "born"), str(place / "loop" / "lake"), config.seed,
         config.consolidation.beta, config.consolidation.top_k, chat.prompt(DOCUMENTS[0]), 1,
     )  # fmt: skip
-    actors = phase.launch(config, job, fleet.group.actors, tasks)
-    actors.start(Position(place / "nowhere"))
+    actors = phase.launch(config, job, tasks)
+    actors.start(Position(place / "nowhere"), fleet.group.actors)
     of, numbers = {task.id: task for task in tasks}, count()
     for step in range(STEPS):
         batches: list[Any] = []
@@ -181,7 +181,7 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
         outcome = actors.learners.call("step", batches=batches, redrawn=redrawn)[0]
         told.append(outcome["metrics"] | {"redrawn": len(redrawn)})
         actors.learners.call("save", directory=str(place / "loop" / f"version-{step}"))
-        sent = actors.learners.call("publish")[0]
+        sent = actors.learners.call("publish", engines=fleet.group.actors)[0]
         actors.scorers.call("set_expert", expert=ray.get(sent["expert"]))
         actors.curriculum.call("observe", outcomes=outcome["outcomes"])
     actors.learners.call("finish", output=str(place / "loop" / "dreaming"))

@@ -268,7 +268,8 @@ class ActorGroup:
 
     @property
     def outstanding(self) -> int:
-        return sum(map(len, self._tags))
+        """Calls whose end was not told yet."""
+        return sum(map(len, self._tags)) + len(self._lost)
 
     # --- health ---------------------------------------------------------------------
 

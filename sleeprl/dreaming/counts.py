@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -11,7 +12,8 @@ from sleeprl.reporting.waits import WaitKind
 
 @dataclass
 class Counts:
-    """Groups of dreams by where they are; the identity is asserted at every turn."""
+    """Groups of dreams by where they are. Kept by the moves, at each of which it is asserted that
+    the group was there; at every turn it is held against where the groups are in fact."""
 
     admitted: int = 0
     generating: int = 0
@@ -25,16 +27,28 @@ class Counts:
 
     def move(self, source: str, target: str, groups: int = 1) -> None:
         """From ``admitted``, which is no place, groups come; to it those that are lost go back."""
-        for name, change in ((source, -groups), (target, groups)):
-            self.admitted += groups * (name == source == "admitted")
-            self.admitted -= groups * (name == target == "admitted")
-            if name != "admitted":
-                setattr(self, name, getattr(self, name) + change)
+        if source == "admitted":
+            self.admitted += groups
+        else:
+            left = getattr(self, source) - groups
+            assert left >= 0, f"{groups} groups cannot go from {source} to {target}: {self}"
+            setattr(self, source, left)
+        if target == "admitted":
+            self.admitted -= groups
+        else:
+            setattr(self, target, getattr(self, target) + groups)
 
-    def check(self) -> None:
-        inside = self.generating + self.scoring + self.rewarding + self.queued + self.learning
-        assert self.admitted == inside + self.learned + self.redrawn, (
-            f"a group of dreams was lost or doubled: {self}"
+    def check(self, admitted: int, generating: int, held: Iterable[str]) -> None:
+        """admitted: groups that have a number and need not be written again. generating: calls of
+        the engines. held: the stage of each group whose batch is there. Raises AssertionError where
+        a group was lost or doubled."""
+        found = Counter({"generating": generating})
+        found.update(held)
+        stages = ("generating", "scoring", "rewarding", "queued", "learning")
+        moved = {stage: getattr(self, stage) for stage in stages}
+        same = all(moved[stage] == found[stage] for stage in stages)
+        assert same and admitted == self.admitted == found.total() + self.learned + self.redrawn, (
+            f"a group of dreams was lost or doubled: {self}; but {admitted} are admitted, {found}"
         )
 
     def idle(self, busy: Mapping[str, bool]) -> Iterator[tuple[str, str | None, str, WaitKind]]:

@@ -60,10 +60,9 @@ class LearnerJob:
 class LearnerActor(Served):
     """One rank. ``rendezvous`` on rank 0 gives the address that every rank's ``start`` takes."""
 
-    def __init__(self, job: LearnerJob, rank: int, world: int, engines: Sequence[Any]) -> None:
+    def __init__(self, job: LearnerJob, rank: int, world: int) -> None:
         self.job, self.rank, self.world = job, rank, world
-        self.engines = list(engines)
-        self.fleet = Fleet(ActorGroup("engine", self.engines, silence=SILENCE))
+        self.fleet = Fleet(ActorGroup("engine", []))
 
     def rendezvous(self) -> str:
         with socket.socket() as probe:
@@ -87,7 +86,6 @@ class LearnerActor(Served):
         self.learner.set_expert(load_file(Path(self.job.expert) / EXPERT))
         if state is not None:
             self._restore(Path(state))
-        self.use(self.engines)
         self.chat = Chat(self.job.learner.checkpoint)
         texts = from_batch(Lake(self.job.lake).read("trajectories"))
         self.replay = [t for t in texts if t.purpose == "replay"]
@@ -111,18 +109,16 @@ class LearnerActor(Served):
             reference_estimator=config.reference_estimator,
         )
 
-    def use(self, engines: Sequence[Any]) -> None:
-        """Publish to these engines from now on."""
-        self.fleet.disconnect()
-        self.engines = list(engines)
-        self.fleet = Fleet(ActorGroup("engine", self.engines, silence=SILENCE))
-
-    def publish(self) -> dict[str, Any]:
-        """Send the present weights; on rank 0 with the expert by reference, for the scorers, and
-        which engines ended the update verified, by their index.
+    def publish(self, engines: Sequence[Any]) -> dict[str, Any]:
+        """Send the present weights to these engines, None in the place of one that was removed; on
+        rank 0 with the expert by reference, for the scorers, and which engines ended the update
+        verified, by their index.
 
         May be done again: a version is known by the number of steps, not of publications.
         """
+        if list(engines) != self.fleet.group.actors:
+            self.fleet.disconnect()
+            self.fleet = Fleet(ActorGroup("engine", engines, silence=SILENCE))
         self.fleet.version = self.job.first_version - 1 + self.learner.steps
         expert = self.learner.expert()  # collective, and what follows may fail on rank 0 alone
         metrics: dict[str, Any] = publish(self.learner, self.fleet, self.job.canary)

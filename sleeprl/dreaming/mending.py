@@ -1,4 +1,5 @@
-"""Restarting what died while dreaming: engines one by one, learner workers all together."""
+"""Restarting what died while dreaming: engines one by one, learner workers all together. An engine
+that is there, but did not end an update verified, is sent the weights again."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sleeprl.actors.group import ActorGroup
+from sleeprl.actors.health import Health
 from sleeprl.dreaming.position import Position
 from sleeprl.reporting.failures import ActorFailure, Kind
 
@@ -29,18 +31,21 @@ class Mender:
     dead: dict[str, list[int]] = field(default_factory=dict)
 
     def diagnose(self, failure: ActorFailure) -> bool:
-        """Whether an engine or a learner worker is dead; raises what cannot be mended."""
+        """Whether an engine or a learner worker is dead, or an engine stale; raises what cannot be
+        mended."""
         if failure.failure.kind is Kind.DATA:
             raise failure
         self.dead = {group.name: group.dead() for group in (self.engines, self.learner)}
-        if not any(self.dead.values()):
+        stale = [f"engine-{index}" for index in self.engines.health.having(Health.STALE)]
+        died = [f"{name}-{index}" for name, found in self.dead.items() for index in found]
+        if not (died or stale):
             return False
         if self.done >= self.limit:
             raise failure
         self.done += 1
-        names = [f"{name}-{index}" for name, found in self.dead.items() for index in found]
+        what = "died and will be restarted" if died else "is stale and gets the weights again"
         self.on_restart(
-            f"{' and '.join(names)} died and will be restarted "
+            f"{' and '.join(died or stale)} {what} "
             f"({self.done} of resources.max_failures={self.limit}): {failure.failure.message}"
         )
         return True
@@ -60,8 +65,6 @@ class Mender:
             join(self.learner, position)
             self.learner.started(ranks)
             self.learner.updated(ranks)  # to the position's
-        elif engines:
-            self.learner.call("use", engines=self.engines.actors)
         return bool(learners)
 
 

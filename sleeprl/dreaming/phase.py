@@ -87,7 +87,7 @@ class Actors:
     new_engine: Callable[[int], Any]
     new_learner: Callable[[int], Any]
 
-    def start(self, position: Position) -> list[int]:
+    def start(self, position: Position, engines: Sequence[Any]) -> list[int]:
         """Go on from a position; engines and scorers then have the learner's weights. Returns the
         engines that are verified to have them."""
         self.curriculum.call("ping")
@@ -95,7 +95,7 @@ class Actors:
         if position.curriculum is not None:
             self.curriculum.call("load_state_dict", state=position.curriculum)
         join(self.learners, position)
-        first = self.learners.call("publish")[0]
+        first = self.learners.call("publish", engines=engines)[0]
         self.scorers.call("set_expert", expert=ray.get(first["expert"]))
         verified: list[int] = first["verified"]
         return verified
@@ -148,12 +148,10 @@ def judges(config: NightConfig, learner: LearnerOptions) -> tuple[ActorGroup, Ac
 def launch(
     config: NightConfig,
     job: LearnerJob,
-    engines: list[Any],
     tasks: Sequence[Task],
     placement: Any = None,
 ) -> Actors:
-    """engines: actor handles, to which the learners publish; a list, in which a restarted one
-    takes its place, also in the ``placement`` of the fleet."""
+    """placement: of the fleet; a restarted engine takes its place there."""
     dreaming, resources, learner = config.dreaming, config.resources, job.learner
     world = resources.learner_workers
     of_learner = ray.remote(LearnerActor).options(
@@ -162,7 +160,7 @@ def launch(
     options = EngineOptions.of(config, learner.checkpoint, learner.dtype)
 
     def new_learner(rank: int) -> Any:
-        return of_learner.remote(job, rank, world, engines)
+        return of_learner.remote(job, rank, world)
 
     curriculum = _beside(
         CurriculumActor, dreaming.curriculum, dreaming.curriculum_options, tasks, config.seed
@@ -247,9 +245,9 @@ def run(
     position = Position.load((run_dir / "dreaming-state").resolve(), fleet.version + 1)
     job = learner_job(config, learner, expert, run_dir, canary, position.first_version)
     engines = with_room(fleet.group, dreaming)
-    actors = launch(config, job, engines.actors, tasks, fleet.placement)
+    actors = launch(config, job, tasks, fleet.placement)
     try:
-        engines.updated(actors.start(position))
+        engines.updated(actors.start(position, engines.actors))
         pipeline = assemble(config, actors, engines, tasks, chat, position, on_stall)
         pipeline.run(on_step)
         last = actors.learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]

@@ -71,7 +71,8 @@ class Pipeline:
                 except ActorFailure as failure:
                     self._failed(failure)
                     moved = True
-                self.counts.check()
+                where = len(self.position.admitted) - len(self.again), self.engines.outstanding
+                self.counts.check(*where, (stage for stage, _ in self.held.values()))
                 if not moved:
                     time.sleep(0.005)
                 self._account()
@@ -84,8 +85,7 @@ class Pipeline:
         counts.admitted, counts.learned = position.done, position.version * self.size
         counts.redrawn = counts.admitted - counts.learned
         self.step: list[Any] = []
-        self.broken = False
-        self.lost: dict[int, Failure] = {}
+        self.broken, self.lost = False, dict[int, Failure]()
         self.losses: Counter[int] = Counter()
         self.begun: dict[int, Any] = {}
         # Of each group that was written its batch, and the stage that it waits for or is in.
@@ -127,9 +127,8 @@ class Pipeline:
 
     def _admit(self) -> bool:
         """Fill the room that the staleness bound leaves, one group per engine call."""
-        config, admitted = self.config, self.position.admitted
+        config, admitted, moved = self.config, self.position.admitted, False
         updates = min(config.staleness + self.position.version + 1, config.steps)
-        moved = False
         while self.line.update(self.again[0] if self.again else len(admitted)) < updates:
             if not self.engines.able():
                 break
@@ -211,7 +210,7 @@ class Pipeline:
                 self.engines.call("sleep")
         told = {"batches": wanted, "redrawn": redrawn}
         asked = {name: [self.held[n][1] for n in numbers] for name, numbers in told.items()}
-        self.step = self.learner.send("step", [asked] * len(self.learner))
+        self.step, self.wanted = self.learner.send("step", [asked] * len(self.learner)), wanted
         for number in (*wanted, *redrawn):
             self.held[number] = ("learning", self.held[number][1])
         self.counts.move("queued", "learning", len(wanted) + len(redrawn))
@@ -238,7 +237,7 @@ class Pipeline:
         self.step = []
         self.held = {n: held for n, held in self.held.items() if held[0] != "learning"}
         self.counts.move("learning", "learned", self.size)
-        sent["redrawn"] = self.counts.learning
+        sent |= {"groups": self.wanted, "redrawn": self.counts.learning}
         self.counts.move("learning", "redrawn", self.counts.learning)
         on_step(position.version, {**outcome["metrics"], **sent, "age_seconds": self.ages.last})
 
@@ -253,9 +252,10 @@ class Pipeline:
         return running | held
 
     def _publish(self) -> dict[str, Any]:
-        """The learner's weights to all engines and scorers. Whoever fails to get them gets no work."""
+        """The learner's weights to all engines there are now, and to the scorers. Whoever fails to
+        get them gets no work."""
         with self.waits.on("learner", what="the new weights", kind="sync"):
-            sent: dict[str, Any] = self.learner.call("publish")[0]
+            sent: dict[str, Any] = self.learner.call("publish", engines=self.engines.actors)[0]
             self.engines.updated(sent.pop("verified"))
             silent = len(self.engines.health.having(Health.DEAD))  # no work for it, whatever it got
             if stale := max(sent.pop("stale_engines", 0), silent):
@@ -269,11 +269,11 @@ class Pipeline:
         """Find out what a failure is, and raise it where nothing can be done about it."""
         lost, self.lost = self.lost, {}
         self.losses.update(lost.keys())
-        died = self.mender.diagnose(failure)
+        mendable = self.mender.diagnose(failure)
         often = any(self.losses[number] > max(1, self.mender.limit) for number in lost)
-        if often or not (died or lost):
+        if often or not (mendable or lost):
             raise failure
-        self.broken |= died
+        self.broken |= mendable
 
     def _mend(self) -> None:
         """Restart who died; then all have the learner's weights."""
@@ -293,8 +293,7 @@ class Pipeline:
 
     def _account(self) -> None:
         """Who has nothing to do now, and for whom it waits."""
-        groups = {"engine": self.engines, "scorer": self.scorers, "reward": self.rewards}
-        busy = {name: group.outstanding > 0 for name, group in groups.items()}
+        busy = {g.name: g.outstanding > 0 for g in (self.engines, self.scorers, self.rewards)}
         busy["engine"] &= not (self.colocated and self.step)
         for name, whom, what, kind in self.counts.idle({**busy, "learner": bool(self.step)}):
             self.waits.now(name, whom, what=what, kind=kind)
