@@ -31,11 +31,13 @@ from sleeprl.actors.torch_engine import TorchEngine
 from sleeprl.chat import Chat
 from sleeprl.consolidation.writer import asks
 from sleeprl.dreaming import phase
-from sleeprl.dreaming.position import Position
+from sleeprl.dreaming.line import Line
+from sleeprl.dreaming.position import Position, read_group
 from sleeprl.files import sha256_file
 from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.replay import engines_alone, learner_alone
 from sleeprl.trajectories.lake import Lake
+from sleeprl.trajectories.schema import from_batch
 
 pytestmark = pytest.mark.slow  # all of it against one unbroken run
 UPDATES, GROUPS, SIZE = 24, 2, 4
@@ -64,10 +66,11 @@ def dream(
     fleet: Fleet | None = None,
     failures: int = 0,
     told: Callable[[str], None] = print,
+    staleness: int = 0,
 ) -> None:
     """One phase, or the rest of one, in ``run``."""
     config, chat = settings(place), Chat(place / "wide")
-    config.dreaming.steps = UPDATES
+    config.dreaming.steps, config.dreaming.staleness = UPDATES, staleness
     config.resources.max_failures = failures
     if not (run / "lake").is_dir():
         shutil.copytree(place / "loop" / "lake", run / "lake")
@@ -240,13 +243,34 @@ def psutil_children() -> list[tuple[int, str]]:
     return [each for each in found if each[1].startswith("ray::")]
 
 
-def driver(place: Path, run: Path) -> subprocess.Popen[bytes]:  # noqa: F811
+def driver(place: Path, run: Path, staleness: int = 0) -> subprocess.Popen[bytes]:  # noqa: F811
     here = Path(__file__).parent
     return subprocess.Popen(
-        [sys.executable, __file__, str(place), str(run)],
+        [sys.executable, __file__, str(place), str(run), str(staleness)],
         env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
         stdout=subprocess.DEVNULL, stderr=(run / "stderr").open("ab"), start_new_session=True,
     )  # fmt: skip
+
+
+def cut(process: subprocess.Popen[bytes], run: Path, after: float) -> None:
+    """Kill a driver so many seconds after the first update that it keeps."""
+
+    def version() -> int:
+        return Position.load(run / "dreaming-state").version
+
+    before, deadline = version(), time.monotonic() + 300
+    while version() == before:
+        assert process.poll() is None, (run / "stderr").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    moment = time.monotonic() + after
+    while time.monotonic() < moment and version() < before + 2:
+        time.sleep(0.005)
+    assert process.poll() is None, "the run was over before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what its Ray leaves behind
 
 
 @pytest.mark.timeout(1800)
@@ -258,26 +282,9 @@ def test_a_driver_killed_at_ten_random_moments_learns_the_same(
     """Each kill comes at a random moment of the update after the first that the driver has done."""
     rng, run, kills = random.Random(11), tmp_path, []
     (run / "stderr").touch()
-
-    def version() -> int:
-        return Position.load(run / "dreaming-state").version
-
     for _ in range(10):
-        before = version()
-        process, deadline = driver(place, run), time.monotonic() + 300
-        while version() == before:
-            assert process.poll() is None, (run / "stderr").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        moment = time.monotonic() + rng.uniform(0, 0.6)
-        while time.monotonic() < moment and version() < before + 2:
-            time.sleep(0.005)
-        assert process.poll() is None, "the run was over before it could be killed"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what its Ray leaves behind
-        kills.append(version())
+        cut(driver(place, run), run, rng.uniform(0, 0.6))
+        kills.append(Position.load(run / "dreaming-state").version)
     assert driver(place, run).wait(timeout=300) == 0, (run / "stderr").read_text()[-3000:]
     assert len(kills) == 10 and kills == sorted(kills) and kills[-1] < UPDATES
     assert outcome(run) == whole
@@ -285,6 +292,32 @@ def test_a_driver_killed_at_ten_random_moments_learns_the_same(
     # A kill may come after an update was kept and before it was told.
     every = set(range(1, UPDATES + 1))
     assert every - set(kills) <= told <= every
+
+
+@pytest.mark.timeout(900)
+def test_what_engines_had_written_when_the_driver_was_killed_is_gone_on_from(
+    place: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """With a staleness of one an update finds engines in the middle of the next groups: their tokens
+    are kept with the position, and are the beginning of what is learned from in the end."""
+    (tmp_path / "stderr").touch()
+    kept: dict[str, list[int]] = {}
+    for after in (0.0, 0.1, 0.2):
+        cut(driver(place, tmp_path, 1), tmp_path, after)
+        position = Position.load(tmp_path / "dreaming-state")
+        line = Line(position, GROUPS, 1, 0)
+        for number, (stage, path) in position.groups().items():
+            rows = from_batch(read_group(str(path)))
+            oldest = min((version for row in rows for version in row.versions), default=None)
+            if stage == "generating" and not line.too_old(number, oldest):
+                kept |= {row.uid: row.response_ids for row in rows if row.response_ids}
+    assert driver(place, tmp_path, 1).wait(300) == 0, (tmp_path / "stderr").read_text()[-3000:]
+    rows = from_batch(Lake(tmp_path / "lake").read("trajectories"))
+    ended = {row.uid: row.response_ids for row in rows if row.purpose in ("dream", "redrawn")}
+    assert kept and all(ended[uid][: len(ids)] == ids for uid, ids in kept.items())
+    dreams = [row.uid for row in rows if row.purpose == "dream"]
+    assert len(dreams) == UPDATES * GROUPS * SIZE
 
 
 if __name__ == "__main__":
@@ -295,4 +328,4 @@ if __name__ == "__main__":
         with steps.open("a") as file:
             file.write(json.dumps({"step": step}) + "\n")
 
-    dream(Path(sys.argv[1]), Path(sys.argv[2]), tell)
+    dream(Path(sys.argv[1]), Path(sys.argv[2]), tell, staleness=int(sys.argv[3]))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import ray
@@ -13,7 +15,9 @@ from rich.console import Console
 
 from sleeprl import cli
 from sleeprl.actors.group import ActorFailure, ActorGroup, Served, classify
+from sleeprl.dreaming import phase
 from sleeprl.reporting.failures import Kind, log_tail, told
+from sleeprl.reporting.waits import Waits, Watchdog
 
 
 class Fails(Served):
@@ -22,6 +26,8 @@ class Fails(Served):
             print(f"line {line} before {how}", file=sys.stderr, flush=True)
         if how == "exit":
             os._exit(7)
+        if how == "hang":
+            time.sleep(600)
         if how == "sys.exit":
             sys.exit(3)
         if how == "kill":
@@ -125,3 +131,25 @@ def test_what_is_no_actors_is_left_to_others() -> None:
     assert told(ValueError("a setting")) is None
     assert classify(ValueError("x")).kind is Kind.DATA
     assert classify(ConnectionError("x")).kind is Kind.INFRA
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_stall_is_told_with_the_last_lines_of_who_hangs() -> None:
+    group = ActorGroup("engine", [ray.remote(Fails).options(num_cpus=0).remote()])
+    group.call("ping")
+    (pid,) = group.pids()  # as the phase asks when all are up; who hangs can not say it
+    group.send("fail", [{"how": "hang"}])
+    waits, heard = Waits("learner"), list[str]()
+    wrote = partial(phase._wrote, {"engine": group})
+    dog = Watchdog(waits, limit_s=1, on_stall=heard.append, log_of=wrote)
+    deadline = time.monotonic() + 30
+    with waits.on("engine", what="dreams", kind="data"):
+        while not any("line 99" in line for line in wrote("engine")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        dog.check(waits.clock() + 2)
+    group.kill()
+    (message,) = heard
+    told, *lines = message.splitlines()
+    assert told.endswith("for data from engine: dreams") and len(lines) == phase.STALL_LINES
+    assert f"-{pid}.err: line 99 before hang" in lines[-1]

@@ -310,11 +310,12 @@ def test_the_watchdog_reports_once_and_again_when_the_wait_has_doubled() -> None
     clock = Clock()
     heard: list[str] = []
     waits = Waits("learner", clock=clock)
-    dog = Watchdog(waits, limit_s=60, on_stall=heard.append)
+    logs = {"engine-0": ["loading", "still loading"]}
+    dog = Watchdog(waits, limit_s=60, on_stall=heard.append, log_of=logs.__getitem__)
     with waits.on("engine-0", what="batch 12", kind="data"):
         assert dog.check(clock.now + 59) == []
         assert dog.check(clock.now + 62) == [
-            "learner has waited 62 s for data from engine-0: batch 12"
+            "learner has waited 62 s for data from engine-0: batch 12\n  loading\n  still loading"
         ]
         assert dog.check(clock.now + 123) == []
         assert dog.check(clock.now + 124) != []

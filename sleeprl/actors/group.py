@@ -116,6 +116,7 @@ class ActorGroup:
         self._pings: dict[int, tuple[Any, float]] = {}
         """Of each member the question that it has not answered yet, and when it was asked."""
         self._probed = -math.inf
+        self._pids: dict[Any, int] = {}
 
     @cached_property
     def _manager(self) -> Any:
@@ -336,6 +337,16 @@ class ActorGroup:
             if event is not Event.ANSWERED:
                 unfit.append(index)
         return unfit
+
+    def pids(self) -> list[int]:
+        """The processes of those who say so now, or did earlier: who hangs can not be asked."""
+        there = [actor for actor in self.actors if actor is not None]
+        asked = {a.apply.remote(_method("pid")): a for a in there if a not in self._pids}
+        done, _ = (
+            ray.wait(list(asked), num_returns=len(asked), timeout=GRACE_S) if asked else ((), ())
+        )
+        self._pids |= {asked[ref]: pid for ref in done if isinstance(pid := _value(ref), int)}
+        return [self._pids[actor] for actor in there if actor in self._pids]
 
     def add(self, actor: Any) -> int:
         """A new member, RESTARTING until it has ``started``; returns its index."""

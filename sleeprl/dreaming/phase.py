@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,14 @@ from sleeprl.dreaming.tasks import Curriculum, Outcome, Task, algorithm_of
 from sleeprl.dreaming.trials import Scorer
 from sleeprl.prompts import STUDY_QA, with_experience
 from sleeprl.registry import create
+from sleeprl.reporting.failures import log_tail
 from sleeprl.reporting.waits import Watchdog
 from sleeprl.settings import ConfigError, DreamingConfig, NightConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import from_batch
+
+STALL_LINES = 3
+"""Of the log of who is waited for too long."""
 
 
 class CurriculumActor(Served):
@@ -100,8 +104,12 @@ class Actors:
         verified: list[int] = first["verified"]
         return verified
 
+    @property
+    def groups(self) -> tuple[ActorGroup, ...]:
+        return self.learners, self.scorers, self.rewards, self.curriculum
+
     def kill(self) -> None:
-        for group in (self.learners, self.scorers, self.rewards, self.curriculum):
+        for group in self.groups:
             group.kill()
 
 
@@ -201,7 +209,12 @@ def assemble(
         curriculum=actors.curriculum,
         learner=actors.learners,
         asks=lambda message: asks(chat, config.self_study, message),
-        watch=partial(Watchdog, limit_s=config.resources.stall_seconds, on_stall=on_stall),
+        watch=partial(
+            Watchdog,
+            limit_s=config.resources.stall_seconds,
+            on_stall=on_stall,
+            log_of=partial(_wrote, {g.name: g for g in (engines, *actors.groups)}),
+        ),
         seed=config.seed,
         position=position,
         mender=Mender(
@@ -215,6 +228,15 @@ def assemble(
         colocated=config.resources.layout == "colocated",
         redraws=rounds * config.dreaming.tasks_per_step,
     )
+
+
+def _wrote(groups: Mapping[str, ActorGroup], name: str) -> list[str]:
+    """The last lines that each process of a group wrote on this host, with its number."""
+    found = []
+    for pid in groups[name].pids() if name in groups else ():
+        path, lines = log_tail(pid, STALL_LINES)
+        found += [f"{path.name}: {line}" for line in lines if path is not None]
+    return found
 
 
 def with_room(engines: ActorGroup, dreaming: DreamingConfig) -> ActorGroup:
@@ -248,6 +270,8 @@ def run(
     actors = launch(config, job, tasks, fleet.placement)
     try:
         engines.updated(actors.start(position, engines.actors))
+        for group in (engines, *actors.groups):
+            group.pids()
         pipeline = assemble(config, actors, engines, tasks, chat, position, on_stall)
         pipeline.run(on_step)
         last = actors.learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]

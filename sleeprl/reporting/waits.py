@@ -134,7 +134,8 @@ class Watchdog:
     """Says which wait has stalled: once at the limit, then each time its length doubles.
 
     ``on_stall`` gets one readable message, which follows the chain when the one
-    waited for is itself waiting, and says so when the chain closes.
+    waited for is itself waiting, and says so when the chain closes; below it, what the last
+    in the chain wrote last.
     """
 
     def __init__(
@@ -143,12 +144,14 @@ class Watchdog:
         limit_s: float,
         on_stall: Callable[[str], None],
         every_s: float = 1.0,
+        log_of: Callable[[str], list[str]] = lambda whom: [],
     ) -> None:
-        """``limit_s``: a longer wait is a stall; ``every_s``: how often the thread looks."""
+        """``limit_s``: a longer wait is a stall; ``every_s``: how often the thread looks;
+        ``log_of``: the last lines of who is waited for, by the name in the waits."""
         if limit_s <= 0 or every_s <= 0:
             raise ValueError(f"limit_s={limit_s} and every_s={every_s} must be positive seconds")
         self._waits, self._limit_s, self._on_stall = waits, limit_s, on_stall
-        self._every_s = every_s
+        self._every_s, self._log_of = every_s, log_of
         self._report_at_s: dict[Wait, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="wait-watchdog", daemon=True)
@@ -162,7 +165,9 @@ class Watchdog:
             waited_s = now - wait.since
             if waited_s >= self._report_at_s[wait]:
                 self._report_at_s[wait] = 2 * waited_s
-                messages.append(_chain(wait, current, now))
+                message, whom = _chain(wait, current, now)
+                wrote = [f"  {line}" for line in self._log_of(whom)]
+                messages.append("\n".join([message, *wrote]))
         for message in messages:
             self._on_stall(message)
         return messages
@@ -188,15 +193,15 @@ class Watchdog:
         self._thread.join()
 
 
-def _chain(wait: Wait, current: list[Wait], now: float) -> str:
-    """Who waits for whom, for whom, ... in one sentence."""
+def _chain(wait: Wait, current: list[Wait], now: float) -> tuple[str, str]:
+    """Who waits for whom, for whom, ... in one sentence; and the last of them."""
     message, seen = wait.describe(now), {wait.waiter}
     while True:
         following = next((w for w in current if w.waiter == wait.whom), None)
         if following is None:
-            return message
+            return message, wait.whom
         if following.waiter in seen:
-            return f"{message}; they wait for each other"
+            return f"{message}; they wait for each other", wait.whom
         seen.add(following.waiter)
         message += f"; {following.describe(now)}"
         wait = following
