@@ -8,60 +8,72 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sleeprl.dreaming.tasks import Outcome, Task
 
 ROOT = Path(__file__).parent.parent
-RoundRobin: Any = runpy.run_path(str(ROOT / "examples" / "round_robin.py"))["RoundRobin"]
+HardestFirst: Any = runpy.run_path(str(ROOT / "examples" / "hardest_first.py"))["HardestFirst"]
 TASKS = [Task(f"t{i}", i, "dream", ()) for i in range(4)]
-HARD, EASY = 2.0, 0.5
+GAPS = st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=9, max_size=9)
+MOVES = st.lists(st.tuples(st.integers(1, 9), GAPS), max_size=20)
 
-rounds = st.lists(
-    st.tuples(st.integers(1, 9), st.lists(st.sampled_from([HARD, EASY]), min_size=9, max_size=9)),
-    max_size=30,
-)
+
+def drawn(curriculum: Any, n: int = 1) -> list[str]:
+    return [task.id for task in curriculum.next(n)]
+
+
+def tell(curriculum: Any, **gaps: float) -> None:
+    curriculum.observe([Outcome(task, [0.5], gap) for task, gap in gaps.items()])
 
 
 def play(curriculum: Any, moves: list[Any]) -> list[str]:
     """Draw, and tell the gaps of what was drawn, as the moves say; what was drawn."""
-    drawn: list[str] = []
+    told: list[str] = []
     for n, gaps in moves:
-        now = [task.id for task in curriculum.next(n)]
+        now = drawn(curriculum, n)
         assert len(now) == n
-        curriculum.observe([Outcome(task, [0.5], gap) for task, gap in zip(now, gaps)])
-        drawn += now
-    return drawn
+        tell(curriculum, **dict(zip(now, gaps)))
+        told += now
+    return told
 
 
-@pytest.mark.parametrize("tasks", [TASKS, TASKS[:1]])
+def test_what_is_unheard_of_comes_first_and_then_the_hardest() -> None:
+    curriculum = HardestFirst(TASKS, 0)
+    assert drawn(curriculum) == ["t0"]
+    tell(curriculum, t0=5.0)
+    assert drawn(curriculum, 3) == ["t1", "t2", "t3"]
+    tell(curriculum, t1=0.5, t2=3.0, t3=6.0)
+    assert drawn(curriculum, 4) == ["t3", "t0", "t2", "t1"]
+
+
+def test_what_is_under_way_waits_until_it_is_heard_of() -> None:
+    curriculum = HardestFirst(TASKS, 0)
+    drawn(curriculum, 4)
+    tell(curriculum, t0=5.0, t1=1.0)
+    assert [drawn(curriculum) for _ in range(2)] == [["t0"], ["t1"]]
+    tell(curriculum, t0=4.0)
+    assert drawn(curriculum) == ["t0"]
+
+
+def test_more_are_drawn_than_there_are() -> None:
+    whole, single = HardestFirst(TASKS, 0), HardestFirst(TASKS, 0)
+    told = drawn(whole, 10)
+    assert sorted(Counter(told).values()) == [2, 2, 3, 3]
+    assert [drawn(single)[0] for _ in range(10)] == told
+
+
 @settings(deadline=None)
-@given(moves=rounds)
-def test_every_task_has_its_turn_in_each_pass(tasks: list[Task], moves: list[Any]) -> None:
-    drawn = play(RoundRobin(tasks, 0), moves)
-    times = [Counter(drawn)[task.id] for task in tasks]
-    assert min(times) >= len(drawn) // (2 * len(tasks))  # a pass in which all were hard
-    assert max(times) <= 2 * (min(times) + 1)
-
-
-def test_a_hard_task_comes_twice_and_an_easy_one_once() -> None:
-    curriculum = RoundRobin(TASKS, 0)
-    moves = [(1, [HARD])] * 3 + [(1, [EASY])] * 4
-    assert play(curriculum, moves) == ["t0", "t0", "t1", "t1", "t2", "t3", "t0"]
-
-
-@settings(deadline=None)
-@given(before=rounds, after=rounds)
+@given(before=MOVES, after=MOVES)
 def test_its_state_restores_the_exact_next_choices(before: list[Any], after: list[Any]) -> None:
-    first, other = RoundRobin(TASKS, 0), RoundRobin(TASKS, 0)
+    first, other = HardestFirst(TASKS, 0), HardestFirst(TASKS, 0)
     play(first, before)
-    late = first.next(3)
+    late = drawn(first, 3)
     state = json.loads(json.dumps(first.state_dict()))  # it survives a file
-    play(other, [(3, [HARD, EASY, HARD])])
+    play(other, [(3, [0.5, 2.0, 0.5])])
     other.load_state_dict(state)
     for curriculum in (first, other):  # what was under way is heard of after the restart
-        curriculum.observe([Outcome(task.id, [0.5], HARD) for task in late])
+        tell(curriculum, **dict.fromkeys(late, 2.0))
     assert play(other, after) == play(first, after)
     assert other.state_dict() == first.state_dict()

@@ -188,7 +188,7 @@ def test_plugins_by_dotted_path_run_with_real_actors(place: Path) -> None:
     config = yaml.safe_load((target / "config.yaml").read_text())
     config["name"] = "plugged"
     config["baselines"] = []
-    for name in ("brief_reward", "round_robin"):
+    for name in ("brief_reward", "hardest_first"):
         example = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
         config["dreaming"].update(example["dreaming"])
     (target / "config.yaml").write_text(yaml.safe_dump(config))
@@ -201,13 +201,15 @@ def test_plugins_by_dotted_path_run_with_real_actors(place: Path) -> None:
         t for t in from_batch(Lake(target / "lake").read("trajectories")) if t.purpose == "dream"
     ]
     assert len(dreams) == 16
-    for dream in dreams:
+    paid = [dream for dream in dreams if dream.reward]
+    assert paid
+    for dream in paid:
         gain = json.loads(dream.meta)["gain"]
-        if dream.reward:
-            assert dream.reward == pytest.approx(
-                10 * gain - 0.02 * len(dream.response_ids), abs=1e-4
-            )
-    assert {d.task_id for d in dreams} == {"document-0", "document-1"}
+        assert dream.reward == pytest.approx(10 * gain - 0.02 * len(dream.response_ids), abs=1e-4)
+    state = json.loads((target / "dreaming-state" / "position.json").read_text())["curriculum"]
+    assert set(state) == {"gaps"}  # of the example and no other curriculum
+    assert set(state["gaps"]) == {"document-0", "document-1"}
+    assert all(0 < gap < 100 for gap in state["gaps"].values())  # heard of, both
 
 
 @pytest.mark.slow
