@@ -84,11 +84,11 @@ def night(
         _warn(settings)
         return
     from sleeprl.actors.cluster import require_gpus
-    from sleeprl.models import find_model
+    from sleeprl.models import check_model, find_model
 
     require_gpus(settings.resources)
-    if resume is None:  # a wrong name is told, and a model downloaded, before anything starts
-        find_model(settings)
+    if resume is None:  # a wrong model is told, and one downloaded, before anything starts
+        check_model(settings, find_model(settings))
     from sleeprl.night import run_night
     from sleeprl.reporting.progress import before_after_table
 
@@ -307,17 +307,19 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _look(settings: NightConfig) -> None:
-    """Read what a night would: the model's place, the inputs, the questions. Nothing is fetched."""
+    """Read what a night would: the inputs, the questions, the model. Nothing is fetched."""
     from sleeprl.evaluation.probes import read_questions
-    from sleeprl.models import local_model
+    from sleeprl.models import check_model, local_model
     from sleeprl.wake.record import read_experience
 
-    local_model(settings)
+    model = local_model(settings)
     inputs = settings.wake.inputs
     if inputs and "-" not in inputs and not sum(1 for _ in read_experience(inputs)):
         raise ConfigError(f"wake.inputs={inputs} hold no experience; there is nothing to sleep on")
     if settings.evaluation.questions is not None:
         read_questions(Path(settings.evaluation.questions))
+    if model is not None:
+        check_model(settings, model)
 
 
 def _warn(settings: NightConfig) -> None:

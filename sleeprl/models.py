@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from pathlib import Path
 
 from sleeprl.catalogue import CATALOGUE, cached, fetch
+from sleeprl.chat import Chat
 from sleeprl.lineage import LineageError, LineageStore
 from sleeprl.settings import ConfigError, NightConfig, ResourcesConfig
 
@@ -67,6 +69,39 @@ def local_model(config: NightConfig) -> Path | None:
                 f"directory, a Hugging Face id (organisation/name), or a generation, but: {error}"
             ) from None
     return None
+
+
+def check_model(config: NightConfig, directory: Path) -> None:
+    """Raise ConfigError for a checkpoint that cannot sleep: its architecture, or no chat template.
+
+    It is built without weights (on the meta device), which takes seconds, most of them to
+    import torch. The embedded model is known to be good.
+    """
+    if directory == EMBEDDED:
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sleeprl.memory.experts import FAMILIES, UnsupportedModel, mlps
+
+    name = f"model.name={config.model.name!r}"
+    try:
+        shape = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with torch.device("meta"):
+            mlps(AutoModelForCausalLM.from_config(shape, trust_remote_code=False))
+    except UnsupportedModel as error:
+        raise ConfigError(f"{name}: {error}") from None
+    except Exception as error:  # of many kinds, and with a list of all that transformers knows
+        told = textwrap.shorten(str(error), 200)
+        raise ConfigError(
+            f"{name}: transformers cannot build this model architecture: {told}; "
+            f"supported families: {FAMILIES}"
+        ) from None
+    try:
+        Chat(directory)
+    except Exception as error:
+        told = textwrap.shorten(str(error), 200)
+        raise ConfigError(f"{name} has no usable tokenizer: {told}") from None
 
 
 def device_dtype(dtype: str, resources: ResourcesConfig) -> str:

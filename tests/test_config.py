@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -519,6 +521,48 @@ def test_a_dry_run_reads_the_questions(error: Callable[..., str]) -> None:
 
 def test_a_dry_run_looks_for_the_model(error: Callable[..., str]) -> None:
     assert "model.name='./mine': no such directory" in error("night", "--dry-run", "--model=./mine")
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], []], ids=["dry", "real"])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "gpt2"}, "model architecture 'GPT2LMHeadModel' has no gated MLP"),
+        ({"model_type": "gemma3"}, "model architecture 'Gemma3ForConditionalGeneration' has no"),
+        ({"model_type": "foonet"}, "has model type `foonet` but Transformers does not recognize"),
+        ({"model_type": "t5"}, "model architecture: Unrecognized configuration class"),
+        ({}, "Should have a `model_type` key"),
+    ],
+    ids=["gpt2", "pictures", "unknown", "no decoder", "nothing"],
+)
+def test_an_architecture_that_cannot_grow_is_told_before_anything_starts(
+    error: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    config: dict[str, str],
+    said: str,
+) -> None:
+    monkeypatch.setattr("sleeprl.night.run_night", lambda _: pytest.fail("it was started"))
+    Path("mine").mkdir()
+    Path("mine/config.json").write_text(json.dumps(config))
+    told = error("night", *words, "--model=./mine")
+    assert "model.name='./mine': " in told and said in told
+    assert "supported families: Llama, Mistral, Qwen2, Qwen3, Gemma" in told and len(told) < 500
+    assert not Path("runs").exists()
+
+
+def test_a_model_that_does_not_chat_is_told_before_anything_starts(
+    error: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    monkeypatch.setattr("sleeprl.night.run_night", lambda _: pytest.fail("it was started"))
+    shutil.copytree(tiny_model, "mine")
+    assert CliRunner().invoke(cli.app, ["night", "--dry-run", "--model=./mine"]).exit_code == 0
+    Path("mine/chat_template.jinja").unlink()
+    for words in (["--dry-run"], []):
+        told = error("night", *words, "--model=./mine")
+        assert "model.name='./mine' has no usable" in told and "no chat template; give a" in told
+    Path("mine/tokenizer.json").unlink()
+    assert "model.name='./mine' has no usable tokenizer: " in error("night", "--model=./mine")
 
 
 def test_an_error_is_one_line_with_its_brackets(error: Callable[..., str]) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sleeprl import config as cfg
 from sleeprl.catalogue import CATALOGUE
+from sleeprl.models import EMBEDDED
 from sleeprl.settings import ConfigError
 
 SOURCE = Path(__file__).parent.parent / "tuning" / "search.py"
@@ -58,7 +59,7 @@ class Search:
         )
         monkeypatch.setattr(self.module, "tune", tuner)
         monkeypatch.setattr(self.module, "cluster", lambda *_, **__: nullcontext())
-        monkeypatch.setattr(self.module, "find_model", lambda _: None)
+        monkeypatch.setattr(self.module, "find_model", lambda _: EMBEDDED)
         monkeypatch.setattr(self.module, "Night", self.night)
 
     def night(self, run: Any) -> SimpleNamespace:

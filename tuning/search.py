@@ -32,7 +32,7 @@ from sleeprl.catalogue import CATALOGUE
 from sleeprl.checks import check_plugins
 from sleeprl.evaluation.probes import Day
 from sleeprl.files import write_json_atomic, write_text_atomic
-from sleeprl.models import find_model
+from sleeprl.models import check_model, find_model
 from sleeprl.night import PHASES, Night
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import CONFIG, STATE, Run
@@ -140,7 +140,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
     check_plugins(config)
     described = {**spec, "night": cfg.to_dict(config)}
     refuse_other(config, described)
-    find_model(config)  # a wrong name is told, and a model downloaded, before anything starts
+    check_model(config, find_model(config))  # a wrong model is told before anything starts
     write_json_atomic(config.run_dir / SEARCH, described)
     # The driver of a trial only waits; it gets a core of its own that is not there.
     cores = config.resources.cpus or available_cpus()

@@ -22,6 +22,7 @@ from sleeprl.memory.slots import Slots
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 COLUMN_DIM = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 """Along which dimension of each weight the MLP's hidden units lie: its columns."""
+FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma, SmolLM, MiniMind"
 
 
 class UnsupportedModel(ValueError):
@@ -130,11 +131,11 @@ def mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
         and all(hasattr(innermost(module), part) for part in (*PROJECTIONS, "act_fn"))
     ]
     config: Any = model.config
-    if not found or len(found) != config.num_hidden_layers:
+    if not found or len(found) != getattr(config, "num_hidden_layers", None):
         architecture = (config.architectures or [type(model).__name__])[0]
         raise UnsupportedModel(
             f"model architecture {architecture!r} has no gated MLP (gate_proj, up_proj, down_proj) in "
-            "every decoder layer; supported families: Llama, Mistral, Qwen2, Qwen3, SmolLM, MiniMind"
+            f"every decoder layer; supported families: {FAMILIES}"
         )
     for name, module in found:
         if any(projection(module, part).bias is not None for part in PROJECTIONS):
