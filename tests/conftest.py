@@ -16,8 +16,12 @@ def make_tiny_model(directory: Path, *, architecture: str = "llama", seed: int =
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
         LlamaConfig,
         LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
         PreTrainedTokenizerFast,
         Qwen3Config,
         Qwen3ForCausalLM,
@@ -41,7 +45,9 @@ def make_tiny_model(directory: Path, *, architecture: str = "llama", seed: int =
     )
     torch.manual_seed(seed)
     config_class, model_class = {
+        "gemma": (Gemma3TextConfig, Gemma3ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[architecture]
     model = model_class(

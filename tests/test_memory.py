@@ -42,7 +42,7 @@ BASE, WIDTH, COUNT = 96, 8, 3
 IDS = torch.arange(3, 43).reshape(2, 20)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["gemma", "llama", "mistral", "qwen3"])
 def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp(request.param) / "plain"
     return make_tiny_model(directory, architecture=request.param, seed=1)
