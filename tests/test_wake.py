@@ -1,17 +1,24 @@
-"""Real input in every form into the lake: nothing lost, nothing half, nothing twice."""
+"""Real input in every form into the lake, nothing lost, half or twice; and questions by day."""
 
 import io
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sleeprl import worlds
+from sleeprl.chat import Chat
+from sleeprl.prompts import with_experience
 from sleeprl.trajectories import Lake
 from sleeprl.trajectories.experience import experiences
 from sleeprl.trajectories.schema import VERSION_KEY
+from sleeprl.wake.answer import choose
 from sleeprl.wake.record import ExperienceError, read_experience, record
 
 CHAT = [
@@ -147,3 +154,64 @@ def test_a_stream_longer_than_a_chunk_is_one_file(tmp_path):
     assert (report.added, report.duplicates) == (3000, 1000)
     assert len(lake.files("experience")) == 1
     assert [e.text for e in read(lake)] == [f"fact {i}" for i in range(3000)]
+
+
+# --- questions by day -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(worlds.EMBEDDED_MODEL)
+
+
+def test_a_rare_word_says_more_than_common_ones(chat):
+    common = "Ann lives in the old town of Oslo."
+    documents = [common, common.replace("Ann", "Bob"), common.replace("Ann", "Cleo"), "A zebra."]
+    question = "Has Oslo seen the zebra?"  # two words of each of the others, one of the last
+    assert choose(question, documents, 1000, chat) == ["A zebra.", *documents[:3]]
+    assert choose("Where does Bob live?", documents, 1000, chat) == [documents[1]]
+
+
+def test_of_equals_the_first_comes_first_and_one_comes_always(chat):
+    documents = ["Ann has a cat.", "Ann has a dog."]
+    assert choose("What has Ann?", documents, 1000, chat) == documents
+    assert choose("Quite another matter", documents, 1000, chat) == documents[:1]
+    assert choose("What has Ann?", [], 1000, chat) == []
+
+
+def test_documents_are_chosen_as_long_as_there_is_room(chat):
+    documents = [f"Ann has a cat, and number {i}." for i in range(9)]
+    question = "What has Ann?"
+    asked, cost = len(chat.prompt(question)), len(chat.text(documents[0])) + 4
+    for count in range(4):
+        room = asked + (count + 1) * cost - 1
+        assert choose(question, documents, room, chat) == documents[:count]
+    message = with_experience(choose(question, documents, asked + 3 * cost, chat), question)
+    assert len(chat.prompt(message)) <= asked + 3 * cost
+
+
+def test_a_question_by_day_is_answered_from_the_lake(tmp_path):
+    """The real engine, which cannot know these people without the text."""
+    people = worlds.fresh_people(0, 2)
+    for person, document in zip(people, worlds.documents(people, 0, people_per_document=1)):
+        assert person.name in document["text"]
+        (tmp_path / f"{person.name}.txt").write_text(document["text"])
+    asked = [q for q in worlds.questions(people, seed=0) if q.kind == "recall"]
+    chosen = [next(q for q in asked if q.person == person.name) for person in people]
+    words = ["wake", *(f"{person.name}.txt" for person in people)]
+    for question in chosen:
+        words += ["--ask", question.text]
+    done = subprocess.run(
+        [sys.executable, "-m", "sleeprl.cli", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    recorded, *said = done.stdout.splitlines()
+    assert recorded == "2 recorded, 0 known before, in lake"
+    assert said[::2] == [question.text for question in chosen]
+    for question, answer in zip(chosen, said[1::2], strict=True):
+        assert worlds.is_correct(answer, question.answer), (question, answer)
