@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from itertools import pairwise
+from statistics import fmean
 
 import pytest
 
 from sleeprl import prompts, worlds
+from sleeprl.files import sha256_file
 from sleeprl.worlds import lessons, people, vocabulary
 from sleeprl.worlds.phrasings import PHRASINGS
 
@@ -189,3 +192,32 @@ def test_packed_lessons_do_not_see_each_other(tokenizer):
             own = segments[0] == segment
             alone = model(input_ids=tokens[:, own]).logits[0]
             torch.testing.assert_close(packed[own], alone, atol=1e-5, rtol=1e-4)
+
+
+# --- the model that is shipped -----------------------------------------------------
+def test_the_card_is_of_these_weights(tmp_path):
+    from sleeprl.worlds.card import read_card, write_card
+
+    card = read_card(worlds.EMBEDDED_MODEL)
+    assert card["sha256"] == sha256_file(worlds.EMBEDDED_MODEL / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    write_card(tmp_path, card)
+    assert read_card(tmp_path) == card | {"sha256": hashlib.sha256(b"others").hexdigest()}
+
+
+def test_the_shipped_model_passes_its_exam():
+    """On people and phrasings that were not in training; 60 questions for each figure."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sleeprl.worlds.evaluate import Examiner
+
+    model = AutoModelForCausalLM.from_pretrained(worlds.EMBEDDED_MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(worlds.EMBEDDED_MODEL)
+    torch.manual_seed(1)
+    examiner = Examiner(model.eval(), tokenizer, n=60, seed=1)
+    knows, reads, writes = examiner.knows(), examiner.reads(), examiner.writes()
+    assert min(knows[name] for name in ("recall", "two_hop", "entities")) >= 0.95, knows
+    read = [reads[f"{kind}_{people}"] for kind in ("recall", "two_hop") for people in (1, 2, 3)]
+    assert fmean(read) >= 0.95, reads
+    assert min(figures["correct"] for figures in writes.values()) >= 0.8, writes

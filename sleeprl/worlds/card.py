@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sleeprl.files import sha256_file
 from sleeprl.worlds.model import TEMPERATURE
 from sleeprl.worlds.people import OLD_SIZE
 from sleeprl.worlds.vocabulary import CITIES, COMPANIES, STATED
@@ -54,7 +55,8 @@ about (even: 0.33); `perplexity` is on held-out statements about the old world.
 
 
 def write_card(directory: Path, run: dict) -> None:
-    """Write ``README.md`` beside the weights."""
+    """Write ``README.md`` beside the weights, whose checksum it tells."""
+    run = run | {"sha256": sha256_file(directory / "model.safetensors")}
     figures = run["figures"]
     text = _CARD.format(
         parameters=run["parameters"] / 1e6,
@@ -71,7 +73,8 @@ def write_card(directory: Path, run: dict) -> None:
 
 
 def read_card(directory: Path) -> dict:
-    """What ``write_card`` was given, from the ``README.md`` that it wrote."""
+    """What ``write_card`` was given, and ``sha256`` of the weights, from the ``README.md`` that it
+    wrote."""
     return json.loads((directory / "README.md").read_text().partition("```json\n")[2].rstrip("`\n"))
 
 
