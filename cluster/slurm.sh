@@ -27,7 +27,11 @@ job=${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-dry}}${SLURM_ARRAY_TASK_ID:+-$SLURM_AR
 nodes=${SLURM_JOB_NUM_NODES:-${NODES:-1}} # NODES: for DRY_RUN, outside of a job
 dry=${DRY_RUN:+--dry-run}
 
-[ $# -gt 0 ] || { echo "usage: sbatch cluster/slurm.sh CONFIG.yaml [key=value ...]" >&2; exit 2; }
+usage="usage: sbatch cluster/slurm.sh CONFIG.yaml [key=value ...]"
+case ${1:-} in
+    "") echo "$usage" >&2; exit 2 ;;
+    -h | --help) echo "$usage"; sed '1d; /^#SBATCH/,$d; s/^# \{0,1\}//' "$0"; exit ;; # the lines on top
+esac
 if [ -f "$VENV/bin/activate" ]; then . "$VENV/bin/activate"; fi
 
 # Prints a command, and runs it unless this is a dry run; the second form does not wait for it.

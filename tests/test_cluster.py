@@ -147,6 +147,17 @@ def test_the_script_parses_and_asks_for_a_config(tmp_path: Path) -> None:
     assert "usage" in run(SCRIPT, cwd=tmp_path, code=2).stderr
 
 
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_tells_the_usage_and_runs_nothing(tmp_path: Path, word: str) -> None:
+    stub = tmp_path / "srun"
+    stub.write_text("#!/bin/sh\ntouch srun-was-run\n")
+    stub.chmod(0o755)
+    told = run(SCRIPT, word, cwd=tmp_path, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert told.stdout.startswith("usage: sbatch cluster/slurm.sh CONFIG.yaml")
+    assert "DRY_RUN=1" in told.stdout and "#SBATCH" not in told.stdout and not told.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["srun"]
+
+
 def test_one_node_starts_the_night_alone(tmp_path: Path) -> None:
     commands = dry_run(str(CLUSTER / "one-node.yaml"), "wake.people=5", cwd=tmp_path)
     (only,) = commands
