@@ -170,3 +170,29 @@ def test_the_search_that_comes_with_it_is_accepted() -> None:
     spec = yaml.safe_load(SOURCE.with_name("consolidation.yaml").read_text())
     assert loaded().search_space(spec["space"])
     assert loaded().night_of(spec["night"], []).name == "search"
+
+
+@pytest.mark.parametrize(
+    ("recall", "retention", "wanted"),
+    [
+        (0.9, 0.97, 0.9),
+        (0.9, 1.0, 0.9),  # more than before is no merit
+        (0.9, 0.95, 0.9),  # lost as much as is tolerated
+        (0.9, 0.91, 0.5),  # four points beyond it
+        (0.2, 0.5, -4.3),
+        (None, 0.97, 0.0),
+        (None, 0.91, -0.4),
+        (0.9, None, -8.6),  # nothing of what there was
+    ],
+)
+def test_the_score_is_recall_less_ten_times_what_was_lost_beyond_the_tolerance(
+    recall: float | None, retention: float | None, wanted: float
+) -> None:
+    figures = {"recall": recall, "retention": retention}
+    assert loaded().score(figures, {"retention": 0.97}, 0.02) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("retention", [None, 0.0, 0.9])
+def test_where_nothing_old_was_asked_the_score_is_recall(retention: float | None) -> None:
+    figures = {"recall": 0.4, "retention": retention}
+    assert loaded().score(figures, {"retention": None}, 0.02) == 0.4
