@@ -15,10 +15,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from sleeprl.checks import check
 from sleeprl.settings import ConfigError, NightConfig, keys, meanings
+
+Layer = tuple[str, Any]
+"""What an error in it begins with, and its values."""
+_KINDS: dict[type, str] = {
+    bool: "neither true nor false",
+    int: "not a whole number",
+    float: "not a number",
+    str: "not text",
+}
+"""What is said of a value, by the type of its field's default."""
 
 
 def load(
@@ -31,7 +41,8 @@ def load(
     of_model: settings of models by name. Those of ``model.name`` lie below what the file
         and the words say.
     """
-    return _layered([] if path is None else [_read(path)], overrides, of_model)
+    layers = [] if path is None else [(f"config file {str(path)!r}: ", _read(path))]
+    return _layered(layers, overrides, of_model)
 
 
 def _read(path: str | Path) -> Any:
@@ -46,8 +57,8 @@ def _read(path: str | Path) -> Any:
     return layer
 
 
-def _merge(layers: Sequence[Any], overrides: Sequence[str]) -> NightConfig:
-    words: list[Any] = []
+def _merge(layers: Sequence[Layer], overrides: Sequence[str]) -> NightConfig:
+    words: list[Layer] = []
     for word in overrides:
         if "=" not in word:
             raise ConfigError(
@@ -57,23 +68,24 @@ def _merge(layers: Sequence[Any], overrides: Sequence[str]) -> NightConfig:
         if not is_key(name):
             raise ConfigError(_unknown_key(name))
         try:
-            words.append(OmegaConf.from_dotlist([word]))
+            words.append(("", OmegaConf.from_dotlist([word])))
         except Exception as error:
             raise ConfigError(f"{word!r} is not readable: {str(error).splitlines()[0]}") from None
-    for layer in [*layers, *words]:
-        _refuse_plain(OmegaConf.to_container(layer), NightConfig())
     merged = OmegaConf.structured(NightConfig)
-    try:
-        for layer in [*layers, *words]:
+    for where, layer in [*layers, *words]:
+        try:
+            _refuse_plain(OmegaConf.to_container(layer), NightConfig())
             merged = OmegaConf.merge(merged, layer)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from None
+        except OmegaConfBaseException as error:
+            raise ConfigError(where + _told(error, layer)) from None
+    try:
         config = cast(NightConfig, OmegaConf.to_object(merged))
-        if config.dreaming.correction_level == "False":  # YAML reads a bare `off` as false
-            config.dreaming.correction_level = "off"
-    except ConfigKeyError as error:
-        raise ConfigError(_unknown_key(str(error.full_key or error.key))) from None
     except OmegaConfBaseException as error:
-        key = error.full_key or ", ".join(overrides) or "the configuration"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(_told(error)) from None
+    if config.dreaming.correction_level == "False":  # YAML reads a bare `off` as false
+        config.dreaming.correction_level = "off"
     check(config)
     return config
 
@@ -107,7 +119,7 @@ def from_dict(
     of_model: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> NightConfig:
     """``load`` with plain data, such as ``to_dict`` makes, in the place of a file."""
-    return _layered([OmegaConf.create(values)], overrides, of_model)
+    return _layered([("", OmegaConf.create(values))], overrides, of_model)
 
 
 def is_key(name: str) -> bool:
@@ -117,26 +129,44 @@ def is_key(name: str) -> bool:
 
 
 def _layered(
-    layers: Sequence[Any],
+    layers: Sequence[Layer],
     overrides: Sequence[str],
     of_model: Mapping[str, Mapping[str, Any]] | None,
 ) -> NightConfig:
     config = _merge(layers, overrides)
     below = (of_model or {}).get(config.model.name)
-    return _merge([OmegaConf.create(dict(below)), *layers], overrides) if below else config
+    return _merge([("", OmegaConf.create(dict(below))), *layers], overrides) if below else config
 
 
 def _refuse_plain(values: Any, default: Any, prefix: str = "") -> None:
-    """Raise ConfigError for a plain value where a section or a list must be."""
+    """Raise ConfigError for another kind of value where a section, a list or named values must be."""
     for name, value in values.items():
         wanted, key = getattr(default, str(name), None), f"{prefix}{name}"
-        if isinstance(value, dict) and is_dataclass(wanted):
+        if value is None:
+            continue
+        if is_dataclass(wanted):
+            if not isinstance(value, dict):
+                meant = f"{key}.{fields(wanted)[0].name}={value}"
+                raise ConfigError(f"{key}={value}: {key} is a section; did you mean {meant}?")
             _refuse_plain(value, wanted, f"{key}.")
-        elif isinstance(value, str | int | float) and is_dataclass(wanted):
-            meant = f"{key}.{fields(wanted)[0].name}={value}"
-            raise ConfigError(f"{key}={value}: {key} is a section; did you mean {meant}?")
-        elif isinstance(value, str | int | float) and isinstance(wanted, list):
+        elif isinstance(wanted, list) and not isinstance(value, list):
             raise ConfigError(f"{key}={value}: {key} is a list; write {key}=[{value}]")
+        elif isinstance(wanted, dict) and not isinstance(value, dict):
+            raise ConfigError(f"{key}={value}: {key} holds named values; write {key}.NAME={value}")
+
+
+def _told(error: OmegaConfBaseException, layer: Any = None) -> str:
+    """What is wrong; with a layer's value by the type of the field's default, if it has one."""
+    key = str(error.full_key or error.key or "the configuration")
+    if isinstance(error, ConfigKeyError):
+        return _unknown_key(key)
+    default = OmegaConf.select(OmegaConf.structured(NightConfig), key)
+    if layer is None or not isinstance(error, ValidationError) or type(default) not in _KINDS:
+        return f"{key}: {str(error).splitlines()[0]}"
+    value = OmegaConf.select(layer, key)
+    said = "null" if value is None else repr(value)
+    example = str(default).lower() if isinstance(default, bool) else default
+    return f"{key}={said} is {_KINDS[type(default)]}; write for example {key}={example}"
 
 
 def _unknown_key(key: str) -> str:

@@ -182,7 +182,9 @@ def test_an_unheard_of_key_says_where_all_are_listed() -> None:
 def test_a_mistyped_key_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("dreaming:\n  stepps: 3\n")
     message = refused(path=tmp_path / "x.yaml")
-    assert "dreaming.stepps" in message and "'dreaming.steps'" in message
+    assert f"config file '{tmp_path / 'x.yaml'}': unknown key 'dreaming.stepps'" in message
+    assert "did you mean 'dreaming.steps'" in message
+    assert "config file" not in refused("dreaming.stepps=3")
 
 
 @pytest.mark.parametrize(
@@ -190,13 +192,21 @@ def test_a_mistyped_key_in_a_file(tmp_path: Path) -> None:
     [
         ("wake.inputs=notes.jsonl", "is a list; write wake.inputs=[notes.jsonl]"),
         ("baselines=ewc,replay", "is a list; write baselines=[ewc,replay]"),
+        ("wake.inputs={a: 1}", "wake.inputs is a list"),
         ("model=embedded", "model is a section; did you mean model.name=embedded?"),
+        ("model=[embedded]", "model is a section"),
+        ("dreaming.reward_options=3", "named values; write dreaming.reward_options.NAME=3"),
+        ("dreaming.reward_options=[3]", "dreaming.reward_options holds named values"),
     ],
 )
-def test_a_plain_value_for_a_list_or_a_section(word: str, meant: str, tmp_path: Path) -> None:
+def test_another_kind_of_value_for_a_list_or_a_section(
+    word: str, meant: str, tmp_path: Path
+) -> None:
     assert meant in refused(word)
     (tmp_path / "x.yaml").write_text("wake: {inputs: notes.jsonl}\n")
-    assert "write wake.inputs=[notes.jsonl]" in refused(path=tmp_path / "x.yaml")
+    message = refused("seed=1", path=tmp_path / "x.yaml")
+    assert "x.yaml': wake.inputs=notes.jsonl" in message
+    assert "write wake.inputs=[notes.jsonl]" in message
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -213,25 +223,36 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["consolidation", "=3", "name={", "wake.inputs=[a", "name=${nothing}"]
+    "word", ["consolidation", "=3", "name={", "wake.inputs=[a", "name=${nothing}", "seed=${name}"]
 )
 def test_a_word_that_is_no_setting(word: str) -> None:
     refused(word)
 
 
 @pytest.mark.parametrize(
-    "word",
+    ("word", "said"),
     [
-        "consolidation.steps=many",
-        "consolidation.steps=1.5",
-        "consolidation.learning_rate=fast",
-        "dreaming.enabled=maybe",
-        "consolidation=3",
-        "seed=null",
+        ("seed=abc", "seed='abc' is not a whole number; write for example seed=0"),
+        ("seed=null", "seed=null is not a whole number; write for example seed=0"),
+        ("consolidation.steps=1.5", "consolidation.steps=1.5 is not a whole number; write for"),
+        ("consolidation.learning_rate=fast", "consolidation.learning_rate='fast' is not a number"),
+        ("gate.tolerance=[1]", "gate.tolerance=[1] is not a number"),
+        ("dreaming.enabled=maybe", "dreaming.enabled='maybe' is neither true nor false; write for"),
+        ("name=[a]", "name=['a'] is not text; write for example name=night"),
+        ("consolidation=3", "consolidation=3"),
+        ("consolidation.pointwise_clip=a", "consolidation.pointwise_clip: "),  # default: none
     ],
 )
-def test_a_value_of_the_wrong_type_names_its_key(word: str) -> None:
-    assert word.split("=")[0] in refused(word)
+def test_a_value_of_the_wrong_type_names_its_key_and_a_right_one(word: str, said: str) -> None:
+    message = refused(word)
+    assert message.startswith(said)
+
+
+def test_a_value_of_the_wrong_type_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("seed: 3\nconsolidation: {steps: many}\n")
+    message = refused("seed=1", path=path)
+    assert f"config file '{path}': consolidation.steps='many' is not a whole number" in message
 
 
 @pytest.mark.parametrize(
