@@ -1,8 +1,9 @@
-"""The curriculum of the examples does what it says."""
+"""The curriculum of the examples does what it says; the README is short, and names what there is."""
 
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from collections import Counter
 from pathlib import Path
@@ -77,3 +78,17 @@ def test_its_state_restores_the_exact_next_choices(before: list[Any], after: lis
         tell(curriculum, **dict.fromkeys(late, 2.0))
     assert play(other, after) == play(first, after)
     assert other.state_dict() == first.state_dict()
+
+
+def test_the_readme_says_in_five_lines_what_this_is() -> None:
+    opening = (ROOT / "README.md").read_text().partition("\n## ")[0].splitlines()
+    assert opening[0] == "# sleepRL"
+    told = [line for line in opening[1:] if line]
+    assert len(told) <= 5 and all(len(line) <= 130 for line in told)
+
+
+def test_the_readme_names_files_that_exist() -> None:
+    folders = "benchmarks|cluster|docs|examples|requirements|tuning"
+    named = re.findall(rf"(?:{folders})/[\w./-]+\.\w+", (ROOT / "README.md").read_text())
+    assert {"examples/brief_reward.py", "examples/hardest_first.py"} <= {*named}
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).is_file()] == []
