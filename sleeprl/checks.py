@@ -32,7 +32,8 @@ _AT_LEAST_ZERO = {
     "dreaming.staleness", "dreaming.policy", "dreaming.learn", "dreaming.hold",
     "dreaming.reference_kl", "dreaming.correction_low", "gate.tolerance",
     "resources.cpus", "resources.engine_gpus", "resources.learner_gpus", "resources.max_failures",
-    "resources.teachers", "resources.teacher_gpus", "resources.learner_workers_most",
+    "resources.teachers", "resources.teacher_gpus", "resources.scorer_gpus",
+    "resources.learner_workers_most",
     "self_study.probe_share", "self_study.replay", "self_study.examples", "self_study.whole",
     "self_study.facts_per_document", "self_study.notebook", "self_study.conversations", "fixed_capacity.ewc",
 }  # fmt: skip

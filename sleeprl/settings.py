@@ -348,6 +348,11 @@ class ResourcesConfig:
     """Cores of one of them."""
     teacher_gpus: float = 0.0
     """GPUs of one of them, or a share of one; 0 is the CPU."""
+    scorers: int = 1
+    """Actors that score dreams: what the smaller self thinks of them, and what learning from them would
+    do. Each holds a copy of the model in single precision, and works in the gaps of the others."""
+    scorer_gpus: float = 0.0
+    """GPUs of one of them, or a share of one; 0 is the CPU."""
     max_failures: int = 1
     """How often in a phase a dead worker group, or while dreaming a dead engine, is restarted from
     the last checkpoint."""
@@ -360,10 +365,11 @@ class ResourcesConfig:
 
     @property
     def gpus(self) -> float:
-        """Of all engines, learner workers and teachers together."""
+        """Of all that there are at the same time: engines, learner workers, and teachers by
+        consolidation or scorers by dreaming."""
         learners = self.learner_workers * self.learner_gpus
-        teachers = self.teachers * self.teacher_gpus
-        return round(self.engines * self.engine_gpus + learners + teachers, 4)
+        apart = max(self.teachers * self.teacher_gpus, self.scorers * self.scorer_gpus)
+        return round(self.engines * self.engine_gpus + learners + apart, 4)
 
     @property
     def learner_threads(self) -> int:

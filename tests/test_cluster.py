@@ -81,7 +81,13 @@ def test_a_ray_of_its_own_that_lacks_gpus_is_not_started(monkeypatch: pytest.Mon
     ):
         with cluster(two):
             pass
+    # Teachers are there by consolidation, scorers by dreaming: never at the same time.
+    apart = ResourcesConfig(teachers=1, teacher_gpus=0.5, scorers=4, scorer_gpus=0.5)
+    with pytest.raises(ResourceError, match=r"4 scorer\(s\) x resources.scorer_gpus=0.5 = 2 GPUs"):
+        with cluster(apart):
+            pass
     for fits in (ResourcesConfig(engine_gpus=0.5, learner_gpus=0.5), ResourcesConfig(),
+                 ResourcesConfig(teachers=1, teacher_gpus=1, scorers=2, scorer_gpus=0.5),
                  ResourcesConfig(engine_gpus=8, address="auto")):  # fmt: skip
         with cluster(fits):
             pass

@@ -88,6 +88,7 @@ def settings(place: Path, *more: str) -> NightConfig:
             f"dreaming.steps={STEPS}", "dreaming.tasks_per_step=2", "dreaming.group_size=4",
             "dreaming.staleness=0", "dreaming.max_tokens=24", "dreaming.hold=0.1",
             "dreaming.reward=test_staleness.Letters", "resources.engine=torch", "resources.cpus=2",
+            "resources.scorers=2",
             f"runs={place}", "seed=3", *more,
         ],
     )  # fmt: skip

@@ -32,12 +32,16 @@ def require_gpus(resources: ResourcesConfig) -> None:
 
     have = torch.cuda.device_count()
     if resources.gpus > have:
+        apart = (
+            ("teacher", resources.teachers, resources.teacher_gpus),
+            ("scorer", resources.scorers, resources.scorer_gpus),
+        )
         asked = " + ".join(
             f"{count} {name}(s) x resources.{name}_gpus={each:g}"
             for name, count, each in (
                 ("engine", resources.engines, resources.engine_gpus),
                 ("learner", resources.learner_workers, resources.learner_gpus),
-                ("teacher", resources.teachers, resources.teacher_gpus),
+                max(apart, key=lambda kind: kind[1] * kind[2]),
             )
             if count * each
         )

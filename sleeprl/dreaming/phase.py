@@ -134,17 +134,19 @@ def learner_job(
     )
 
 
-def _beside(actor: Any, *arguments: Any) -> list[Any]:
-    """One that works in the gaps of the others, so it reserves no core."""
-    return [ray.remote(actor).options(num_cpus=0).remote(*arguments)]
+def _beside(actor: Any, *arguments: Any, count: int = 1, gpus: float = 0.0) -> list[Any]:
+    """Some that work in the gaps of the others, so they reserve no core."""
+    of_kind = ray.remote(actor).options(num_cpus=0, num_gpus=gpus)
+    return [of_kind.remote(*arguments) for _ in range(count)]
 
 
 def judges(config: NightConfig, learner: LearnerOptions) -> tuple[ActorGroup, ActorGroup]:
     """The scorers and the rewards."""
-    dreaming = config.dreaming
+    dreaming, resources = config.dreaming, config.resources
     scorers = _beside(
         Scorer, learner.checkpoint, learner.seed, dreaming.trial_learning_rate,
-        dreaming.trial_probes, 1, learner.held, learner.wake,
+        dreaming.trial_probes, 1, learner.held, learner.wake, bool(resources.scorer_gpus),
+        count=resources.scorers, gpus=resources.scorer_gpus,
     )  # fmt: skip
     rewards = _beside(
         RewardActor, learner.checkpoint, dreaming.reward, dreaming.reward_options,

@@ -43,6 +43,7 @@ class Scorer(Served):
         threads: int,
         held: Collection[int] = (),
         wake: str = "",
+        gpu: bool = False,
     ) -> None:
         torch.set_num_threads(threads)
         directory = Path(checkpoint)
@@ -51,8 +52,10 @@ class Scorer(Served):
         self.chat = Chat(checkpoint)
         growth = growth_of(slots)
         applied = load_file(wake) if wake else None
+        self.device = torch.device("cuda" if gpu else "cpu")
         self.model = growth.load(directory, slots, torch.float32, held, applied)
         self.parameters = growth.grow(self.model, slots.width, slot_seed)
+        self.model.to(self.device)
         self.rate, self.probes = rate, probes
 
     def set_expert(self, expert: Mapping[str, Tensor]) -> None:
@@ -112,7 +115,7 @@ class Scorer(Served):
     def _logprobs(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
         """Log-probabilities of each row's response tokens, given its prompt."""
         padded = pad_batch([prompt + response for prompt, response in rows], 0)
-        ids, mask = (torch.from_numpy(part).long() for part in padded)
+        ids, mask = (torch.from_numpy(part).long().to(self.device) for part in padded)
         logits_BTV = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         logprobs_BT = (
             torch.log_softmax(logits_BTV[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
