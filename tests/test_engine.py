@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
 from sleeprl.weights import gpu
 from sleeprl.weights.disk import DiskTransport
 from sleeprl.weights.shared_memory import SharedMemoryTransport
-from sleeprl.weights.transport import Delivery, WeightTransport
+from sleeprl.weights.transport import Delivery, TransportError, WeightTransport
 from sleeprl.weights.verify import Canary, Certificate, StaleWeights
 
 T = TypeVar("T")
@@ -630,3 +631,41 @@ def test_what_vllm_s_own_engines_are_told_fits_their_interface() -> None:
     handles = [{"GPU-0": (None,)}]
     assert ipc_engine.IPCWeightTransferUpdateInfo(**told, ipc_handles=handles).names == ["w"]
     assert ipc_engine.IPCWeightTransferInitInfo(packed=False) is not None
+
+
+def test_trap_6_after_a_timeout_no_other_thread_is_in_the_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A dead engine: the broadcast hangs, until its communicator is aborted. As far as it goes
+    without a GPU: the communicator is none."""
+    from vllm.distributed.weight_transfer import packed_tensor
+
+    class Group:
+        def __init__(self) -> None:
+            self.aborted = threading.Event()
+
+        def destroy(self) -> None:
+            assert hanging.is_set()
+            self.aborted.set()
+
+    def broadcast(tensors: Iterator[Any], group: Group, **_: Any) -> None:
+        hanging.set()
+        group.aborted.wait(60)
+        hanging.clear()
+
+    hanging, group = threading.Event(), Group()
+    monkeypatch.setattr(gpu, "_need_gpu", lambda kind: None)
+    monkeypatch.setattr(gpu, "SECONDS", 0.2)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(packed_tensor, "packed_nccl_broadcast_producer", broadcast)
+    transport = gpu.NcclTransport()
+    transport._group = group
+    transport.begin(1)
+    buckets = transport.buckets([("w", torch.ones(4))])
+    assert next(buckets)["names"] == ["w"]
+    with pytest.raises(TimeoutError, match="waited 0 s for a broadcast of weights"):
+        next(buckets)
+    assert group.aborted.is_set() and not hanging.is_set()
+    with pytest.raises(TransportError, match="was aborted after a timeout"):
+        transport.begin(2)
+    transport.close()

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sleeprl.actors.publish import publish
 from sleeprl.weights import gpu
 from sleeprl.weights.buckets import ALIGNMENT, receive
 from sleeprl.weights.disk import DiskTransport
 from sleeprl.weights.shared_memory import SharedMemoryTransport
 from sleeprl.weights.transport import (
     Delivery,
+    StuckTransport,
     TransportError,
     WeightTransport,
     make_transport,
@@ -164,18 +167,49 @@ def test_trap_6_the_gathers_stay_in_the_callers_thread(make: Make) -> None:
     assert threads == {threading.get_ident()}
 
 
-def test_trap_10_a_collective_with_a_dead_peer_ends_in_an_error() -> None:
+def test_trap_10_a_collective_with_a_dead_peer_ends_in_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
     hanging = threading.Event()
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match="waited 0 s for a broadcast; an engine may be dead"):
-        gpu.within(0.2, "a broadcast", lambda: hanging.wait(60))
+    wait = lambda: hanging.wait(60)  # noqa: E731
+    for abort in (None, lambda: None):
+        with pytest.raises(StuckTransport, match=r"waited 0 s for a broadcast.*--resume"):
+            gpu.within(0.2, "a broadcast", wait, abort)
     assert time.monotonic() - began < 30
-    (thread,) = [t for t in threading.enumerate() if t.name == "sleeprl: a broadcast"]
-    assert thread.daemon, "it would keep the process"
-    hanging.set()
+    threads = [t for t in threading.enumerate() if t.name == "sleeprl: a broadcast"]
+    assert len(threads) == 2 and all(t.daemon for t in threads), "they would keep the process"
+    hanging.clear()
+    with pytest.raises(TimeoutError, match="waited 0 s for a broadcast; an engine may be dead"):
+        gpu.within(0.2, "a broadcast", wait, hanging.set)
     assert gpu.within(5.0, "a sum", lambda: 1 + 1) == 2
     with pytest.raises(ZeroDivisionError):
         gpu.within(5.0, "a fraction", lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("error", [TimeoutError, StuckTransport])
+def test_trap_6_no_gather_beside_a_collective_that_hangs(error: type[Exception]) -> None:
+    """Otherwise rank 0 goes on to the end of the gathers, which the other ranks are in."""
+    gathers = []
+
+    def export() -> Iterator[Named]:
+        for number in range(5):
+            gathers.append(number)
+            yield str(number), torch.ones(4)
+
+    def send(update: None, tensors: Iterator[Named], canary: Canary) -> None:
+        next(tensors)
+        raise error("an engine may be dead")
+
+    learner: Any = SimpleNamespace(
+        rank=0, export=export, meet=lambda: None, release=lambda: None,
+        canary=lambda ids: Canary(ids, [], 1.0),
+    )  # fmt: skip
+    fleet: Any = SimpleNamespace(begin=lambda: None, send=send)
+    with pytest.raises(error):
+        publish(learner, fleet, [1, 2])
+    assert gathers == ([0] if error is StuckTransport else [0, 1, 2, 3, 4])
 
 
 def test_a_bucket_stays_as_it_is_until_the_next_but_one(make: Make) -> None:

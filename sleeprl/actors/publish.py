@@ -15,7 +15,7 @@ from sleeprl.actors.group import ActorGroup
 from sleeprl.actors.learner import Learner
 from sleeprl.files import atomic_path
 from sleeprl.memory.checkpoint import EXPERT, WEIGHTS
-from sleeprl.weights.transport import Named
+from sleeprl.weights.transport import Named, StuckTransport
 from sleeprl.weights.verify import Canary
 
 CANARY = "canary.json"
@@ -26,7 +26,8 @@ def publish(learner: Learner, fleet: Fleet, canary: list[int]) -> dict[str, floa
 
     canary: token ids that both sides score afterwards. Returns how long generation
     stood still (seconds), how far the two sides differ (nats), and how many engines did not
-    end verified; empty but on rank 0.
+    end verified; empty but on rank 0. Raises StuckTransport, which leaves the other ranks in a
+    gather: the run has to end.
     """
     expected = learner.canary(canary)
     learner.release()  # engines that slept wake up now
@@ -42,6 +43,9 @@ def publish(learner: Learner, fleet: Fleet, canary: list[int]) -> dict[str, floa
         finally:
             learner.meet()  # no gather has begun that others would hold for as long as engines drain
         certificates = fleet.send(update, tensors, expected)
+    except StuckTransport:
+        tensors = iter(())  # a gather beside the collective that hangs would hang as well
+        raise
     finally:
         for _ in tensors:  # also when an engine died: the other ranks are in these gathers
             pass

@@ -14,17 +14,19 @@ from typing import Any, TypeVar
 
 import torch
 
-from sleeprl.weights.transport import Named, TransportError, split
+from sleeprl.weights.transport import Named, StuckTransport, TransportError, split
 
 BUCKET_BYTES = 256 << 20
 SECONDS = 300.0
+GRACE = 10.0
+"""Seconds in which a collective that was aborted must have ended."""
 T = TypeVar("T")
 
 
 class NcclTransport:
     """A ``WeightTransport`` by broadcast, the sender being rank 0 of a group of its own.
 
-    ranks: of each engine.
+    ranks: of each engine. After a timeout the group is gone, and only ``connect`` makes another.
     """
 
     backend = "nccl"
@@ -45,7 +47,11 @@ class NcclTransport:
         self._group = within(SECONDS, "the engines to join", lambda: trainer_init(where))
 
     def begin(self, version: int) -> None:
-        pass
+        if self._group is None:
+            raise TransportError(
+                "the group that weights are broadcast in was aborted after a timeout; "
+                "Fleet.disconnect() lets the next update connect again, once the dead are replaced"
+            )
 
     def buckets(self, tensors: Iterable[Named]) -> Iterator[dict[str, Any]]:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
@@ -56,16 +62,17 @@ class NcclTransport:
             send = lambda there=there: packed_nccl_broadcast_producer(  # noqa: E731
                 iter(there), self._group, src=0, post_iter_func=lambda named: named[1]
             )
-            within(SECONDS, "a broadcast of weights", send)
+            within(SECONDS, "a broadcast of weights", send, self.close)
             torch.cuda.synchronize()
 
     def finish(self) -> None:
         pass
 
     def close(self) -> None:
-        if self._group is not None:
-            self._group.destroy()
-            self._group = None
+        """Aborts what is under way in the group; vLLM waits 5 s for that."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.destroy()
 
 
 class IpcTransport:
@@ -135,10 +142,13 @@ def metadata(group: Iterable[Named]) -> dict[str, Any]:
     }
 
 
-def within(seconds: float, what: str, work: Callable[[], T]) -> T:
+def within(
+    seconds: float, what: str, work: Callable[[], T], abort: Callable[[], None] | None = None
+) -> T:
     """``work`` on a thread of its own; TimeoutError where a dead peer would hang it for ever.
 
-    The thread is a daemon: it stays in the collective, but does not keep the process.
+    abort: ends what the thread is in, so that this process may go on. Raises StuckTransport where
+    it does not. The thread is a daemon: it does not keep the process.
     """
     ended: list[tuple[T | None, BaseException | None]] = []
 
@@ -152,7 +162,16 @@ def within(seconds: float, what: str, work: Callable[[], T]) -> T:
     thread.start()
     thread.join(seconds)
     if not ended:
-        raise TimeoutError(f"waited {seconds:.0f} s for {what}; an engine may be dead")
+        told = f"waited {seconds:.0f} s for {what}; an engine may be dead"
+        if abort is not None:
+            abort()
+        thread.join(GRACE)
+        if not ended:
+            raise StuckTransport(
+                f"{told}, and the wait could not be ended: this process is of no more use. "
+                "Go on with `sleeprl night --resume`, or set resources.transport=shared_memory"
+            )
+        raise TimeoutError(told)
     value, error = ended[0]
     if error is not None:
         raise error

@@ -84,6 +84,11 @@ class TransportError(RuntimeError):
     """A transport that cannot work here; the message names the setting and a fix."""
 
 
+class StuckTransport(TransportError):
+    """A thread of this process is in a collective that will not end. Another collective beside it
+    may hang too, so the process must take part in none."""
+
+
 def split(tensors: Iterable[Named], limit: int) -> Iterator[list[Named]]:
     """Whole tensors, in their order, at most ``limit`` bytes together; or one that is larger.
 
