@@ -243,6 +243,18 @@ def test_the_expert_is_gathered_before_the_engines_can_fail(
     assert done == ["expert", "publish"] and actor.fleet.health.dead_after == SILENCE
 
 
+def test_how_far_the_sides_are_apart_is_told_by_age() -> None:
+    metrics = {
+        "dream/age_2/share": 0.25, "dream/age_2/apart": 0.1, "dream/age_2/max": 3.0,
+        "dream/age_0/share": 0.75, "dream/age_0/apart": 0.03, "dream/age_0/max": 0.5, "loss": 1.0,
+    }  # fmt: skip
+    assert learning._agreement(metrics) == {
+        "logprob_difference": {"0": pytest.approx(0.04), "2": pytest.approx(0.4)},
+        "logprob_difference_max": {"0": 0.5, "2": 3.0},
+    }
+    assert metrics == {"loss": 1.0}
+
+
 def test_trap_10_an_engine_that_hangs_does_not_hang_the_update(
     fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:

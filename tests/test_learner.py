@@ -72,6 +72,7 @@ def rows(seed: int, count: int = 9) -> list[Row]:
                 teacher_prompt_ids=draw(10, 20) if part == "new" else None,
                 advantage=(-1.0) ** index * 0.5 if part == "student" else 0.0,
                 behaviour=[-5.5] * len(response) if part == "student" else [],
+                age=index // 3 if part == "student" else None,
             )
         )
     return made
@@ -555,6 +556,18 @@ def test_the_first_step_is_adamw_s_on_the_written_out_loss(saw: Saw) -> None:
     assert metrics["learning_rate"] == pytest.approx(0.5e-2)  # step 1 of 2 of the warm-up
     assert metrics["tokens"] == sum(len(r.response_ids) for r in rows(1))
     assert {"new/kl", "new/ce", "student/pg", "student/mismatch_kl", "replay/kl"} <= set(metrics)
+    apart = [
+        [abs(found + 5.5) for found in logprobs]
+        for row, logprobs in zip(rows(1), saw.one["at birth"], strict=True)
+        if row.part == "student"
+    ]
+    for age, mine in enumerate(apart):
+        assert metrics[f"student/age_{age}/max"] == pytest.approx(max(mine), abs=1e-4)
+        share = len(mine) / sum(map(len, apart))
+        assert metrics[f"student/age_{age}/share"] == pytest.approx(share)
+        assert metrics[f"student/age_{age}/apart"] == pytest.approx(
+            share * sum(mine) / len(mine), abs=1e-4
+        )
     assert distance(saw.file("expert-1"), saw.file("born")) > 1e-3
     # Adam divides by the gradient's size, so a gradient of rounding noise is as loud as any:
     # at birth gate and up have no gradient at all (down is 0), only down moves.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from sleeprl.losses.divergence import FLOOR, generalised_jsd, on_support, top_k_with_tail
 from sleeprl.losses.imitation import imitation_reward, lexical, normalise, semantic
 from sleeprl.losses.policy import Correction, mismatch
-from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
+from sleeprl.losses.streams import LossOptions, Part, Window, add, stream_loss, token_counts
 
 E = math.e
 
@@ -235,6 +236,20 @@ def test_correction_on_policy_and_far_off_is_finite(level: str, mode: str) -> No
     assert torch.isfinite(far).all() and (far <= 2.0).all()
 
 
+@pytest.mark.parametrize("mode", ["truncate", "clip", "mask"])
+def test_what_is_outside_of_the_band_by_hand(mode: str) -> None:
+    learner = torch.log(torch.tensor([[0.1, 0.6, 1.0, 2.5], [3.0, 0.5, 1.0, 1.0]]))
+    behaviour, mask = torch.zeros(2, 4), torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0]])
+    for level, right in {
+        "token": [[1.0, 0, 0, 1], [1, 0, 0, 0]],
+        "off": [[1.0, 0, 0, 1], [1, 0, 0, 0]],
+        "sequence": [[1.0, 1, 1, 1], [0, 0, 0, 0]],  # the products are 0.15 and 1.5
+        "geometric": [[0.0, 0, 0, 0], [0, 0, 0, 0]],  # their roots are 0.62 and 1.22
+    }.items():
+        found = Correction(level, mode, 0.5, 2.0).outside(learner, behaviour, mask)
+        assert found.tolist() == right, level
+
+
 def test_mismatch_by_hand() -> None:
     found = mismatch(torch.tensor([[0.0, -1.0]]), torch.tensor([[0.0, -2.0]]))
     torch.testing.assert_close(found["ratio"], torch.tensor([[1.0, E]]))
@@ -366,6 +381,20 @@ def test_stream_loss_by_hand() -> None:
     assert {"student/mismatch_kl", "student/ratio"} <= set(metrics)
 
 
+@pytest.mark.parametrize("level", ["token", "off"])
+def test_what_a_correction_does_is_recorded_also_when_it_is_off(level: str) -> None:
+    raw, batch = window(list(range(6)))
+    options = dataclasses.replace(OPTIONS, correction=Correction(level))
+    _, metrics = stream_loss(raw, batch, PARTS, token_counts(PARTS, PART_OF, LENGTHS), options)
+    chosen = raw.detach().log_softmax(-1).gather(-1, batch.tokens_BR[..., None])[..., 0]
+    mine = batch.mask_BR * torch.tensor([part == "student" for part in PART_OF])[:, None] == 1
+    ratios = (chosen - batch.behaviour_BR)[mine].exp()
+    weights = ratios.clamp(max=2.0) if level == "token" else torch.ones_like(ratios)
+    assert metrics["student/weight_mean"] == pytest.approx(float(weights.mean()), abs=1e-5)
+    outside = float(((ratios < 0.5) | (ratios > 2.0)).float().mean())
+    assert 0 < outside < 1 and metrics["student/outside"] == pytest.approx(outside)
+
+
 @pytest.mark.parametrize(
     "split", [[[0, 1, 2], [3, 4, 5]], [[0], [1], [2], [3], [4], [5]], [[5, 2]]]
 )
@@ -373,19 +402,22 @@ def test_the_split_into_micro_batches_does_not_matter(split: list[list[int]]) ->
     split = [*split, [row for row in range(6) if not any(row in part for part in split)]]
     counts = token_counts(PARTS, PART_OF, LENGTHS)
     whole_logits, whole = window(list(range(6)))
+    ages = [None, None, 0, None, 0, None]
+    whole.age = ages
     loss, metrics = stream_loss(whole_logits, whole, PARTS, counts, OPTIONS)
     loss.backward()
     assert whole_logits.grad is not None
-    total, summed = 0.0, dict.fromkeys(metrics, 0.0)
+    assert {"student/age_0/share", "student/age_0/apart", "student/age_0/max"} <= set(metrics)
+    total, summed = 0.0, dict[str, float]()
     for rows in filter(None, split):
         raw, batch = window(rows)
+        batch.age = [ages[row] for row in rows]
         piece, shown = stream_loss(raw, batch, PARTS, counts, OPTIONS)
         piece.backward()
         assert raw.grad is not None
         torch.testing.assert_close(raw.grad, whole_logits.grad[rows])
         total += piece.item()
-        for key, value in shown.items():
-            summed[key] += value
+        add(summed, shown)
     assert total == pytest.approx(loss.item(), abs=1e-5)
     assert summed == pytest.approx(metrics, abs=1e-5)
 

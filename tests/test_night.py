@@ -98,6 +98,12 @@ def test_the_run_directory_is_complete(place: Path) -> None:
     assert {"student/kl", "student/pg", "imitation_reward"} <= {k for row in seeding for k in row}
     synced = [row["canary"] for row in rows if "canary" in row]
     assert synced and max(synced) < 2e-3
+    dreamt = [row for row in rows if row["phase"] == "dreaming"]
+    apart = [row["logprob_difference_max"].get("0") for row in dreamt]
+    assert apart[0] is not None and max(filter(None, apart)) < 2e-3
+    for row in dreamt:
+        assert row["logprob_difference"].keys() == row["logprob_difference_max"].keys()
+        assert {"dream/weight_mean", "dream/outside", "dream/mismatch_kl"} <= row.keys()
     html = (run / "report.html").read_text()
     assert "<svg" in html and "http://" not in html.replace("http://www.w3.org", "")
 

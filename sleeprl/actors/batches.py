@@ -22,6 +22,8 @@ class Row:
     advantage, behaviour: of a row in a ``pg`` part; behaviour has one entry per token, and so
         has an advantage that is not one number for the text. A row without an advantage has
         no policy gradient, and is not a zero to average with.
+    age: by how many versions the oldest weights that wrote it trail the learner's, if it is asked
+        how far their log-probabilities are apart.
     reference: log-probabilities of the reference policy. values, returns: of a critic, see ``PPO``.
     key: names a text that comes again; the teacher, who never changes, is asked about it once.
     """
@@ -32,6 +34,7 @@ class Row:
     teacher_prompt_ids: list[int] | None = None
     advantage: float | list[float] | None = None
     behaviour: list[float] = field(default_factory=list)
+    age: int | None = None
     reference: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
@@ -87,6 +90,7 @@ def window(
         part=[row.part for row in rows],
         advantages_BR=pad([_advantages(row) for row in rows], 0.0),
         behaviour_BR=tokens("behaviour"),
+        age=[row.age for row in rows],
         reference_BR=there("reference"),
         values_BR=there("values"),
         returns_BR=there("returns"),

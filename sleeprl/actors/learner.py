@@ -30,7 +30,7 @@ from sleeprl.actors.teacher import Teachers, teach
 from sleeprl.actors.zero_config import deepspeed_config
 from sleeprl.losses.chunked import token_logprobs
 from sleeprl.losses.ewc import diagonal_fisher
-from sleeprl.losses.streams import LossOptions, Part, chunked_stream_loss, token_counts
+from sleeprl.losses.streams import LossOptions, Part, add, chunked_stream_loss, token_counts
 from sleeprl.memory import checkpoint as ckpt
 from sleeprl.memory.experts import Listener, keep_held, listening, load_training_form, smaller_self
 from sleeprl.memory.growth import growth_of
@@ -177,8 +177,7 @@ class Learner:
             self.engine.set_gradient_accumulation_boundary(last)
             # DeepSpeed averages gradients over ranks; the loss is already a global mean.
             self.engine.backward(loss * self.world)
-            for key, value in {**metrics, "loss": float(loss.detach())}.items():
-                totals[key] = totals.get(key, 0.0) + value
+            add(totals, {**metrics, "loss": float(loss.detach())})
         if self._anchor is not None:
             totals["ewc"] = self._anchor.pull()
         self.engine.step()
@@ -477,15 +476,14 @@ class Learner:
             dist.barrier(group=self._patient)
 
     def _sum_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Sum over ranks. Keys may differ from rank to rank."""
+        """Over ranks. Keys may differ from rank to rank."""
         if self.world == 1:
             return dict(metrics)
         gathered: list[dict[str, float] | None] = [None] * self.world
         dist.all_gather_object(gathered, dict(metrics))
         merged: dict[str, float] = {}
         for part in gathered:
-            for key, value in (part or {}).items():
-                merged[key] = merged.get(key, 0.0) + value
+            add(merged, part or {})
         return merged
 
 

@@ -140,16 +140,17 @@ class LearnerActor(Served):
         learned, others = ray.get(list(batches)), ray.get(list(redrawn))
         aside = [with_column(b, "purpose", ["redrawn"] * b.num_rows) for b in others]
         dreams = from_batch(pa.Table.from_batches(learned))
-        rows = [*self._judged(dreams), *self._others(dreams)]
+        version = self.job.first_version + self.learner.steps
+        rows = [*self._judged(dreams, version), *self._others(dreams)]
         metrics: dict[str, Any] = self.learner.step(rows, self.parts, self.loss)
         self.table = pa.Table.from_batches([*learned, *aside])
         written = from_batch(self.table)
         metrics |= _describe(written)
-        metrics |= _ages(dreams, self.learner.steps - 1 + self.job.first_version)
+        metrics |= _ages(dreams, version) | _agreement(metrics)
         metrics["step_seconds"] = time.monotonic() - began
         return {"metrics": metrics, "outcomes": outcomes(written)}
 
-    def _judged(self, dreams: Sequence[Trajectory]) -> list[Row]:
+    def _judged(self, dreams: Sequence[Trajectory], version: int) -> list[Row]:
         """The dreams that have an advantage, for the policy gradient on their writer."""
         advantages = self.algorithm.advantages(scores(dreams, self.job.config.max_tokens))
         rows = [
@@ -159,6 +160,7 @@ class LearnerActor(Served):
                 part=DREAM,
                 advantage=advantage,
                 behaviour=d.logprobs,
+                age=version - min(d.versions),
                 reference=d.ref_logprobs or [],
             )
             for d, advantage in zip(dreams, advantages, strict=True)
@@ -236,6 +238,25 @@ def _ages(dreams: Sequence[Trajectory], version: int) -> dict[str, Any]:
         "staleness_max": float(max(ages, default=0)),
         "staleness_tokens": {str(age): ages.count(age) for age in sorted(set(ages))},
     }
+
+
+def _agreement(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Mean and largest difference, in nats, of the engines' log-probabilities from the learner's, by
+    the age of the weights a dream was begun with; taken out of the metrics of a step.
+
+    At age 0 and temperature 1 it is what the two sides differ by. A dream that went on after an
+    update counts as old: the cache that it goes on with is.
+    """
+    parts = [key.split("/") for key in metrics if key.startswith(f"{DREAM}/age_")]
+    ages = sorted({int(part[1].removeprefix("age_")) for part in parts})
+    found: dict[str, dict[str, float]] = {"logprob_difference": {}, "logprob_difference_max": {}}
+    for age in ages:
+        share, apart, largest = (
+            metrics.pop(f"{DREAM}/age_{age}/{what}") for what in ("share", "apart", "max")
+        )
+        found["logprob_difference"][str(age)] = apart / share
+        found["logprob_difference_max"][str(age)] = largest
+    return found
 
 
 def _describe(dreams: Sequence[Trajectory]) -> dict[str, Any]:

@@ -28,22 +28,33 @@ class Correction:
 
     def weights(self, learner_BR: Tensor, behaviour_BR: Tensor, mask_BR: Tensor) -> Tensor:
         """Detached weights [B, R]; 0 where ``mask_BR`` is 0."""
-        log_ratio_BR = ((learner_BR - behaviour_BR) * mask_BR).detach()
         if self.level == "off":
             return mask_BR.float()
-        if self.level != "token":
-            total_B1 = log_ratio_BR.sum(-1, keepdim=True)
-            if self.level == "geometric":
-                total_B1 = total_B1 / mask_BR.sum(-1, keepdim=True).clamp_min(1)
-            log_ratio_BR = total_B1.expand_as(log_ratio_BR)
-        ratio_BR = log_ratio_BR.clamp(-20.0, 20.0).exp()
+        ratio_BR = self._ratio(learner_BR, behaviour_BR, mask_BR)
         if self.mode == "truncate":
             weights_BR = ratio_BR.clamp(max=self.high)
         elif self.mode == "clip":
             weights_BR = ratio_BR.clamp(self.low, self.high)
         else:
-            weights_BR = ratio_BR * ((ratio_BR >= self.low) & (ratio_BR <= self.high))
+            weights_BR = ratio_BR * self._inside(ratio_BR)
         return weights_BR * mask_BR
+
+    def outside(self, learner_BR: Tensor, behaviour_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        """1 where the ratio, with ``off`` that of the token, is outside of [low, high]; [B, R]."""
+        ratio_BR = self._ratio(learner_BR, behaviour_BR, mask_BR)
+        return ~self._inside(ratio_BR) * mask_BR
+
+    def _inside(self, ratio_BR: Tensor) -> Tensor:
+        return (ratio_BR >= self.low) & (ratio_BR <= self.high)
+
+    def _ratio(self, learner_BR: Tensor, behaviour_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        log_ratio_BR = ((learner_BR - behaviour_BR) * mask_BR).detach()
+        if self.level not in ("token", "off"):
+            total_B1 = log_ratio_BR.sum(-1, keepdim=True)
+            if self.level == "geometric":
+                total_B1 = total_B1 / mask_BR.sum(-1, keepdim=True).clamp_min(1)
+            log_ratio_BR = total_B1.expand_as(log_ratio_BR)
+        return log_ratio_BR.clamp(-20.0, 20.0).exp()
 
 
 def mismatch(learner_BR: Tensor, behaviour_BR: Tensor) -> dict[str, Tensor]:

@@ -78,6 +78,7 @@ class Window:
     advantages_BR, behaviour_BR: for ``pg`` rows; [B, 1] where all tokens of a row share one.
         An advantage that is NaN is none: the ``pg`` stream passes over the row, which is
         not a zero to average with.
+    age: of each row, by how many versions the oldest weights in it trail the learner's, or None.
     reference_BR: log-probabilities of the reference policy. values_BR, returns_BR: of the critic
         before the step, and what it is to learn.
     The teacher of the ``kl`` stream is one of: teacher_ids_BRK and teacher_BRK1, its
@@ -90,6 +91,7 @@ class Window:
     part: Sequence[str]
     advantages_BR: Tensor
     behaviour_BR: Tensor
+    age: Sequence[int | None] = ()
     reference_BR: Tensor | None = None
     values_BR: Tensor | None = None
     returns_BR: Tensor | None = None
@@ -118,6 +120,16 @@ def token_counts(
     return counts
 
 
+def add(totals: dict[str, float], share: Mapping[str, float]) -> None:
+    """Add a micro-batch's or a rank's share of the metrics; of a ``/max`` the largest counts."""
+    for key, value in share.items():
+        old = totals.get(key)
+        if old is None:
+            totals[key] = value
+        else:
+            totals[key] = max(old, value) if key.endswith("/max") else old + value
+
+
 def stream_loss(
     logits_BRV: Tensor,
     window: Window,
@@ -127,8 +139,8 @@ def stream_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """This micro-batch's share of the loss, and of each mean as ``part/stream``.
 
-    counts_P3: ``token_counts`` of the *global* batch. Summing the returned loss and
-    the metrics over micro-batches and ranks gives the means.
+    counts_P3: ``token_counts`` of the *global* batch. Summing the returned loss over
+    micro-batches and ranks, and the metrics with ``add``, gives the means.
     """
 
     return _streams(
@@ -220,8 +232,11 @@ def _streams(
                 )
                 factor = weight.pg * options.policy.value_weight
                 streams["value"] = (factor, squared_BR, scored_BR / scored)
-            for key, found_BR in _distances(logprobs_BR, window).items():
+            distances = _distances(logprobs_BR, mask_BR, window, options.correction)
+            for key, found_BR in distances.items():
                 metrics[f"{name}/{key}"] = float((found_BR * even_BR).sum())
+            for key, figure in _agreement(logprobs_BR, even_BR, window).items():
+                metrics[f"{name}/{key}"] = figure
         for stream, (factor, found_BR, weights_BR) in streams.items():
             mean = (found_BR * weights_BR).sum()
             metrics[f"{name}/{stream}"] = float(mean.detach())
@@ -259,11 +274,30 @@ def _weights(scored_BR: Tensor, tokens: float, rows: float, options: LossOptions
     return scored_BR / scored_BR.sum(-1, keepdim=True).clamp_min(1) / rows
 
 
-def _distances(logprobs_BR: Tensor, window: Window) -> dict[str, Tensor]:
-    """From the policy that sampled, and from the reference where it was asked; always recorded."""
+def _distances(
+    logprobs_BR: Tensor, mask_BR: Tensor, window: Window, correction: Correction
+) -> dict[str, Tensor]:
+    """From the policy that sampled, what the correction makes of that, and from the reference where
+    it was asked; always recorded, also with the correction off."""
+    sampled = logprobs_BR, window.behaviour_BR, mask_BR
     found = mismatch(logprobs_BR, window.behaviour_BR)
+    found["weight_mean"] = correction.weights(*sampled)
+    found["outside"] = correction.outside(*sampled)
     if window.reference_BR is not None:
         found["reference_kl"] = reference_kl(logprobs_BR.detach(), window.reference_BR, "k3")
+    return found
+
+
+def _agreement(logprobs_BR: Tensor, even_BR: Tensor, window: Window) -> dict[str, float]:
+    """How far the learner's log-probabilities are from those of the policy that sampled, by the
+    rows' age: sum and largest of the tokens' absolute differences, and their share of all."""
+    apart_BR = (logprobs_BR.detach() - window.behaviour_BR).abs() * (even_BR != 0)
+    found = {}
+    for age in sorted({age for age in window.age if age is not None}):
+        mine_B1 = torch.tensor([[each == age] for each in window.age], device=even_BR.device)
+        found[f"age_{age}/share"] = float((even_BR * mine_B1).sum())
+        found[f"age_{age}/apart"] = float((apart_BR * even_BR * mine_B1).sum())
+        found[f"age_{age}/max"] = float((apart_BR * mine_B1).max())
     return found
 
 
