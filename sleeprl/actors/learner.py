@@ -44,7 +44,8 @@ MEETING = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class LearnerOptions:
-    """checkpoint: one that can grow. slot: the one to grow in; None trains every parameter.
+    """checkpoint: one that can grow. slot: the one to grow in; None trains every parameter, as
+    baselines and plain RL do; dreaming goes on with an expert, so it needs a slot.
     held: slots that only the smaller self has (``Transfer.held``). keeps: the larger self has them
     too once it has learnt (``memory.reset`` is off). routed: the expert gets a gate of its own,
     which ``Part.quiet`` teaches to close. wake: file of the gradients that only the larger self
