@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +26,16 @@ from transformers import AutoModelForCausalLM
 from sleeprl.actors.engine import Completion, EngineOptions, Sampling
 from sleeprl.actors.torch_engine import TorchEngine
 from sleeprl.actors.vllm_engine import VLLMEngine
-from sleeprl.memory.checkpoint import WEIGHTS, all_tensors, fold, mlp_tensors, widen
-from sleeprl.memory.slots import Slots
+from sleeprl.memory.checkpoint import (
+    WEIGHTS,
+    all_tensors,
+    expert_tensors,
+    fold,
+    mlp_tensors,
+    widen,
+)
+from sleeprl.memory.growth import growth_named, growth_of
+from sleeprl.memory.slots import GATED_MLP, LOW_RANK, Slots
 from sleeprl.registry import BUILTIN, resolve
 from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
 from sleeprl.weights import gpu
@@ -38,18 +46,20 @@ from sleeprl.weights.verify import Canary, Certificate, StaleWeights
 
 T = TypeVar("T")
 MAX_LENGTH = 512
+HALF = 1.0
+"""The canary's tolerance in half precision, in nats, as the learner gives it."""
 CANARY_IDS = [1, *range(40, 60), 2, *range(100, 130)]
 
 
 class Rig:
     """The engine, its event loop, and the model that says what is right."""
 
-    def __init__(self, checkpoint: Path, kind: str) -> None:
+    def __init__(self, checkpoint: Path, kind: str, dtype: str = "float32") -> None:
         self.checkpoint = checkpoint
         self.loop = asyncio.new_event_loop()
         options = EngineOptions(
             model=str(checkpoint),
-            dtype="float32",
+            dtype=dtype,
             max_length=MAX_LENGTH,
             threads=1,
             memory_gb=1.0,
@@ -78,7 +88,8 @@ class Rig:
         return plain_logprobs(self.model, ids, weights)
 
     def canary(self, weights: Mapping[str, Tensor], tolerance: float = 1e-4) -> Canary:
-        return Canary(CANARY_IDS, self.expected(CANARY_IDS, weights), tolerance)
+        fresh = self.expected(CANARY_IDS)
+        return Canary(CANARY_IDS, self.expected(CANARY_IDS, weights), tolerance, fresh)
 
     async def update(
         self,
@@ -113,6 +124,16 @@ class Rig:
         whole = dict(all_tensors(self.checkpoint))
         certificate = self.run(self.update(whole, self.canary(whole)))
         assert certificate.verified, certificate
+
+
+class Deaf(TorchEngine):
+    """Loses updates without a word: it ends each as if it had loaded it."""
+
+    deaf = False
+
+    async def _load(self, update_info: dict[str, Any]) -> None:
+        if not self.deaf:
+            await super()._load(update_info)
 
 
 def turn_a_bit(info: dict[str, Any], name: str) -> None:
@@ -551,6 +572,127 @@ def test_trap_8_an_update_that_never_arrived_is_caught(rig: Rig) -> None:
     """An adapter that binds no module: no error anywhere, the new version, the old weights."""
     certificate = rig.run(rig.update({}, rig.canary(grown(rig, seed=12))))
     assert not certificate.verified and certificate.version == rig.version
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    """Starts engines in half precision on one checkpoint, by the kind of its growth; the sender
+    computes in float32, so the two differ by as much as rounding makes."""
+    make_tiny_model(tmp_path / "plain", seed=2)
+    made = []
+
+    def start(growth: str = GATED_MLP, dtype: str = "bfloat16") -> Rig:
+        directory = tmp_path / growth
+        if not directory.is_dir():
+            growth_named(growth).prepare(tmp_path / "plain", directory, [2], 8, "float32")
+        made.append(Rig(directory, f"{__name__}.Deaf", dtype))
+        made[-1].run(made[-1].engine.start())
+        return made[-1]
+
+    threads = torch.get_num_threads()
+    yield start
+    torch.set_num_threads(threads)
+    for rig in made:
+        rig.loop.close()
+
+
+def half_update(rig: Rig, weights: Mapping[str, Tensor], *, lost: bool = False) -> Certificate:
+    rig.engine.deaf = lost  # type: ignore[union-attr]
+    return rig.run(rig.update(weights, rig.canary(weights, HALF)))
+
+
+def test_an_update_lost_in_half_precision_is_caught(halves: Callable[..., Rig]) -> None:
+    """Its tolerance is wide: by that alone the old weights would pass for the new ones."""
+    rig = halves()
+    for version in range(4):
+        weights = grown(rig, seed=version, scale=0.1)
+        lost = half_update(rig, weights, lost=True)
+        assert lost.difference is not None and lost.difference < HALF
+        assert not lost.verified and "the update was lost" in str(lost.error), lost
+        with pytest.raises(StaleWeights, match="the update was lost"):
+            rig.run(rig.engine.generate(prompts(1), sampling(1, 4)))
+        right = half_update(rig, weights)
+        assert right.verified and right.difference is not None and right.difference > 1e-3, right
+    # One that is started again holds the checkpoint, and never had the versions before this.
+    other = halves()
+    other.version = rig.version
+    assert not half_update(other, weights, lost=True).verified
+    assert half_update(other, weights).verified
+    back = dict(mlp_tensors(rig.checkpoint))
+    assert not half_update(other, back, lost=True).verified
+    assert half_update(other, back).verified
+
+
+def test_small_updates_that_are_all_lost_add_up(halves: Callable[..., Rig]) -> None:
+    """Each changes less than the noise; those that arrive are never taken for lost."""
+    there, deaf = halves(), halves()
+    caught = None
+    for step in range(1, 21):
+        weights = grown(there, scale=0.002 * step)
+        right = half_update(there, weights)
+        assert right.verified, right
+        lost = half_update(deaf, weights, lost=True)
+        assert lost.difference is not None and lost.difference < HALF
+        if caught is None and not lost.verified:
+            caught = step
+    assert caught is not None and 2 < caught < 20
+
+
+@pytest.mark.parametrize("growth", [GATED_MLP, LOW_RANK])
+def test_trap_8_every_kind_of_expert_arrives_or_is_missed(
+    halves: Callable[..., Rig], growth: str
+) -> None:
+    """What is sent are dense weights; what is expected is what the training form computes."""
+    rig = halves(growth, "float32")
+    slots = Slots.load(rig.checkpoint)
+    assert slots is not None
+    kind = growth_of(slots)
+    model = kind.load(rig.checkpoint, slots, torch.float32)
+    for parameter in kind.grow(model, slots.width, 3, 0):
+        torch.nn.init.normal_(parameter.data, 0.0, 0.1)
+    expert = expert_tensors(dict(model.named_parameters()))
+    weights = dict(kind.fold(rig.checkpoint, slots, 0, expert))
+    assert weights.keys() == {name for name, _ in mlp_tensors(rig.checkpoint)}
+    right = Canary(CANARY_IDS, plain_logprobs(model, CANARY_IDS), 1e-4)
+    rig.engine.deaf = True  # type: ignore[union-attr]
+    assert not rig.run(rig.update(weights, right)).verified
+    rig.engine.deaf = False  # type: ignore[union-attr]
+    assert rig.run(rig.update(weights, right)).verified
+
+
+def test_what_cannot_be_judged_leaves_the_engine_stale(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs is not answered, since nobody vouches for the weights that wrote it."""
+    weights = grown(rig, seed=16)
+    score, resume = rig.engine._score, rig.engine._resume
+
+    async def failing(ids: list[int]) -> list[float]:
+        if ids == CANARY_IDS:
+            raise RuntimeError("no room for the prompt's log-probabilities")
+        return await score(ids)
+
+    async def stuck(*, ending: bool) -> None:
+        await resume(ending=ending)
+        raise RuntimeError("it will not wake")
+
+    async def scenario() -> Certificate:
+        running = asyncio.ensure_future(rig.engine.generate(prompts(4), sampling(4, 48)))
+        await rig.engine.generate(prompts(1), sampling(1, 4))
+        assert not running.done()
+        certificate = await rig.update(weights, rig.canary(weights))
+        with pytest.raises(StaleWeights):
+            await running
+        return certificate
+
+    for name, broken, why in (("_score", failing, "no room"), ("_resume", stuck, "will not wake")):
+        with monkeypatch.context() as patch:
+            patch.setattr(rig.engine, name, broken)
+            certificate = rig.run(scenario())
+        assert not certificate.verified and why in str(certificate.error)
+        with pytest.raises(StaleWeights, match=why):
+            rig.run(rig.engine.logprobs([CANARY_IDS]))
+        assert rig.run(rig.update(weights, rig.canary(weights))).verified
 
 
 def test_what_runs_when_an_update_fails_is_not_answered(rig: Rig) -> None:

@@ -39,7 +39,8 @@ from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_ta
 from sleeprl.losses.streams import LossOptions, Part
 from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, scatter_columns, widen, write_grown
 from sleeprl.memory.experts import grow, load_training_form, smaller_self
-from sleeprl.memory.slots import Slots
+from sleeprl.memory.growth import growth_named
+from sleeprl.memory.slots import LOW_RANK, Slots
 from sleeprl.weights.verify import Certificate
 
 SLOTS = Slots(96, 8, 3)
@@ -133,7 +134,7 @@ def first_steps(directory: Path, notes: Notes) -> None:
     seen["after two"] = learner.logprobs(batch)
     seen["after two, smaller"] = learner.logprobs(batch, smaller=True)
     canary = learner.canary(list(range(20, 50)))
-    seen["canary"] = (canary.token_ids, canary.logprobs)
+    seen["canary"] = (canary.token_ids, canary.logprobs, canary.fresh)
     seen["step-3"] = learner.step(rows(3), PARTS, LOSS)
     notes.tensors("state-3", learner.state())
     seen["step-4"] = learner.step(rows(4), PARTS, LOSS)
@@ -223,10 +224,21 @@ def offloading(directory: Path, notes: Notes) -> None:
 
 def every_parameter(directory: Path, notes: Notes) -> None:
     whole = Learner(options(directory, checkpoint=str(directory / "grown"), slot=None))
+    ids = list(range(20, 50))
+    notes.numbers["full, canaries"] = [whole.canary(ids)]
     notes.tensors("full-export-0", dict(whole.export()))
     notes.numbers["full, step-1"] = whole.step(texts(1), CE, LOSS)
     notes.tensors("full-export-1", dict(whole.export()))
     notes.numbers["full, after one"] = whole.logprobs(texts(1))
+    notes.numbers["full, canaries"] += [whole.canary(ids), whole.canary(ids[:9])]
+
+
+def low_rank(directory: Path, notes: Notes) -> None:
+    learner = Learner(options(directory, checkpoint=str(directory / "low"), slot=0))
+    learner.step(rows(1), PARTS, LOSS)
+    learner.step(rows(2), PARTS, LOSS)
+    notes.tensors("low-export-2", dict(learner.export()))
+    notes.numbers["low, after two"] = learner.logprobs(rows(1))
 
 
 def nothing_to_learn_from(directory: Path, notes: Notes) -> None:
@@ -344,6 +356,7 @@ ONE_RANK = (
     bfloat16,
     offloading,
     every_parameter,
+    low_rank,
     nothing_to_learn_from,
     remembering,
 )
@@ -413,8 +426,10 @@ class Saw:
 
 
 def write_checkpoints(directory: Path) -> None:
-    """``plain``, ``wide`` with empty slots, and ``grown`` with an expert in slot 1."""
+    """``plain``, ``wide`` with empty slots, ``grown`` with an expert in slot 1, and ``low`` with
+    empty slots of low rank."""
     make_tiny_model(directory / "plain", seed=4)
+    growth_named(LOW_RANK).prepare(directory / "plain", directory / "low", [2], 8, "float32")
     widen(directory / "plain", directory / "wide", SLOTS.count, SLOTS.width, "float32")
     generator = torch.Generator().manual_seed(11)
     expert = {
@@ -498,9 +513,25 @@ def test_the_export_is_the_larger_self(saw: Saw) -> None:
     same_logprobs(saw.one["after two"], right)
     moved = zip(chain(*right), chain(*saw.one["at birth"]), strict=True)
     assert max(abs(a - b) for a, b in moved) > 1e-3
-    ids, logprobs = saw.one["canary"]
+    ids, logprobs, fresh = saw.one["canary"]
     assert ids == list(range(20, 50)) and len(logprobs) == 29
-    same_logprobs([logprobs], reference_logprobs(model, [Row(ids[:1], ids[1:], "")]))
+    canary = [Row(ids[:1], ids[1:], "")]
+    same_logprobs([logprobs], reference_logprobs(model, canary))
+    model.load_state_dict(tensors)  # what an engine that was started since holds
+    same_logprobs([fresh], reference_logprobs(model, canary))
+
+
+def test_the_export_of_a_low_rank_expert_is_the_larger_self(saw: Saw) -> None:
+    """Its product is in the dense weights that the engine is sent."""
+    tensors, export = load_file(saw.directory / "low" / WEIGHTS), saw.file("low-export-2")
+    assert export.keys() == {name for name in tensors if ".mlp." in name}
+    assert all(not torch.equal(export[name], tensors[name]) for name in export)
+    model = AutoModelForCausalLM.from_pretrained(saw.directory / "low").eval()
+    at_birth = reference_logprobs(model, rows(1))
+    model.load_state_dict(tensors | export)
+    same_logprobs(saw.one["low, after two"], reference_logprobs(model, rows(1)))
+    moved = zip(chain(*saw.one["low, after two"]), chain(*at_birth), strict=True)
+    assert max(abs(a - b) for a, b in moved) > 1e-3
 
 
 def test_birth_depends_on_the_seed_and_not_on_the_world(saw: Saw) -> None:
@@ -722,6 +753,12 @@ def test_full_training_exports_the_checkpoint_at_its_width(saw: Saw) -> None:
     model = AutoModelForCausalLM.from_pretrained(saw.directory / "grown").eval()
     model.load_state_dict(after)
     same_logprobs(saw.one["full, after one"], reference_logprobs(model, texts(1)))
+
+
+def test_full_training_knows_what_it_began_with_if_it_was_asked_then(saw: Saw) -> None:
+    born, later, late = saw.one["full, canaries"]
+    assert born.fresh == later.fresh == born.logprobs != later.logprobs
+    assert late.fresh is None  # a frozen copy of the whole model would have to be loaded for it
 
 
 def test_full_training_learns_what_plain_torch_does(saw: Saw) -> None:

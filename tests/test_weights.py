@@ -42,6 +42,7 @@ from sleeprl.weights.verify import (
     Corrupted,
     checksum,
     largest_difference,
+    moved,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
@@ -374,10 +375,51 @@ def test_a_number_that_is_none_is_never_close(place: int) -> None:
     assert not largest_difference([-1.0, -2.0, -3.0], found) <= 1e-3
 
 
+def sized(direction: list[float], size: float) -> list[float]:
+    """Of a mean absolute value."""
+    mean = sum(map(abs, direction)) / len(direction)
+    return [value * size / mean for value in direction]
+
+
+directions = st.lists(
+    st.floats(-1, 1).filter(lambda x: abs(x) > 1e-3), min_size=8, max_size=8
+)  # fmt: skip
+
+
+@given(directions, directions, directions, st.floats(1e-6, 1.0), st.floats(0.0, 0.99))
+def test_less_noise_than_the_update_is_large_never_hides_what_became_of_it(
+    old: list[float], change: list[float], noise: list[float], way: float, share: float
+) -> None:
+    """Whatever direction the noise has, also that of the update."""
+    step = sized(change, way)
+    new = [a + b for a, b in zip(old, step, strict=True)]
+    for third in (1, 2):
+        off = sized(noise, third * share * way / 3)
+        right = moved(old, new, [a + b for a, b in zip(new, off, strict=True)])
+        lost = moved(old, new, [a + b for a, b in zip(old, off, strict=True)])
+        assert (right, lost) == (True, False) if third == 1 else right is not False and not lost
+
+
+@given(st.integers(0, 10**6), st.floats(0.0, 3.0), st.floats(1e-3, 3.0))
+def test_noise_alone_never_makes_a_right_update_a_lost_one(
+    seed: int, change: float, noise: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    old, step, off = torch.randn(3, 64, generator=generator)
+    new = old + change * step
+    assert moved(old.tolist(), new.tolist(), (new + noise * off).tolist()) is not False
+    assert moved(old.tolist(), old.tolist(), (old + noise * off).tolist()) is None
+    broken = [*new.tolist()[:-1], math.nan]
+    assert moved(old.tolist(), new.tolist(), broken) is None and moved([], [], []) is None
+
+
 def test_canary_round_trip(tmp_path: Path) -> None:
-    canary = Canary([1, 2, 3], [-0.5, -1.25], 2e-3)
-    canary.save(tmp_path / "canary.json")
-    assert Canary.load(tmp_path / "canary.json") == canary
+    for canary in (
+        Canary([1, 2, 3], [-0.5, -1.25], 2e-3),
+        Canary([1, 2], [-0.5], 2e-3, fresh=[-2.0]),
+    ):
+        canary.save(tmp_path / "canary.json")
+        assert Canary.load(tmp_path / "canary.json") == canary
 
 
 def test_certificate_says_how_it_ended() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import ray
@@ -19,7 +19,9 @@ from sleeprl.registry import resolve
 from sleeprl.settings import ConfigError, NightConfig
 from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
 from sleeprl.weights.transport import Delivery
-from sleeprl.weights.verify import Canary, Certificate, StaleWeights, largest_difference
+from sleeprl.weights.verify import Canary, Certificate, StaleWeights, largest_difference, moved
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ class TokenEngine(ServedAsync):
         """What went wrong in the update that is under way."""
         self._stale: str | None = None
         """Why the last update did not end verified."""
+        self._reached: Canary | None = None
+        """Of the last update that is known to have moved the scores to where the sender's are."""
         self._settled = asyncio.Event()
         self._settled.set()
 
@@ -349,46 +353,63 @@ class TokenEngine(ServedAsync):
         await self._pause()
 
     async def load_bucket(self, update_info: dict[str, Any]) -> None:
-        """A failure makes the update fail, not the call: half of the weights may be new."""
+        """Nothing, once the update has failed: a failure shows in its certificate."""
         if self._fault is None:
-            try:
-                await self._load(update_info)
-            except Exception as error:
-                self._fault = f"{type(error).__name__}: {error}"
+            await self._try(self._load(update_info))
+
+    async def _try(self, step: Awaitable[T]) -> T | None:
+        """A failure makes the update fail, not the call: half of the weights may be new."""
+        try:
+            return await step
+        except Exception as error:
+            self._fault = self._fault or f"{type(error).__name__}: {error}"
+            return None
 
     async def finish_update(self, canary: Canary | None = None) -> Certificate:
         """Commit, resume, and score the canary; no answer leaves before that is judged."""
         self._settled.clear()
         self._version = self._pending_version
         try:
-            try:
-                await self._commit()
-            except Exception as error:
-                self._fault = self._fault or f"{type(error).__name__}: {error}"
+            await self._try(self._commit())
             self._stale = self._fault
-            await self._resume(ending=self._stale is not None)
+            await self._try(self._resume(ending=self._stale is not None))
             seconds = time.monotonic() - self._updating
             certificate = await self._certificate(canary, seconds)
             if not certificate.verified and self._stale is None:
                 self._stale = certificate.error
-                await self._resume(ending=True)
+                await self._try(self._resume(ending=True))
         finally:
             self._settled.set()
         return certificate
 
     async def _certificate(self, canary: Canary | None, seconds: float) -> Certificate:
-        """How an update ended; never raises for a canary that disagrees."""
-        version = self._version
-        if self._fault is not None:
-            return Certificate(self.name, version, False, None, None, seconds, self._fault)
-        if canary is None:
-            return Certificate(self.name, version, True, None, None, seconds)
-        difference = largest_difference(canary.logprobs, await self._score(canary.token_ids))
-        verified = difference <= canary.tolerance
-        error = None if verified else "its log-probabilities differ from the sender's"
-        return Certificate(
-            self.name, version, verified, difference, canary.tolerance, seconds, error
-        )
+        """How an update ended; never raises."""
+        difference = tolerance = None
+        if canary is not None and self._fault is None:
+            difference, tolerance = await self._try(self._judge(canary)), canary.tolerance
+        fault, version = self._fault, self._version
+        return Certificate(self.name, version, fault is None, difference, tolerance, seconds, fault)
+
+    async def _judge(self, canary: Canary) -> float:
+        """The largest difference of a log-probability from the sender's; too large, it is the fault.
+
+        Judged against what was reached for sure, many updates that are lost one by one add up.
+        """
+        found, reached = await self._score(canary.token_ids), self._reached
+        difference = largest_difference(canary.logprobs, found)
+        known = reached is not None and reached.token_ids == canary.token_ids
+        old = reached.logprobs if reached is not None and known else canary.fresh
+        followed = old is None or moved(old, canary.logprobs, found)
+        if followed is False:
+            self._fault = (
+                "its log-probabilities differ from the sender's and are those of an earlier "
+                "version: the update was lost"
+            )
+        elif not difference <= canary.tolerance:
+            self._fault = "its log-probabilities differ from the sender's"
+        elif followed:
+            self._reached = canary
+        return difference
 
 
 def _completions(batch: pa.RecordBatch) -> list[Completion]:

@@ -3,7 +3,9 @@
 Checksums tell that a tensor was damaged on its way, and which. The canary, a text whose
 log-probabilities both sides must agree on after an update, tells that it was put to use: an
 engine that was sent half of a fused layer, or whose packed head kept its old weights, reports
-success and the new version; only its numbers tell.
+success and the new version; only its numbers tell. Where half precision's noise allows large
+differences, they are compared with those of an earlier update too: an engine that loses small
+updates stays where it was.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from torch import Tensor
 from sleeprl.files import write_json_atomic
 
 BLOCKS, BLOCK = 8, 1 << 11
+MARGIN = 3.0
+"""How many times as far as its scores are from one of two expectations both must be apart, to
+tell that an engine is at that one."""
 
 
 class StaleWeights(ConnectionError):
@@ -52,11 +57,13 @@ def check(tensors: Iterable[tuple[str, Tensor]], checksums: Mapping[str, int]) -
 
 @dataclass(frozen=True)
 class Canary:
-    """token_ids: T ids; logprobs: the T-1 log-probabilities of ids 1..T-1, by the sender, in nats."""
+    """token_ids: T ids; logprobs: the T-1 log-probabilities of ids 1..T-1, by the sender, in nats.
+    fresh: those of the checkpoint that an engine is started from, where the sender knows them."""
 
     token_ids: list[int]
     logprobs: list[float]
     tolerance: float
+    fresh: list[float] | None = None
 
     def save(self, path: Path) -> None:
         write_json_atomic(path, asdict(self))
@@ -99,3 +106,20 @@ def largest_difference(expected: Sequence[float], found: Sequence[float]) -> flo
     # max() alone would pass over a NaN: every comparison with it is false.
     differences = [abs(a - b) for a, b in zip(expected, found, strict=True)]
     return math.nan if any(map(math.isnan, differences)) else max(differences, default=0.0)
+
+
+def moved(old: Sequence[float], new: Sequence[float], found: Sequence[float]) -> bool | None:
+    """Whether scores went with the sender's from ``old`` to ``new``; None where noise hides that.
+
+    By mean absolute differences. Noise of less than two thirds of the way from old to new cannot
+    bring right weights' scores to within a third of it of old; and larger noise, unless it
+    happens to be the update backwards, leads away from both.
+    """
+    way = _mean_difference(old, new)
+    if MARGIN * _mean_difference(new, found) < way:
+        return True
+    return False if MARGIN * _mean_difference(old, found) < way else None
+
+
+def _mean_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / max(1, len(a))
