@@ -55,7 +55,6 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         reward=draw(float32) if scored == "reward" else None,
         unscored=draw(st.text()) if scored == "unscored" else None,
         ref_logprobs=draw(st.none() | per_token(float32)),
-        sampling_mask=draw(st.none() | per_token(st.lists(ids, max_size=3))),
         meta=json.dumps(draw(st.dictionaries(st.text(), st.integers() | st.text()))),
     )
 
@@ -91,7 +90,6 @@ def test_round_trip_through_arrow_and_parquet(tmp_path_factory, items):
         ({"logprobs": [-1.0]}, "logprobs has 1 entries for the 3 of response_ids"),
         ({"versions": [1, 2]}, "versions has 2 entries"),
         ({"ref_logprobs": []}, "ref_logprobs has 0 entries"),
-        ({"sampling_mask": [[1]]}, "sampling_mask has 1 entries"),
         ({"logprobs": [-1.0, math.nan, -1.0]}, "logprobs has nan"),
         ({"reward": math.inf}, "reward inf"),
         ({"reward": math.nan}, "reward nan"),
@@ -177,15 +175,24 @@ def test_files_of_other_versions(tmp_path):
     lake = Lake(tmp_path)
     file = lake.append(to_batch([make("old")]), "trajectories")
     table = pq.read_table(file)
-    pq.write_table(table.drop_columns(["ref_logprobs"]), file)
+    # Version 1 had a column for what top-p and top-k left to choose from.
+    masks = pa.array([None], pa.list_(pa.list_(pa.int32())))
+    first = table.drop_columns(["ref_logprobs"]).append_column("sampling_mask", masks)
+    pq.write_table(version(first, 1), file)
     lake.append(to_batch([make("new", ref_logprobs=[0.0, 0.0, 0.0])]), "trajectories")
     for read in (lake.read("trajectories"), lake.scan("trajectories").to_table()):
         assert [t.ref_logprobs for t in from_batch(read)] == [None, [0.0, 0.0, 0.0]]
-    newer = {NAME_KEY: b"trajectory", VERSION_KEY: b"2"}
-    pq.write_table(table.replace_schema_metadata(newer), file)
+    assert from_batch(version(first, 1)) == [make("old")]
+    pq.write_table(version(table, 99), file)
     for read in (lake.read, lake.scan):
-        with pytest.raises(SchemaError, match=f"{file.name}.*version 2"):
+        with pytest.raises(SchemaError, match=f"{file.name}.*version 99"):
             read("trajectories")
+
+
+def version(table: pa.Table, number: int) -> pa.Table:
+    return table.replace_schema_metadata(
+        {NAME_KEY: b"trajectory", VERSION_KEY: str(number).encode()}
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "one byte"])

@@ -26,7 +26,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. ``seed`` makes one request's tokens repeatable whatever runs beside it."""
+    """How to sample. ``seed`` makes one request's tokens repeatable whatever runs beside it.
+
+    There is no top-p or top-k. A token's probability is then one among the few that were left
+    to choose from, and the learner's ratio to it is wrong unless it knows these, for every
+    token. vLLM 0.32 can return them (``return_sampling_mask``, with Triton), but such an
+    engine refuses greedy requests, and every request without a top-k.
+    """
 
     max_tokens: int
     temperature: float = 1.0

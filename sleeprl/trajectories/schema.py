@@ -1,9 +1,9 @@
 """What one pass of the model leaves behind: a ``Trajectory``, as Python and as Arrow.
 
 From engine to learner trajectories travel as Arrow record batches whose schema
-carries its name and version. Versions only ever add nullable columns: a column that
-an older batch lacks reads as null, and a newer version than this program knows is
-an error.
+carries its name and version. Versions only ever add nullable columns, or drop them: a
+column that an older batch lacks reads as null, one that it alone has is passed over, and
+a newer version than this program knows is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _column(name: str, kind: pa.DataType) -> pa.Field:
 
 TRAJECTORY_SCHEMA = versioned(
     "trajectory",
-    1,
+    2,
     [
         _column("uid", pa.string()),
         _column("task_id", pa.string()),
@@ -54,7 +54,6 @@ TRAJECTORY_SCHEMA = versioned(
         pa.field("reward", pa.float32()),
         pa.field("unscored", pa.string()),
         pa.field("ref_logprobs", pa.list_(pa.float32())),
-        pa.field("sampling_mask", pa.list_(pa.list_(pa.int32()))),
         _column("meta", pa.string()),
     ],
 )
@@ -64,10 +63,10 @@ TRAJECTORY_SCHEMA = versioned(
 class Trajectory:
     """One prompt and one sampled response, with all that training on it needs.
 
-    ``logprobs``, ``versions``, and where present ``ref_logprobs`` and ``sampling_mask``
-    have one entry per response token. Floats are stored as float32. A trajectory without
-    a reward is not one with reward 0: after scoring, ``unscored`` says why there is none.
-    An invalid trajectory cannot be made (SchemaError).
+    ``logprobs``, ``versions``, and where present ``ref_logprobs`` have one entry per
+    response token. Floats are stored as float32. A trajectory without a reward is not one
+    with reward 0: after scoring, ``unscored`` says why there is none. An invalid trajectory
+    cannot be made (SchemaError).
     """
 
     uid: str
@@ -88,8 +87,6 @@ class Trajectory:
     reward: float | None = None
     unscored: str | None = None
     ref_logprobs: list[float] | None = None
-    sampling_mask: list[list[int]] | None = None
-    """Token ids that top-p/top-k left to choose from, per response token."""
     meta: str = "{}"
     """A JSON object."""
 
@@ -105,7 +102,7 @@ class Trajectory:
         if self.attempt < 0:
             raise self._error(f"attempt {self.attempt} must not be negative")
         tokens = len(self.response_ids)
-        for name in ("logprobs", "versions", "ref_logprobs", "sampling_mask"):
+        for name in ("logprobs", "versions", "ref_logprobs"):
             values = getattr(self, name)
             if values is not None and len(values) != tokens:
                 raise self._error(
@@ -160,12 +157,13 @@ def check_schema(found: pa.Schema, schema: pa.Schema) -> None:
     if not same_schema(found, schema):
         other = have.get(NAME_KEY, b"nothing of sleepRL").decode()
         raise SchemaError(f"expected data of schema {name!r}, got {other!r}")
-    if (newer := int(have.get(VERSION_KEY, b"0"))) > version:
+    if (given := int(have.get(VERSION_KEY, b"0"))) > version:
         raise SchemaError(
-            f"{name} data has schema version {newer}, this sleepRL reads up to {version}; "
+            f"{name} data has schema version {given}, this sleepRL reads up to {version}; "
             "upgrade sleepRL"
         )
-    if unknown := sorted(set(found.names) - set(schema.names)):
+    unknown = sorted(set(found.names) - set(schema.names))
+    if unknown and given == version:
         raise SchemaError(f"{name} data has unknown columns {unknown}")
     missing = [f.name for f in schema if not f.nullable and f.name not in found.names]
     if missing:
