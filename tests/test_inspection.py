@@ -17,13 +17,16 @@ from sleeprl.trajectories.schema import Trajectory, to_batch
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two groups of dreams, one of them unscored in part, and some replay."""
+    """A group of dreams, one of them unscored, and some replay."""
     run = tmp_path_factory.mktemp("runs") / "night"
     run.mkdir()
     (run / "smaller-self-0").symlink_to(tiny_model)
     chat = Chat(tiny_model)
 
-    def made(uid: str, purpose: str, text: str, reward: float | None = None) -> Trajectory:
+    def made(
+        uid: str, purpose: str, text: str, reward: float | None = None,
+        advantage: float | None = None,
+    ) -> Trajectory:  # fmt: skip
         ids = chat.response(text)
         dream = purpose == "dream"
         return Trajectory(
@@ -33,12 +36,12 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             versions=[7] * (len(ids) - 1) + [8 if dream else 7], finish_reason="stop",
             teacher_prompt_ids=None if dream else chat.prompt("read this tell me"),
             reward=reward, unscored="malformed" if dream and reward is None else None,
-            ref_logprobs=[-0.5] * len(ids) if dream else None,
+            ref_logprobs=[-0.5] * len(ids) if dream else None, advantage=advantage,
         )  # fmt: skip
 
     written = [
-        made("dream-0-0", "dream", "ab", 1.0),
-        made("dream-0-1", "dream", "cd", 3.0),
+        made("dream-0-0", "dream", "ab", 1.0, -4.5),
+        made("dream-0-1", "dream", "cd", 3.0, 0.25),
         made("dream-0-2", "dream", "ef"),
         *(made(f"replay-answer-{n}", "replay", "gh") for n in range(4)),
     ]
@@ -62,7 +65,7 @@ def test_a_list_has_versions_rewards_and_advantages(run: Path) -> None:
     said = told(run)
     assert "7 trajectories: 3 dream, 4 replay" in said
     first, second = line(said, "dream-0-0"), line(said, "dream-0-1")
-    assert first[2:5] == ["7-8", "1.000", "-0.707"] and second[2:5] == ["7-8", "3.000", "0.707"]
+    assert first[2:5] == ["7-8", "1.000", "-4.500"] and second[2:5] == ["7-8", "3.000", "0.250"]
     assert line(said, "dream-0-2")[3:5] == ["malformed", "-"]
     assert line(said, "replay-answer-3")[2:5] == ["7", "-", "-"]
 
@@ -72,6 +75,9 @@ def test_only_some_of_them(run: Path) -> None:
     assert "4 trajectories: 4 replay; the first 3 are shown" in said
     assert "dream" not in said and "replay-answer-3" not in said
     assert "7 trajectories" in told(run, task="document-1")
+    # An advantage is what the learner made of it, whatever else is shown.
+    said = told(run, purpose="dream", limit=1)
+    assert line(said, "dream-0-0")[4] == "-4.500" and "dream-0-1" not in said
 
 
 def test_one_token_by_token(run: Path, tiny_model: Path) -> None:

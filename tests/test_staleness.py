@@ -32,12 +32,12 @@ from sleeprl.consolidation.writer import asks
 from sleeprl.dreaming import phase
 from sleeprl.dreaming.learning import LearnerActor, LearnerJob
 from sleeprl.dreaming.position import Position
-from sleeprl.dreaming.tasks import Dream
+from sleeprl.dreaming.tasks import Dream, algorithm_of, scores
 from sleeprl.memory.checkpoint import EXPERT, widen
 from sleeprl.memory.slots import Slots
 from sleeprl.settings import NightConfig
 from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, to_batch
+from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
 
 STEPS = 20
 DOCUMENTS = ["Ann lives in Oslo.", "Bob has a cat.", "Eve sings."]
@@ -109,7 +109,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for n in range(6)
     ]  # fmt: skip
-    for name in ("pipeline", "loop", "colocated", "turns", "together"):
+    for name in ("pipeline", "loop", "colocated", "turns", "together", "weighed"):
         Lake(place / name / "lake").append(to_batch(replay), "trajectories")
     return place
 
@@ -221,6 +221,24 @@ def test_staleness_zero_is_the_synchronous_loop(place: Path, piped: list[dict[st
     purposes = [row["purpose"] for row in texts[0]]
     assert purposes.count("redrawn") == 4 * sum(redrawn)
     assert purposes.count("dream") == 4 * 2 * STEPS
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_lake_has_each_advantage_as_the_learner_saw_it(place: Path) -> None:
+    """Of one update, and not of all that was dreamed."""
+    more = ("dreaming.steps=2", "dreaming.algorithm=reinforce_plus_plus")
+    config = settings(place, *more)
+    by_the_pipeline(place, config, Chat(place / "wide"), "weighed")
+    written = from_batch(Lake(place / "weighed" / "lake").read("trajectories"))
+    dreams, algorithm = [t for t in written if t.purpose == "dream"], algorithm_of(config.dreaming)
+
+    def advantages(of: Sequence[Trajectory]) -> list[float | None]:
+        return algorithm.advantages(scores(of, config.dreaming.max_tokens))
+
+    assert len(dreams) == 2 * 2 * 4 and len({d.reward for d in dreams}) > 1
+    found = [d.advantage for d in dreams]
+    assert found == pytest.approx(advantages(dreams[:8]) + advantages(dreams[8:]))
+    assert found != pytest.approx(advantages(dreams))
 
 
 def test_colocated_the_same_is_learned(place: Path, piped: list[dict[str, Any]]) -> None:

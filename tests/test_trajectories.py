@@ -55,6 +55,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         reward=draw(float32) if scored == "reward" else None,
         unscored=draw(st.text()) if scored == "unscored" else None,
         ref_logprobs=draw(st.none() | per_token(float32)),
+        advantage=draw(st.none() | float32),
         meta=json.dumps(draw(st.dictionaries(st.text(), st.integers() | st.text()))),
     )
 
@@ -175,9 +176,9 @@ def test_files_of_other_versions(tmp_path):
     lake = Lake(tmp_path)
     file = lake.append(to_batch([make("old")]), "trajectories")
     table = pq.read_table(file)
-    # Version 1 had a column for what top-p and top-k left to choose from.
+    # Version 1 had a column for what top-p and top-k left to choose from, and no advantages.
     masks = pa.array([None], pa.list_(pa.list_(pa.int32())))
-    first = table.drop_columns(["ref_logprobs"]).append_column("sampling_mask", masks)
+    first = table.drop_columns(["ref_logprobs", "advantage"]).append_column("sampling_mask", masks)
     pq.write_table(version(first, 1), file)
     lake.append(to_batch([make("new", ref_logprobs=[0.0, 0.0, 0.0])]), "trajectories")
     for read in (lake.read("trajectories"), lake.scan("trajectories").to_table()):

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -36,7 +37,13 @@ from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.prompts import parse_qa
 from sleeprl.settings import DreamingConfig
 from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, from_batch, with_column
+from sleeprl.trajectories.schema import (
+    TRAJECTORY_SCHEMA,
+    Trajectory,
+    conform,
+    from_batch,
+    with_column,
+)
 
 STATE, TAUGHT = "learner.safetensors", "taught-{rank}.safetensors"
 DREAM, LEARN, HOLD = "dream", "learn", "hold"
@@ -137,23 +144,25 @@ class LearnerActor(Served):
         Returns ``metrics`` and ``outcomes``.
         """
         began = time.monotonic()
-        learned, others = ray.get(list(batches)), ray.get(list(redrawn))
-        aside = [with_column(b, "purpose", ["redrawn"] * b.num_rows) for b in others]
-        dreams = from_batch(pa.Table.from_batches(learned))
+        learned, others = _table(batches), _table(redrawn)
+        dreams = from_batch(learned)
         version = self.job.first_version + self.learner.steps
-        rows = [*self._judged(dreams, version), *self._others(dreams)]
+        judged = self._judged(dreams, version)
+        rows = [*filter(None, judged), *self._others(dreams)]
         metrics: dict[str, Any] = self.learner.step(rows, self.parts, self.loss)
-        self.table = pa.Table.from_batches([*learned, *aside])
+        told = with_column(learned, "advantage", [_advantage(row) for row in judged])
+        aside = with_column(others, "purpose", ["redrawn"] * others.num_rows)
+        self.table = pa.concat_tables([told, aside])
         written = from_batch(self.table)
         metrics |= _describe(written)
         metrics |= _ages(dreams, version) | _agreement(metrics)
         metrics["step_seconds"] = time.monotonic() - began
         return {"metrics": metrics, "outcomes": outcomes(written)}
 
-    def _judged(self, dreams: Sequence[Trajectory], version: int) -> list[Row]:
-        """The dreams that have an advantage, for the policy gradient on their writer."""
+    def _judged(self, dreams: Sequence[Trajectory], version: int) -> list[Row | None]:
+        """Each dream for the policy gradient on its writer; None where it has no advantage."""
         advantages = self.algorithm.advantages(scores(dreams, self.job.config.max_tokens))
-        rows = [
+        judged = [
             Row(
                 prompt_ids=d.prompt_ids,
                 response_ids=d.response_ids,
@@ -163,18 +172,23 @@ class LearnerActor(Served):
                 age=version - min(d.versions),
                 reference=d.ref_logprobs or [],
             )
-            for d, advantage in zip(dreams, advantages, strict=True)
             if advantage is not None and d.response_ids
+            else None
+            for d, advantage in zip(dreams, advantages, strict=True)
         ]
         if not isinstance(self.algorithm, PPO):
-            return rows
+            return judged
+        rows = [row for row in judged if row is not None]
         values = self.learner.values(rows)
         rewards = [row.advantage for row in rows if not isinstance(row.advantage, list)]
-        judged = zip(rows, values, *self.algorithm.estimate(rewards, values), strict=True)
-        return [
-            replace(row, advantage=advantage, values=expected, returns=returns)
-            for row, expected, advantage, returns in judged
-        ]
+        found = zip(rows, values, *self.algorithm.estimate(rewards, values), strict=True)
+        estimated = iter(
+            [
+                replace(row, advantage=advantage, values=expected, returns=returns)
+                for row, expected, advantage, returns in found
+            ]
+        )
+        return [row and next(estimated) for row in judged]
 
     def _others(self, dreams: Sequence[Trajectory]) -> list[Row]:
         """The pairs of dreams that taught something, and the smaller self's own texts."""
@@ -217,6 +231,18 @@ class LearnerActor(Served):
     def finish(self, output: str) -> dict[str, Any]:
         save_trained(self.learner, Path(output), self.job.canary)
         return {"version": self.fleet.version}
+
+
+def _table(batches: Sequence[Any]) -> pa.Table:
+    """Groups of dreams by reference, as one; an older sleepRL may have written some."""
+    schema = TRAJECTORY_SCHEMA
+    return pa.Table.from_batches([conform(b, schema) for b in ray.get(list(batches))], schema)
+
+
+def _advantage(row: Row | None) -> float | None:
+    """Of a whole dream."""
+    found = None if row is None else row.advantage
+    return fmean(found) if isinstance(found, list) else found
 
 
 def outcomes(dreams: Sequence[Trajectory]) -> list[Outcome]:

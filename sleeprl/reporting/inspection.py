@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.compute as pc
-import yaml
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from sleeprl.chat import Chat
-from sleeprl.losses.algorithms.base import Scores
-from sleeprl.registry import create
-from sleeprl.settings import DreamingConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import Trajectory, from_batch
 
@@ -33,7 +29,11 @@ def inspect(
     uid: str | None = None,
     limit: int = 20,
 ) -> RenderableType:
-    """What a run's engines wrote. purpose, task: only these. uid: this one, token by token."""
+    """What a run's engines wrote. purpose, task: only these. uid: this one, token by token.
+
+    Advantages are those that the learner used: many algorithms make them of all that an update
+    has, and here some of it may be left out.
+    """
     lake, chat = Lake(run / "lake"), _chat(run)
     if not lake.files(KIND):
         raise NothingToInspect(f"{run} has no trajectories; give the directory of a run")
@@ -46,11 +46,10 @@ def inspect(
                 raise NothingToInspect(
                     f"no trajectory of {run} has {column}={wanted!r}; there are {_some(there)}"
                 )
-    found = from_batch(table)
-    advantages = dict(zip((t.uid for t in found), _advantages(run, found), strict=True))
     if uid is not None:
-        return _tokens(found[0], chat)
-    return Group(_list(found[:limit], advantages, chat), _counts(found, limit))
+        return _tokens(from_batch(table)[0], chat)
+    shown = from_batch(table.slice(0, limit))
+    return Group(_list(shown, chat), _counts(table.column("purpose").to_pylist(), limit))
 
 
 def _chat(run: Path) -> Chat:
@@ -61,22 +60,7 @@ def _chat(run: Path) -> Chat:
     return Chat(directory)
 
 
-def _advantages(run: Path, found: Sequence[Trajectory]) -> list[float | None]:
-    """As the run's algorithm sees them: dreams written together are a group. With a critic, whose
-    word is not kept, they are the rewards."""
-    path, dreaming = run / "config.yaml", DreamingConfig()
-    told = yaml.safe_load(path.read_text())["dreaming"] if path.is_file() else vars(dreaming)
-    algorithm = create(told["algorithm"], "algorithm", told["algorithm_options"])
-    scores = Scores(
-        rewards=[t.reward for t in found],
-        groups=[t.uid.rpartition("-")[0] for t in found],
-        lengths=[len(t.response_ids) for t in found],
-        limit=told["max_tokens"],
-    )
-    return list(algorithm.advantages(scores))
-
-
-def _list(found: Sequence[Trajectory], advantages: Mapping[str, float | None], chat: Chat) -> Table:
+def _list(found: Sequence[Trajectory], chat: Chat) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     for name in ("uid", "tokens", "versions", "reward", "advantage"):
         right = name != "uid"
@@ -89,17 +73,16 @@ def _list(found: Sequence[Trajectory], advantages: Mapping[str, float | None], c
             f"{len(t.prompt_ids)}+{len(t.response_ids)}",
             _span(t.versions),
             t.unscored or _number(t.reward),
-            _number(advantages[t.uid]),
+            _number(t.advantage),
             Text(" ".join(chat.decode(t.response_ids).split()) + cut),
         )
     return table
 
 
-def _counts(found: Sequence[Trajectory], limit: int) -> Text:
-    purposes = [t.purpose for t in found]
+def _counts(purposes: Sequence[str], limit: int) -> Text:
     told = ", ".join(f"{purposes.count(p)} {p}" for p in dict.fromkeys(purposes))
-    more = f"; the first {limit} are shown" if len(found) > limit else ""
-    return Text(f"\n{len(found)} trajectories: {told}{more}", style="dim")
+    more = f"; the first {limit} are shown" if len(purposes) > limit else ""
+    return Text(f"\n{len(purposes)} trajectories: {told}{more}", style="dim")
 
 
 def _tokens(t: Trajectory, chat: Chat) -> RenderableType:

@@ -39,7 +39,7 @@ def _column(name: str, kind: pa.DataType) -> pa.Field:
 
 TRAJECTORY_SCHEMA = versioned(
     "trajectory",
-    2,
+    3,
     [
         _column("uid", pa.string()),
         _column("task_id", pa.string()),
@@ -54,6 +54,7 @@ TRAJECTORY_SCHEMA = versioned(
         pa.field("reward", pa.float32()),
         pa.field("unscored", pa.string()),
         pa.field("ref_logprobs", pa.list_(pa.float32())),
+        pa.field("advantage", pa.float32()),
         _column("meta", pa.string()),
     ],
 )
@@ -87,6 +88,9 @@ class Trajectory:
     reward: float | None = None
     unscored: str | None = None
     ref_logprobs: list[float] | None = None
+    advantage: float | None = None
+    """What the learner made of the reward, beside the others of its update; with a critic the mean
+    over the tokens. None where nothing was learned from the reward."""
     meta: str = "{}"
     """A JSON object."""
 
@@ -185,7 +189,7 @@ def conform(data: Tabular, schema: pa.Schema) -> Tabular:
     return type(data).from_arrays(arrays, schema=schema)
 
 
-def with_column(batch: pa.RecordBatch, name: str, values: Sequence[Any]) -> pa.RecordBatch:
+def with_column(batch: Tabular, name: str, values: Sequence[Any]) -> Tabular:
     """A copy of ``batch`` in which column ``name`` of the schema holds ``values``."""
     if len(values) != batch.num_rows:
         raise SchemaError(f"{name} has {len(values)} values for {batch.num_rows} trajectories")
