@@ -670,6 +670,21 @@ def test_histograms_of_staleness_age_and_lag(run_dir: Path) -> None:
     assert "How old dreams were" in page_of(run_dir).text
 
 
+def test_a_step_that_was_done_again_is_in_the_histograms_once(run_dir: Path) -> None:
+    with MetricsLog(run_dir / "metrics.jsonl") as log:
+        for step, tokens, age in ((1, {"0": 10}, 1.0), (2, {"0": 50}, 9.0), (2, {"-1": 30}, 3.0)):
+            log.write("dreaming", step, staleness_tokens=tokens, age_seconds=[age],
+                      publish_lag_seconds=age)  # fmt: skip
+    staleness, age, lag = spreads(read_metrics(run_dir / "metrics.jsonl"))
+    # Its learner had died, and the engines were an update ahead of the one in its place.
+    assert "<desc>-1: 75.0 %; 0: 25.0 %</desc>" in staleness.svg
+    assert (staleness.middle, age.middle, lag.middle) == (
+        "mean -0.75",
+        "median 2.0 s",
+        "median 2.0 s",
+    )
+
+
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="nowhere"):
         write_report(tmp_path / "nowhere")

@@ -143,18 +143,21 @@ def phase_curves(rows: Sequence[Mapping[str, Any]]) -> list[PhaseCurves]:
 
 def spreads(rows: Sequence[Mapping[str, Any]]) -> list[Spread]:
     """How old dreams were when they were learned from: in updates by token, in seconds by group; and
-    how long after an update the engines had its weights. Only what a run has recorded."""
+    how long after an update the engines had its weights. Only what a run has recorded.
+
+    An age below zero is of a dream that a restarted learner came to with fewer updates than the
+    engines had when it was written.
+    """
     updates: dict[int, float] = {}
-    ages: list[float] = []
-    lags: list[float] = []
-    for row in rows:
-        for age, tokens in (row.get("staleness_tokens") or {}).items():
+    for tokens_by_age in _told(rows, "staleness_tokens"):
+        for age, tokens in tokens_by_age.items():
             updates[int(age)] = updates.get(int(age), 0) + tokens
-        ages += row.get("age_seconds") or []
-        lags += [row["publish_lag_seconds"]] if row.get("publish_lag_seconds") is not None else []
+    ages = [age for of_groups in _told(rows, "age_seconds") for age in of_groups]
+    lags = _told(rows, "publish_lag_seconds")
     found = []
     if updates:
-        bars = [(str(age), updates.get(age, 0)) for age in range(max(updates) + 1)]
+        every_age = range(min(0, *updates), max(0, *updates) + 1)
+        bars = [(str(age), updates.get(age, 0)) for age in every_age]
         mean = sum(age * n for age, n in updates.items()) / max(1, sum(updates.values()))
         name = "staleness: tokens by age in updates"
         found.append(Spread(name, f"mean {short(mean)}", charts.histogram(name, bars)))
@@ -166,6 +169,14 @@ def spreads(rows: Sequence[Mapping[str, Any]]) -> list[Spread]:
             told = f"median {duration(median(values))}"
             found.append(Spread(name, told, charts.histogram(name, charts.bins(values))))
     return found
+
+
+def _told(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """A value of each step: the last, where a resumed run has recorded the step again."""
+    found = {
+        (row.get("phase"), row.get("step")): row[name] for row in rows if row.get(name) is not None
+    }
+    return list(found.values())
 
 
 def _phase(key: str, metrics: Mapping[str, Mapping[float, float | None]]) -> PhaseCurves:
