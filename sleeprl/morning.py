@@ -168,7 +168,7 @@ def environment() -> dict[str, str]:
         "sleeprl": sleeprl.__version__,
         **_commit(),
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {available_cpus()} cores",
+        "machine": _machine(),
     }
     for name in PACKAGES:
         try:
@@ -176,6 +176,14 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _machine() -> str:
+    """Architecture, the CPU's model where Linux tells it, and cores."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return ", ".join([platform.machine(), *models[:1], f"{available_cpus()} cores"])
 
 
 def _commit() -> dict[str, str]:

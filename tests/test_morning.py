@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleeprl import config as cfg
-from sleeprl.morning import FEW, gate
-from sleeprl.settings import ConfigError, GateConfig
+from sleeprl.morning import FEW, environment, gate
+from sleeprl.settings import ConfigError, GateConfig, available_cpus
 
 CONFIG = GateConfig(tolerance=0.02, perplexity=1.25)
 
@@ -82,3 +85,10 @@ def test_each_measure_can_refuse_alone(
 def test_a_gate_always_has_texts_to_measure() -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.texts=0 must be greater than 0"):
         cfg.load(None, ["evaluation.texts=0"])
+
+
+def test_a_figure_says_on_what_machine_it_was_measured() -> None:
+    told = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", told.read_text() if told.is_file() else "")
+    expected = [platform.machine(), *models[:1], f"{available_cpus()} cores"]
+    assert environment()["machine"] == ", ".join(expected)
