@@ -148,3 +148,20 @@ def test_nobody_patches_a_library() -> None:
                     root = root.value
                 if isinstance(target, ast.Attribute) and isinstance(root, ast.Name):
                     assert root.id not in foreign, f"{path}:{node.lineno} patches {root.id}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nobody_patches_an_object(path: Path) -> None:
+    """No function is put in the place of another's method."""
+    tree = ast.parse(path.read_text())
+    functions = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign):
+            continue
+        callable_ = isinstance(node.value, ast.Lambda) or (
+            isinstance(node.value, ast.Name) and node.value.id in functions
+        )
+        for target in node.targets:
+            if callable_ and isinstance(target, ast.Attribute):
+                owner = ast.unparse(target.value)
+                assert owner == "self", f"{path}:{node.lineno} patches {owner}.{target.attr}"

@@ -35,11 +35,16 @@ def count_devices_once() -> None:
     It asks once for each bucket of gradients, and on CPUs starts ``numactl`` to find out, whether
     or not it is there: a process for every million gradients of every micro-batch.
     """
-    from deepspeed.accelerator import get_accelerator
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    accelerator = get_accelerator()
-    count = accelerator.device_count()
-    accelerator.device_count = lambda: count
+    count = get_accelerator().device_count()
+
+    class Counted(CPU_Accelerator):  # type: ignore[misc]
+        def device_count(self) -> int:
+            return count
+
+    set_accelerator(Counted())
 
 
 def keep_memory() -> None:
