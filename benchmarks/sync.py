@@ -2,8 +2,10 @@
 
     python benchmarks/sync.py                             1 M to 500 M parameters: table and JSON
     python benchmarks/sync.py --sizes 1M 17M --no-engine  the transports alone
+    python benchmarks/sync.py --quick                     the smallest, transports alone, few repeats
 
-Checkpoints are random and shaped like Llama's. *Transport* is all of pack, map, check and copy
+Checkpoints are random and shaped like Llama's, in float32 as engines have them on CPUs, unless
+``--dtype`` says otherwise. *Transport* is all of pack, map, check and copy
 into place: from the sender's tensors to those of another process, which answers bucket by
 bucket; *mapped* leaves the last copy out, as an engine does that loads straight from the mapping.
 *Raw* is the least that two processes can do: one copies flat bytes into shared memory in pieces of
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -39,17 +42,14 @@ from sleeprl.actors.cluster import cluster
 from sleeprl.actors.engine import EngineOptions
 from sleeprl.actors.fleet import Fleet
 from sleeprl.evaluation.statistics import interval
-from sleeprl.files import write_json_atomic
 from sleeprl.memory.checkpoint import all_tensors
 from sleeprl.models import EMBEDDED
-from sleeprl.morning import environment
-from sleeprl.settings import ResourcesConfig
+from sleeprl.settings import ResourcesConfig, available_cpus
 from sleeprl.weights.buckets import Mapped, receive
 from sleeprl.weights.shared_memory import BUCKET_BYTES, Segment
 from sleeprl.weights.transport import Delivery, WeightTransport, make_transport
 from sleeprl.weights.verify import checksum
 
-RESULTS = Path(__file__).parent / "results"
 TRANSPORTS = ("shared_memory", "disk")
 MAPPED = "shared_memory, mapped"
 RAW = "raw, two processes"
@@ -316,15 +316,15 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=9, help="of the transports")
     parser.add_argument("--updates", type=int, default=4, help="of the engine")
     parser.add_argument("--engine", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
+    if options.quick:
+        options.sizes, options.repeats, options.engine = [next(iter(SIZES))], 2, False
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     console, rows = Console(width=110), []
@@ -345,14 +345,9 @@ def main() -> None:
             del weights
             show(rows[-1:], console)
     show(rows, console)
-    RESULTS.mkdir(exist_ok=True)
-    result = {
-        "command": "python benchmarks/sync.py",
-        "settings": vars(options),
-        "rows": rows,
-        "environment": environment(),
-    }
-    write_json_atomic(RESULTS / "sync.json", result)
+    names = ("sizes", "dtype", "repeats", "updates", "engine")
+    settings = {name: getattr(options, name) for name in names}
+    save("sync", {"settings": settings, "rows": rows, "cores": available_cpus()}, options.output)
 
 
 if __name__ == "__main__":

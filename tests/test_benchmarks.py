@@ -72,3 +72,18 @@ def test_overlap(tmp_path: Path) -> None:
     for mode in pair.values():
         assert all(0.0 <= share <= 1.0 for share in mode["idle_share"].values())
         assert mode["idle"]["learner"]["data"] > 0
+
+
+@pytest.mark.slow
+def test_sync(tmp_path: Path) -> None:
+    found = quick("sync", tmp_path)
+    (row,) = found["rows"]
+    assert found["settings"]["dtype"] == "float32" and row["bytes"] == 4 * row["parameters"]
+    assert row["into_vllm_seconds"] == {} and set(row["cpu_and_wall_seconds"]) > set(
+        row["transports"]
+    )
+    for times in row["cpu_and_wall_seconds"].values():
+        assert len(times) == found["settings"]["repeats"]
+        assert all(cpu > 0 and wall > 0 for cpu, wall in times)
+    for transport in row["transports"].values():
+        assert transport["gb_per_s"][0] > 0 and transport["of_copy"][0] > 0
