@@ -27,7 +27,7 @@ from sleeprl.consolidation.self_study import Pair
 from sleeprl.dreaming.curricula import Uniform, WeakSpots
 from sleeprl.dreaming.learning import outcomes
 from sleeprl.dreaming.line import in_line
-from sleeprl.dreaming.phase import make_tasks
+from sleeprl.dreaming.phase import _samples, make_tasks
 from sleeprl.dreaming.pipeline import Counts
 from sleeprl.dreaming.position import write_group
 from sleeprl.dreaming.rewards import LikelihoodGain, RewardActor
@@ -37,6 +37,7 @@ from sleeprl.memory.checkpoint import expert_tensors, widen
 from sleeprl.prompts import STUDY_QA, format_qa, with_experience
 from sleeprl.registry import create
 from sleeprl.settings import ConfigError
+from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
 
 TASKS = [Task(f"t{i}", i, f"message {i}", (("Who?", f"Ann{i}"),)) for i in range(5)]
@@ -179,6 +180,29 @@ def dream(
         finish_reason=finish,
         meta=json.dumps(meta),
     )
+
+
+def test_samples_are_the_best_and_the_worst_dreams_and_no_others_are_read(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = Lake(tmp_path / "lake")
+    dreams = [replace(dream(chat, n, f"text {n}"), reward=float(n)) for n in range(20)]
+    others = [
+        dream(chat, 20, "unscored"),
+        replace(dreams[0], uid="set-aside", purpose="redrawn", reward=99.0),
+        replace(dreams[0], uid="replay-0", purpose="replay", reward=None),
+    ]
+    lake.append(to_batch([*dreams, *others]), "trajectories")
+    made: list[str] = []
+    monkeypatch.setattr(Trajectory, "__post_init__", lambda one: made.append(one.uid))
+    told = _samples(tmp_path, chat)
+    assert [s["note"] for s in told] == [f"reward +{n}.000" for n in (19, 18, 17, 16, 3, 2, 1, 0)]
+    assert told[0]["text"] == "text 19" and told[0]["prompt"] == chat.decode(dreams[0].prompt_ids)
+    assert made == [f"dream-0-{n}" for n in (19, 18, 17, 16, 3, 2, 1, 0)]
+    # What is done again after a crash counts as it was done at last; and there may be few.
+    lake.rewrite(to_batch([*dreams[:2], *others]), "trajectories")
+    lake.append(to_batch([replace(dream(chat, 0, "anew"), reward=5.0)]), "trajectories")
+    assert [s["text"] for s in _samples(tmp_path, chat)] == ["anew", "text 1"]
 
 
 def test_likelihood_gain() -> None:

@@ -164,6 +164,9 @@ def test_append_is_ordered_and_a_retry_counts_once(tmp_path):
     assert from_batch(table)[1].attempt == 5  # the last row of a uid is the one
     assert lake.read("trajectories", ["reward"]).column_names == ["uid", "reward"]
     assert lake.uids("trajectories") == {"a", "b", "c"}
+    picked = from_batch(lake.pick("trajectories", ["c", "a"]))
+    assert [(t.uid, t.attempt) for t in picked] == [("c", 0), ("a", 5)]
+    assert from_batch(lake.pick("trajectories", [])) == []
     assert lake.scan("trajectories").count_rows() == 4
     assert [file.name[:9] for file in lake.files("trajectories")] == ["00000000-", "00000001-"]
     lake.rewrite(to_batch([make("d")]), "trajectories")

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import ray
 
 from sleeprl.actors.engine import EngineOptions, spawn
@@ -288,12 +289,15 @@ def run(
 
 
 def _samples(run_dir: Path, chat: Chat, count: int = 8) -> list[dict[str, str]]:
-    """The best and the worst dreams, for the report."""
-    dreams = [
-        t for t in from_batch(Lake(run_dir / "lake").read("trajectories")) if t.purpose == "dream"
-    ]
-    scored = sorted((d for d in dreams if d.reward is not None), key=lambda d: -(d.reward or 0.0))
-    chosen = scored[: count // 2] + scored[-count // 2 :] if len(scored) >= count else scored
+    """The best and the worst dreams, for the report. Of the others only the rewards are read."""
+    lake, kind = Lake(run_dir / "lake"), "trajectories"
+    dreams = lake.read(kind, ["purpose", "reward"]).filter(
+        (pc.field("purpose") == "dream") & pc.field("reward").is_valid()
+    )
+    uids = dreams.sort_by([("reward", "descending")]).column("uid").to_pylist()
+    if len(uids) > count:
+        uids = uids[: count // 2] + uids[-count // 2 :]
+    chosen = from_batch(lake.pick(kind, uids))
     return [
         {
             "title": f"Dream about {d.task_id.replace('-', ' ')}",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
@@ -107,6 +108,13 @@ class Lake:
     def uids(self, kind: str) -> set[str]:
         """The uid of every row of a kind."""
         return set(self.read(kind, []).column("uid").to_pylist())
+
+    def pick(self, kind: str, uids: Sequence[str]) -> pa.Table:
+        """The rows of these uids, in this order; no others are in memory as a whole."""
+        wanted = pc.field("uid").isin(pa.array(uids, pa.string()))
+        table = self.scan(kind).to_table(filter=wanted)
+        last = {uid: row for row, uid in enumerate(table.column("uid").to_pylist())}
+        return table.take(pa.array([last[uid] for uid in uids], pa.int64()))
 
     def scan(self, kind: str) -> ds.Dataset:
         """A pyarrow dataset for data larger than memory. Retried appends are not merged."""
