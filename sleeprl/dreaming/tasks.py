@@ -1,17 +1,21 @@
-"""What to dream about: tasks, dreams, the protocols that users plug into, and the algorithm's view."""
+"""What to dream about: tasks, dreams, the protocols that users plug into, and the algorithm's view.
+
+A reward's process imports it, so neither torch nor ray is imported with it.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sleeprl.actors.engine import Sampling
-from sleeprl.losses.algorithms.base import Algorithm, Scores
 from sleeprl.registry import create
 from sleeprl.settings import DreamingConfig
-from sleeprl.trajectories.schema import Trajectory
+
+if TYPE_CHECKING:
+    from sleeprl.losses.algorithms.base import Algorithm, Scores
+    from sleeprl.trajectories.schema import Trajectory
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,10 @@ class Outcome:
 
 
 class Reward(Protocol):
-    """A pure function of the dream. None means it cannot be scored, which is not 0."""
+    """A pure function of the dream. None means it cannot be scored, which is not 0.
+
+    It runs in a process of its own, which is killed where it takes ``dreaming.reward_deadline``.
+    """
 
     def __call__(self, dream: Dream) -> float | None: ...
 
@@ -85,6 +92,8 @@ def algorithm_of(config: DreamingConfig) -> Algorithm:
 
 def scores(dreams: Sequence[Trajectory], limit: int) -> Scores:
     """What an algorithm makes advantages of. limit: tokens that a dream may have."""
+    from sleeprl.losses.algorithms.base import Scores
+
     return Scores(
         [d.reward for d in dreams],
         [d.uid.rpartition("-")[0] for d in dreams],  # without the attempt: written together
@@ -97,6 +106,8 @@ def request(
     config: DreamingConfig, seed: int, number: int, task: Task, asks: Callable[[str], list[int]]
 ) -> dict[str, Any]:
     """What an engine's ``rollout`` is asked for a group; the same whenever that is."""
+    from sleeprl.actors.engine import Sampling
+
     rng = random.Random(f"{seed}-dream-{number}")
     return {
         "task": task.id,
