@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BUILTIN: Mapping[str, Mapping[str, str]] = {
-    "reward": {"likelihood_gain": "sleeprl.dreaming.rewards.LikelihoodGain"},
+    "reward": {"likelihood_gain": "sleeprl.dreaming.reward_process.LikelihoodGain"},
     "curriculum": {
         "uniform": "sleeprl.dreaming.curricula.Uniform",
         "weak_spots": "sleeprl.dreaming.curricula.WeakSpots",

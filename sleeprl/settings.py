@@ -246,7 +246,7 @@ class DreamingConfig:
     reward_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward."""
     reward_deadline: float = 30.0
-    """Seconds the reward of one dream may take before it is unscored."""
+    """Seconds the reward of one dream may take; then its process is killed and the dream unscored."""
     curriculum: str = "weak_spots"
     """A built-in name or the dotted path of a ``Curriculum``."""
     curriculum_options: dict[str, Any] = field(default_factory=dict)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -30,12 +33,13 @@ from sleeprl.dreaming.line import in_line
 from sleeprl.dreaming.phase import _samples, make_tasks
 from sleeprl.dreaming.pipeline import Counts
 from sleeprl.dreaming.position import write_group
-from sleeprl.dreaming.rewards import LikelihoodGain, RewardActor
+from sleeprl.dreaming.reward_process import LikelihoodGain
+from sleeprl.dreaming.rewards import RewardActor
 from sleeprl.dreaming.tasks import Dream, Outcome, Task
 from sleeprl.dreaming.trials import Scorer
 from sleeprl.memory.checkpoint import expert_tensors, widen
 from sleeprl.prompts import STUDY_QA, format_qa, with_experience
-from sleeprl.registry import create
+from sleeprl.registry import PluginError, create
 from sleeprl.settings import ConfigError
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
@@ -215,7 +219,7 @@ def test_likelihood_gain() -> None:
 
 
 USERS = """
-import math, sys, time
+import collections, ctypes, itertools, math, os, re, sys, time
 
 def fixed(value):
     return lambda dream: value
@@ -230,12 +234,39 @@ def leaves():
         sys.exit(3)
     return reward
 
-def slow(seconds):
+class TwoArguments(Exception):  # cannot be unpickled
+    def __init__(self, a, b):
+        super().__init__(f"{a} and {b}")
+
+def raises_its_own():
     def reward(dream):
-        if "slow" in dream.text:
-            time.sleep(seconds)
-        return 1.0
+        raise TwoArguments("salt", "pepper")
     return reward
+
+def never_made(how):
+    if how == "raises":
+        raise OSError("the judge's weights are not there")
+    os._exit(3)
+
+class Counts:
+    '''How many dreams this very object has judged.'''
+
+    def __init__(self, pids=os.devnull):
+        with open(pids, "a") as file:
+            print(os.getpid(), file=file)
+        time.sleep(0.5)  # longer than its deadline
+        self.judged = 0
+
+    def __call__(self, dream):
+        self.judged += 1
+        {
+            "sleeps": lambda: time.sleep(60),
+            "matches": lambda: re.match("(a+)+$", "a" * 60 + "b"),
+            "loops in C": lambda: collections.deque(itertools.repeat(0), maxlen=0),
+            "exits": lambda: os._exit(3),
+            "crashes": lambda: ctypes.string_at(0),
+        }.get(dream.text, lambda: None)()
+        return self.judged
 
 def times_out_itself():
     def reward(dream):
@@ -258,12 +289,28 @@ def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "users_rewards"
 
 
+@pytest.fixture
+def rewarding(wide: Path) -> Iterator[Callable[..., RewardActor]]:
+    """Makes a RewardActor in this process."""
+    made: list[RewardActor] = []
+
+    def make(name: str, deadline: float = 5.0, *rest: Any, **options: Any) -> RewardActor:
+        made.append(RewardActor(str(wide), name, options, deadline, *rest))
+        return made[-1]
+
+    yield make
+    for actor in made:
+        actor.reward.close()
+
+
 def scored(actor: RewardActor, batch: pa.RecordBatch) -> list[Trajectory]:
     return from_batch(ray.get(actor.score(batch, {t.id: t for t in TASKS})["batch"]))
 
 
 @pytest.mark.usefixtures("store")
-def test_a_reward_sees_the_dream_and_scores_each_row(wide: Path, chat: Chat, users: str) -> None:
+def test_a_reward_sees_the_dream_and_scores_each_row(
+    rewarding: Callable[..., RewardActor], chat: Chat, users: str
+) -> None:
     pair = format_qa("Who?", "Ann")
     batch = to_batch(
         [
@@ -272,10 +319,10 @@ def test_a_reward_sees_the_dream_and_scores_each_row(wide: Path, chat: Chat, use
             dream(chat, 2, pair, finish="length"),
         ]
     )
-    looks = scored(RewardActor(str(wide), f"{users}.looks", {}, 5.0), batch)
+    looks = scored(rewarding(f"{users}.looks"), batch)
     assert [t.reward for t in looks] == [float(len(pair)), -1.0, -1.0]
     assert [t.unscored for t in looks] == [None] * 3
-    builtin = scored(RewardActor(str(wide), "likelihood_gain", {"scale": 2.0}, 5.0), batch)
+    builtin = scored(rewarding("likelihood_gain", scale=2.0), batch)
     assert [t.reward for t in builtin] == [1.0, 0.0, 0.0]
 
 
@@ -284,6 +331,7 @@ def test_a_reward_sees_the_dream_and_scores_each_row(wide: Path, chat: Chat, use
     ("factory", "options", "reason"),
     [
         ("raises", {}, "no such thing"),
+        ("raises_its_own", {}, "TwoArguments: salt and pepper"),
         ("leaves", {}, "SystemExit"),
         ("fixed", {"value": None}, "None"),
         ("fixed", {"value": math.nan}, "nan"),
@@ -295,39 +343,141 @@ def test_a_reward_sees_the_dream_and_scores_each_row(wide: Path, chat: Chat, use
     ],
 )
 def test_what_cannot_be_scored_is_unscored_with_the_reason(
-    wide: Path, chat: Chat, users: str, factory: str, options: dict[str, Any], reason: str
+    rewarding: Callable[..., RewardActor],
+    chat: Chat,
+    users: str,
+    factory: str,
+    options: dict[str, Any],
+    reason: str,
 ) -> None:
-    actor = RewardActor(str(wide), f"{users}.{factory}", options, 5.0)
+    actor = rewarding(f"{users}.{factory}", **options)
     (row,) = scored(actor, to_batch([dream(chat, 0, format_qa("Who?", "Ann"))]))
     assert row.reward is None
     assert row.unscored is not None and reason in row.unscored
+    assert f"reward '{users}.{factory}'" in row.unscored
 
 
 @pytest.mark.usefixtures("store")
-def test_the_deadline_leaves_the_slow_one_unscored_and_goes_on(
-    wide: Path, chat: Chat, users: str
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("sleeps", "gave nothing within dreaming.reward_deadline=0.4 s"),
+        ("matches", "gave nothing within dreaming.reward_deadline=0.4 s"),
+        ("loops in C", "gave nothing within dreaming.reward_deadline=0.4 s"),
+        ("exits", "ended its process (exit code 3)"),
+        ("crashes", f"ended its process (exit code {-signal.SIGSEGV})"),
+    ],
+)
+def test_what_ends_a_rewards_process_costs_one_dream(
+    rewarding: Callable[..., RewardActor], chat: Chat, users: str, how: str, reason: str
 ) -> None:
-    actor = RewardActor(str(wide), f"{users}.slow", {"seconds": 1.0}, 0.2)
-    batch = to_batch([dream(chat, 0, "slow"), dream(chat, 1, "quick")])
+    actor = rewarding(f"{users}.Counts", 0.4)
+
+    def judged(*texts: str) -> list[Trajectory]:
+        return scored(actor, to_batch([dream(chat, n, text) for n, text in enumerate(texts)]))
+
     began = time.monotonic()
-    slow, quick = scored(actor, batch)
-    assert time.monotonic() - began < 0.9
-    assert slow.reward is None and slow.unscored is not None and "0.2 s" in slow.unscored
-    assert quick.reward == 1.0
-    for thread in threading.enumerate():  # let the sleeper end before the next test
-        if thread.name.startswith("ThreadPoolExecutor"):
-            thread.join()
+    (first,) = judged(how)
+    assert first.reward is None
+    assert time.monotonic() - began < 2.5
+    # Each process has a reward of its own, whose making takes longer than the deadline.
+    rows = judged("quick", "quick", how, "quick", how, how, "quick", "quick")
+    assert [row.reward for row in rows] == [1, 2, None, 1, None, None, 1, 2]
+    told = {row.unscored for row in (first, *rows)} - {None}
+    assert told == {f"reward '{users}.Counts' {reason}"}
+
+
+@pytest.mark.usefixtures("store")
+def test_a_rewards_process_may_end_between_two_dreams(
+    rewarding: Callable[..., RewardActor], chat: Chat, users: str, tmp_path: Path
+) -> None:
+    pids = tmp_path / "pids"
+    actor = rewarding(f"{users}.Counts", pids=str(pids))
+    batch = to_batch([dream(chat, n, "quick") for n in range(2)])
+    for wait in (0.0, 0.5):  # before it is noticed, and after
+        assert [row.reward for row in scored(actor, batch)] == [1, 2]
+        os.kill(int(pids.read_text().split()[-1]), signal.SIGKILL)
+        time.sleep(wait)
+    assert [row.reward for row in scored(actor, batch)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "problem"),
+    [
+        ("never_made", {"how": "raises"}, "OSError: the judge's weights are not there"),
+        ("never_made", {"how": "exits"}, "its process ended while it was made"),
+        ("fixed", {"valeu": 1}, "unexpected keyword argument 'valeu'"),
+        ("nowhere", {}, "has no 'nowhere'"),
+    ],
+)
+def test_a_reward_that_cannot_be_made_is_told(
+    wide: Path, users: str, name: str, options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(PluginError, match=problem) as told:
+        RewardActor(str(wide), f"{users}.{name}", options, 5.0)
+    assert f"reward '{users}.{name}'" in str(told.value)
+
+
+def ends(process: psutil.Process) -> bool:
+    """Within 5 seconds; else it is killed."""
+    gone, left = psutil.wait_procs([process], timeout=5)
+    for one in left:
+        one.kill()
+    return bool(gone)
+
+
+@pytest.mark.usefixtures("store")
+def test_a_rewards_process_ends_with_its_actor(
+    wide: Path, chat: Chat, users: str, tmp_path: Path
+) -> None:
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    actor: Any = ray.remote(RewardActor).options(
+        num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": path}}
+    )
+    pids = tmp_path / "pids"
+    actor = actor.remote(str(wide), f"{users}.Counts", {"pids": str(pids)}, 60.0)
+    parent = ray.get(actor.pid.remote())
+    running = actor.score.remote(to_batch([dream(chat, 0, "loops in C")]), {t.id: t for t in TASKS})
+    assert ray.wait([running], timeout=2)[1] == [running]
+    process = psutil.Process(int(pids.read_text()))
+    assert process.ppid() == parent
+    os.kill(parent, signal.SIGKILL)
+    assert ends(process)
+
+
+JUDGES = """
+import sys
+from sleeprl.dreaming.reward_process import RewardProcess
+from sleeprl.dreaming.tasks import Dream, Task
+
+judge = RewardProcess("users_rewards.Counts", {"pids": sys.argv[1]}, 60.0, 1e9)
+print("made", flush=True)
+judge(Dream(Task("t0", 0, "message", ()), "loops in C", [1], None, None))
+"""
+
+
+@pytest.mark.usefixtures("users")
+def test_a_rewards_process_needs_nobody_to_end_it(tmp_path: Path) -> None:
+    """Ray's raylet kills what a dead actor leaves behind, but may have died with it."""
+    pids = tmp_path / "pids"
+    command = [sys.executable, "-c", JUDGES, str(pids)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as actor:
+        assert actor.stdout is not None and actor.stdout.readline() == b"made\n"
+        process = psutil.Process(int(pids.read_text()))
+        time.sleep(1)  # it judges by now
+        actor.kill()
+    assert ends(process)
 
 
 @pytest.mark.usefixtures("store")
 def test_a_group_is_equal_where_the_algorithm_finds_nothing_to_learn(
-    wide: Path, chat: Chat, users: str, tmp_path: Path
+    rewarding: Callable[..., RewardActor], chat: Chat, users: str, tmp_path: Path
 ) -> None:
     good, bad = format_qa("Who?", "Ann"), "no pair at all"
 
     def equal(*dreams: Trajectory, **options: Any) -> bool:
         algorithm = create("dapo", "algorithm", options)
-        actor = RewardActor(str(wide), f"{users}.looks", {}, 5.0, algorithm, 40)
+        actor = rewarding(f"{users}.looks", 5.0, algorithm, 40)
         batch = to_batch(list(dreams))
         found = ray.get(actor.score(batch, {t.id: t for t in TASKS})["batch"])
         write_group(tmp_path, "0-queued", found)
@@ -344,7 +494,7 @@ def test_a_group_is_equal_where_the_algorithm_finds_nothing_to_learn(
     short, long = dream(chat, 0, "no"), dream(chat, 1, "n" * 38)
     assert equal(short, long)
     assert not equal(short, long, overlong=20)
-    plain = RewardActor(str(wide), f"{users}.looks", {}, 5.0)
+    plain = rewarding(f"{users}.looks")
     assert not plain.score(to_batch(same), {t.id: t for t in TASKS})["equal"]
 
 

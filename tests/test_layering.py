@@ -110,7 +110,7 @@ def test_config_and_registry_import_neither_torch_nor_ray() -> None:
     [
         ("sleeprl.config, sleeprl.registry, sleeprl.prompts", "torch ray numpy transformers"),
         ("sleeprl.trajectories, sleeprl.trajectories.packing", "torch ray"),
-        ("sleeprl.dreaming.tasks", "torch ray numpy pyarrow transformers"),
+        ("sleeprl.dreaming.reward_process", "torch ray numpy pyarrow transformers"),
         (
             "sleeprl.losses.divergence, sleeprl.losses.policy, sleeprl.losses.streams, "
             "sleeprl.losses.imitation",
