@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from sleeprl.chat import Chat
 from sleeprl.cli import app
 from sleeprl.reporting.inspection import NothingToInspect, inspect
 from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, to_batch
+from sleeprl.trajectories.schema import Purpose, Trajectory, to_batch
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +108,5 @@ def test_what_is_not_there_is_said_with_what_is(run: Path, tmp_path: Path) -> No
 def test_the_command(run: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(run), "--purpose", "dream"])
     assert done.exit_code == 0 and "dream-0-1" in done.output
+    said = CliRunner().invoke(app, ["inspect", "--help"], env={"COLUMNS": "160"}).output
+    assert all(purpose in said for purpose in set(get_args(Purpose)) - {"eval"})

@@ -192,6 +192,18 @@ def same(place: Path, name: str) -> None:
     assert whole.keys() == other.keys()
     for key, tensor in whole.items():
         torch.testing.assert_close(other[key], tensor, atol=1e-5, rtol=0)
+    steps = [*range(9, STEPS + 1, 8), STEPS + 1]  # the last were asked for, and not learnt from
+    uids = [f"{step}-{number}-{n}" for step in steps for number in range(4) for n in range(2)]
+    assert rolled_out(place, "whole") == rolled_out(place, name) == sorted(uids)
+
+
+def rolled_out(place: Path, name: str) -> list[str]:
+    """The job's roll-outs in the lake, which it shares with the others."""
+    from sleeprl.trajectories.lake import Lake
+
+    prefix = f"rollout-{name}-"
+    uids = Lake(place / "lake").read("trajectories", []).column("uid").to_pylist()
+    return sorted(uid.removeprefix(prefix) for uid in uids if uid.startswith(prefix))
 
 
 def kill_a_worker(pid: int, step: int) -> bool:

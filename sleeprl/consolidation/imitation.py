@@ -20,6 +20,8 @@ from sleeprl.losses.streams import LossOptions
 from sleeprl.settings import ConsolidationConfig
 from sleeprl.trajectories.schema import Trajectory
 
+Judged = tuple[float, float | None]
+"""Reward and advantage of a roll-out."""
 SLACK = 8
 """Tokens that a roll-out may be longer than what the teacher wrote."""
 
@@ -35,6 +37,11 @@ class Continuation:
     @property
     def prompt(self) -> list[int]:
         return self.source.prompt_ids + self.prefix
+
+    @property
+    def teacher_prompt(self) -> list[int] | None:
+        teacher = self.source.teacher_prompt_ids
+        return None if teacher is None else teacher + self.prefix
 
 
 def longest(texts: Sequence[Trajectory]) -> int:
@@ -73,8 +80,9 @@ def rows(
     chat: Chat,
     judge: Judge,
     loss: LossOptions,
-) -> tuple[list[Row], dict[str, float]]:
-    """Rows of the part ``student`` with the algorithm's advantages, and their mean reward."""
+) -> tuple[list[Row], dict[str, float], list[Judged]]:
+    """Rows of the part ``student`` with the algorithm's advantages, their mean reward, and what
+    became of each roll-out; of one without a token there is no row."""
     owners = [c for c in continuations for _ in range(config.group_size)]
     texts = [
         (chat.decode(completion.token_ids), chat.decode(owner.rest))
@@ -102,13 +110,12 @@ def rows(
     for owner, completion, advantage in zip(owners, completions, advantages, strict=True):
         if not completion.token_ids:
             continue
-        teacher = owner.source.teacher_prompt_ids
         made.append(
             Row(
                 prompt_ids=owner.prompt,
                 response_ids=completion.token_ids,
                 part="student",
-                teacher_prompt_ids=None if teacher is None else teacher + owner.prefix,
+                teacher_prompt_ids=owner.teacher_prompt,
                 advantage=advantage,
                 behaviour=completion.logprobs,
             )
@@ -119,4 +126,40 @@ def rows(
     metrics = {"imitation_reward": sum(rewards) / max(1, len(rewards))}
     if new:
         metrics["imitation_reward_new"] = sum(new) / len(new)
-    return made, metrics
+    return made, metrics, list(zip(rewards, advantages, strict=True))
+
+
+def trajectories(
+    prefix: str,
+    continuations: Sequence[Continuation],
+    completions: Sequence[Completion],
+    config: ConsolidationConfig,
+    judged: Sequence[Judged] | None,
+) -> list[Trajectory]:
+    """Roll-outs as the lake keeps them, each with the text that it goes on from as its task.
+
+    prefix: of their uids. judged: as ``rows`` gives it; None where nobody will learn from them.
+    """
+    made = []
+    for index, completion in enumerate(completions):
+        number, attempt = divmod(index, config.group_size)
+        owner = continuations[number]
+        reward, advantage = judged[index] if judged else (None, None)
+        made.append(
+            Trajectory(
+                uid=f"{prefix}-{number}-{attempt}",
+                task_id=owner.source.uid,
+                attempt=attempt,
+                purpose="rollout",
+                prompt_ids=owner.prompt,
+                response_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                versions=completion.versions,
+                finish_reason=completion.finish_reason,
+                teacher_prompt_ids=owner.teacher_prompt,
+                reward=reward,
+                unscored=None if judged else "the job ended",
+                advantage=advantage,
+            )
+        )
+    return made

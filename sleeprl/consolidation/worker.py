@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow.compute as pc
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from sleeprl.actors.batches import Row
+from sleeprl.actors.engine import Completion
 from sleeprl.actors.fleet import SILENCE, Fleet, Pending
 from sleeprl.actors.group import ActorGroup
 from sleeprl.actors.learner import Learner, LearnerOptions
@@ -35,8 +37,9 @@ from sleeprl.losses.streams import LossOptions
 from sleeprl.registry import create
 from sleeprl.settings import ConsolidationConfig, FixedCapacityConfig
 from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import from_batch
+from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
 
+KIND = "trajectories"
 STATE, POSITION, TAUGHT = "learner.safetensors", "position.json", "taught-{rank}.safetensors"
 
 
@@ -44,10 +47,10 @@ STATE, POSITION, TAUGHT = "learner.safetensors", "position.json", "taught-{rank}
 class Job:
     """One training job, plain enough to travel to the workers.
 
-    method: a name in ``METHODS``. lake: where the self-study texts are. passages: token
-        ids of the documents. output: where the trained expert goes; empty for a baseline,
-        of which only the measurement stays. first_version: weight version of the first
-        publication. tokens: stop when so many were trained on; 0 is no budget.
+    method: a name in ``METHODS``. lake: where the self-study texts are, and the roll-outs go.
+        passages: token ids of the documents. output: where the trained expert goes; empty
+        for a baseline, of which only the measurement stays. first_version: weight version
+        of the first publication. tokens: stop when so many were trained on; 0 is no budget.
     """
 
     method: str
@@ -62,11 +65,17 @@ class Job:
     passages: list[list[int]] = field(default_factory=list)
     tokens: int = 0
 
+    @property
+    def name(self) -> str:
+        """No other job on the same lake has it."""
+        return Path(self.output).name or self.method
+
 
 def feed(job: Job) -> Feed:
     """What the job learns from; rows that its method does not read are left out."""
     method = METHODS[job.method]
-    texts = from_batch(Lake(job.lake).read("trajectories"))
+    table = Lake(job.lake).read(KIND)
+    texts = from_batch(table.filter(pc.field("purpose").isin(["self_study", "replay"])))
     return Feed(method, texts, job.passages, method.objective(job.config), job.seed)
 
 
@@ -127,6 +136,8 @@ class _Worker:
         self.judge = make_judge(config.judge, config.judge_options, self.learner, self.chat)
         self.pending: tuple[list[imitation.Continuation], Pending] | None = None
         self.student_rows: list[Row] = []
+        self.unsaved: list[Trajectory] = []
+        """Rank 0's: roll-outs since the last checkpoint, for the lake."""
         self.extra: dict[str, float] = {}
         self.tokens = 0
         self._restore()
@@ -171,12 +182,22 @@ class _Worker:
         if written[0] is not None:
             # On every rank alike, because a judge may ask the learner.
             drawn, completions = written[0]
-            rows, told = imitation.rows(
+            rows, told, judged = imitation.rows(
                 drawn, completions, self.config, self.chat, self.judge, self.loss
             )
+            self._note(drawn, completions, judged)
             random.Random(self.learner.steps).shuffle(rows)
             self.extra.update(told)
             self.student_rows = rows
+
+    def _note(
+        self, drawn: Sequence[imitation.Continuation], completions: Sequence[Completion],
+        judged: Sequence[imitation.Judged] | None,
+    ) -> None:  # fmt: skip
+        """Keep roll-outs for the lake, under the step that is the first to learn from them."""
+        if self.rank == 0:
+            prefix = f"rollout-{self.job.name}-{self.learner.steps + 1}"
+            self.unsaved += imitation.trajectories(prefix, drawn, completions, self.config, judged)
 
     def _sleep(self) -> None:
         """Where engines and learner share a device, it is the learner's until the next update."""
@@ -196,7 +217,14 @@ class _Worker:
         self.shell.tell({"step": step + 1, **figures})
         self.extra = {}
 
+    def _to_the_lake(self) -> None:
+        """What is done again after a crash has the same uids, and counts once."""
+        if self.unsaved:
+            Lake(self.job.lake).append(to_batch(self.unsaved), KIND)
+            self.unsaved = []
+
     def _checkpoint(self, step: int) -> None:
+        self._to_the_lake()  # first: a job that goes on from here does not see them again
         state = self.learner.state()
         with _scratch() as directory:
             if self.rank == 0:
@@ -229,7 +257,9 @@ class _Worker:
     def finish(self) -> None:
         """Leave the final weights in the engines and, where it is wanted, on disk."""
         if self.pending is not None:
-            self.pending[1].wait()
+            drawn, pending = self.pending
+            self._note(drawn, pending.wait(), None)
+        self._to_the_lake()
         self.learner.settle()
         publish(self.learner, self.fleet, self.job.canary)
         if self.job.output:

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch.distributed as dist
 from ray.exceptions import ObjectLostError
@@ -94,8 +95,8 @@ class LearnerActor(Served):
         if state is not None:
             self._restore(Path(state))
         self.chat = Chat(self.job.learner.checkpoint)
-        texts = from_batch(Lake(self.job.lake).read("trajectories"))
-        self.replay = [t for t in texts if t.purpose == "replay"]
+        texts = Lake(self.job.lake).read("trajectories")
+        self.replay = from_batch(texts.filter(pc.field("purpose") == "replay"))
         self.parts = {
             DREAM: Part(pg=config.policy),
             LEARN: Part(ce=config.learn),
