@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -198,8 +199,8 @@ def test_plugins_by_dotted_path_run_with_real_actors(place: Path) -> None:
         example = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
         config["dreaming"].update(example["dreaming"])
     (target / "config.yaml").write_text(yaml.safe_dump(config))
-    for file in (target / "lake" / "trajectories").glob("*.parquet"):
-        if file.name.startswith(("00000001", "00000002")):
+    for file in Lake(target / "lake").files("trajectories"):
+        if "dream" in pq.read_table(file).column("purpose").to_pylist():
             file.unlink()
     done = sleeprl("night", "--resume", str(target), cwd=place)
     assert done.returncode == 0, done.stderr[-4000:]
