@@ -75,9 +75,11 @@ def check_model(config: NightConfig, directory: Path) -> None:
     """Raise ConfigError for a checkpoint that cannot sleep: its architecture, or no chat template.
 
     It is built without weights (on the meta device), which takes seconds, most of them to
-    import torch. The embedded model is known to be good.
+    import torch. The embedded model is known to be good, and so is one that has slept.
     """
-    if directory == EMBEDDED:
+    from sleeprl.memory.slots import Slots
+
+    if directory == EMBEDDED or Slots.load(directory) is not None:
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

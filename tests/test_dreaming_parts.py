@@ -151,7 +151,9 @@ def test_make_tasks_gives_each_document_its_own_probes() -> None:
 @pytest.fixture(scope="module")
 def store() -> Iterator[None]:
     """An object store: scorer and reward leave their batches there."""
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(
+        "local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error"
+    )
     yield
     ray.shutdown()
 

@@ -46,7 +46,7 @@ class NeverStarts(Served):
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error",
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error",
              runtime_env={"env_vars": {"PYTHONPATH": os.path.dirname(__file__)}})  # fmt: skip
     yield
     ray.shutdown()

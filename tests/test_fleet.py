@@ -47,6 +47,7 @@ class Forgetful(TorchEngine):
 def cluster() -> Iterator[None]:
     here = Path(__file__).parent  # the actors unpickle this module's classes
     ray.init(
+        "local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

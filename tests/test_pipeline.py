@@ -154,7 +154,7 @@ class Learns(Served):
 def local_ray() -> Iterator[None]:
     here = Path(__file__).parent
     ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
         runtime_env={"env_vars": {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}},
     )  # fmt: skip
     stages = [

@@ -118,7 +118,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def local_ray() -> Iterator[None]:
     here = Path(__file__).parent
     ray.init(
-        num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="error",
+        "local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="error",
         runtime_env={"env_vars": {
             "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1",
         }},

@@ -52,7 +52,8 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
     for question in questions:
         near = choose(question, documents, length - reply, chat)
         prompts.append(chat.prompt(with_experience(near, question) if near else question))
-    ray.init(num_cpus=available_cpus(), include_dashboard=False, log_to_driver=False)
+    # One of its own, also where `ray start` has left another on this machine.
+    ray.init("local", num_cpus=available_cpus(), include_dashboard=False, log_to_driver=False)
     fleet = None
     try:
         options = EngineOptions.of(settings, str(source), "float32")
