@@ -60,6 +60,7 @@ class Search:
         )
         monkeypatch.setattr(self.module, "tune", tuner)
         monkeypatch.setattr(self.module.psutil, "process_iter", lambda _: self.processes)
+        monkeypatch.setattr(self.module.psutil, "wait_procs", lambda those, timeout: ([], those))
         monkeypatch.setattr(self.module, "cluster", lambda *_, **__: nullcontext())
         monkeypatch.setattr(self.module, "find_model", lambda _: EMBEDDED)
         monkeypatch.setattr(self.module, "Night", self.night)
@@ -202,7 +203,9 @@ def test_where_nothing_old_was_asked_the_score_is_recall(retention: float | None
 
 def test_another_ray_on_the_machine_is_told(search: Search) -> None:
     """Ray Train cannot tell them apart when it frees the cores of a trial that was stopped."""
-    search.processes = [SimpleNamespace(pid=4711, info={"name": "gcs_server"})]
+    ended = SimpleNamespace(pid=4710, info={"name": "gcs_server", "status": "zombie"})
+    runs = SimpleNamespace(pid=4711, info={"name": "gcs_server", "status": "sleeping"})
+    search.processes = [ended, runs]
     with pytest.raises(ConfigError, match=r"another Ray.*4711.*ray stop"):
         search("seed=1")
     assert search.evenings == 0

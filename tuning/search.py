@@ -104,11 +104,16 @@ def refuse_beside_another_ray(resources: ResourcesConfig) -> None:
     with another beside it the next trial would wait for ever."""
     if resources.address is not None:
         return
-    others = [p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == "gcs_server"]
+    found = psutil.process_iter(["name", "status"])
+    others = [
+        process for process in found
+        if process.info["name"] == "gcs_server" and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]  # fmt: skip
+    _, others = psutil.wait_procs(others, timeout=10)  # one may just be ending
     if others:
         raise ConfigError(
-            f"another Ray runs on this machine (process {others[0]}), and a search that stops trials early "
-            "cannot run beside it; end it (`ray stop`), or join it with resources.address=auto"
+            f"another Ray runs on this machine (process {others[0].pid}), and a search that stops trials "
+            "early cannot run beside it; end it (`ray stop`), or join it with resources.address=auto"
         )
 
 
