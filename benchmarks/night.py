@@ -179,7 +179,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         "without_dreams": "the night without dreams",
         "after": "after the night",
     }
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    figure, axes = plt.subplots(figsize=(8.6, 4.2))
     for state, (marker, colour) in looks.items():
         xs = [night[state]["retention"] * 100 for night in result["nights"]]
         ys = [night[state]["recall"] * 100 for night in result["nights"]]
@@ -190,7 +190,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)  # beside the points
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
