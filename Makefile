@@ -21,7 +21,7 @@ help:
 	@echo
 	@echo "  make ci              lint, types, all tests: what has to be green"
 	@echo "  make lint            ruff: rules and format        make format   let ruff rewrite"
-	@echo "  make types           mypy over sleeprl/"
+	@echo "  make types           mypy over sleeprl/, benchmarks/ and tuning/"
 	@echo "  make test-slow       the slow scenarios alone"
 	@echo "  make embedded-model  train the embedded model from nothing"
 	@echo "  make install         only .venv                    make lock     resolve the pins again"

@@ -200,8 +200,8 @@ def chain(
         record["environment"] = environment()
         write_json_atomic(place, record)
         shutil.rmtree(before, ignore_errors=True)
-        told = f"recall so far {fmean(seen['recall']):.1%}, retention {seen['retention']:.1%}"
-        lab.console.print(f"{record['method']} seed {seed}, night {night + 1} of {nights}: {told}")
+        line = f"recall so far {fmean(seen['recall']):.1%}, retention {seen['retention']:.1%}"
+        lab.console.print(f"{record['method']} seed {seed}, night {night + 1} of {nights}: {line}")
     return record
 
 
@@ -295,8 +295,8 @@ def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[st
     tonight = lived.documents[night]
     old = [replace(one, experience=tonight[n % len(tonight)]) for n, one in enumerate(lived.old)]
     probes = [*old]
-    for past in lived.probes[: night + 1]:
-        probes += past
+    for day in lived.probes[: night + 1]:
+        probes += day
     answers = ask(
         lab.fleet, lab.chat, probes, with_context=with_context,
         max_tokens=lab.config.evaluation.max_tokens,

@@ -149,7 +149,7 @@ def draw(nights: int, path: Path) -> None:
 
     figure, (*axes, matrix) = plt.subplots(1, 3, figsize=(13.6, 4.4), width_ratios=(1, 1, 0.95))
     # Without the greens, which are Sleep's. A method has its own, whoever else is there.
-    colours = [colour for n, colour in enumerate(plt.get_cmap("tab20").colors) if n not in (4, 5)]
+    colours = plt.get_cmap("tab20")([n for n in range(20) if n not in (4, 5)])
     for method, seeds in chains(nights).items():
         number, strong = ORDER.index(method), method == "seeding"
         style = "--" if title(method).startswith("Sleep,") else "-"

@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -206,7 +206,7 @@ def by_trl(seed: int, steps: int) -> list[dict[str, float]]:
     return clock.steps
 
 
-RUNS = {
+RUNS: dict[str, Callable[[int, int], list[dict[str, float]]]] = {
     "decoupled": partial(by_sleeprl, ahead=True),
     "synchronous": partial(by_sleeprl, ahead=False),
     "trl": by_trl,

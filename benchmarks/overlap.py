@@ -106,10 +106,10 @@ def dream(
     canary = chat.prompt(told[0]["text"])
     job = phase.learner_job(config, options, place / "born", place, canary, fleet.version + 1)
     engines = phase.with_room(fleet.group, dreaming)
-    actors = phase.launch(config, job, engines.actors, tasks)
+    actors = phase.launch(config, job, tasks)
     try:
         position = Position.load(run_dir, job.first_version)
-        actors.start(position)
+        actors.start(position, engines)
         beside: list[ActorGroup] = [actors.scorers, actors.rewards, actors.curriculum]
         pin([pid for group in beside for pid in group.call("pid")], cores[0])
         pin(actors.learners.call("pid"), cores[-1])

@@ -29,6 +29,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,8 @@ def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
     for number in range(setting.pairs + 1):  # the first warms up
         batch = draw(setting, number)
         turns: list[tuple[str, Callable[[], Any], Callable[[], float]]] = [
-            ("group", lambda b=batch: by_group(b), lambda: cpu_seconds(None, alone.pid)),
-            ("vllm", lambda b=batch: by_vllm(b), lambda: cpu_seconds(alone.pid)),
+            ("group", partial(by_group, batch), lambda: cpu_seconds(None, alone.pid)),
+            ("vllm", partial(by_vllm, batch), lambda: cpu_seconds(alone.pid)),
         ]
         pair = {name: timed(work, spent) for name, work, spent in turns[:: (-1) ** number]}
         same = [a == b for a, b in zip(*(side.pop("written") for side in pair.values()))]

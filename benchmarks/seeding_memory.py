@@ -139,11 +139,11 @@ def measure(variant: str, vocabulary: int, options: argparse.Namespace) -> dict[
     top_k = variant.endswith("top-k")
 
     def run(made: tuple[Tensor, Tensor, Tensor, TopK | None]) -> tuple[float, float]:
-        made[0].grad = None
+        hidden = made[0]
+        hidden.grad = None
         value = loss(*made)
         value.backward()
-        assert made[0].grad is not None
-        return value.item(), made[0].grad.norm().item()
+        return value.item(), hidden.grad.norm().item()  # type: ignore[attr-defined]
 
     run(inputs(8, options.hidden, 1000, top_k))  # the libraries' own first-use memory
     made = inputs(options.positions, options.hidden, vocabulary, top_k)
@@ -267,8 +267,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         "seconds",
         "of naive",
     ):
-        side = "left" if heading == "variant" else "right"
-        table.add_column(heading, justify=side, no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "variant" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             f"{row['vocabulary']:,}",

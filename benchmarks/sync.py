@@ -296,8 +296,9 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         "wall clock",
         "into vLLM s",
     ):
-        side = "left" if heading == "transport" else "right"
-        table.add_column(heading, justify=side, no_wrap=True)
+        table.add_column(
+            heading, justify="left" if heading == "transport" else "right", no_wrap=True
+        )
     told = lambda pair, digits: f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"  # noqa: E731
     for each in rows:
         for kind, figures in each["transports"].items():

@@ -161,7 +161,7 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
         config.consolidation.beta, config.consolidation.top_k, chat.prompt(DOCUMENTS[0]), 1,
     )  # fmt: skip
     actors = phase.launch(config, job, tasks)
-    actors.start(Position(place / "nowhere"), fleet.group.actors)
+    actors.start(Position(place / "nowhere"), fleet.group)
     of, numbers = {task.id: task for task in tasks}, count()
     for step in range(STEPS):
         batches: list[Any] = []

@@ -92,18 +92,17 @@ class Actors:
     new_engine: Callable[[int], Any]
     new_learner: Callable[[int], Any]
 
-    def start(self, position: Position, engines: Sequence[Any]) -> list[int]:
-        """Go on from a position; engines and scorers then have the learner's weights. Returns the
-        engines that are verified to have them."""
+    def start(self, position: Position, engines: ActorGroup) -> None:
+        """Go on from a position; engines and scorers then have the learner's weights, and those
+        engines work that are verified to have them."""
         self.curriculum.call("ping")
         self.rewards.call("ping")
         if position.curriculum is not None:
             self.curriculum.call("load_state_dict", state=position.curriculum)
         join(self.learners, position)
-        first = self.learners.call("publish", engines=engines)[0]
+        first = self.learners.call("publish", engines=engines.actors)[0]
         self.scorers.call("set_expert", expert=ray.get(first["expert"]))
-        verified: list[int] = first["verified"]
-        return verified
+        engines.updated(first["verified"])
 
     @property
     def groups(self) -> tuple[ActorGroup, ...]:
@@ -272,7 +271,7 @@ def run(
     engines = with_room(fleet.group, dreaming)
     actors = launch(config, job, tasks, fleet.placement)
     try:
-        engines.updated(actors.start(position, engines.actors))
+        actors.start(position, engines)
         for group in (engines, *actors.groups):
             group.pids()
         pipeline = assemble(config, actors, engines, tasks, chat, position, on_stall)
