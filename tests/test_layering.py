@@ -117,6 +117,8 @@ def test_config_and_registry_import_neither_torch_nor_ray() -> None:
             "ray vllm deepspeed",
         ),
         ("sleeprl.cli", "torch ray vllm deepspeed"),  # --help must not take seconds
+        # Each actor of a phase imports these: a second here is a second for every one of them.
+        ("sleeprl.dreaming.phase, sleeprl.evaluation.statistics", "scipy pandas transformers vllm"),
     ],
 )
 def test_what_an_import_brings_with_it(modules: str, forbidden: str) -> None:

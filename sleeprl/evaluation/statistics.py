@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from statistics import fmean, stdev
 
-from scipy import stats
+# scipy.stats takes longer to import than torch: the functions do that, most actors need none.
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % interval (Student's t); infinite for fewer than two values."""
     if len(values) < 2:
         return fmean(values), math.inf
+    from scipy import stats
+
     half = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return fmean(values), float(half)
 
@@ -30,6 +32,8 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
         return mean, half, math.nan
     if not half:  # no spread at all: the test's statistic is 0/0 or infinite
         return mean, half, math.nan if mean else 1.0
+    from scipy import stats
+
     return mean, half, float(stats.ttest_rel(ours, theirs).pvalue)
 
 

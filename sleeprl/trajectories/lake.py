@@ -9,16 +9,19 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from sleeprl.files import atomic_path
 from sleeprl.trajectories.experience import EXPERIENCE_SCHEMA
 from sleeprl.trajectories.schema import TRAJECTORY_SCHEMA, SchemaError, check_schema, conform
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 SCHEMAS = {"trajectories": TRAJECTORY_SCHEMA, "experience": EXPERIENCE_SCHEMA}
 
@@ -118,6 +121,8 @@ class Lake:
 
     def scan(self, kind: str) -> ds.Dataset:
         """A pyarrow dataset for data larger than memory. Retried appends are not merged."""
+        import pyarrow.dataset as ds  # brings pandas: a second, in actors that never scan
+
         files = self.files(kind)
         for file in files:
             self._check(file, kind)
