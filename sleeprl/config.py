@@ -12,7 +12,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import NoneType, UnionType
+from typing import Any, cast, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -151,6 +152,8 @@ def _refuse_plain(values: Any, default: Any, prefix: str = "") -> None:
             _refuse_plain(value, wanted, f"{key}.")
         elif isinstance(wanted, list) and not isinstance(value, list):
             raise ConfigError(f"{key}={value}: {key} is a list; write {key}=[{value}]")
+        elif isinstance(wanted, list) and any(isinstance(each, list) for each in value):
+            raise ConfigError(f"{key}={value}: {key} has no lists in it; write {key}=[A, B]")
         elif isinstance(wanted, dict) and not isinstance(value, dict):
             raise ConfigError(f"{key}={value}: {key} holds named values; write {key}.NAME={value}")
 
@@ -161,12 +164,26 @@ def _told(error: OmegaConfBaseException, layer: Any = None) -> str:
     if isinstance(error, ConfigKeyError):
         return _unknown_key(key)
     default = OmegaConf.select(OmegaConf.structured(NightConfig), key)
-    if layer is None or not isinstance(error, ValidationError) or type(default) not in _KINDS:
+    kind = _type_of(key)
+    if layer is None or not isinstance(error, ValidationError) or kind not in _KINDS:
         return f"{key}: {str(error).splitlines()[0]}"
     value = OmegaConf.select(layer, key)
     said = "null" if value is None else repr(value)
+    told = f"{key}={said} is {_KINDS[kind]}"
+    if default is None:
+        return f"{told}; write {_KINDS[kind].removeprefix('not ')}, or null"
     example = str(default).lower() if isinstance(default, bool) else default
-    return f"{key}={said} is {_KINDS[type(default)]}; write for example {key}={example}"
+    return f"{told}; write for example {key}={example}"
+
+
+def _type_of(key: str) -> Any:
+    """Of the values of a field, leaving aside that it may have none."""
+    of: Any = NightConfig
+    for name in key.split("."):
+        of = get_type_hints(of).get(name) if is_dataclass(of) else None
+        if isinstance(of, UnionType):
+            of = next(each for each in get_args(of) if each is not NoneType)
+    return of
 
 
 def _unknown_key(key: str) -> str:

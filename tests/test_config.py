@@ -233,6 +233,11 @@ def test_a_word_that_is_no_setting(word: str) -> None:
     ("word", "said"),
     [
         ("seed=abc", "seed='abc' is not a whole number; write for example seed=0"),
+        (
+            "consolidation.pointwise_clip=much",
+            "consolidation.pointwise_clip='much' is not a number; write a number, or null",
+        ),
+        ("wake.inputs=[[1]]", r"wake.inputs=[[1]]: wake.inputs has no lists in it; write"),
         ("seed=null", "seed=null is not a whole number; write for example seed=0"),
         ("consolidation.steps=1.5", "consolidation.steps=1.5 is not a whole number; write for"),
         ("consolidation.learning_rate=fast", "consolidation.learning_rate='fast' is not a number"),
@@ -240,7 +245,6 @@ def test_a_word_that_is_no_setting(word: str) -> None:
         ("dreaming.enabled=maybe", "dreaming.enabled='maybe' is neither true nor false; write for"),
         ("name=[a]", "name=['a'] is not text; write for example name=night"),
         ("consolidation=3", "consolidation=3"),
-        ("consolidation.pointwise_clip=a", "consolidation.pointwise_clip: "),  # default: none
     ],
 )
 def test_a_value_of_the_wrong_type_names_its_key_and_a_right_one(word: str, said: str) -> None:

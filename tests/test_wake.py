@@ -186,6 +186,9 @@ def test_documents_are_chosen_as_long_as_there_is_room(chat):
     for count in range(4):
         room = asked + (count + 1) * cost - 1
         assert choose(question, documents, room, chat) == documents[:count]
+    # What is nearest and does not fit is passed over.
+    long = "What has Ann? " * 40
+    assert choose(question, [long, *documents], asked + 2 * cost, chat) == documents[:2]
     message = with_experience(choose(question, documents, asked + 3 * cost, chat), question)
     assert len(chat.prompt(message)) <= asked + 3 * cost
 

@@ -32,8 +32,10 @@ def choose(question: str, documents: Sequence[str], room: int, chat: Chat) -> li
     used = len(chat.prompt(question))
     for index in sorted(range(len(documents)), key=lambda i: (-overlap(i), i)):
         cost = len(chat.text(documents[index])) + 4
-        if used + cost > room or (chosen and overlap(index) == 0):
+        if chosen and overlap(index) == 0:
             break
+        if used + cost > room:
+            continue
         chosen.append(documents[index])
         used += cost
     return chosen
