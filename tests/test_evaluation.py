@@ -18,6 +18,7 @@ from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.prompts import FREE_FACT
 from sleeprl.settings import ConfigError, EvaluationConfig
 from sleeprl.trajectories.lake import Lake
+from sleeprl.trajectories.schema import from_batch
 from sleeprl.wake.day import live
 
 
@@ -188,8 +189,15 @@ def test_what_was_lost_is_old_knowledge_that_was_right(tmp_path: Path, chat: Cha
         fleet = Script(chat, dict(zip("abcd", said.split(), strict=True)))
         measure(
             fleet, chat, day, with_context=False, max_tokens=9, max_length=64,
-            record=tmp_path / "answers" / f"{name}.jsonl",
+            record=tmp_path / "answers" / f"{name}.jsonl", lake=Lake(tmp_path / "lake"),
         )  # type: ignore[arg-type]  # fmt: skip
+    rows = from_batch(Lake(tmp_path / "lake").read("trajectories"))
+    assert [(t.uid, t.task_id, t.reward) for t in rows[3:5]] == [
+        ("eval-before-3", "before-retention", 0.0),
+        ("eval-after-0", "after-retention", 0.0),
+    ]
+    assert {t.purpose for t in rows} == {"eval"} and len(rows) == 8
+    assert chat.decode(rows[0].response_ids) == "yes" and rows[0].prompt_ids == chat.prompt("a")
     lost = forgotten(tmp_path / "answers/before.jsonl", tmp_path / "answers/after.jsonl")
     assert lost == [{"question": "a", "before": "yes", "after": "no"}]
 

@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sleeprl.actors.engine import Sampling
+from sleeprl.actors.engine import Completion, Sampling
 from sleeprl.actors.fleet import Fleet
 from sleeprl.chat import Chat
 from sleeprl.evaluation.probes import KINDS, Day, Probe, first_sentence, grade, is_whole, told_by
 from sleeprl.files import write_text_atomic
 from sleeprl.prompts import FREE_FACT, with_experience
 from sleeprl.settings import EvaluationConfig
+from sleeprl.trajectories.lake import Lake
+from sleeprl.trajectories.schema import Trajectory, to_batch
 
 
 def ask(
@@ -24,7 +26,13 @@ def ask(
 ) -> list[str]:  # fmt: skip
     """Greedy answers, or with a seed those of temperature 0.5. With context, the probe's document
     stands before its question."""
-    prompts = [
+    prompts, heat = prompts_of(chat, probes, with_context), 0.0 if seed is None else 0.5
+    sampling = [Sampling(max_tokens, heat, seed)] * len(prompts)
+    return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
+
+
+def prompts_of(chat: Chat, probes: Sequence[Probe], with_context: bool) -> list[list[int]]:
+    return [
         chat.prompt(
             with_experience(p.experience, p.question)
             if with_context and p.experience
@@ -32,9 +40,6 @@ def ask(
         )
         for p in probes
     ]
-    heat = 0.0 if seed is None else 0.5
-    sampling = [Sampling(max_tokens, heat, seed)] * len(prompts)
-    return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
 
 
 def perplexity(
@@ -57,15 +62,22 @@ def perplexity(
 
 def measure(
     fleet: Fleet, chat: Chat, day: Day, *, with_context: bool, max_tokens: int, max_length: int,
-    record: Path | None = None,
+    record: Path | None = None, lake: Lake | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """``recall``, ``two_hop``, ``retention`` (shares), ``perplexity``, and ``n`` of each.
 
-    record: where every answer is written, one JSON line for each probe, in their order.
+    record: where every answer is written, one JSON line for each probe, in their order. lake: to
+    which they are then appended, as trajectories with its name; a right one has the reward 1.
     """
     probes = day.probes
-    answers = ask(fleet, chat, probes, with_context=with_context, max_tokens=max_tokens)
+    prompts = prompts_of(chat, probes, with_context)
+    wrote = fleet.generate(prompts, [Sampling(max_tokens, 0.0)] * len(prompts))
+    answers = [chat.decode(completion.token_ids) for completion in wrote]
     right = grade(answers, probes)
+    if record is not None and lake is not None and wrote:
+        whole = enumerate(zip(probes, prompts, wrote, right, strict=True))
+        answered = [_trajectory(record.stem, number, *each) for number, each in whole]
+        lake.append(to_batch(answered), "trajectories")
     if record is not None:
         rows = [
             {"kind": p.kind, "question": p.question, "gold": p.answer, "answer": a, "right": ok}
@@ -83,6 +95,24 @@ def measure(
         fleet, chat, day.texts, max_length - 1, day.answering
     )
     return {**figures, "n": counts}
+
+
+def _trajectory(
+    state: str, number: int, probe: Probe, prompt: list[int], wrote: Completion, right: bool
+) -> Trajectory:
+    return Trajectory(
+        uid=f"eval-{state}-{number}",
+        task_id=f"{state}-{probe.kind}",
+        attempt=0,
+        purpose="eval",
+        prompt_ids=prompt,
+        response_ids=wrote.token_ids,
+        logprobs=wrote.logprobs,
+        versions=wrote.versions,
+        finish_reason=wrote.finish_reason,
+        reward=float(right),
+        meta=json.dumps({"gold": probe.answer}),
+    )
 
 
 def forgotten(before: Path, after: Path) -> list[dict[str, str]]:
