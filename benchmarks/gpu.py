@@ -365,7 +365,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             )
             console.print(
                 f"rollout, {row['model']}: vLLM alone {speed:,.0f} tokens/s, "
-                f"through the actor group {told(row['of_vllm_wall'])} of it"
+                f"dreams through the actor group {told(row['of_vllm_wall']['dreams'])} of it"
             )
 
 

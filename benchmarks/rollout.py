@@ -3,21 +3,23 @@
     python benchmarks/rollout.py                    table, JSON (3 GB of memory; 10 minutes)
     python benchmarks/rollout.py --quick            the small model alone, few requests
 
-    group    a ``Fleet`` of one ``VLLMEngine`` actor, which is what a night uses: from prompts
-             to completions in the caller's process, with the log-probability and the policy
-             version of every token
+    dreams   an ``ActorGroup`` of one ``VLLMEngine`` actor, asked as dreaming asks it: a call for
+             each group, whose trajectories (tokens, log-probabilities, policy versions) become
+             an Arrow batch of which the caller gets the reference
+    generate the same engine, asked as self-study and evaluation ask it: from prompts to
+             completions in the caller's process
     vllm     the ``AsyncLLM`` that a ``VLLMEngine`` makes (so its arguments are the same), in a
              process of its own, and a loop over what it yields: no Ray, no version, and of the
              outputs nothing is made but token ids
 
-Each batch has prompts of 16 to 63 random tokens that nobody has seen before, and a seed for
-each. The models have random weights, in the shapes of the embedded model and of
-SmolLM2-135M: speed does not depend on the values, and such a model hardly ever ends a text
-before ``max_tokens``. Both engines stand side by side, one thread each, and take turns batch
-by batch; two batches in a row are a pair. Compared are tokens per CPU second of all processes
-of a side, the group's with all of Ray; with one core for all, which is how this is best run
-(``taskset -c 1``), that is the speed on a machine where nothing else runs. Wall time is beside
-it. Wanted: at least 0.95. Results go to ``benchmarks/results/rollout.json``.
+Each batch has groups of eight requests for one prompt of 16 to 63 random tokens that nobody has
+seen before, and a seed for each. The models have random weights, in the shapes of the embedded
+model and of SmolLM2-135M: speed does not depend on the values, and such a model hardly ever ends
+a text before ``max_tokens``. Both engines stand side by side, one thread each, and take turns
+batch by batch; the same batch by all three is a pair of ratios. Compared are tokens per CPU
+second of all processes of a side, the group's with all of Ray; with one core for all, which is
+how this is best run (``taskset -c 1``), that is the speed on a machine where nothing else runs.
+Wall time is beside it. Wanted: at least 0.95. Results go to ``benchmarks/results/rollout.json``.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import ray
 from common import arguments, cpu_seconds, ratio, save, told
 from rich.console import Console
 from rich.table import Table
@@ -41,11 +44,15 @@ from rich.table import Table
 from sleeprl.actors.cluster import cluster
 from sleeprl.actors.engine import EngineOptions, Sampling
 from sleeprl.actors.fleet import Fleet
+from sleeprl.actors.group import ActorGroup
 from sleeprl.actors.vllm_engine import VLLMEngine
 from sleeprl.models import EMBEDDED
 from sleeprl.settings import ResourcesConfig, available_cpus
+from sleeprl.trajectories.schema import from_batch
 
 Batch = tuple[list[list[int]], list[Sampling]]
+GROUP = 8
+OURS = ("dreams", "generate")
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,9 @@ def draw(setting: Setting, number: int) -> Batch:
     rng = random.Random(f"batch-{number}")
     prompts = [
         [rng.randrange(3, 3000) for _ in range(rng.randrange(16, 64))]
-        for _ in range(setting.requests)
+        for _ in range(setting.requests // GROUP)
     ]
-    return prompts, [
+    return [prompt for prompt in prompts for _ in range(GROUP)], [
         Sampling(setting.max_tokens, 1.0, rng.randrange(2**31)) for _ in range(setting.requests)
     ]
 
@@ -129,17 +136,31 @@ def serve(pipe: Any, options: EngineOptions) -> None:
     asyncio.run(serving())
 
 
-def timed(
-    work: Callable[[], Sequence[Sequence[int]]], spent: Callable[[], float]
-) -> dict[str, Any]:
+def timed(work: Callable[[], Any], spent: Callable[[], float]) -> dict[str, Any]:
     wall, cpu = time.monotonic(), spent()
     written = work()
-    return {
-        "wall": time.monotonic() - wall,
-        "cpu": spent() - cpu,
-        "tokens": sum(map(len, written)),
-        "written": written,
-    }
+    return {"wall": time.monotonic() - wall, "cpu": spent() - cpu, "written": written}
+
+
+def by_rollouts(group: ActorGroup, batch: Batch) -> list[Any]:
+    """References to what was written, in the order of the groups."""
+    prompts, sampling = batch
+    for start in range(0, len(prompts), GROUP):
+        uids = [f"dream-{start}-{number}" for number in range(GROUP)]
+        sent = group.submit(
+            "rollout", str(start), task="one", attempts=uids, prompt=prompts[start],
+            sampling=sampling[start : start + GROUP],
+        )  # fmt: skip
+        assert sent
+    done: dict[int, Any] = {}
+    while group.outstanding:
+        done |= {int(each.tag): each.value["batch"] for each in group.ended_or_raise()}
+        time.sleep(0.005)  # as the pipeline looks
+    return [done[start] for start in sorted(done)]
+
+
+def tokens_of(batches: Sequence[Any]) -> list[list[int]]:
+    return [row.response_ids for ref in batches for row in from_batch(ray.get(ref))]
 
 
 def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
@@ -153,24 +174,35 @@ def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
     theirs.close()  # so that we hear if it dies
     assert ours.recv() == "ready"  # two that start at once would measure each other's memory
     fleet = Fleet.launch(1, options, cpus=0, gpus=0.5 * setting.gpu)
+    fleet.group.in_flight = setting.requests // GROUP
 
-    def by_group(batch: Batch) -> list[list[int]]:
+    def by_generate(batch: Batch) -> list[list[int]]:
         return [completion.token_ids for completion in fleet.generate(*batch)]
+
+    def by_us() -> float:
+        return cpu_seconds(None, alone.pid)
 
     def by_vllm(batch: Batch) -> list[list[int]]:
         ours.send(batch)
         answer: list[list[int]] = ours.recv()
         return answer
 
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for number in range(setting.pairs + 1):  # the first warms up
         batch = draw(setting, number)
         turns: list[tuple[str, Callable[[], Any], Callable[[], float]]] = [
-            ("group", partial(by_group, batch), lambda: cpu_seconds(None, alone.pid)),
+            ("dreams", partial(by_rollouts, fleet.group, batch), by_us),
             ("vllm", partial(by_vllm, batch), lambda: cpu_seconds(alone.pid)),
+            ("generate", partial(by_generate, batch), by_us),
         ]
-        pair = {name: timed(work, spent) for name, work, spent in turns[:: (-1) ** number]}
-        same = [a == b for a, b in zip(*(side.pop("written") for side in pair.values()))]
+        pair: dict[str, Any] = {
+            name: timed(work, spent) for name, work, spent in turns[:: (-1) ** number]
+        }
+        written = {name: side.pop("written") for name, side in pair.items()}
+        written["dreams"] = tokens_of(written["dreams"])
+        for name, texts in written.items():
+            pair[name]["tokens"] = sum(map(len, texts))
+        same = [len({tuple(text) for text in texts}) == 1 for texts in zip(*written.values())]
         if number:
             pairs.append({**pair, "same": sum(same) / len(same)})
     ours.send(None)
@@ -182,27 +214,24 @@ def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
 
     return {
         **vars(setting),
-        "of_vllm": ratio(speeds("group", "cpu"), speeds("vllm", "cpu")),
-        "of_vllm_wall": ratio(speeds("group", "wall"), speeds("vllm", "wall")),
+        "of_vllm": {us: ratio(speeds(us, "cpu"), speeds("vllm", "cpu")) for us in OURS},
+        "of_vllm_wall": {us: ratio(speeds(us, "wall"), speeds("vllm", "wall")) for us in OURS},
         "pairs": pairs,
     }
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    table = Table(title="The actor group against vLLM alone (95 % intervals)")
+    table = Table(title="Parts of the speed of vLLM alone (95 % intervals)")
     table.add_column("model")
-    for heading in ("requests", "vllm tok/s", "group tok/s", "of vllm", "by wall time"):
+    for heading in ("requests", "vllm tok/s", *OURS, *(f"{us}, by wall time" for us in OURS)):
         table.add_column(heading, justify="right")
     for row in rows:
-        speeds = [
-            sum(pair[side]["tokens"] for pair in row["pairs"])
-            / sum(pair[side]["cpu"] for pair in row["pairs"])
-            for side in ("vllm", "group")
-        ]
+        spent = [pair["vllm"] for pair in row["pairs"]]
+        speed = sum(each["tokens"] for each in spent) / sum(each["cpu"] for each in spent)
+        ratios = [told(row[kind][us]) for kind in ("of_vllm", "of_vllm_wall") for us in OURS]
         table.add_row(
-            f"{row['model']}, {row['dtype']}", str(row["requests"]),
-            *(f"{speed:,.0f}" for speed in speeds), told(row["of_vllm"]), told(row["of_vllm_wall"]),
-        )  # fmt: skip
+            f"{row['model']}, {row['dtype']}", str(row["requests"]), f"{speed:,.0f}", *ratios
+        )
     console.print(table)
 
 
