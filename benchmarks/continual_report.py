@@ -177,6 +177,7 @@ def draw(nights: int, path: Path) -> None:
         *axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=4
     )
     figure.set_layout_engine("constrained")
+    plt.rcParams["svg.hashsalt"] = path.name  # drawn again it is the same file
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -192,6 +192,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)  # beside the points
     figure.tight_layout()
+    plt.rcParams["svg.hashsalt"] = path.name  # drawn again it is the same file
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -312,6 +312,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     right.legend(frameon=False, fontsize=7)
     figure.tight_layout()
+    plt.rcParams["svg.hashsalt"] = path.name  # drawn again it is the same file
     figure.savefig(path, metadata={"Date": None})
 
 
