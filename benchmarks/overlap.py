@@ -49,6 +49,7 @@ from sleeprl.evaluation.statistics import interval
 from sleeprl.memory.checkpoint import EXPERT, expert_tensors, widen
 from sleeprl.memory.experts import grow, load_training_form
 from sleeprl.models import EMBEDDED
+from sleeprl.reporting.waits import WAITS
 from sleeprl.settings import NightConfig, available_cpus
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import Trajectory, to_batch
@@ -115,13 +116,14 @@ def dream(
         pin(actors.learners.call("pid"), cores[-1])
         pipeline = phase.assemble(config, actors, engines, tasks, chat, position, print)
         steps: list[dict[str, float]] = []
+        WAITS.lap()
         began = time.monotonic()
         pipeline.run(lambda _, metrics: steps.append(metrics))
         seconds = time.monotonic() - began
         fleet.version += dreaming.steps + 1
     finally:
         actors.kill()
-    idle = pipeline.waits.idle()
+    idle = WAITS.lap()
     return {
         "seconds": seconds,
         "idle": {name: idle.get(name, {}) for name in ACTORS},

@@ -67,7 +67,7 @@ def run_night(config: NightConfig) -> dict[str, Any]:
     with NightProgress(phases(config)) as progress:
         run = Run(config, progress)
         try:
-            with cluster(config.resources):
+            with cluster(config.resources, on_stall=progress.warn):
                 summary = Night(run).sleep()
         finally:
             run.close()
@@ -267,6 +267,7 @@ class Night:
             max_tokens=self.config.evaluation.max_tokens,
             max_length=self.config.model.max_length,
             record=self.run.dir / ANSWERS / f"{state}.jsonl",
+            lake=self.lake,
         )
 
     def _job(self, name: str, index: int | None, output: str = "") -> Job:
@@ -295,5 +296,5 @@ class Night:
             self.run.log(phase, step, record, steps, *shown)
             on_step(step)
 
-        told, place = (on_metrics, self.run.progress.warn), self.run.dir / "train"
-        return train.run(job, self._engines(), self.config.resources, place, name, *told)
+        place = self.run.dir / "train"
+        return train.run(job, self._engines(), self.config.resources, place, name, on_metrics)

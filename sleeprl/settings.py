@@ -353,6 +353,9 @@ class ResourcesConfig:
     do. Each holds a copy of the model in single precision, and works in the gaps of the others."""
     scorer_gpus: float = 0.0
     """GPUs of one of them, or a share of one; 0 is the CPU."""
+    rewards: int = 1
+    """Actors that judge dreams, each in a process of its own and one dream at a time: more, where the
+    reward is slow and cores are there for it."""
     max_failures: int = 1
     """How often in a phase a dead worker group, or while dreaming a dead engine, is restarted from
     the last checkpoint."""

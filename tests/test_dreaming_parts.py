@@ -25,8 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from sleeprl import config as cfg
+from sleeprl.actors.learner import LearnerOptions
 from sleeprl.chat import Chat
 from sleeprl.consolidation.self_study import Pair
+from sleeprl.dreaming import phase
 from sleeprl.dreaming.curricula import Uniform, WeakSpots
 from sleeprl.dreaming.learning import outcomes
 from sleeprl.dreaming.line import in_line
@@ -418,6 +421,39 @@ def test_a_reward_that_cannot_be_made_is_told(
     with pytest.raises(PluginError, match=problem) as told:
         RewardActor(str(wide), f"{users}.{name}", options, 5.0)
     assert f"reward '{users}.{name}'" in str(told.value)
+
+
+@pytest.mark.usefixtures("store")
+def test_several_rewards_judge_at_once(
+    wide: Path, chat: Chat, users: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a process of its own; one that is held up holds up nobody else."""
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def beside(actor: Any, *arguments: Any, count: int = 1, gpus: float = 0.0) -> list[Any]:
+        env = {"env_vars": {"PYTHONPATH": path}}
+        of_kind = ray.remote(actor).options(num_cpus=0, runtime_env=env)
+        return [of_kind.remote(*arguments) for _ in range(count)]
+
+    monkeypatch.setattr(phase, "_beside", beside)
+    pids = tmp_path / "pids"
+    config = cfg.load(
+        None,
+        ["resources.rewards=2", f"dreaming.reward={users}.Counts", "dreaming.reward_deadline=6",
+         f"dreaming.reward_options={{pids: {pids}}}"],
+    )  # fmt: skip
+    scorers, rewards = phase.judges(config, LearnerOptions(str(wide), 0, "float32", 7, 0.1, 1))
+    scorers.kill()
+    rewards.call("ping")
+    assert len(set(pids.read_text().split())) == 2
+    for number, text in enumerate(("sleeps", "quick")):
+        batch = to_batch([dream(chat, number, text)])
+        assert rewards.submit("score", text, batch=batch, tasks={t.id: t for t in TASKS})
+    ended: list[str] = []
+    while len(ended) < 2:
+        ended += [result.tag for result in rewards.ended_or_raise(1.0)]
+    rewards.kill()
+    assert ended == ["quick", "sleeps"]
 
 
 def ends(process: psutil.Process) -> bool:

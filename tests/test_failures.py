@@ -7,17 +7,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import ray
 from rich.console import Console
 
 from sleeprl import cli
-from sleeprl.actors.group import ActorFailure, ActorGroup, Served, classify
-from sleeprl.dreaming import phase
-from sleeprl.reporting.failures import Kind, log_tail, told
-from sleeprl.reporting.waits import Waits, Watchdog
+from sleeprl.actors.group import STALL_LINES, ActorFailure, ActorGroup, Served, classify
+from sleeprl.reporting.failures import Failure, Kind, log_tail, told
+from sleeprl.reporting.waits import WAITS, Watchdog
 
 
 class Fails(Served):
@@ -136,20 +134,48 @@ def test_what_is_no_actors_is_left_to_others() -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_a_stall_is_told_with_the_last_lines_of_who_hangs() -> None:
     group = ActorGroup("engine", [ray.remote(Fails).options(num_cpus=0).remote()])
-    group.call("ping")
-    (pid,) = group.pids()  # as the phase asks when all are up; who hangs can not say it
-    group.send("fail", [{"how": "hang"}])
-    waits, heard = Waits("learner"), list[str]()
-    wrote = partial(phase._wrote, {"engine": group})
-    dog = Watchdog(waits, limit_s=1, on_stall=heard.append, log_of=wrote)
-    deadline = time.monotonic() + 30
-    with waits.on("engine", what="dreams", kind="data"):
-        while not any("line 99" in line for line in wrote("engine")):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        dog.check(waits.clock() + 2)
-    group.kill()
-    (message,) = heard
-    told, *lines = message.splitlines()
-    assert told.endswith("for data from engine: dreams") and len(lines) == phase.STALL_LINES
+    (pid,) = group.call("pid")
+    heard = list[str]()
+
+    def hear(message: str) -> None:
+        heard.append(message)
+        if "line 99" in message:
+            group.kill()  # which ends the wait
+
+    with (
+        Watchdog(WAITS, limit_s=0.2, on_stall=hear, every_s=0.1),
+        pytest.raises(ActorFailure),
+    ):
+        group.call("fail", how="hang")
+    told, *lines = heard[-1].splitlines()
+    assert told.endswith("for data from engine: fail") and len(lines) == STALL_LINES
     assert f"-{pid}.err: line 99 before hang" in lines[-1]
+
+
+class HangsInStart(Served):
+    def start(self) -> None:
+        print("loading a model that is not there", file=sys.stderr, flush=True)
+        time.sleep(600)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_engines_that_hang_in_their_start_or_write_for_ever_are_told() -> None:
+    """Also outside of dreaming, where the driver alone waits; a member is waited for by its name."""
+    group = ActorGroup("engine", [ray.remote(HangsInStart).options(num_cpus=0).remote()])
+    heard = list[str]()
+
+    def hear(message: str) -> None:
+        heard.append(message)
+        if "not there" in message:
+            group.kill()
+
+    with Watchdog(WAITS, limit_s=0.2, on_stall=hear, every_s=0.1):
+        with pytest.raises(ActorFailure):
+            group.call("start")
+        assert "driver has waited" in heard[-1] and "for the start of engine: start" in heard[-1]
+        assert "loading a model that is not there" in heard[-1]
+        group.replace(0, ray.remote(HangsInStart).options(num_cpus=0).remote())
+        (ref,) = group.send("start", [{}])
+        assert isinstance(group.wait(0, ref, "generate"), Failure)
+    assert "for generation by engine-0: generate" in heard[-1]
+    assert WAITS.current() == []

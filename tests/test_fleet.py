@@ -235,12 +235,12 @@ def test_the_expert_is_gathered_before_the_engines_can_fail(
         done.append("publish")
         raise StaleEngine("no engine is left")
 
-    job: Any = SimpleNamespace(first_version=1, canary=IDS)
+    job: Any = SimpleNamespace(first_version=1, canary=IDS, stall_seconds=60.0)
     actor = learning.LearnerActor(job, 0, 2)
     actor.learner = SimpleNamespace(steps=1, expert=lambda: done.append("expert"))  # type: ignore
     monkeypatch.setattr(learning, "publish", publish)
     with pytest.raises(StaleEngine):
-        actor.publish(["an engine"])
+        actor.publish([None])
     assert done == ["expert", "publish"] and actor.fleet.health.dead_after == SILENCE
 
 

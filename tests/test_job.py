@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,7 @@ def drive(directory: Path, name: str) -> None:
             if lose is not None and record["step"] >= 40:
                 lose()
 
-        stalled = partial(print, file=sys.stderr)
-        end = train.run(
-            job(directory, name), fleet, resources, directory / "train", name, tell, stalled
-        )
+        end = train.run(job(directory, name), fleet, resources, directory / "train", name, tell)
         print("end", end["step"], end["tokens"], flush=True)
         fleet.shutdown()
 
@@ -138,9 +134,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Lake(place / "lake").append(to_batch(texts), "trajectories")
     steps = run(place, "whole")
     assert [number for number, *_ in steps] == list(range(1, STEPS + 1))
-    stalls = re.findall("whole has waited .*", (place / "whole.err").read_text())
+    stalls = re.findall("whole has waited .*\n.*", (place / "whole.err").read_text())
     # No worker starts within a second; two wait for two cores, of which they hold none yet.
-    assert stalls and "training by the learner: its next step; each worker wants" in stalls[0]
+    assert stalls and "training by the learner: its next step\n  each worker wants" in stalls[0]
     return place
 
 
@@ -261,7 +257,7 @@ def test_an_elastic_job_goes_on_with_the_workers_that_are_left(
     assert [workers for *_, workers in told[:40]] == [2] * 40
     assert told[-1][2] == 1, "the lost node was not noticed"
     same(place, ELASTIC)
-    lost = re.findall(f"{ELASTIC} has waited .*", (place / f"{ELASTIC}.err").read_text())
+    lost = re.findall(f"{ELASTIC} has waited .*\n.*", (place / f"{ELASTIC}.err").read_text())
     assert any("'sleeprl_learner'" in text for text in lost), lost
 
 

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from sleeprl.dreaming.phase import CurriculumActor
 from sleeprl.dreaming.pipeline import Pipeline
 from sleeprl.dreaming.position import POSITION, Position
 from sleeprl.dreaming.tasks import Outcome, Task
-from sleeprl.reporting.waits import Watchdog
 from sleeprl.settings import DreamingConfig
 
 TASKS = [Task(f"t{i}", i, f"message {i}", ()) for i in range(3)]
@@ -226,7 +224,6 @@ def dream(
         curriculum=curriculum,
         learner=learner,
         asks=lambda message: [0, config.group_size],
-        watch=partial(Watchdog, limit_s=120, on_stall=print),
         seed=1,
         position=position,
         mender=Mender(

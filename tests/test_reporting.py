@@ -231,6 +231,16 @@ def test_idle_seconds_are_attributed_to_waiter_and_kind() -> None:
     assert waits.idle() == {"learner": {"data": 5, "sync": 2}, "engine-0": {"train": 3}}
 
 
+def test_a_lap_begins_anew_in_the_middle_of_a_wait() -> None:
+    clock = Clock()
+    waits = Waits(clock=clock)
+    with waits.on("engine", what="a start", kind="start"):
+        clock.now += 5
+        assert waits.lap() == {"driver": {"start": 5}}
+        clock.now += 2
+    assert waits.lap() == {"driver": {"start": 2}} and waits.lap() == {}
+
+
 def test_a_loop_that_looks_says_who_waits_and_who_no_longer() -> None:
     clock = Clock()
     waits = Waits(clock=clock)
@@ -310,9 +320,9 @@ def test_the_watchdog_reports_once_and_again_when_the_wait_has_doubled() -> None
     clock = Clock()
     heard: list[str] = []
     waits = Waits("learner", clock=clock)
-    logs = {"engine-0": ["loading", "still loading"]}
-    dog = Watchdog(waits, limit_s=60, on_stall=heard.append, log_of=logs.__getitem__)
-    with waits.on("engine-0", what="batch 12", kind="data"):
+    dog = Watchdog(waits, limit_s=60, on_stall=heard.append)
+    wrote = lambda: ["loading", "still loading"]  # noqa: E731
+    with waits.on("engine-0", what="batch 12", kind="data", wrote=wrote):
         assert dog.check(clock.now + 59) == []
         assert dog.check(clock.now + 62) == [
             "learner has waited 62 s for data from engine-0: batch 12\n  loading\n  still loading"
@@ -327,10 +337,13 @@ def test_the_watchdog_follows_the_chain_and_sees_it_close() -> None:
     clock = Clock()
     waits = Waits(clock=clock)
     dog = Watchdog(waits, limit_s=10, on_stall=lambda message: None)
-    with waits.on("engine-0", what="batch 1", kind="data", waiter="learner"):
+    first, last = lambda: ["of the first"], lambda: ["of the last"]
+    with waits.on("engine-0", what="batch 1", kind="data", waiter="learner", wrote=first):
         clock.now += 5
-        with waits.on("learner", what="version 3", kind="sync", waiter="engine-0"):
+        with waits.on("learner", what="version 3", kind="sync", waiter="engine-0", wrote=last):
             (message,) = dog.check(clock.now + 6)
+    message, _, wrote = message.partition("\n")
+    assert wrote == "  of the last"
     assert message == (
         "learner has waited 11 s for data from engine-0: batch 1; "
         "engine-0 has waited 6 s for a weight update with learner: version 3; "

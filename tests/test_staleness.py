@@ -88,7 +88,7 @@ def settings(place: Path, *more: str) -> NightConfig:
             f"dreaming.steps={STEPS}", "dreaming.tasks_per_step=2", "dreaming.group_size=4",
             "dreaming.staleness=0", "dreaming.max_tokens=24", "dreaming.hold=0.1",
             "dreaming.reward=test_staleness.Letters", "resources.engine=torch", "resources.cpus=2",
-            "resources.scorers=2",
+            "resources.scorers=2", "resources.rewards=2",
             f"runs={place}", "seed=3", *more,
         ],
     )  # fmt: skip
@@ -158,7 +158,7 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
     tasks = phase.make_tasks(DOCUMENTS, PROBES, config.seed)
     job = LearnerJob(
         learner(place), dreaming, str(place / "born"), str(place / "loop" / "lake"), config.seed,
-        config.consolidation.beta, config.consolidation.top_k, chat.prompt(DOCUMENTS[0]), 1,
+        config.consolidation.beta, config.consolidation.top_k, chat.prompt(DOCUMENTS[0]), 1, 60.0,
     )  # fmt: skip
     actors = phase.launch(config, job, tasks)
     actors.start(Position(place / "nowhere"), fleet.group)

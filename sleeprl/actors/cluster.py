@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from sleeprl.reporting.waits import WAITS, Watchdog, to_stderr
 from sleeprl.settings import ConfigError, ResourcesConfig, available_cpus
 
 LEARNER = "sleeprl_learner"
@@ -66,9 +67,15 @@ def require_learners(resources: ResourcesConfig) -> None:
 
 
 @contextmanager
-def cluster(resources: ResourcesConfig, *, state_api: bool = False) -> Iterator[None]:
+def cluster(
+    resources: ResourcesConfig,
+    *,
+    state_api: bool = False,
+    on_stall: Callable[[str], None] = to_stderr,
+) -> Iterator[None]:
     """A local Ray for the time being, or a connection to ``resources.address``.
 
+    on_stall: told of every wait of this process that is longer than ``resources.stall_seconds``.
     state_api: with the dashboard process, by which Ray Train learns that a job's owner
         was stopped, and frees what the job held. A night on its own does without.
 
@@ -89,7 +96,8 @@ def cluster(resources: ResourcesConfig, *, state_api: bool = False) -> Iterator[
         ray.init(address=resources.address, log_to_driver=False, logging_level="error")
     try:
         require_learners(resources)
-        yield
+        with Watchdog(WAITS, resources.stall_seconds, on_stall):
+            yield
     finally:
         ray.shutdown()
 

@@ -14,6 +14,7 @@ from sleeprl.actors.cluster import place, vacate
 from sleeprl.actors.engine import Completion, EngineOptions, Sampling, spawn
 from sleeprl.actors.group import ActorFailure, ActorGroup, Failure, Kind, classify
 from sleeprl.actors.health import Event, FleetHealth, Health
+from sleeprl.reporting.waits import WAITS
 from sleeprl.weights.transport import ON_ONE_HOST, Named, WeightTransport, make_transport
 from sleeprl.weights.verify import Canary, Certificate
 
@@ -84,9 +85,10 @@ class Fleet:
 
     def _spread(self, method: str, **columns: Sequence[Any]) -> Pending:
         self.group.look()
-        while not self.health.working and self.health.having(Health.SUSPECT):
-            time.sleep(0.1)  # it may answer yet; if not, it will be dead
-            self.group.look()
+        with WAITS.on(self.group.name, what="an answer", kind="generate", wrote=self.group.wrote):
+            while not self.health.working and self.health.having(Health.SUSPECT):
+                time.sleep(0.1)  # it may answer yet; if not, it will be dead
+                self.group.look()
         engines = self.health.working
         if not engines:
             raise StaleEngine(f"no engine may be given work: {self.health}")
@@ -212,8 +214,9 @@ class _Update:
         """The answers to the call that is under way. Raises ActorFailure for a fault of the code."""
         (method, refs), self._under_way = self._under_way, ("", {})
         patience, group = self.fleet._patience, self.fleet.group
-        if refs:
-            ray.wait(list(refs.values()), num_returns=len(refs), timeout=patience)
+        with WAITS.on(group.name, what=method, kind="sync", wrote=group.wrote):
+            if refs:
+                ray.wait(list(refs.values()), num_returns=len(refs), timeout=patience)
         answers = {}
         for engine, ref in refs.items():
             value, event = _answer(ref)
@@ -273,7 +276,7 @@ class Pending:
         before it answers."""
         merged: list[Any] = [None] * self.total
         for turn, (engine, ref) in enumerate(self.refs.items()):
-            answers = self.group.wait(engine, ref)
+            answers = self.group.wait(engine, ref, self.method)
             if isinstance(answers, Failure):
                 raise ActorFailure(f"{self.group.name}-{engine}.{self.method}", answers)
             merged[turn :: len(self.refs)] = answers

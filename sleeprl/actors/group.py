@@ -13,15 +13,17 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from sleeprl.actors.health import Event, FleetHealth, Health
-from sleeprl.reporting.failures import ActorFailure, Failure, Kind, pid_in, reason
+from sleeprl.reporting.failures import ActorFailure, Failure, Kind, log_tail, pid_in, reason
+from sleeprl.reporting.waits import WAITS, WaitKind
 
 UNFIT = ("EngineDeadError", "StaleEngine")
 """Of an actor that lives but cannot work: vLLM's core, another process, is gone; or an engine's
@@ -31,6 +33,17 @@ GRACE_S = 3.0
 long a member may take to say that it is there."""
 PROBE_S = 10.0
 """Seconds between two times that all are asked, where silence may mean death."""
+
+STALL_LINES = 3
+"""How much of each process's log is shown when one is waited for too long."""
+_KINDS: dict[str, WaitKind] = {
+    **dict.fromkeys(("start", "rendezvous"), "start"),
+    **dict.fromkeys(("generate", "prefixes"), "generate"),
+    **dict.fromkeys(("publish", "set_expert", "save", "finish", "sleep"), "sync"),
+    "logprobs": "score",
+    "step": "train",
+}
+"""What a wait for these methods counts as; for others it is data."""
 
 
 def classify(error: BaseException) -> Failure:
@@ -116,7 +129,8 @@ class ActorGroup:
         self._pings: dict[int, tuple[Any, float]] = {}
         """Of each member the question that it has not answered yet, and when it was asked."""
         self._probed = -math.inf
-        self._pids: dict[Any, int] = {}
+        self._pids: dict[Any, Any] = {}
+        self._know(self.actors)
 
     @cached_property
     def _manager(self) -> Any:
@@ -174,18 +188,19 @@ class ActorGroup:
         """
         asked = self.present if members is None else members
         waiting, failed, dead = dict(zip(refs, asked, strict=True)), False, list[int]()
-        while waiting and not failed:
-            done, _ = ray.wait(list(waiting), timeout=PROBE_S)
-            if not done:
-                self.look()
-                dead = [index for index in waiting.values() if self.health[index] is Health.DEAD]
-                failed = bool(dead)
-            for ref in done:
-                del waiting[ref]
-                failed |= isinstance(_value(ref), Failure)
-        if waiting:
-            _, rest = ray.wait(list(waiting), num_returns=len(waiting), timeout=GRACE_S)
-            waiting = {ref: waiting[ref] for ref in rest}
+        with self._waits(method):
+            while waiting and not failed:
+                done, _ = ray.wait(list(waiting), timeout=PROBE_S)
+                if not done:
+                    self.look()
+                    dead = [i for i in waiting.values() if self.health[i] is Health.DEAD]
+                    failed = bool(dead)
+                for ref in done:
+                    del waiting[ref]
+                    failed |= isinstance(_value(ref), Failure)
+            if waiting:
+                _, rest = ray.wait(list(waiting), num_returns=len(waiting), timeout=GRACE_S)
+                waiting = {ref: waiting[ref] for ref in rest}
         values = [None if ref in waiting else _value(ref) for ref in refs]
         failures = [(i, v) for i, v in zip(asked, values, strict=True) if isinstance(v, Failure)]
         failures += [(index, self._silence()) for index in dead]  # also if it answers by now
@@ -193,19 +208,26 @@ class ActorGroup:
             raise ActorFailure(f"{self.name}-{index}.{method}", failure)
         return values
 
-    def wait(self, index: int, ref: Any) -> Any:
+    def wait(self, index: int, ref: Any, method: str) -> Any:
         """What a call to a member gave, or a Failure; also of one that is DEAD before it answers."""
-        while not ray.wait([ref], timeout=PROBE_S)[0]:
-            self.look()
-            # A call to a process that is gone ends too, and tells more.
-            if self.health[index] is Health.DEAD and not ray.wait([ref], timeout=GRACE_S)[0]:
-                return self._silence()
+        with self._waits(method, index):
+            while not ray.wait([ref], timeout=PROBE_S)[0]:
+                self.look()
+                # A call to a process that is gone ends too, and tells more.
+                if self.health[index] is Health.DEAD and not ray.wait([ref], timeout=GRACE_S)[0]:
+                    return self._silence()
         try:
             return ray.get(ref)
         except RayError as error:
             if isinstance(error, RayActorError):
                 self.note(index, Event.LOST)
             return classify(error)
+
+    def _waits(self, method: str, index: int | None = None) -> AbstractContextManager[Any]:
+        """A wait of this process for all, or for a member."""
+        whom = self.name if index is None else f"{self.name}-{index}"
+        kind, wrote = _KINDS.get(method, "data"), partial(self.wrote, index)
+        return WAITS.on(whom, what=method, kind=kind, wrote=wrote)
 
     def ended(self, refs: Sequence[Any]) -> bool:
         """Whether ``collect`` of these would not wait for long: all are done, or one has failed."""
@@ -338,19 +360,25 @@ class ActorGroup:
                 unfit.append(index)
         return unfit
 
-    def pids(self) -> list[int]:
-        """The processes of those who say so now, or did earlier: who hangs can not be asked."""
-        there = [actor for actor in self.actors if actor is not None]
-        asked = {a.apply.remote(_method("pid")): a for a in there if a not in self._pids}
-        done, _ = (
-            ray.wait(list(asked), num_returns=len(asked), timeout=GRACE_S) if asked else ((), ())
-        )
-        self._pids |= {asked[ref]: pid for ref in done if isinstance(pid := _value(ref), int)}
-        return [self._pids[actor] for actor in there if actor in self._pids]
+    def wrote(self, index: int | None = None) -> list[str]:
+        """The last lines in the log of each process, or of a member's, on this host."""
+        asked = self.present if index is None else [index]
+        refs = [self._pids[actor] for i in asked if (actor := self.actors[i]) in self._pids]
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ((), ())
+        found = []
+        for pid in map(_value, done):
+            path, lines = log_tail(pid, STALL_LINES) if isinstance(pid, int) else (None, [])
+            found += [f"{path.name}: {line}" for line in lines if path is not None]
+        return found
+
+    def _know(self, actors: Iterable[Any]) -> None:
+        """Ask for the process of each before anything else: who hangs can not say it."""
+        self._pids |= {a: a.apply.remote(_method("pid")) for a in actors if a is not None}
 
     def add(self, actor: Any) -> int:
         """A new member, RESTARTING until it has ``started``; returns its index."""
         self.actors.append(actor)
+        self._know([actor])
         self._tags.append([])
         return self.health.add()
 
@@ -370,6 +398,7 @@ class ActorGroup:
         self.note(index, Event.LOST)
         self.note(index, Event.RESTART)
         self.actors[index] = actor
+        self._know([actor])
 
     def _part(self, index: int, how: str) -> None:
         if self.actors[index] is None:

@@ -15,6 +15,7 @@ from sleeprl.actors.group import ActorGroup
 from sleeprl.actors.learner import Learner
 from sleeprl.files import atomic_path
 from sleeprl.memory.checkpoint import EXPERT, WEIGHTS
+from sleeprl.reporting.waits import WAITS
 from sleeprl.weights.transport import Named, StuckTransport
 from sleeprl.weights.verify import Canary
 
@@ -64,7 +65,8 @@ def publish_from_gpu(
     cannot send."""
     version = fleet.version + 1
     send = ray.remote(_send).options(num_cpus=0, num_gpus=gpus)
-    verified = ray.get(send.remote(fleet.group.actors, version, dict(tensors), canary))
+    with WAITS.on("the sender", what="all weights", kind="sync"):
+        verified = ray.get(send.remote(fleet.group.actors, version, dict(tensors), canary))
     fleet.version = version
     fleet.group.updated(verified)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from sleeprl.actors.fleet import Fleet
 from sleeprl.actors.mailbox import Mailbox
 from sleeprl.actors.teacher import launch_teachers
 from sleeprl.consolidation.worker import Job, feed, learn
-from sleeprl.reporting.waits import Waits, Watchdog
+from sleeprl.reporting.failures import log_tail
+from sleeprl.reporting.waits import WAITS, Watchdog
 from sleeprl.settings import ResourcesConfig
 
 OnMetrics = Callable[[dict[str, Any]], None]
@@ -70,7 +72,9 @@ class RayTrain:
 def _train_loop(arguments: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker. arguments: ``job``, ``engines``, ``teachers``, ``mailbox``."""
     shell = RayTrain(arguments["mailbox"])
-    learn(arguments["job"], arguments["engines"], shell, arguments["teachers"])
+    shell.tell({"pid": os.getpid()})
+    with Watchdog(WAITS, arguments["stall_seconds"]):
+        learn(arguments["job"], arguments["engines"], shell, arguments["teachers"])
 
 
 def _free(wanted: Iterable[str]) -> dict[str, float]:
@@ -86,13 +90,11 @@ def run(
     storage: Path,
     name: str,
     on_metrics: OnMetrics,
-    on_stall: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run to the end and return what came of it (step, tokens, version, verified engines).
 
     Called again with the same ``storage`` and ``name`` after a crash, the job goes on
-    from its last checkpoint. on_metrics: called with each step's record, in order. on_stall: told
-    when no step ends for ``resources.stall_seconds``: Ray Train waits for workers and says nothing.
+    from its last checkpoint. on_metrics: called with each step's record, in order.
     """
     # Where the driver is, not on a node that may be taken away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -113,6 +115,7 @@ def run(
             "engines": fleet.group.actors,
             "teachers": teachers,
             "mailbox": mailbox,
+            "stall_seconds": resources.stall_seconds,
         },
         scaling_config=ScalingConfig(
             num_workers=count,
@@ -139,22 +142,24 @@ def run(
     end: dict[str, Any] = {}
     alive = True
 
-    def stalled(text: str) -> None:
-        on_stall(f"{text}; each worker wants {workers}, free are {_free(workers)}")
+    def wrote() -> list[str]:  # Ray Train waits for workers and says nothing
+        return [f"each worker wants {workers}, free are {_free(workers)}", *log_tail(pid)[1]]
 
-    waits = Waits(name)
-    with Watchdog(waits, resources.stall_seconds, stalled):
-        while alive:
-            waits.now(name, "the learner", what="its next step", kind="train")
-            thread.join(0.2)
-            alive = thread.is_alive()
-            for record in ray.get(mailbox.take.remote()):
-                waits.now(name, None)
-                # Ray Train keeps only the metrics of checkpoints, so the end comes this way too.
-                if "end" in record:
-                    end = record["end"]
-                else:
-                    on_metrics(record)
+    pid = 0
+    while alive:
+        WAITS.now(name, "the learner", what="its next step", kind="train", wrote=wrote)
+        thread.join(0.2)
+        alive = thread.is_alive()
+        for record in ray.get(mailbox.take.remote()):
+            WAITS.now(name, None)
+            # Ray Train keeps only the metrics of checkpoints, so the end comes this way too.
+            if "end" in record:
+                end = record["end"]
+            elif "pid" in record:
+                pid = record["pid"]
+            else:
+                on_metrics(record)
+    WAITS.now(name, None)
     for actor in (mailbox, *teachers):
         ray.kill(actor)
     if failed:

@@ -36,6 +36,7 @@ from sleeprl.losses.policy import Correction
 from sleeprl.losses.streams import LossOptions, Part
 from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.prompts import parse_qa
+from sleeprl.reporting.waits import WAITS, Watchdog
 from sleeprl.settings import DreamingConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import (
@@ -63,6 +64,7 @@ class LearnerJob:
     top_k: int
     canary: list[int]
     first_version: int
+    stall_seconds: float
 
 
 class LearnerActor(Served):
@@ -129,7 +131,8 @@ class LearnerActor(Served):
             self.fleet = Fleet(ActorGroup("engine", engines, silence=SILENCE))
         self.fleet.version = self.job.first_version - 1 + self.learner.steps
         expert = self.learner.expert()  # collective, and what follows may fail on rank 0 alone
-        metrics: dict[str, Any] = publish(self.learner, self.fleet, self.job.canary)
+        with Watchdog(WAITS, self.job.stall_seconds):
+            metrics: dict[str, Any] = publish(self.learner, self.fleet, self.job.canary)
         if self.rank == 0:
             metrics |= {
                 "version": self.fleet.version,

@@ -65,8 +65,6 @@ class Mender:
             join(self.learner, position)
             self.learner.started(ranks)
             self.learner.updated(ranks)  # to the position's
-        for group in (self.engines, self.learner):
-            group.pids()  # for who asks for its log when it can not say so any more
         return bool(learners)
 
 

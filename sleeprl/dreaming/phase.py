@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,7 @@ from sleeprl.dreaming.tasks import Curriculum, Outcome, Task, algorithm_of
 from sleeprl.dreaming.trials import Scorer
 from sleeprl.prompts import STUDY_QA, with_experience
 from sleeprl.registry import create
-from sleeprl.reporting.failures import log_tail
-from sleeprl.reporting.waits import Watchdog
+from sleeprl.reporting.waits import WAITS
 from sleeprl.settings import ConfigError, DreamingConfig, NightConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import from_batch
@@ -131,6 +130,7 @@ def learner_job(
         top_k=config.consolidation.top_k,
         canary=canary,
         first_version=first_version,
+        stall_seconds=config.resources.stall_seconds,
     )
 
 
@@ -151,6 +151,7 @@ def judges(config: NightConfig, learner: LearnerOptions) -> tuple[ActorGroup, Ac
     rewards = _beside(
         RewardActor, learner.checkpoint, dreaming.reward, dreaming.reward_options,
         dreaming.reward_deadline, algorithm_of(dreaming), dreaming.max_tokens,
+        count=resources.rewards,
     )  # fmt: skip
     return ActorGroup("scorer", scorers), ActorGroup("reward", rewards)
 
@@ -198,7 +199,7 @@ def assemble(
     tasks: Sequence[Task],
     chat: Chat,
     position: Position,
-    on_stall: Callable[[str], None],
+    on_restart: Callable[[str], None],
 ) -> Pipeline:
     """The pipeline over these actors, which goes on from a position."""
     rounds: int = getattr(algorithm_of(config.dreaming), "redraws", 0)
@@ -211,12 +212,6 @@ def assemble(
         curriculum=actors.curriculum,
         learner=actors.learners,
         asks=lambda message: asks(chat, config.self_study, message),
-        watch=partial(
-            Watchdog,
-            limit_s=config.resources.stall_seconds,
-            on_stall=on_stall,
-            log_of=partial(_wrote, {g.name: g for g in (engines, *actors.groups)}),
-        ),
         seed=config.seed,
         position=position,
         mender=Mender(
@@ -225,20 +220,11 @@ def assemble(
             actors.new_engine,
             actors.new_learner,
             config.resources.max_failures,
-            on_stall,
+            on_restart,
         ),
         colocated=config.resources.layout == "colocated",
         redraws=rounds * config.dreaming.tasks_per_step,
     )
-
-
-def _wrote(groups: Mapping[str, ActorGroup], name: str) -> list[str]:
-    """The last lines that each process of a group wrote on this host, with its number."""
-    found = []
-    for pid in groups[name].pids() if name in groups else ():
-        path, lines = log_tail(pid, STALL_LINES)
-        found += [f"{path.name}: {line}" for line in lines if path is not None]
-    return found
 
 
 def with_room(engines: ActorGroup, dreaming: DreamingConfig) -> ActorGroup:
@@ -257,7 +243,7 @@ def run(
     probes: Sequence[Pair],
     run_dir: Path,
     canary: list[int],
-    on_stall: Callable[[str], None],
+    on_restart: Callable[[str], None],
     on_step: OnStep,
 ) -> dict[str, Any]:
     """Dream for ``dreaming.steps`` updates; the expert is in ``run_dir/dreaming`` at the end.
@@ -272,17 +258,17 @@ def run(
     actors = launch(config, job, tasks, fleet.placement)
     try:
         actors.start(position, engines)
-        for group in (engines, *actors.groups):
-            group.pids()
-        pipeline = assemble(config, actors, engines, tasks, chat, position, on_stall)
+        pipeline = assemble(config, actors, engines, tasks, chat, position, on_restart)
+        WAITS.lap()
         pipeline.run(on_step)
+        idle = WAITS.lap()
         last = actors.learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]
         fleet.version = last["version"]
     finally:
         actors.kill()
     return {
         "dreams": pipeline.counts.learned * dreaming.group_size,
-        "idle": pipeline.waits.idle(),
+        "idle": idle,
         "samples": _samples(run_dir, chat),
     }
 

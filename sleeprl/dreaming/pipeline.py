@@ -31,7 +31,7 @@ from sleeprl.dreaming.mending import Mender
 from sleeprl.dreaming.position import Position
 from sleeprl.dreaming.tasks import Task, request
 from sleeprl.reporting.failures import ActorFailure, Failure, Kind
-from sleeprl.reporting.waits import Waits, Watchdog
+from sleeprl.reporting.waits import WAITS
 from sleeprl.settings import DreamingConfig
 
 OnStep = Callable[[int, dict[str, Any]], None]
@@ -51,7 +51,6 @@ class Pipeline:
     curriculum: ActorGroup
     learner: ActorGroup
     asks: Callable[[str], list[int]]
-    watch: Callable[[Waits], Watchdog]
     seed: int
     position: Position
     mender: Mender
@@ -59,12 +58,15 @@ class Pipeline:
     colocated: bool = False
     counts: Counts = field(default_factory=Counts)
     ages: Ages = field(default_factory=Ages)
-    waits: Waits = field(default_factory=Waits)
+
+    @property
+    def groups(self) -> tuple[ActorGroup, ...]:
+        return self.engines, self.scorers, self.rewards, self.learner
 
     def run(self, on_step: OnStep) -> None:
         """Learn ``config.steps`` times. Raises ActorFailure for what cannot be mended."""
-        with self.watch(self.waits):
-            self._begin()
+        self._begin()
+        try:
             while self.position.version < self.config.steps:
                 try:
                     moved = self._turn(on_step)
@@ -76,8 +78,9 @@ class Pipeline:
                 if not moved:
                     time.sleep(0.005)
                 self._account()
-            for name in ("engine", "scorer", "reward", "learner"):
-                self.waits.now(name, None)
+        finally:
+            for group in self.groups:
+                WAITS.now(group.name, None)
 
     def _begin(self) -> None:
         """Take up what the position kept; what it did not is admitted again."""
@@ -206,8 +209,7 @@ class Pipeline:
         if sum(self.held.get(n, ("", None))[0] == "queued" for n in wanted) < self.size:
             return False
         if self.colocated:
-            with self.waits.on("engine", what="its falling asleep", kind="sync"):
-                self.engines.call("sleep")
+            self.engines.call("sleep")
         told = {"batches": wanted, "redrawn": redrawn}
         asked = {name: [self.held[n][1] for n in numbers] for name, numbers in told.items()}
         self.step, self.wanted = self.learner.send("step", [asked] * len(self.learner)), wanted
@@ -227,8 +229,7 @@ class Pipeline:
         self.ages.updated()
         sent = {**self._publish(), "publish_lag_seconds": self.ages.lag()}
         groups, after = self._under_way(), str(position.at(position.version + 1))
-        with self.waits.on("learner", what="its state of this version", kind="sync"):
-            self.learner.call("save", directory=after, groups=groups)
+        self.learner.call("save", directory=after, groups=groups)
         self._ask_curriculum("observe", outcomes=outcome["outcomes"])
         position.curriculum = self._ask_curriculum("state_dict")
         position.version += 1
@@ -243,8 +244,7 @@ class Pipeline:
 
     def _under_way(self) -> dict[str, Any]:
         """All groups but those of this update, as they are now, by number and stage."""
-        with self.waits.on("engine", what="the tokens so far", kind="generate"):
-            told = self.engines.call("prefixes") if self.counts.generating else []
+        told = self.engines.call("prefixes") if self.counts.generating else []
         self._take(self.engines, "generating", "scoring")  # who ended before they were asked
         begun = {int(uid.split("-")[1]): ref for each in told for uid, ref in each.items()}
         running = {f"{n}-generating": ref for n, ref in begun.items() if n not in self.held}
@@ -254,14 +254,13 @@ class Pipeline:
     def _publish(self) -> dict[str, Any]:
         """The learner's weights to all engines there are now, and to the scorers. Whoever fails to
         get them gets no work."""
-        with self.waits.on("learner", what="the new weights", kind="sync"):
-            sent: dict[str, Any] = self.learner.call("publish", engines=self.engines.actors)[0]
-            self.engines.updated(sent.pop("verified"))
-            silent = len(self.engines.health.having(Health.DEAD))  # no work for it, whatever it got
-            if stale := max(sent.pop("stale_engines", 0), silent):
-                told = f"{stale:.0f} did not end the update verified"
-                raise ActorFailure("engines", Failure(Kind.INFRA, told))
-            self.scorers.scatter("set_expert", [{"expert": sent.pop("expert")}] * len(self.scorers))
+        sent: dict[str, Any] = self.learner.call("publish", engines=self.engines.actors)[0]
+        self.engines.updated(sent.pop("verified"))
+        silent = len(self.engines.health.having(Health.DEAD))  # no work for it, whatever it got
+        if stale := max(sent.pop("stale_engines", 0), silent):
+            told = f"{stale:.0f} did not end the update verified"
+            raise ActorFailure("engines", Failure(Kind.INFRA, told))
+        self.scorers.scatter("set_expert", [{"expert": sent.pop("expert")}] * len(self.scorers))
         sent.pop("version")
         return sent
 
@@ -277,8 +276,7 @@ class Pipeline:
 
     def _mend(self) -> None:
         """Restart who died; then all have the learner's weights."""
-        with self.waits.on("engine", what="a restart", kind="sync"):
-            back = self.mender.mend(self.position)
+        back = self.mender.mend(self.position)
         if back and self.step:  # its groups are still here
             self.counts.move("learning", "queued", self.counts.learning)
             for number, (stage, batch) in self.held.items():
@@ -288,12 +286,14 @@ class Pipeline:
         self.broken = False
 
     def _ask_curriculum(self, method: str, **arguments: Any) -> Any:
-        with self.waits.on("curriculum", what=method, kind="data"):
-            return self.curriculum.call(method, **arguments)[0]
+        return self.curriculum.call(method, **arguments)[0]
 
     def _account(self) -> None:
         """Who has nothing to do now, and for whom it waits."""
-        busy = {g.name: g.outstanding > 0 for g in (self.engines, self.scorers, self.rewards)}
+        of = {group.name: group for group in self.groups}
+        busy = {name: group.outstanding > 0 for name, group in of.items()}
+        busy |= {"learner": bool(self.step)}
         busy["engine"] &= not (self.colocated and self.step)
-        for name, whom, what, kind in self.counts.idle({**busy, "learner": bool(self.step)}):
-            self.waits.now(name, whom, what=what, kind=kind)
+        for name, whom, what, kind in self.counts.idle(busy):
+            wrote = of[whom].wrote if whom else list
+            WAITS.now(name, whom, what=what, kind=kind, wrote=wrote)

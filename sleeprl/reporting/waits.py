@@ -2,11 +2,13 @@
 
 It knows at any moment who waits for whom since when, adds up idle seconds per
 waiter and kind of wait, and lets a watchdog say in words which wait has stalled.
+``WAITS`` are this process's; calls of an ``ActorGroup`` are in it by themselves.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self, get_args
 
-WaitKind = Literal["generate", "sync", "data", "gate", "train", "score"]
+WaitKind = Literal["generate", "sync", "data", "gate", "train", "score", "start"]
 WAIT_KINDS: tuple[WaitKind, ...] = get_args(WaitKind)
 
 _FOR: dict[WaitKind, str] = {
@@ -26,19 +28,29 @@ _FOR: dict[WaitKind, str] = {
     "gate": "the gate of",
     "train": "training by",
     "score": "scores from",
+    "start": "the start of",
 }
 _log = logging.getLogger(__name__)
 
 
+Wrote = Callable[[], list[str]]
+
+
+def _nothing() -> list[str]:
+    return []
+
+
 @dataclass(frozen=True, eq=False)
 class Wait:
-    """One wait that is going on. ``since`` is in seconds of the clock of its ``Waits``."""
+    """One wait that is going on. ``since`` is in seconds of the clock of its ``Waits``. wrote: the
+    last lines of who is waited for."""
 
     waiter: str
     whom: str
     what: str
     kind: WaitKind
     since: float
+    wrote: Wrote = _nothing
 
     def describe(self, now: float) -> str:
         """'learner has waited 62 s for data from engine-0: batch 12'."""
@@ -72,14 +84,20 @@ class Waits:
 
     @contextmanager
     def on(
-        self, whom: str, *, what: str, kind: WaitKind, waiter: str | None = None
+        self,
+        whom: str,
+        *,
+        what: str,
+        kind: WaitKind,
+        waiter: str | None = None,
+        wrote: Wrote = _nothing,
     ) -> Iterator[Wait]:
         """Everything in the block is ``waiter`` waiting for ``whom`` because of ``what``."""
         if kind not in WAIT_KINDS:
             raise ValueError(f"kind of wait {kind!r} is unknown; use one of {WAIT_KINDS}")
         waiter = waiter or self._waiter
         with self._lock:
-            wait = Wait(waiter, whom, what, kind, self._settle(waiter))
+            wait = Wait(waiter, whom, what, kind, self._settle(waiter), wrote)
             self._open[waiter].append(wait)
         try:
             yield wait
@@ -89,7 +107,13 @@ class Waits:
                 self._open[waiter].remove(wait)
 
     def now(
-        self, waiter: str, whom: str | None, *, what: str = "", kind: WaitKind = "data"
+        self,
+        waiter: str,
+        whom: str | None,
+        *,
+        what: str = "",
+        kind: WaitKind = "data",
+        wrote: Wrote = _nothing,
     ) -> None:
         """For a loop that looks instead of blocking: from now on ``waiter`` waits for ``whom``, or,
         with None, for nobody. Saying the same again changes nothing."""
@@ -102,7 +126,7 @@ class Waits:
                 self._open[waiter].remove(open_)
                 self._looked.remove(open_)
             if whom is not None:
-                wait = Wait(waiter, whom, what, kind, since)
+                wait = Wait(waiter, whom, what, kind, since, wrote)
                 self._open[waiter].append(wait)
                 self._looked.add(wait)
 
@@ -121,6 +145,13 @@ class Waits:
                 self._settle(waiter)
             return {waiter: {str(k): s for k, s in of.items()} for waiter, of in self._idle.items()}
 
+    def lap(self) -> dict[str, dict[str, float]]:
+        """Idle seconds since the last lap, as ``idle`` tells them, which then begins anew."""
+        found = self.idle()
+        with self._lock:
+            self._idle.clear()
+        return found
+
     def _settle(self, waiter: str) -> float:
         """Credit the time since the last call to the oldest open wait; returns now (s)."""
         now = self.clock()
@@ -128,6 +159,13 @@ class Waits:
             self._idle[waiter][self._open[waiter][0].kind] += now - self._settled_at[waiter]
         self._settled_at[waiter] = now
         return now
+
+
+WAITS = Waits()
+
+
+def to_stderr(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 class Watchdog:
@@ -142,16 +180,14 @@ class Watchdog:
         self,
         waits: Waits,
         limit_s: float,
-        on_stall: Callable[[str], None],
+        on_stall: Callable[[str], None] = to_stderr,
         every_s: float = 1.0,
-        log_of: Callable[[str], list[str]] = lambda whom: [],
     ) -> None:
-        """``limit_s``: a longer wait is a stall; ``every_s``: how often the thread looks;
-        ``log_of``: the last lines of who is waited for, by the name in the waits."""
+        """``limit_s``: a longer wait is a stall; ``every_s``: how often the thread looks."""
         if limit_s <= 0 or every_s <= 0:
             raise ValueError(f"limit_s={limit_s} and every_s={every_s} must be positive seconds")
         self._waits, self._limit_s, self._on_stall = waits, limit_s, on_stall
-        self._every_s, self._log_of = every_s, log_of
+        self._every_s = every_s
         self._report_at_s: dict[Wait, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="wait-watchdog", daemon=True)
@@ -165,8 +201,8 @@ class Watchdog:
             waited_s = now - wait.since
             if waited_s >= self._report_at_s[wait]:
                 self._report_at_s[wait] = 2 * waited_s
-                message, whom = _chain(wait, current, now)
-                wrote = [f"  {line}" for line in self._log_of(whom)]
+                message, last = _chain(wait, current, now)
+                wrote = [f"  {line}" for line in last.wrote()]
                 messages.append("\n".join([message, *wrote]))
         for message in messages:
             self._on_stall(message)
@@ -193,15 +229,15 @@ class Watchdog:
         self._thread.join()
 
 
-def _chain(wait: Wait, current: list[Wait], now: float) -> tuple[str, str]:
+def _chain(wait: Wait, current: list[Wait], now: float) -> tuple[str, Wait]:
     """Who waits for whom, for whom, ... in one sentence; and the last of them."""
     message, seen = wait.describe(now), {wait.waiter}
     while True:
         following = next((w for w in current if w.waiter == wait.whom), None)
         if following is None:
-            return message, wait.whom
+            return message, wait
         if following.waiter in seen:
-            return f"{message}; they wait for each other", wait.whom
+            return f"{message}; they wait for each other", wait
         seen.add(following.waiter)
         message += f"; {following.describe(now)}"
         wait = following
