@@ -28,6 +28,7 @@ from sleeprl.actors.publish import publish_from_gpu
 from sleeprl.actors.torch_engine import TorchEngine
 from sleeprl.dreaming import learning
 from sleeprl.memory.checkpoint import WEIGHTS
+from sleeprl.reporting.waits import WAITS, Watchdog
 from sleeprl.weights.verify import Canary
 
 IDS = [1, *range(40, 70)]
@@ -266,9 +267,11 @@ def test_trap_10_an_engine_that_hangs_does_not_hang_the_update(
     impatient.publish(weights.items(), right, version=4)
     os.kill(pid, signal.SIGSTOP)
     try:
-        began = time.monotonic()
-        good, hung = impatient.publish(weights.items(), right, version=6)
+        began, heard = time.monotonic(), list[str]()
+        with Watchdog(WAITS, limit_s=2.0, on_stall=heard.append, every_s=0.1):
+            good, hung = impatient.publish(weights.items(), right, version=6)
         assert time.monotonic() - began < 60
+        assert any("for a weight update with engine: begin_update" in message for message in heard)
         assert good.verified and not hung.verified
         assert hung.error is not None and "GetTimeoutError" in hung.error
         assert states(impatient) == [Health.HEALTHY, Health.STALE]

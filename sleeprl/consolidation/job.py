@@ -73,6 +73,7 @@ def _train_loop(arguments: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker. arguments: ``job``, ``engines``, ``teachers``, ``mailbox``."""
     shell = RayTrain(arguments["mailbox"])
     shell.tell({"pid": os.getpid()})
+    WAITS.waiter = f"learner-{shell.rank}"
     with Watchdog(WAITS, arguments["stall_seconds"]):
         learn(arguments["job"], arguments["engines"], shell, arguments["teachers"])
 

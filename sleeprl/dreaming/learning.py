@@ -81,6 +81,7 @@ class LearnerActor(Served):
 
     def start(self, address: str, state: str | None = None) -> None:
         """Join the other ranks. state: directory of a ``save`` to go on from."""
+        WAITS.waiter = f"learner-{self.rank}"
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK="0")
         dist.init_process_group(
             "nccl" if self.job.learner.gpu else "gloo",

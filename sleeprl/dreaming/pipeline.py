@@ -96,7 +96,11 @@ class Pipeline:
         self.waiting: dict[str, deque[int]] = {"scoring": deque(), "rewarding": deque()}
         kept = position.groups()
         paths = [str(path) for _, path in kept.values()]
-        loaded = self.rewards.call("load", paths=paths)[0] if paths else []
+        asked: list[dict[str, Any]] = [
+            {"paths": paths},
+            *[{"paths": []}] * (len(self.rewards) - 1),
+        ]  # one is enough
+        loaded = self.rewards.scatter("load", asked)[0]
         self.line = Line(position, self.size, self.config.staleness, self.redraws)
         for (number, (stage, _)), found in zip(kept.items(), loaded, strict=True):
             if self.line.too_old(number, found["oldest"]):
@@ -150,7 +154,7 @@ class Pipeline:
         if self.again:
             number = self.again.popleft()
             return number, self.tasks[admitted[number]]
-        (task,) = self._ask_curriculum("next", n=1)
+        (task,) = self.curriculum.call("next", n=1)[0]
         admitted.append(task.id)
         return len(admitted) - 1, task
 
@@ -230,8 +234,8 @@ class Pipeline:
         sent = {**self._publish(), "publish_lag_seconds": self.ages.lag()}
         groups, after = self._under_way(), str(position.at(position.version + 1))
         self.learner.call("save", directory=after, groups=groups)
-        self._ask_curriculum("observe", outcomes=outcome["outcomes"])
-        position.curriculum = self._ask_curriculum("state_dict")
+        self.curriculum.call("observe", outcomes=outcome["outcomes"])
+        position.curriculum = self.curriculum.call("state_dict")[0]
         position.version += 1
         position.done += self.counts.learning
         position.save()
@@ -284,9 +288,6 @@ class Pipeline:
             self.step = []
         self._publish()
         self.broken = False
-
-    def _ask_curriculum(self, method: str, **arguments: Any) -> Any:
-        return self.curriculum.call(method, **arguments)[0]
 
     def _account(self) -> None:
         """Who has nothing to do now, and for whom it waits."""

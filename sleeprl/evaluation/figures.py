@@ -74,11 +74,11 @@ def measure(
     wrote = fleet.generate(prompts, [Sampling(max_tokens, 0.0)] * len(prompts))
     answers = [chat.decode(completion.token_ids) for completion in wrote]
     right = grade(answers, probes)
-    if record is not None and lake is not None and wrote:
-        whole = enumerate(zip(probes, prompts, wrote, right, strict=True))
-        answered = [_trajectory(record.stem, number, *each) for number, each in whole]
-        lake.append(to_batch(answered), "trajectories")
     if record is not None:
+        if lake is not None and wrote:
+            whole = enumerate(zip(probes, prompts, wrote, right, strict=True))
+            answered = [_trajectory(record.stem, number, *each) for number, each in whole]
+            lake.append(to_batch(answered), "trajectories")
         rows = [
             {"kind": p.kind, "question": p.question, "gold": p.answer, "answer": a, "right": ok}
             for p, a, ok in zip(probes, answers, right, strict=True)

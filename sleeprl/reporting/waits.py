@@ -73,9 +73,9 @@ class Waits:
     def __init__(
         self, waiter: str = "driver", *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``waiter`` is who waits when ``on`` does not say; ``clock`` is in seconds."""
+        """``waiter``: this process, who waits when ``on`` does not say; ``clock`` is in seconds."""
         self.clock = clock
-        self._waiter = waiter
+        self.waiter = waiter
         self._lock = threading.Lock()
         self._open: dict[str, list[Wait]] = defaultdict(list)
         self._looked: set[Wait] = set()
@@ -95,7 +95,7 @@ class Waits:
         """Everything in the block is ``waiter`` waiting for ``whom`` because of ``what``."""
         if kind not in WAIT_KINDS:
             raise ValueError(f"kind of wait {kind!r} is unknown; use one of {WAIT_KINDS}")
-        waiter = waiter or self._waiter
+        waiter = waiter or self.waiter
         with self._lock:
             wait = Wait(waiter, whom, what, kind, self._settle(waiter), wrote)
             self._open[waiter].append(wait)
