@@ -165,7 +165,8 @@ def report(run: Run) -> None:
 def inspect(
     run: Run,
     purpose: Annotated[
-        str | None, typer.Option(help="Only self_study, replay, rollout, dream, or redrawn.")
+        str | None,
+        typer.Option(help="Only self_study, replay, rollout, dream, redrawn, outdated, or eval."),
     ] = None,
     task: Annotated[str | None, typer.Option(help="Only what belongs to this task.")] = None,
     uid: Annotated[str | None, typer.Option(help="This one, token by token.")] = None,

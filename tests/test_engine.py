@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sleeprl.actors.engine import Completion, EngineOptions, Sampling
+from sleeprl.actors.engine import Completion, EngineOptions, Sampling, resumable
 from sleeprl.actors.torch_engine import TorchEngine
 from sleeprl.actors.vllm_engine import VLLMEngine
 from sleeprl.memory.checkpoint import (
@@ -428,7 +428,7 @@ def test_a_group_goes_on_from_its_tokens(rig: Rig) -> None:
     assert rig.engine.so_far() == {}
     assert [t.finish_reason for t in begun] == ["length", "running", "running"]
     rig.run(rig.update(grown(rig), None))  # the rest is written with other weights
-    whole = from_batch(rig.run(rig.engine.write("task", uids, prompt, how, to_batch(begun))))
+    whole = from_batch(rig.run(rig.engine.write("task", uids, prompt, how, kept(begun))))
     for before, after, asked in zip(begun, whole, how, strict=True):
         had = len(before.response_ids)
         assert 4 <= had < 60 and len(after.response_ids) <= asked.max_tokens
@@ -441,6 +441,58 @@ def test_a_group_goes_on_from_its_tokens(rig: Rig) -> None:
     assert whole[0].response_ids == begun[0].response_ids
 
 
+def kept(begun: list[Trajectory]) -> dict[str, Completion]:
+    return resumable(to_batch(begun), 0)[0]
+
+
+def test_what_was_being_written_when_an_update_fails_is_handed_back(rig: Rig) -> None:
+    """As far as it is right: another, or the same when it is verified again, goes on from there."""
+    weights, (prompt,) = shaken(rig, seed=23), prompts(1)
+    length = 300 if rig.kind == "vllm" else 60
+    how, uids = sampling(3, length), [f"dream-9-{n}" for n in range(3)]
+    how[0] = replace(how[0], max_tokens=4)
+
+    async def scenario() -> tuple[list[Trajectory], list[Trajectory]]:
+        await rig.update(weights, rig.canary(weights))
+        writing = asyncio.ensure_future(rig.engine.write("task", uids, prompt, how))
+        while True:
+            await asyncio.sleep(0)
+            (batch,) = rig.engine.so_far().values()
+            before = from_batch(batch)
+            if min(len(t.response_ids) for t in before) >= 4:
+                break
+        assert not (await rig.update(shaken(rig, seed=24), rig.canary({}))).verified
+        return before, from_batch(await writing)
+
+    before, found = rig.run(scenario())
+    assert [t.finish_reason for t in found] == ["length", "running", "running"]
+    for early, late in zip(before, found, strict=True):
+        assert late.response_ids[: len(early.response_ids)] == early.response_ids
+        assert len(late.response_ids) < length and set(late.versions) == {rig.version - 1}
+        right = rig.expected(prompt + late.response_ids, weights)[len(prompt) - 1 :]
+        assert late.logprobs == pytest.approx(right, abs=1e-4)
+    assert rig.run(rig.update(weights, rig.canary(weights))).verified
+    whole = from_batch(rig.run(rig.engine.write("task", uids, prompt, how, kept(found))))
+    for late, t in zip(found, whole, strict=True):
+        assert t.response_ids[: len(late.response_ids)] == late.response_ids
+        assert t.finish_reason in ("stop", "length")
+
+
+def test_a_dream_that_is_over_and_too_old_is_written_anew() -> None:
+    """What goes on, or has one token that may be learned from, is kept."""
+    dreams = [
+        Trajectory(f"dream-1-{n}", "t", n, "dream", [1], versions, [-1.0] * len(versions), versions, end)
+        for n, (versions, end) in enumerate(
+            [([2, 3, 3], "stop"), ([3, 4], "length"), ([2, 2], "running"), ([], "running")]
+        )
+    ]  # fmt: skip
+    kept, over = resumable(to_batch(dreams), 4)
+    assert list(kept) == ["dream-1-1", "dream-1-2", "dream-1-3"]
+    assert kept["dream-1-2"].versions == [2, 2]
+    assert from_batch(over) == [replace(dreams[0], purpose="outdated")]
+    assert resumable(None, 4)[0] == {}
+
+
 def test_the_torch_engine_goes_on_to_the_bit(rig: Rig) -> None:
     if rig.kind != "torch":
         pytest.skip("vLLM cannot set a request's generator forward")
@@ -451,7 +503,7 @@ def test_the_torch_engine_goes_on_to_the_bit(rig: Rig) -> None:
                 versions=t.versions[:9], finish_reason="running")
         for t in from_batch(whole)
     ]  # fmt: skip
-    assert rig.run(rig.engine.write("task", uids, prompt, how, to_batch(half))) == whole
+    assert rig.run(rig.engine.write("task", uids, prompt, how, kept(half))) == whole
 
 
 # --- sleep ------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from sleeprl.actors.torch_engine import TorchEngine
 from sleeprl.chat import Chat
 from sleeprl.consolidation.writer import asks
 from sleeprl.dreaming import phase
-from sleeprl.dreaming.line import Line
 from sleeprl.dreaming.position import Position, read_group
 from sleeprl.files import sha256_file
 from sleeprl.memory.checkpoint import EXPERT
@@ -301,32 +300,36 @@ def test_what_engines_had_written_when_the_driver_was_killed_is_gone_on_from(
     tmp_path: Path,
 ) -> None:
     """With a staleness of one an update finds engines in the middle of the next groups: their tokens
-    are kept with the position, and are the beginning of what is learned from in the end."""
+    are kept with the position, and are the beginning of what is written in the end. With a staleness
+    of none by then, what is too old of it is read, and not learned from."""
     (tmp_path / "stderr").touch()
     kept: dict[str, list[int]] = {}
     for after in (0.0, 0.1, 0.2):
         cut(driver(place, tmp_path, 1), tmp_path, after)
         position = Position.load(tmp_path / "dreaming-state")
-        line = Line(position, GROUPS, 1, 0)
-        for number, (stage, path) in position.groups().items():
-            rows = from_batch(read_group(str(path)))
-            oldest = min((version for row in rows for version in row.versions), default=None)
-            if stage == "generating" and not line.too_old(number, oldest):
-                kept |= {row.uid: row.response_ids for row in rows if row.response_ids}
-    assert driver(place, tmp_path, 1).wait(300) == 0, (tmp_path / "stderr").read_text()[-3000:]
+        for stage, path in position.groups().values():
+            rows = from_batch(read_group(str(path))) if stage == "generating" else ()
+            running = [row for row in rows if row.response_ids and row.finish_reason == "running"]
+            kept |= {row.uid: row.response_ids for row in running}
+    assert driver(place, tmp_path, 0).wait(300) == 0, (tmp_path / "stderr").read_text()[-3000:]
     rows = from_batch(Lake(tmp_path / "lake").read("trajectories"))
     ended = {row.uid: row.response_ids for row in rows if row.purpose in ("dream", "redrawn")}
     assert kept and all(ended[uid][: len(ids)] == ids for uid, ids in kept.items())
     dreams = [row.uid for row in rows if row.purpose == "dream"]
     assert len(dreams) == UPDATES * GROUPS * SIZE
+    told = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    last = [step for step in told if step["step"] > position.version]
+    assert sum(step["tokens_too_old"] for step in last) > 0
+    assert max(step["staleness_max"] for step in last) == 0 < max(s["staleness_max"] for s in told)
 
 
 if __name__ == "__main__":
     init()
     steps = Path(sys.argv[2]) / "steps.jsonl"
 
-    def tell(step: int, _: Mapping[str, Any]) -> None:
+    def tell(step: int, metrics: Mapping[str, Any]) -> None:
+        told = {name: metrics[name] for name in ("tokens_too_old", "staleness_max")}
         with steps.open("a") as file:
-            file.write(json.dumps({"step": step}) + "\n")
+            file.write(json.dumps({"step": step, **told}) + "\n")
 
     dream(Path(sys.argv[1]), Path(sys.argv[2]), tell, staleness=int(sys.argv[3]))

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sleeprl.actors import group as of_group
+from sleeprl.actors.batches import Row
 from sleeprl.actors.cluster import vacate
 from sleeprl.actors.engine import EngineOptions, Sampling, spawn
 from sleeprl.actors.fleet import SILENCE, Fleet, StaleEngine
@@ -27,8 +28,12 @@ from sleeprl.actors.health import Health
 from sleeprl.actors.publish import publish_from_gpu
 from sleeprl.actors.torch_engine import TorchEngine
 from sleeprl.dreaming import learning
+from sleeprl.dreaming.tasks import algorithm_of
+from sleeprl.losses.streams import LossOptions
 from sleeprl.memory.checkpoint import WEIGHTS
 from sleeprl.reporting.waits import WAITS, Watchdog
+from sleeprl.settings import DreamingConfig
+from sleeprl.trajectories.schema import Trajectory, to_batch
 from sleeprl.weights.verify import Canary
 
 IDS = [1, *range(40, 70)]
@@ -243,6 +248,35 @@ def test_the_expert_is_gathered_before_the_engines_can_fail(
     with pytest.raises(StaleEngine):
         actor.publish([None])
     assert done == ["expert", "publish"] and actor.fleet.health.dead_after == SILENCE
+
+
+def test_tokens_that_are_too_old_are_read_and_not_learned_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the update from version 6 with a staleness of one, what versions before 5 wrote."""
+    learned: list[Row] = []
+    versions = [[4, 4, 5], [5, 6], [3, 4]]
+    dreams = [
+        Trajectory(f"dream-0-{n}", "t", n, "dream", [1, 2], list(range(7, 7 + len(of))),
+                   [-1.0 * v for v in of], of, "stop", reward=float(n), meta='{"gap": 1.0}')
+        for n, of in enumerate(versions)
+    ]  # fmt: skip
+    config = DreamingConfig(staleness=1)
+    job: Any = SimpleNamespace(first_version=1, config=config, stall_seconds=60.0)
+    actor = learning.LearnerActor(job, 0, 1)
+    actor.algorithm = algorithm_of(config)
+    step = lambda rows, *_: learned.extend(rows) or {}  # noqa: E731
+    actor.learner = SimpleNamespace(steps=5, step=step)  # type: ignore
+    actor.chat, actor.replay = SimpleNamespace(decode=lambda _: ""), []  # type: ignore
+    actor.parts, actor.loss = {}, LossOptions()
+    monkeypatch.setattr(learning.ray, "get", lambda batches: batches)
+    told = actor.step([to_batch(dreams)])["metrics"]
+    assert [row.prompt_ids for row in learned] == [[1, 2, 7, 8], [1, 2]]
+    assert [row.response_ids for row in learned] == [[9], [7, 8]]
+    assert [row.behaviour for row in learned] == [[-5.0], [-5.0, -6.0]]
+    assert (told["tokens_too_old"], told["staleness_max"]) == (4.0, 1.0)
+    assert told["staleness_tokens"] == {"0": 1, "1": 2}
+    assert told["reward"] == 1.0  # of all three, as their advantages
 
 
 def test_how_far_the_sides_are_apart_is_told_by_age() -> None:

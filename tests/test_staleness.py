@@ -181,7 +181,7 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
             (redrawn if aside else batches).append(judged["batch"])
         outcome = actors.learners.call("step", batches=batches, redrawn=redrawn)[0]
         told.append(outcome["metrics"] | {"redrawn": len(redrawn)})
-        actors.learners.call("save", directory=str(place / "loop" / f"version-{step}"))
+        actors.learners.call("save", directory=str(place / "loop" / f"version-{step}"), groups={})
         sent = actors.learners.call("publish", engines=fleet.group.actors)[0]
         actors.scorers.call("set_expert", expert=ray.get(sent["expert"]))
         actors.curriculum.call("observe", outcomes=outcome["outcomes"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from sleeprl.actors.group import ServedAsync
 from sleeprl.registry import resolve
 from sleeprl.settings import ConfigError, NightConfig
-from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
+from sleeprl.trajectories.schema import Trajectory, from_batch, newest, outdated, to_batch
 from sleeprl.weights.transport import Delivery
 from sleeprl.weights.verify import Canary, Certificate, StaleWeights, largest_difference, moved
 
@@ -60,7 +60,7 @@ class RolloutEngine(Protocol):
 
     Whatever goes wrong in an update, it ends in a certificate. An engine that did not end
     verified raises StaleWeights (INFRA) for all work, also for what was running, until a later
-    update verifies.
+    update verifies; only dreams that were being written are handed back as far as they are right.
 
     Asleep it writes no token and scores nothing; what is asked of it waits. ``wake``, or the
     beginning of an update, lets it go on, with tokens as if it had not slept. Both may be repeated.
@@ -192,6 +192,8 @@ class TokenEngine(ServedAsync):
         """What went wrong in the update that is under way."""
         self._stale: str | None = None
         """Why the last update did not end verified."""
+        self._verified = 0
+        """The version of the last update that ended verified."""
         self._reached: Canary | None = None
         """Of the last update that is known to have moved the scores to where the sender's are."""
         self._settled = asyncio.Event()
@@ -200,7 +202,8 @@ class TokenEngine(ServedAsync):
     async def _one(
         self, prompt: list[int], sampling: Sampling, begun: Sequence[int] = (), uid: str = ""
     ) -> Completion:
-        """One request. begun: response tokens to go on from; only what follows them is returned."""
+        """One request. begun: response tokens to go on from; only what follows them is returned, with
+        the finish reason ``running`` where the engine is STALE before the end."""
         raise NotImplementedError
 
     def _so_far(self, uid: str) -> Completion:
@@ -261,19 +264,22 @@ class TokenEngine(ServedAsync):
         prompt: list[int],
         sampling: Sequence[Sampling],
         begun: pa.RecordBatch | None = None,
+        since: int = 0,
     ) -> dict[str, Any]:
         """``write`` into the object store: the caller moves references only.
 
-        Returns ``batch`` (a reference), ``tokens``, and the oldest and newest policy
-        ``versions`` in it.
+        Returns ``batch`` (a reference); its ``newest`` version; ``unfinished``: why the rest is for
+        others to write, of an engine that is STALE now; and of dreams that were written anew since
+        all of their tokens are older than ``since``, what they were: ``outdated`` (references).
         """
-        batch = await self.write(task, attempts, prompt, sampling, begun)
-        versions = batch.column("versions").flatten().to_pylist() or [self._version]
-        tokens = batch.column("response_ids").flatten()
+        kept, over = resumable(begun, since)
+        batch = await self.write(task, attempts, prompt, sampling, kept)
+        running = RUNNING in batch.column("finish_reason").to_pylist()
         return {
             "batch": ray.put(batch),
-            "tokens": len(tokens),
-            "versions": (min(versions), max(versions)),
+            "newest": newest(batch),
+            "unfinished": f"{self.name} is STALE: {self._stale}" if running else None,
+            "outdated": [ray.put(over)] if over.num_rows else [],
         }
 
     async def prefixes(self) -> dict[str, Any]:
@@ -286,12 +292,11 @@ class TokenEngine(ServedAsync):
         attempts: Sequence[str],
         prompt: list[int],
         sampling: Sequence[Sampling],
-        begun: pa.RecordBatch | None = None,
+        begun: Mapping[str, Completion] | None = None,
     ) -> pa.RecordBatch:
-        """A group of dreams on one prompt. attempts: the uid of each. begun: what ``so_far`` told of
-        the group in another life; its tokens are kept, with their versions."""
-        before = dict(zip(attempts, _completions(begun), strict=True)) if begun is not None else {}
-        ended: dict[str, Completion] = {}
+        """A group of dreams on one prompt. attempts: the uid of each. begun: what there is of them
+        already, by uid; its tokens are kept, with their versions, and gone on from."""
+        before, ended = begun or {}, dict[str, Completion]()
 
         async def one(uid: str, how: Sampling) -> None:
             known = before.get(uid, NOTHING)
@@ -311,9 +316,11 @@ class TokenEngine(ServedAsync):
         self._groups[group] = batch
         try:
             await asyncio.gather(*map(one, attempts, sampling))
-            await self._settle()
+            await self._settled.wait()
         finally:
             self._groups.pop(group, None)
+        if self._stale is not None:
+            ended = {uid: _until(self._verified, made) for uid, made in ended.items()}
         return batch()
 
     def so_far(self) -> dict[str, pa.RecordBatch]:
@@ -381,7 +388,9 @@ class TokenEngine(ServedAsync):
             await self._try(self._resume(ending=self._stale is not None))
             seconds = time.monotonic() - self._updating
             certificate = await self._certificate(canary, seconds)
-            if not certificate.verified and self._stale is None:
+            if certificate.verified:
+                self._verified = self._version
+            elif self._stale is None:
                 self._stale = certificate.error
                 await self._try(self._resume(ending=True))
         finally:
@@ -418,11 +427,26 @@ class TokenEngine(ServedAsync):
         return difference
 
 
-def _completions(batch: pa.RecordBatch) -> list[Completion]:
-    return [
-        Completion(t.response_ids, t.logprobs, t.versions, t.finish_reason)
-        for t in from_batch(batch)
-    ]
+def resumable(
+    begun: pa.RecordBatch | None, since: int
+) -> tuple[dict[str, Completion], pa.RecordBatch]:
+    """Of dreams that were begun what to go on from, by uid; and those that are over, and in which
+    no token may be learned from: they are written anew."""
+    kept, over = dict[str, Completion](), []
+    for t in from_batch(begun) if begun is not None else ():
+        if t.finish_reason != RUNNING and outdated(t.versions, since) == len(t.versions) > 0:
+            over.append(replace(t, purpose="outdated"))
+        else:
+            kept[t.uid] = Completion(t.response_ids, t.logprobs, t.versions, t.finish_reason)
+    return kept, to_batch(over)
+
+
+def _until(version: int, made: Completion) -> Completion:
+    """What of it was written up to a version; what is cut off has to be written again."""
+    right = next((n for n, of in enumerate(made.versions) if of > version), None)
+    if right is None:
+        return made
+    return Completion(made.token_ids[:right], made.logprobs[:right], made.versions[:right], RUNNING)
 
 
 def join(first: Completion, then: Completion) -> Completion:

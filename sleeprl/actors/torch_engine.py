@@ -72,6 +72,8 @@ class TorchEngine(TokenEngine):
         room = min(sampling.max_tokens, self.options.max_length - len(prompt)) - len(begun)
         while len(made.token_ids) < room:
             await self._turn()
+            if self._stale is not None:
+                break
             if cut != self._cut:
                 given = [*prompt, *begun[: len(begun) - len(before)], *made.token_ids]
                 cache, cut = None, self._cut
@@ -89,6 +91,8 @@ class TorchEngine(TokenEngine):
             if token in self.ends:
                 break
         self._made.pop(uid, None)  # requests without a uid share one place
+        if self._stale is not None:
+            return made
         stopped = made.token_ids and made.token_ids[-1] in self.ends
         return replace(made, finish_reason="stop" if stopped else "length")
 
@@ -96,11 +100,10 @@ class TorchEngine(TokenEngine):
         return self._made.get(uid, NOTHING)
 
     async def _turn(self) -> None:
-        """Let the others go on; asleep or in an update nobody does, on broken weights neither."""
+        """Let the others go on; asleep or in an update nobody does."""
         await asyncio.sleep(0)
         while not self._resumed.is_set():  # it may be cleared before who waits has its turn
             await self._resumed.wait()
-        self._refuse_if_stale()
 
     async def _score(self, sequence: list[int]) -> list[float]:
         await asyncio.sleep(0)  # who asks whether it is there is answered between two sequences

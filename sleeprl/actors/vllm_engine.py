@@ -125,7 +125,8 @@ class VLLMEngine(TokenEngine):
         made = await self._piece(prompt, sampling, begun, uid)
         try:
             while made.finish_reason == "abort":
-                self._refuse_if_stale()
+                if self._stale is not None:
+                    return replace(made, finish_reason=RUNNING)
                 done = [*begun, *made.token_ids]
                 if len(done) >= min(sampling.max_tokens, self.options.max_length - len(prompt)):
                     return replace(made, finish_reason="length")

@@ -1,4 +1,4 @@
-"""The built-in curricula."""
+"""The built-in curricula, and the actor that has one, its own or a user's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from sleeprl.dreaming.tasks import Outcome, Task
+from sleeprl.actors.group import Served
+from sleeprl.dreaming.tasks import Curriculum, Outcome, Task
+from sleeprl.registry import create
 
 
 class Uniform:
@@ -66,3 +68,26 @@ class WeakSpots(Uniform):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.gaps = dict(state["gaps"])
+
+
+class CurriculumActor(Served):
+    """A curriculum in a process of its own, so that a user's code cannot stall the loop."""
+
+    def __init__(
+        self, name: str, options: dict[str, Any], tasks: Sequence[Task], seed: int
+    ) -> None:
+        self.curriculum: Curriculum = create(
+            name, "curriculum", {**options, "tasks": list(tasks), "seed": seed}
+        )
+
+    def next(self, n: int) -> list[Task]:
+        return self.curriculum.next(n)
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        self.curriculum.observe(outcomes)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.curriculum.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.curriculum.load_state_dict(state)

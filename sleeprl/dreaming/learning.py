@@ -7,7 +7,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -44,6 +44,7 @@ from sleeprl.trajectories.schema import (
     Trajectory,
     conform,
     from_batch,
+    outdated,
     with_column,
 )
 
@@ -152,7 +153,8 @@ class LearnerActor(Served):
         learned, others = _table(batches), _table(redrawn)
         dreams = from_batch(learned)
         version = self.job.first_version + self.learner.steps
-        judged = self._judged(dreams, version)
+        old = [outdated(d.versions, version - self.job.config.staleness) for d in dreams]
+        judged = self._judged(dreams, old, version)
         rows = [*filter(None, judged), *self._others(dreams)]
         metrics: dict[str, Any] = self.learner.step(rows, self.parts, self.loss)
         told = with_column(learned, "advantage", [_advantage(row) for row in judged])
@@ -160,26 +162,29 @@ class LearnerActor(Served):
         self.table = pa.concat_tables([told, aside])
         written = from_batch(self.table)
         metrics |= _describe(written)
-        metrics |= _ages(dreams, version) | _agreement(metrics)
+        metrics |= _ages(dreams, old, version) | _agreement(metrics)
         metrics["step_seconds"] = time.monotonic() - began
         return {"metrics": metrics, "outcomes": outcomes(written)}
 
-    def _judged(self, dreams: Sequence[Trajectory], version: int) -> list[Row | None]:
-        """Each dream for the policy gradient on its writer; None where it has no advantage."""
+    def _judged(
+        self, dreams: Sequence[Trajectory], old: Sequence[int], version: int
+    ) -> list[Row | None]:
+        """Each dream for the policy gradient on its writer; None where it has no advantage. old: how
+        many tokens each begins with that are too old to learn from; they count as read."""
         advantages = self.algorithm.advantages(scores(dreams, self.job.config.max_tokens))
         judged = [
             Row(
-                prompt_ids=d.prompt_ids,
-                response_ids=d.response_ids,
+                prompt_ids=d.prompt_ids + d.response_ids[:n],
+                response_ids=d.response_ids[n:],
                 part=DREAM,
                 advantage=advantage,
-                behaviour=d.logprobs,
+                behaviour=d.logprobs[n:],
                 age=version - min(d.versions),
-                reference=d.ref_logprobs or [],
+                reference=(d.ref_logprobs or [])[n:],
             )
-            if advantage is not None and d.response_ids
+            if advantage is not None and d.response_ids[n:]
             else None
-            for d, advantage in zip(dreams, advantages, strict=True)
+            for d, advantage, n in zip(dreams, advantages, old, strict=True)
         ]
         if not isinstance(self.algorithm, PPO):
             return judged
@@ -210,19 +215,21 @@ class LearnerActor(Served):
             ]
         return rows
 
-    def save(self, directory: str, groups: Mapping[str, Any] | None = None) -> None:
+    def save(self, directory: str, groups: Mapping[str, Any], outdated: Sequence[Any] = ()) -> None:
         """Keep the learner's state in a new directory, and the last step's dreams in the lake.
 
-        groups: references of those under way, by ``NUMBER-STAGE``, to be kept beside it.
+        groups: references of those under way, by ``NUMBER-STAGE``, to be kept beside it. outdated:
+        of dreams that were written anew, for the lake alone.
         """
         state = self.learner.state()
         if self.rank == 0:
             with atomic_directory(directory, overwrite=True) as target:
                 save_file(state, target / STATE)
-                for name, ref in (groups or {}).items():
-                    with suppress(ObjectLostError):  # its writer died; it will be written again
-                        write_group(target, name, ray.get(ref))
-            Lake(self.job.lake).append(self.table, "trajectories")
+                for name, ref in groups.items():
+                    for batch in _there([ref]):  # if not, it will be written again
+                        write_group(target, name, batch)
+            told = [self.table, *map(pa.Table.from_batches, ([b] for b in _there(outdated)))]
+            Lake(self.job.lake).append(pa.concat_tables(told), "trajectories")
         dist.barrier()  # the directory is there
         save_file(self.learner.taught(), Path(directory) / TAUGHT.format(rank=self.rank))
 
@@ -236,6 +243,13 @@ class LearnerActor(Served):
     def finish(self, output: str) -> dict[str, Any]:
         save_trained(self.learner, Path(output), self.job.canary)
         return {"version": self.fleet.version}
+
+
+def _there(batches: Sequence[Any]) -> Iterator[pa.RecordBatch]:
+    """By reference; but those that were lost with who wrote them."""
+    for ref in batches:
+        with suppress(ObjectLostError):
+            yield ray.get(ref)
 
 
 def _table(batches: Sequence[Any]) -> pa.Table:
@@ -261,10 +275,11 @@ def outcomes(dreams: Sequence[Trajectory]) -> list[Outcome]:
     return made
 
 
-def _ages(dreams: Sequence[Trajectory], version: int) -> dict[str, Any]:
+def _ages(dreams: Sequence[Trajectory], old: Sequence[int], version: int) -> dict[str, Any]:
     """By how many versions the tokens that are learned trail the learner's."""
-    ages = [version - v for d in dreams for v in d.versions]
+    ages = [version - v for d, n in zip(dreams, old, strict=True) for v in d.versions[n:]]
     return {
+        "tokens_too_old": float(sum(old)),
         "staleness": sum(ages) / max(1, len(ages)),
         "staleness_max": float(max(ages, default=0)),
         "staleness_tokens": {str(age): ages.count(age) for age in sorted(set(ages))},

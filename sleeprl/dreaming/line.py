@@ -55,12 +55,16 @@ class Line:
         """The update, from 0, that learns a group, as far as is known now; never a later one."""
         return self.position.version + bisect_left(self._whole()[0], number) // self.size
 
-    def too_old(self, number: int, oldest: int | None) -> bool:
-        """Whether tokens of a policy version would break the bound in the update that learns the
-        group. Admission sees to it that none does, unless an engine missed an update, or a run
+    def since(self, number: int) -> int:
+        """The oldest policy version whose tokens may be learned from in the update that learns the
+        group. Admission sees to it that none is older, unless an engine missed an update, or a run
         goes on with a smaller ``staleness``."""
-        update = self.update(number) + self.position.first_version
-        return oldest is not None and update - oldest > self.staleness
+        return self.update(number) + self.position.first_version - self.staleness
+
+    def too_old(self, number: int, newest: int | None) -> bool:
+        """Whether there is nothing to learn from in one of its dreams. newest: the version that wrote
+        the last token of the dream in which it is least."""
+        return newest is not None and newest < self.since(number)
 
     def _whole(self) -> tuple[list[int], list[int]]:
         there = range(self.position.done, len(self.position.admitted))

@@ -14,20 +14,20 @@ import ray
 
 from sleeprl.actors.engine import EngineOptions, spawn
 from sleeprl.actors.fleet import Fleet
-from sleeprl.actors.group import ActorGroup, Served
+from sleeprl.actors.group import ActorGroup
 from sleeprl.actors.learner import LearnerOptions
 from sleeprl.chat import Chat
 from sleeprl.consolidation.self_study import Pair
 from sleeprl.consolidation.writer import asks
+from sleeprl.dreaming.curricula import CurriculumActor
 from sleeprl.dreaming.learning import LearnerActor, LearnerJob
 from sleeprl.dreaming.mending import Mender, join
 from sleeprl.dreaming.pipeline import OnStep, Pipeline
 from sleeprl.dreaming.position import Position
 from sleeprl.dreaming.rewards import RewardActor
-from sleeprl.dreaming.tasks import Curriculum, Outcome, Task, algorithm_of
+from sleeprl.dreaming.tasks import Task, algorithm_of
 from sleeprl.dreaming.trials import Scorer
 from sleeprl.prompts import STUDY_QA, with_experience
-from sleeprl.registry import create
 from sleeprl.reporting.waits import WAITS
 from sleeprl.settings import ConfigError, DreamingConfig, NightConfig
 from sleeprl.trajectories.lake import Lake
@@ -35,29 +35,6 @@ from sleeprl.trajectories.schema import from_batch
 
 STALL_LINES = 3
 """Of the log of who is waited for too long."""
-
-
-class CurriculumActor(Served):
-    """A curriculum in a process of its own, so that a user's code cannot stall the loop."""
-
-    def __init__(
-        self, name: str, options: dict[str, Any], tasks: Sequence[Task], seed: int
-    ) -> None:
-        self.curriculum: Curriculum = create(
-            name, "curriculum", {**options, "tasks": list(tasks), "seed": seed}
-        )
-
-    def next(self, n: int) -> list[Task]:
-        return self.curriculum.next(n)
-
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
-        self.curriculum.observe(outcomes)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.curriculum.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.curriculum.load_state_dict(state)
 
 
 def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> list[Task]:

@@ -5,6 +5,7 @@
 Everything between the arrows is in flight at the same time; the driver moves references. What bounds it is
 admission: a group is admitted only where fewer than ``(staleness + 1) * tasks_per_step`` wait in line before
 it, so no dream can be older than ``staleness`` updates when it is learned from, and nothing is thrown away.
+What an engine that missed an update had written is gone on from; tokens that are too old teach nothing.
 
 Where the algorithm asks for it, a group whose rewards are all equal is set aside and another is admitted in
 its place (DAPO's dynamic sampling); ``Line`` says which. Where engines and learner share a device, the
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sleeprl.actors.group import ActorGroup
+from sleeprl.actors.group import ActorGroup, Result
 from sleeprl.actors.health import Health
 from sleeprl.dreaming.counts import Ages, Counts
 from sleeprl.dreaming.line import Line
@@ -88,24 +89,18 @@ class Pipeline:
         counts.admitted, counts.learned = position.done, position.version * self.size
         counts.redrawn = counts.admitted - counts.learned
         self.step: list[Any] = []
-        self.broken, self.lost = False, dict[int, Failure]()
-        self.losses: Counter[int] = Counter()
-        self.begun: dict[int, Any] = {}
+        self.broken, self.lost, self.losses = False, dict[int, Failure](), Counter[int]()
+        # What groups to be admitted again go on from, and what of them had to be written anew.
+        self.begun, self.outdated = dict[int, Any](), list[Any]()
         # Of each group that was written its batch, and the stage that it waits for or is in.
         self.held: dict[int, tuple[str, Any]] = {}
         self.waiting: dict[str, deque[int]] = {"scoring": deque(), "rewarding": deque()}
-        kept = position.groups()
-        paths = [str(path) for _, path in kept.values()]
-        asked: list[dict[str, Any]] = [
-            {"paths": paths},
-            *[{"paths": []}] * (len(self.rewards) - 1),
-        ]  # one is enough
-        loaded = self.rewards.scatter("load", asked)[0]
+        kept, idle = position.groups(), [{"paths": list[str]()}] * (len(self.rewards) - 1)
+        paths = [str(path) for _, path in kept.values()]  # which one of them reads
+        loaded = self.rewards.scatter("load", [{"paths": paths}, *idle])[0]
         self.line = Line(position, self.size, self.config.staleness, self.redraws)
         for (number, (stage, _)), found in zip(kept.items(), loaded, strict=True):
-            if self.line.too_old(number, found["oldest"]):
-                continue
-            if stage == "generating":
+            if stage == "generating" or self.line.too_old(number, found["newest"]):
                 self.begun[number] = found["batch"]
                 continue
             self.held[number] = (stage, found["batch"])
@@ -115,7 +110,7 @@ class Pipeline:
             if stage in self.waiting:
                 self.waiting[stage].append(number)
         rest = range(position.done, len(position.admitted))
-        self.again = deque(number for number in rest if number not in self.held)
+        self.again = deque(n for n in rest if n not in self.held)
 
     def _turn(self, on_step: OnStep) -> bool:
         """Look at everything once, and say whether anything moved. May be repeated where it fails."""
@@ -141,8 +136,8 @@ class Pipeline:
                 break
             number, task = self._next()
             asked = request(self.config, self.seed, number, task, self.asks)
-            begun = self.begun.pop(number, None)
-            if not self.engines.submit("rollout", str(number), begun=begun, **asked):
+            begun = {"begun": self.begun.pop(number, None), "since": self.line.since(number)}
+            if not self.engines.submit("rollout", str(number), **asked, **begun):
                 raise RuntimeError("admission let in more groups than the engines have room for")
             self.counts.move("admitted", "generating")
             moved = True
@@ -177,11 +172,7 @@ class Pipeline:
             if failure and failure.kind is Kind.DATA:
                 raise ActorFailure(f"{group.name}-{result.actor}, group {number}", failure)
             if failure is None and stage == "generating":
-                oldest = result.value["versions"][0]
-                if self.line.too_old(number, oldest):
-                    # Going on from its tokens would keep those that are too old: written anew.
-                    told = f"engine-{result.actor} wrote with policy version {oldest}"
-                    failure = Failure(Kind.INFRA, f"{told}, older than dreaming.staleness allows")
+                failure = self._incomplete(number, result)
             if failure is None:
                 done.append((number, result.value))
                 continue
@@ -191,11 +182,21 @@ class Pipeline:
             self.again = deque(sorted([*self.again, number]))
         return done
 
+    def _incomplete(self, number: int, result: Result) -> Failure | None:
+        """Why a group has to go on from what an engine made of it."""
+        value, newest = result.value, result.value["newest"]
+        self.outdated += value.get("outdated", ())
+        told = f"engine-{result.actor} wrote with policy version {newest}, older than allowed"
+        why = told if self.line.too_old(number, newest) else value.get("unfinished")
+        if why:
+            self.begun[number] = value["batch"]
+        return Failure(Kind.INFRA, why) if why else None
+
     def _send(self, group: ActorGroup, stage: str) -> bool:
         moved, waiting = False, self.waiting[stage]
         while waiting and group.able():
-            _, batch = self.held[waiting[0]]
-            if not group.submit("score", str(waiting[0]), batch=batch, tasks=self.tasks):
+            number = waiting[0]
+            if not group.submit("score", str(number), batch=self.held[number][1], tasks=self.tasks):
                 break
             waiting.popleft()
             moved = True
@@ -233,7 +234,8 @@ class Pipeline:
         self.ages.updated()
         sent = {**self._publish(), "publish_lag_seconds": self.ages.lag()}
         groups, after = self._under_way(), str(position.at(position.version + 1))
-        self.learner.call("save", directory=after, groups=groups)
+        self.learner.call("save", directory=after, groups=groups, outdated=self.outdated)
+        self.outdated = []
         self.curriculum.call("observe", outcomes=outcome["outcomes"])
         position.curriculum = self.curriculum.call("state_dict")[0]
         position.version += 1
@@ -250,7 +252,7 @@ class Pipeline:
         """All groups but those of this update, as they are now, by number and stage."""
         told = self.engines.call("prefixes") if self.counts.generating else []
         self._take(self.engines, "generating", "scoring")  # who ended before they were asked
-        begun = {int(uid.split("-")[1]): ref for each in told for uid, ref in each.items()}
+        begun = self.begun | {int(u.split("-")[1]): ref for of in told for u, ref in of.items()}
         running = {f"{n}-generating": ref for n, ref in begun.items() if n not in self.held}
         held = {f"{n}-{s}": batch for n, (s, batch) in self.held.items() if s != "learning"}
         return running | held
@@ -280,8 +282,7 @@ class Pipeline:
 
     def _mend(self) -> None:
         """Restart who died; then all have the learner's weights."""
-        back = self.mender.mend(self.position)
-        if back and self.step:  # its groups are still here
+        if self.mender.mend(self.position) and self.step:  # its groups are still here
             self.counts.move("learning", "queued", self.counts.learning)
             for number, (stage, batch) in self.held.items():
                 self.held[number] = ("queued" if stage == "learning" else stage, batch)
@@ -292,8 +293,7 @@ class Pipeline:
     def _account(self) -> None:
         """Who has nothing to do now, and for whom it waits."""
         of = {group.name: group for group in self.groups}
-        busy = {name: group.outstanding > 0 for name, group in of.items()}
-        busy |= {"learner": bool(self.step)}
+        busy = {n: g.outstanding > 0 for n, g in of.items()} | {"learner": bool(self.step)}
         busy["engine"] &= not (self.colocated and self.step)
         for name, whom, what, kind in self.counts.idle(busy):
             wrote = of[whom].wrote if whom else list

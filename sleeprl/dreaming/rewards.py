@@ -16,7 +16,7 @@ from sleeprl.dreaming.reward_process import RewardProcess
 from sleeprl.dreaming.tasks import Dream, Task, scores
 from sleeprl.losses.algorithms.base import Algorithm
 from sleeprl.prompts import parse_qa
-from sleeprl.trajectories.schema import FLOAT32_MAX, from_batch, with_rewards
+from sleeprl.trajectories.schema import FLOAT32_MAX, from_batch, newest, with_rewards
 
 
 class RewardActor(Served):
@@ -61,17 +61,12 @@ class RewardActor(Served):
         return {"batch": ray.put(judged), "equal": self._equal(judged)}
 
     def load(self, paths: Sequence[str]) -> list[dict[str, Any]]:
-        """Groups that a position kept: ``batch`` (a reference), the ``oldest`` policy version, and
+        """Groups that a position kept: ``batch`` (a reference), its ``newest`` version, and
         ``equal`` as ``score`` says it."""
         batches = [read_group(path) for path in paths]
-        versions = [batch.column("versions").flatten().to_pylist() for batch in batches]
         return [
-            {
-                "batch": ray.put(batch),
-                "oldest": min(found, default=None),
-                "equal": self._equal(batch),
-            }
-            for batch, found in zip(batches, versions, strict=True)
+            {"batch": ray.put(batch), "newest": newest(batch), "equal": self._equal(batch)}
+            for batch in batches
         ]
 
     def _equal(self, batch: pa.RecordBatch) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 import pyarrow as pa
 
-Purpose = Literal["self_study", "replay", "rollout", "dream", "redrawn", "eval"]
+Purpose = Literal["self_study", "replay", "rollout", "dream", "redrawn", "outdated", "eval"]
 Tabular = TypeVar("Tabular", pa.RecordBatch, pa.Table)
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -26,6 +26,18 @@ NAME_KEY, VERSION_KEY = b"sleeprl.schema", b"sleeprl.version"
 
 class SchemaError(ValueError):
     """Data that does not have the form its schema promises."""
+
+
+def outdated(versions: Sequence[int], since: int) -> int:
+    """How many tokens a response begins with of which the last is of a policy version before
+    ``since``: what may not be learned from. versions: of each token."""
+    return max((n + 1 for n, version in enumerate(versions) if version < since), default=0)
+
+
+def newest(batch: pa.RecordBatch) -> int | None:
+    """The version that wrote the last token of a response: of all, the least."""
+    written = filter(None, batch.column("versions").to_pylist())
+    return min((versions[-1] for versions in written), default=None)
 
 
 def versioned(name: str, version: int, columns: Sequence[pa.Field]) -> pa.Schema:
