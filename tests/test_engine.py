@@ -489,7 +489,7 @@ def test_a_dream_that_is_over_and_too_old_is_written_anew() -> None:
     kept, over = resumable(to_batch(dreams), 4)
     assert list(kept) == ["dream-1-1", "dream-1-2", "dream-1-3"]
     assert kept["dream-1-2"].versions == [2, 2]
-    assert from_batch(over) == [replace(dreams[0], purpose="outdated")]
+    assert from_batch(over) == [replace(dreams[0], purpose="outdated", uid="dream-1-0@3")]
     assert resumable(None, 4)[0] == {}
 
 

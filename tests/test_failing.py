@@ -317,6 +317,8 @@ def test_what_engines_had_written_when_the_driver_was_killed_is_gone_on_from(
     assert kept and all(ended[uid][: len(ids)] == ids for uid, ids in kept.items())
     dreams = [row.uid for row in rows if row.purpose == "dream"]
     assert len(dreams) == UPDATES * GROUPS * SIZE
+    over = [row.uid.partition("@") for row in rows if row.purpose == "outdated"]
+    assert all(uid in ended and of for uid, _, of in over)
     told = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     last = [step for step in told if step["step"] > position.version]
     assert sum(step["tokens_too_old"] for step in last) > 0

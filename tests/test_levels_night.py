@@ -599,6 +599,7 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
     told, four = sleep(
         tmp_path, "four", f"model.name={full}", "seed=9", "dreaming.enabled=false",
         "memory.when_full=merge", "baselines=[no_replay]", "consolidation.steps=16",
+        "wake.people=2", "self_study.replay=60", "evaluation.retention=20", "evaluation.texts=4",
     )  # fmt: skip
     assert from_dict(store.get(four.name).steps[0]) == Merge(2)
     assert slots_of(four).base_width == slots.base_width + slots.width

@@ -431,11 +431,11 @@ def resumable(
     begun: pa.RecordBatch | None, since: int
 ) -> tuple[dict[str, Completion], pa.RecordBatch]:
     """Of dreams that were begun what to go on from, by uid; and those that are over, and in which
-    no token may be learned from: they are written anew."""
+    no token may be learned from: they are written anew, under the uid that is theirs no more."""
     kept, over = dict[str, Completion](), []
     for t in from_batch(begun) if begun is not None else ():
         if t.finish_reason != RUNNING and outdated(t.versions, since) == len(t.versions) > 0:
-            over.append(replace(t, purpose="outdated"))
+            over.append(replace(t, purpose="outdated", uid=f"{t.uid}@{t.versions[-1]}"))
         else:
             kept[t.uid] = Completion(t.response_ids, t.logprobs, t.versions, t.finish_reason)
     return kept, to_batch(over)
