@@ -71,7 +71,6 @@ def dream(
     config, chat = settings(place), Chat(place / "wide")
     config.dreaming.steps, config.dreaming.staleness = UPDATES, staleness
     config.resources.max_failures = failures
-    config.resources.scorers = config.resources.rewards = 1  # fewer to start, twenty times
     if not (run / "lake").is_dir():
         shutil.copytree(place / "loop" / "lake", run / "lake")
     fleet = fleet or engines(place)

@@ -27,6 +27,7 @@ from sleeprl import config as cfg
 from sleeprl.actors.batches import Row
 from sleeprl.actors.learner import Learner
 from sleeprl.chat import Chat
+from sleeprl.consolidation import notebook
 from sleeprl.consolidation.self_study import rehearse
 from sleeprl.evaluation.probes import Day, is_correct
 from sleeprl.lineage import LineageStore, Manifest
@@ -42,6 +43,8 @@ from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import Run
 from sleeprl.selves import Selves
 from sleeprl.settings import ConfigError, LevelConfig, MemoryConfig, NightConfig
+from sleeprl.trajectories.lake import Lake
+from sleeprl.trajectories.schema import from_batch
 
 ROOT = Path(__file__).parent.parent
 TWO_LEVELS = "memory.levels=[{period: 2, slots: 2}, {period: 4, slots: 2}]"
@@ -574,6 +577,20 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
     assert told["after"]["recall"] == pytest.approx(recall(two, second_day), abs=0.06)
     assert learned > 0.3 and recall(two, first_day) > 0.15
     assert recall(two, second_day) > 0.15
+
+    # What was asked is kept with the generations, and asked again.
+    earlier, later = (set(notebook.load(generation)) for generation in (one, two))
+    asked = {
+        tuple(text.prompt_ids)
+        for text in from_batch(Lake(run / "lake").read("trajectories"))
+        if text.task_id == "answer" and text.purpose == "replay"
+    }
+    chat = Chat(one)
+    assert earlier < later and {tuple(chat.prompt(question)) for question in earlier} & asked
+    words = [sys.executable, "-m", "sleeprl.cli", "rollback", one.name[:6]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(words, cwd=tmp_path, env=environment).returncode == 0
+    assert store.head() == one.name
 
     # The slowest level is filled up with an expert that does nothing, and is distilled.
     growth = growth_of(slots)

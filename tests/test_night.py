@@ -15,9 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from sleeprl.chat import Chat
 from sleeprl.config import load
-from sleeprl.consolidation import notebook
 from sleeprl.lineage import LineageStore
 from sleeprl.memory.slots import Slots
 from sleeprl.memory.transfer import Transfer, from_dict
@@ -246,32 +244,6 @@ def test_ctrl_c_ends_everything_and_resume_finishes(tmp_path: Path) -> None:
     assert steps[-1] == 40
     assert 16 < min(steps[i + 1] for i in range(len(steps) - 1) if steps[i + 1] <= steps[i]) <= 40
     assert summary(tmp_path, "cut")["after"]["recall"] > 0.2
-
-
-@pytest.mark.slow
-def test_two_nights_in_a_row_grow_twice(place: Path) -> None:
-    first = summary(place)["generation"]
-    done = sleeprl(
-        "night", "name=second", "model.name=HEAD", "seed=7", "baselines=[]", *SMALL,
-        cwd=place,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    told = summary(place, "second")
-    store = LineageStore(place / "generations")
-    assert told["generation"] is not None
-    assert store.get(told["generation"]).parent == first
-    slots = Slots.load(store.path(told["generation"]))
-    assert slots is not None and slots.used == (0, 1)
-    earlier, later = (set(notebook.load(store.path(g))) for g in (first, told["generation"]))
-    asked = {
-        tuple(text.prompt_ids)
-        for text in from_batch(Lake(place / "runs" / "second" / "lake").read("trajectories"))
-        if text.task_id == "answer" and text.purpose == "replay"
-    }
-    chat = Chat(store.path(first))
-    assert earlier < later and {tuple(chat.prompt(q)) for q in earlier} & asked
-    back = sleeprl("rollback", first[:6], cwd=place)
-    assert back.returncode == 0 and store.head() == first
 
 
 @pytest.mark.slow

@@ -88,7 +88,6 @@ def settings(place: Path, *more: str) -> NightConfig:
             f"dreaming.steps={STEPS}", "dreaming.tasks_per_step=2", "dreaming.group_size=4",
             "dreaming.staleness=0", "dreaming.max_tokens=24", "dreaming.hold=0.1",
             "dreaming.reward=test_staleness.Letters", "resources.engine=torch", "resources.cpus=2",
-            "resources.scorers=2", "resources.rewards=2",
             f"runs={place}", "seed=3", *more,
         ],
     )  # fmt: skip
@@ -193,7 +192,8 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
 
 @pytest.fixture(scope="module")
 def piped(place: Path, local_ray: None) -> list[dict[str, Any]]:
-    return by_the_pipeline(place, settings(place), Chat(place / "wide"))
+    several = settings(place, "resources.scorers=2", "resources.rewards=2")
+    return by_the_pipeline(place, several, Chat(place / "wide"))
 
 
 def test_staleness_zero_is_the_synchronous_loop(place: Path, piped: list[dict[str, Any]]) -> None:
