@@ -755,10 +755,45 @@ def test_what_runs_when_an_update_fails_is_not_answered(rig: Rig) -> None:
         await rig.engine.generate(prompts(1), sampling(1, 8))
         assert not running.done()
         assert not (await rig.update(weights, rig.canary({}))).verified
+        # Nor when the next has put things right before anybody looks.
+        assert (await rig.update(weights, rig.canary(weights))).verified
         with pytest.raises(StaleWeights):
             await running
 
     rig.run(scenario())
+
+
+def test_what_was_written_on_wrong_weights_is_not_answered_however_late(rig: Rig) -> None:
+    """Whoever is told of the failed update only when the engine is verified again, hands back the same."""
+    weights, (prompt,) = shaken(rig, seed=25), prompts(1)
+    one = rig.engine._one
+
+    async def late(*asked: Any) -> Completion:
+        made = await one(*asked)
+        await right.wait()
+        return made
+
+    async def scenario() -> list[Trajectory]:
+        await rig.update(weights, rig.canary(weights))
+        writing = asyncio.ensure_future(
+            rig.engine.write(
+                "task", ["dream-4-0"], prompt, sampling(1, 200 if rig.kind == "vllm" else 60)
+            )
+        )
+        while not any(t.response_ids for b in rig.engine.so_far().values() for t in from_batch(b)):
+            await asyncio.sleep(0)
+        assert not (await rig.update(shaken(rig, seed=26), rig.canary({}))).verified
+        assert (await rig.update(weights, rig.canary(weights))).verified
+        right.set()
+        return from_batch(await writing)
+
+    right = asyncio.Event()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rig.engine, "_one", late)
+        (found,) = rig.run(scenario())
+    assert found.finish_reason == "running" and set(found.versions) == {rig.version - 2}
+    expected = rig.expected(prompt + found.response_ids, weights)[len(prompt) - 1 :]
+    assert found.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["keep", "drain", "abort"])

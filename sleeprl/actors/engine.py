@@ -194,6 +194,8 @@ class TokenEngine(ServedAsync):
         """Why the last update did not end verified."""
         self._verified = 0
         """The version of the last update that ended verified."""
+        self._failed: list[int] = []
+        """What that was, whenever an update did not."""
         self._reached: Canary | None = None
         """Of the last update that is known to have moved the scores to where the sender's are."""
         self._settled = asyncio.Event()
@@ -239,14 +241,18 @@ class TokenEngine(ServedAsync):
     ) -> list[Completion]:
         """One completion per prompt, in their order."""
         self._refuse_if_stale()
+        failed = len(self._failed)
         made = list(await asyncio.gather(*map(self._one, prompts, sampling)))
-        await self._settle()
+        await self._settle(failed)
         return made
 
-    async def _settle(self) -> None:
-        """No answer leaves while an update is being judged, and none of weights that are wrong."""
+    async def _settle(self, failed: int) -> None:
+        """No answer leaves while an update is being judged, and none of weights that are wrong, or
+        were since it was asked for. failed: updates by then."""
         await self._settled.wait()
         self._refuse_if_stale()
+        if len(self._failed) > failed:
+            raise StaleWeights(f"{self.name} was STALE meanwhile")
 
     async def ping(self) -> str:  # type: ignore[override]
         """Raises StaleWeights of an engine that lives and is of no use."""
@@ -268,17 +274,18 @@ class TokenEngine(ServedAsync):
     ) -> dict[str, Any]:
         """``write`` into the object store: the caller moves references only.
 
-        Returns ``batch`` (a reference); its ``newest`` version; ``unfinished``: why the rest is for
-        others to write, of an engine that is STALE now; and of dreams that were written anew since
+        Returns ``batch`` (a reference); its ``newest`` version; ``unfinished``: why the rest has
+        to be asked for again, where an update failed meanwhile; and of dreams that were written anew since
         all of their tokens are older than ``since``, what they were: ``outdated`` (references).
         """
         kept, over = resumable(begun, since)
         batch = await self.write(task, attempts, prompt, sampling, kept)
         running = RUNNING in batch.column("finish_reason").to_pylist()
+        why = self._stale or "it is verified again since"
         return {
             "batch": ray.put(batch),
             "newest": newest(batch),
-            "unfinished": f"{self.name} is STALE: {self._stale}" if running else None,
+            "unfinished": f"{self.name} missed an update: {why}" if running else None,
             "outdated": [ray.put(over)] if over.num_rows else [],
         }
 
@@ -312,15 +319,15 @@ class TokenEngine(ServedAsync):
             return _dreams(task, prompt, attempts, now)
 
         self._refuse_if_stale()
-        group = attempts[0].rpartition("-")[0]
+        failed, group = len(self._failed), attempts[0].rpartition("-")[0]
         self._groups[group] = batch
         try:
             await asyncio.gather(*map(one, attempts, sampling))
             await self._settled.wait()
         finally:
             self._groups.pop(group, None)
-        if self._stale is not None:
-            ended = {uid: _until(self._verified, made) for uid, made in ended.items()}
+        for right in self._failed[failed : failed + 1]:
+            ended = {uid: _until(right, made) for uid, made in ended.items()}
         return batch()
 
     def so_far(self) -> dict[str, pa.RecordBatch]:
@@ -331,8 +338,9 @@ class TokenEngine(ServedAsync):
     async def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         """For each sequence of T ids the T-1 log-probabilities of ids 1..T-1, in nats."""
         self._refuse_if_stale()
+        failed = len(self._failed)
         found = list(await asyncio.gather(*map(self._score, sequences)))
-        await self._settle()
+        await self._settle(failed)
         return found
 
     async def version(self) -> int:
@@ -390,7 +398,9 @@ class TokenEngine(ServedAsync):
             certificate = await self._certificate(canary, seconds)
             if certificate.verified:
                 self._verified = self._version
-            elif self._stale is None:
+            else:
+                self._failed.append(self._verified)
+            if not certificate.verified and self._stale is None:
                 self._stale = certificate.error
                 await self._try(self._resume(ending=True))
         finally:
