@@ -274,9 +274,10 @@ class TokenEngine(ServedAsync):
     ) -> dict[str, Any]:
         """``write`` into the object store: the caller moves references only.
 
-        Returns ``batch`` (a reference); its ``newest`` version; ``unfinished``: why the rest has
-        to be asked for again, where an update failed meanwhile; and of dreams that were written anew since
-        all of their tokens are older than ``since``, what they were: ``outdated`` (references).
+        Returns ``batch`` (a reference), its number of ``tokens`` and ``newest`` version;
+        ``unfinished``: why the rest has to be asked for again, where an update failed meanwhile;
+        and of dreams that were written anew since all of their tokens are older than ``since``,
+        what they were: ``outdated`` (references).
         """
         kept, over = resumable(begun, since)
         batch = await self.write(task, attempts, prompt, sampling, kept)
@@ -284,6 +285,7 @@ class TokenEngine(ServedAsync):
         why = self._stale or "it is verified again since"
         return {
             "batch": ray.put(batch),
+            "tokens": len(batch.column("response_ids").flatten()),
             "newest": newest(batch),
             "unfinished": f"{self.name} missed an update: {why}" if running else None,
             "outdated": [ray.put(over)] if over.num_rows else [],
