@@ -45,13 +45,7 @@ class Stage(Served):
         self.version = expert
 
     def rollout(
-        self,
-        attempts: list[str],
-        task: str,
-        prompt: list[int],
-        sampling: Any,
-        begun: Any,
-        since: int,
+        self, attempts: list[str], task: str, prompt: Any, sampling: Any, begun: Any, since: int
     ) -> Any:
         number = int(attempts[0].split("-")[1])
         assert prompt == [number % 1, len(attempts)] and len(sampling) == len(attempts)

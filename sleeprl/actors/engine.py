@@ -328,8 +328,8 @@ class TokenEngine(ServedAsync):
             await self._settled.wait()
         finally:
             self._groups.pop(group, None)
-        for right in self._failed[failed : failed + 1]:
-            ended = {uid: _until(right, made) for uid, made in ended.items()}
+        if len(self._failed) > failed:  # what follows the first that failed is of wrong weights
+            ended = {uid: _until(self._failed[failed], made) for uid, made in ended.items()}
         return batch()
 
     def so_far(self) -> dict[str, pa.RecordBatch]:
@@ -402,9 +402,9 @@ class TokenEngine(ServedAsync):
                 self._verified = self._version
             else:
                 self._failed.append(self._verified)
-            if not certificate.verified and self._stale is None:
-                self._stale = certificate.error
-                await self._try(self._resume(ending=True))
+                if self._stale is None:
+                    self._stale = certificate.error
+                    await self._try(self._resume(ending=True))
         finally:
             self._settled.set()
         return certificate

@@ -33,9 +33,6 @@ from sleeprl.settings import ConfigError, DreamingConfig, NightConfig
 from sleeprl.trajectories.lake import Lake
 from sleeprl.trajectories.schema import from_batch
 
-STALL_LINES = 3
-"""Of the log of who is waited for too long."""
-
 
 def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> list[Task]:
     """One task per document that has probes, its probes shuffled.
