@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sleeprl.trajectories.packing import pad_batch
 
-LENGTHS = (256, 512, 1024)
-"""Tokens of a packed sequence; its attention takes a mask of that size squared. A text that is
+LENGTHS = range(128, 1025, 128)
+"""Most tokens of a packed sequence; its attention takes a mask of that size squared. A text that is
 longer than the last is not worth packing."""
 WORTH = 0.9
 """Packed is what then costs at most so much of what padding costs."""

@@ -79,6 +79,9 @@ class VLLMEngine(TokenEngine):
             # which a CPU generator cannot do: the engine dies. So no prompt is ever cut.
             arguments = {
                 "enable_chunked_prefill": False,
+                # The smallest its attention takes, of 128 by default: what the prompts of a group
+                # have in common is read once, by whole blocks.
+                "block_size": 32,
                 "max_num_batched_tokens": max(8192, self.options.max_length),
             }
         if self.options.tensor_parallel > 1:
@@ -207,7 +210,8 @@ class VLLMEngine(TokenEngine):
             await self.llm.finish_weight_update(weight_version=str(self._version))
             mode = "keep"  # what is frozen can no longer be waited for
         self._open = True
-        await self.llm.pause_generation(mode=PAUSES[mode], clear_cache=False)
+        # As pause_generation does, which then waits for 20 ms, so that outputs are there by its end.
+        await self.llm.sleep(level=0, mode=PAUSES[mode])
         await self.llm.start_weight_update()
 
     async def _load(self, update_info: dict[str, Any]) -> None:
