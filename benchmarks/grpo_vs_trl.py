@@ -14,8 +14,7 @@ even, of which a model knows nothing before.
     decoupled    a ``Fleet`` of one vLLM engine, a ``Learner`` on ZeRO-3 in the driver, and
                  ``publish`` with its canary after each step, while the engine already writes the
                  next step's answers: these are of the policy one update back, or partly of it.
-                 The engine has one thread and the learner two: with long answers it learns
-                 longer than the engine writes, which leaves it a core
+                 Each has a core
     synchronous  the same, taking turns on both cores; policies are never stale
     trl          ``GRPOTrainer`` as it is on a machine without a GPU: answers by transformers'
                  ``generate`` with its KV cache, no gradient checkpointing; on both cores
@@ -24,7 +23,9 @@ Each run is a process of its own; runs of a seed stand side by side, and who beg
 from seed to seed. Seconds are by the clock, from the second step on, so starting up is left out
 for all; CPU seconds of a run's whole process tree are beside them. The time to the reward ends
 with the first step at which the mean reward of the last five has reached it; a seed counts where both
-sides get there. Wanted: at least 2 times faster. Without TRL its column is empty. Results go to
+sides get there. How long answers become differs from run to run, whoever trains, and with it
+what a step costs; so steps whose answers have about the same mean length stand beside each other
+too. Wanted: at least 2 times faster. Without TRL its column is empty. Results go to
 ``benchmarks/results/grpo_vs_trl.json``.
 """
 
@@ -59,6 +60,8 @@ PROMPTS, GROUP, MAX_TOKENS = 4, 8, 64
 # At twice the rate the reward comes sooner, but policies are lost on the way, ours and TRL's.
 RATE = 5e-4
 REWARD, WINDOW = 0.8, 5
+LENGTHS = ((0, 40), (40, 56), (56, 64))
+"""Mean tokens of a step's answers: more than, up to."""
 CORES, SEEDS = 2, 6
 
 
@@ -74,7 +77,8 @@ def reward(token_ids: Sequence[int], end: int) -> float:
 
 
 class Clock:
-    """One entry per step: its reward, and wall and CPU seconds since the step before it.
+    """One entry per step: its reward, the mean length of its answers in tokens, and wall and CPU
+    seconds since the step before it.
 
     ``lap`` notes the wall seconds of a part of the step: for ``generate``, of waiting for it.
     """
@@ -87,10 +91,12 @@ class Clock:
     def lap(self, part: str) -> None:
         self.laps[part] = time.monotonic() - self.last[0] - sum(self.laps.values())
 
-    def tick(self, rewarded: float) -> None:
+    def tick(self, rewarded: float, tokens: float) -> None:
         now = time.monotonic(), cpu_seconds(None)
         wall, cpu = (b - a for a, b in zip(self.last, now, strict=True))
-        self.steps.append({"reward": rewarded, "wall": wall, "cpu": cpu, **self.laps})
+        self.steps.append(
+            {"reward": rewarded, "tokens": tokens, "wall": wall, "cpu": cpu, **self.laps}
+        )
         self.last, self.laps = now, {}
 
 
@@ -113,9 +119,9 @@ def by_sleeprl(seed: int, steps: int, ahead: bool) -> list[dict[str, float]]:
 
     with tempfile.TemporaryDirectory() as scratch, cluster(ResourcesConfig()):
         widen(EMBEDDED, Path(scratch) / "model", 1, 64, "float32")
-        model = f"{scratch}/model"
+        model, threads = f"{scratch}/model", 1 if ahead else CORES
         options = EngineOptions(
-            model=model, dtype="float32", max_length=512, threads=1 if ahead else CORES, memory_gb=1.0,
+            model=model, dtype="float32", max_length=512, threads=threads, memory_gb=1.0,
             gpu=False, gpu_utilization=0.4, seed=seed,
         )  # fmt: skip
         fleet = Fleet.launch(1, options, cpus=0, gpus=0)
@@ -123,7 +129,7 @@ def by_sleeprl(seed: int, steps: int, ahead: bool) -> list[dict[str, float]]:
         dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=0, world_size=1)
         # A cosine so long that the rate is constant.
         learner = Learner(
-            LearnerOptions(model, None, "float32", seed, RATE, total_steps=10**9, threads=CORES)
+            LearnerOptions(model, None, "float32", seed, RATE, total_steps=10**9, threads=threads)
         )
         chat, rng = Chat(model), random.Random(seed)
         prompts = [chat.prompt(message) for message in asked()]
@@ -155,7 +161,7 @@ def by_sleeprl(seed: int, steps: int, ahead: bool) -> list[dict[str, float]]:
             clock.lap("learn")
             publish(learner, fleet, prompts[0])
             clock.lap("publish")
-            clock.tick(fmean(rewards))
+            clock.tick(fmean(rewards), fmean(lengths))
             if not ahead and step + 1 < steps:
                 asked_now, pending = ask(step + 1)
         fleet.shutdown()
@@ -171,18 +177,18 @@ def by_trl(seed: int, steps: int) -> list[dict[str, float]]:
 
     torch.set_num_threads(CORES)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    rewards: list[float] = []
+    last: list[float] = []
 
     def rewarded(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         found = [reward(ids, tokenizer.eos_token_id) for ids in completion_ids]
-        rewards.append(fmean(found))
+        last[:] = fmean(found), fmean(map(len, completion_ids))
         return found
 
     clock = Clock()
 
     class Ticks(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.tick(rewards[-1])
+            clock.tick(*last)
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = GRPOTrainer(
@@ -224,6 +230,14 @@ def in_fresh_process(name: str, seed: int, steps: int) -> list[dict[str, float]]
     return found
 
 
+def per_step(
+    steps: Sequence[dict[str, float]], clock: str, least: float = 0, most: float = MAX_TOKENS
+) -> float | None:
+    """Mean seconds of the steps whose answers are that long; None: there are fewer than three."""
+    found = [step[clock] for step in steps[1:] if least < step["tokens"] <= most]
+    return fmean(found) if len(found) > 2 else None
+
+
 def to_reward(steps: Sequence[dict[str, float]], clock: str) -> float | None:
     """Seconds until the mean reward of ``WINDOW`` steps has reached ``REWARD``; None: it has not."""
     for end in range(WINDOW, len(steps) + 1):
@@ -238,8 +252,12 @@ def figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for clock in ("wall", "cpu"):
         for what, of in (
-            ("per_step", lambda steps, c=clock: fmean(step[c] for step in steps[1:])),
-            ("to_reward", lambda steps, c=clock: to_reward(steps, c)),
+            ("per_step", partial(per_step, clock=clock)),
+            *(
+                (f"per_step_{a}_to_{b}_tokens", partial(per_step, clock=clock, least=a, most=b))
+                for a, b in LENGTHS
+            ),
+            ("to_reward", partial(to_reward, clock=clock)),
         ):
             row: dict[str, Any] = {name: [of(run[name]) for run in runs] for name in runs[0]}
             pairs = {
@@ -293,7 +311,7 @@ def main() -> None:
         console.print("TRL is not installed and is left out; see --help for how to get it")
     if available_cpus() < CORES and not given.quick:
         parser.error(f"this wants {CORES} cores, engine and learner a core each; here is one")
-    steps = 3 if given.quick else given.steps
+    steps = 4 if given.quick else given.steps
     runs = []
     for seed in range(1 if given.quick else SEEDS):
         turn = names[:: (-1) ** seed]
