@@ -153,9 +153,11 @@ def by_rollouts(group: ActorGroup, batch: Batch) -> list[Any]:
         )  # fmt: skip
         assert sent
     done: dict[int, Any] = {}
+    idle = 0.0
     while group.outstanding:
-        done |= {int(each.tag): each.value["batch"] for each in group.ended_or_raise()}
-        time.sleep(0.005)  # as the pipeline looks
+        ended = {int(each.tag): each.value["batch"] for each in group.ended_or_raise()}
+        time.sleep(idle := 0.0 if ended else min(0.02, idle + 0.001))  # as the pipeline looks
+        done |= ended
     return [done[start] for start in sorted(done)]
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -215,35 +213,6 @@ def test_plugins_by_dotted_path_run_with_real_actors(place: Path) -> None:
     assert set(state) == {"gaps"}  # of the example and no other curriculum
     assert set(state["gaps"]) == {"document-0", "document-1"}
     assert all(0 < gap < 100 for gap in state["gaps"].values())  # heard of, both
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_everything_and_resume_finishes(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "sleeprl.cli", "night", "name=cut", *SMALL]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
-    metrics = tmp_path / "runs" / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (metrics.is_file() and metrics.read_text().count("\n") > 20):
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout
-        time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "--resume" in out
-    time.sleep(5)
-    left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
-    assert left == "", "processes outlived Ctrl-C"
-    done = sleeprl("night", "--resume", "runs/cut", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [row["step"] for row in rows if row["phase"] == "consolidation"]
-    assert steps[-1] == 40
-    assert 16 < min(steps[i + 1] for i in range(len(steps) - 1) if steps[i + 1] <= steps[i]) <= 40
-    assert summary(tmp_path, "cut")["after"]["recall"] > 0.2
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,11 @@ WORDS = [
 ]
 
 
-def steps(run: Path) -> int:
-    """Steps of the consolidation that were told, over all attempts."""
+def steps(run: Path, phase: str = "consolidation") -> list[int]:
+    """Steps of a phase that were told, over all attempts."""
     path = run / "metrics.jsonl"
-    return path.read_text().count('"consolidation"') if path.is_file() else 0
+    lines = path.read_text().splitlines() if path.is_file() else ()
+    return [row["step"] for row in map(json.loads, lines) if row["phase"] == phase]
 
 
 def done(run: Path, phase: str) -> bool:
@@ -43,23 +45,32 @@ def done(run: Path, phase: str) -> bool:
     return path.is_file() and phase in json.loads(path.read_text())["results"]
 
 
-def kill_when(moment: Callable[[], bool], place: Path, *words: str) -> None:
-    """Run a night and SIGKILL it, with all its family, at that moment."""
-    process = subprocess.Popen(
+def night(place: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-m", "sleeprl.cli", "night", *words],
         cwd=place,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
     )
+
+
+def wait_until(moment: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 300
     while not moment():
-        assert process.poll() is None, "the night was over before it could be killed"
+        assert process.poll() is None, "the night was over before its moment came"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def kill_when(moment: Callable[[], bool], place: Path, *words: str) -> None:
+    """Run a night and SIGKILL it, with all its family, at that moment."""
+    process = night(place, *words)
+    wait_until(moment, process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
 @pytest.mark.slow
@@ -72,8 +83,8 @@ def test_a_night_that_is_killed_at_every_turn_ends_as_if_it_was_not(tmp_path: Pa
     again = ["--resume", "runs/cut"]
     kill_when(lambda: done(run, "plan"), tmp_path, "name=cut", "generations=cut", *WORDS)
     kill_when(lambda: done(run, "self_study"), tmp_path, *again)
-    kill_when(lambda: steps(run) >= 20, tmp_path, *again)
-    heard = steps(run)
+    kill_when(lambda: len(steps(run)) >= 20, tmp_path, *again)
+    heard = len(steps(run))
     assert not store.list()
     kill_when(lambda: bool(store.list()), tmp_path, *again)
     (first,) = store.list()
@@ -91,42 +102,40 @@ def test_a_night_that_is_killed_at_every_turn_ends_as_if_it_was_not(tmp_path: Pa
     for state in ("before", "before_with_context", "after"):
         assert told[state] == cut[state]
     # Workers run ahead of what a killed driver was told, so the sum may even be below 32.
-    assert steps(run) < heard + 32, "the consolidation went on from a checkpoint"
-
-
-def dreamt(run: Path) -> list[int]:
-    """Updates of dreaming that were told, over all attempts."""
-    path = run / "metrics.jsonl"
-    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
-    return [row["step"] for row in rows if row["phase"] == "dreaming"]
+    assert len(steps(run)) < heard + 32, "the consolidation went on from a checkpoint"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_dreaming_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+def test_ctrl_c_ends_everything_and_a_night_killed_in_its_dreams_goes_on(tmp_path: Path) -> None:
     updates, groups, size = 5, 2, 4
-    words = [
-        *SMALL,
-        "name=dreams",
-        "wake.people=2",
-        "baselines=[]",
-        "consolidation.steps=16",
-        f"dreaming.steps={updates}",
-        f"dreaming.tasks_per_step={groups}",
-        f"dreaming.group_size={size}",
-        "gate.tolerance=0.9",
-    ]
-    run = tmp_path / "runs" / "dreams"
-    kill_when(lambda: len(dreamt(run)) >= 2, tmp_path, *words)
+    words = [*SMALL, "name=cut", "baselines=[]", f"dreaming.steps={updates}"]
+    run = tmp_path / "runs" / "cut"
+    process = night(tmp_path, *words)
+    wait_until(lambda: len(steps(run)) > 20, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume" in out
+    time.sleep(5)
+    left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
+    assert left == "", "processes outlived Ctrl-C"
+
+    kill_when(lambda: len(steps(run, "dreaming")) >= 2, tmp_path, "--resume", "runs/cut")
     kept = Position.load(run / "dreaming-state")
     assert 2 <= kept.version < updates
-    finished = sleeprl("night", "--resume", "runs/dreams", cwd=tmp_path)
+    finished = sleeprl("night", "--resume", "runs/cut", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
+    learnt = steps(run)
+    assert learnt[-1] == 40
+    again = [later for earlier, later in pairwise(learnt) if later <= earlier]
+    assert 16 < min(again) <= 40, "the consolidation went on from a checkpoint"
     # A kill between the update and its record may tell an update twice, and trains it once.
-    assert sorted(set(dreamt(run))) == list(range(1, updates + 1))
-    assert len(dreamt(run)) <= updates + 1
+    dreamt = steps(run, "dreaming")
+    assert sorted(set(dreamt)) == list(range(1, updates + 1)) and len(dreamt) <= updates + 1
     assert Position.load(run / "dreaming-state").version == updates
     dreams = Lake(run / "lake").read("trajectories", ["purpose"]).to_pylist()
     uids = [row["uid"] for row in dreams if row["purpose"] == "dream"]
     assert len(uids) == len(set(uids)) == updates * groups * size
-    assert summary(tmp_path, "dreams")["generation"]
+    assert summary(tmp_path, "cut")["after"]["recall"] > 0.2
+    assert summary(tmp_path, "cut")["generation"]

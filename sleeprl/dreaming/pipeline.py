@@ -67,6 +67,7 @@ class Pipeline:
     def run(self, on_step: OnStep) -> None:
         """Learn ``config.steps`` times. Raises ActorFailure for what cannot be mended."""
         self._begin()
+        idle = 0.0
         try:
             while self.position.version < self.config.steps:
                 try:
@@ -76,9 +77,8 @@ class Pipeline:
                     moved = True
                 where = len(self.position.admitted) - len(self.again), self.engines.outstanding
                 self.counts.check(*where, (stage for stage, _ in self.held.values()))
-                if not moved:
-                    time.sleep(0.005)
                 self._account()
+                time.sleep(idle := 0.0 if moved else min(0.02, idle + 0.001))
         finally:
             for group in self.groups:
                 WAITS.now(group.name, None)
