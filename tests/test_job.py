@@ -215,33 +215,34 @@ def kill_a_worker(pid: int, step: int) -> bool:
     return True
 
 
-def kill_the_driver(pid: int, step: int) -> bool:
-    if step < 60:
-        return False
-    os.killpg(pid, signal.SIGKILL)
-    return True
+def kill_a_worker_then_the_driver() -> Callable[[int, int], bool]:
+    killed = False
+
+    def disturb(pid: int, step: int) -> bool:
+        nonlocal killed
+        if not killed:
+            killed = kill_a_worker(pid, step)
+            return False
+        if step < 60:
+            return False
+        os.killpg(pid, signal.SIGKILL)
+        return True
+
+    return disturb
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_worker_changes_nothing(place: Path) -> None:
-    told = run(place, "worker-killed", disturb=kill_a_worker)
-    numbers = [number for number, *_ in told]
-    assert len(numbers) > STEPS, "no step was done again, so nothing was interrupted"
-    assert numbers[-1] == STEPS and sorted(set(numbers)) == list(range(1, STEPS + 1))
-    same(place, "worker-killed")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_process_changes_nothing(place: Path) -> None:
-    told = run(place, "driver-killed", disturb=kill_the_driver)
-    assert 60 <= told[-1][0] < STEPS and not (place / "driver-killed").exists()
-    rest = run(place, "driver-killed")
+@pytest.mark.timeout(900)
+def test_a_killed_worker_and_a_killed_process_change_nothing(place: Path) -> None:
+    numbers = [number for number, *_ in run(place, "killed", kill_a_worker_then_the_driver())]
+    assert sorted(set(numbers)) == list(range(1, numbers[-1] + 1))
+    assert len(numbers) > numbers[-1], "no step was done again, so no worker was missed"
+    assert 60 <= numbers[-1] < STEPS and not (place / "killed").exists()
+    rest = run(place, "killed")
     # The workers may have gone on for some steps after the last that the driver was told.
     assert 24 < rest[0][0] < STEPS, "it did not go on from a checkpoint"
     assert rest[-1][0] == STEPS
-    same(place, "driver-killed")
+    same(place, "killed")
 
 
 @pytest.mark.slow
