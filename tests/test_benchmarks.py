@@ -56,7 +56,7 @@ def test_grpo_vs_trl(tmp_path: Path) -> None:
     found = quick("grpo_vs_trl", tmp_path)
     (run,) = found["runs"]
     for name in ("decoupled", "synchronous"):
-        assert len(run[name]) == 3
+        assert len(run[name]) == 4
         assert all(0 < step["reward"] < 1 and step["cpu"] > 0 for step in run[name])
         assert found["figures"]["per_step_wall"][name][0] > 0
     # The first answers are of the same weights and seeds, the second not any more.

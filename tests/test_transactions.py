@@ -36,7 +36,8 @@ WORDS = [
 def steps(run: Path, phase: str = "consolidation") -> list[int]:
     """Steps of a phase that were told, over all attempts."""
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else ()
+    text = path.read_text() if path.is_file() else ""
+    lines = text.rpartition("\n")[0].splitlines()  # the last may be half written
     return [row["step"] for row in map(json.loads, lines) if row["phase"] == phase]
 
 

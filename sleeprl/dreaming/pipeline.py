@@ -78,7 +78,9 @@ class Pipeline:
                 where = len(self.position.admitted) - len(self.again), self.engines.outstanding
                 self.counts.check(*where, (stage for stage, _ in self.held.values()))
                 self._account()
-                time.sleep(idle := 0.0 if moved else min(0.02, idle + 0.001))  # looking costs
+                time.sleep(
+                    idle := 0.0 if moved else min(0.02, idle + 0.001)
+                )  # less often in a lull
         finally:
             for group in self.groups:
                 WAITS.now(group.name, None)
