@@ -78,9 +78,7 @@ class Pipeline:
                 where = len(self.position.admitted) - len(self.again), self.engines.outstanding
                 self.counts.check(*where, (stage for stage, _ in self.held.values()))
                 self._account()
-                time.sleep(
-                    idle := 0.0 if moved else min(0.02, idle + 0.001)
-                )  # less often in a lull
+                time.sleep(idle := 0.0 if moved else min(0.02, idle + 0.001))  # looking costs
         finally:
             for group in self.groups:
                 WAITS.now(group.name, None)
