@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from sleeprl.actors.attention import Texts
 from sleeprl.actors.batches import Row, window
-from sleeprl.actors.layout import LENGTHS, Group, inputs, pack, packed, padded
+from sleeprl.actors.layout import inputs, pack, packed, padded
 from sleeprl.actors.response import ResponseModel
 from sleeprl.actors.teacher import teach
 from sleeprl.losses.streams import LossOptions, Part, chunked_stream_loss, token_counts
@@ -45,26 +46,23 @@ ROWS = [
 
 
 def test_what_prompts_begin_with_in_common_is_there_once() -> None:
-    sequences = pack(PROMPTS, RESPONSES)
-    assert sequences is not None
-    groups = [group for groups in sequences for group in groups]
+    groups = pack(PROMPTS, RESPONSES)
+    assert groups is not None
     together = {tuple(sorted(group.texts)): group.prefix for group in groups}
     assert together[0, 1, 2, 3] == 60
     assert together[4, 5, 6] == 45
     assert together[7, 8, 9, 10] == 12
     lengths = [len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    there = [g.prefix + sum(lengths[text] - g.prefix for text in g.texts) for g in groups]
-    assert sum(there) == sum(lengths) - 3 * 60 - 2 * 45 - 3 * 12
-    ids_ST = packed(PROMPTS, RESPONSES, sequences)[0]
-    assert sum(there) <= ids_ST.numel() < 1.2 * sum(there)
+    ids_1T = packed(PROMPTS, RESPONSES, groups)[0]
+    assert ids_1T.shape == (1, sum(lengths) - 3 * 60 - 2 * 45 - 3 * 12)
 
 
 def test_nothing_is_packed_where_nothing_is_saved() -> None:
     alike = [ids(20, n) for n in range(4)]
     assert pack(alike, alike) is None
     assert pack([ids(9, 0)], [ids(4, 1)]) is None
-    long = [ids(LENGTHS[-1], n) for n in range(9)]
-    assert pack([*long, ids(3, 9)], [[5]] * 10) is None
+    nearly = [ids(95, 0), ids(100, 1), ids(100, 2)]
+    assert pack(nearly, [[5]] * 3) is None
 
 
 @settings(deadline=None)
@@ -74,37 +72,42 @@ def test_nothing_is_packed_where_nothing_is_saved() -> None:
             st.integers(0, 3), st.integers(0, 300), st.integers(1, 40), st.integers(0, 40)
         ),
         min_size=1, max_size=40,
-    )
+    ),
+    st.sampled_from([None, 7, 128]),
 )  # fmt: skip
-def test_every_text_is_somewhere_once_and_whole(
-    drawn: list[tuple[int, int, int, int]],
+def test_every_token_sees_what_its_text_has_before_it(
+    drawn: list[tuple[int, int, int, int]], window: int | None
 ) -> None:
     prompts = [ids(shared, kind) + ids(own, 9) for kind, shared, own, _ in drawn]
     responses = [ids(count, 7) for *_, count in drawn]
-    sequences = pack(prompts, responses)
-    asked = inputs(prompts, responses, CPU)
-    assert (len(asked) == 5) == (sequences is not None)
-    if sequences is None:
+    ids_ST, texts, index_BR = inputs(prompts, responses, CPU)
+    if not isinstance(texts, Texts):
+        assert pack(prompts, responses) is None
         return
-    texts = [text for groups in sequences for group in groups for text in group.texts]
-    assert sorted(texts) == list(range(len(drawn)))
-    ids_ST, mask_S1TT, index_BR, positions_ST, sequence_B = asked
-    assert ids_ST.shape[1] <= LENGTHS[-1]
+    seen: dict[int, list[int]] = {}  # by the place among all queries
+    for block in texts.blocks:
+        sees_NQK = block.sees(window)[:, 0]
+        assert sees_NQK.any(-1).all()  # the softmax of nothing is not a number
+        for keys_K, sees_QK in zip(block.keys_NK, sees_NQK, strict=True):
+            for sees_K in sees_QK:
+                seen[len(seen)] = keys_K[sees_K].tolist()
+    positions_T = texts.positions_1T[0]
     for text, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        sequence = sequence_B[text]
-        last = index_BR[text, max(0, len(response) - 1)]
-        if len(response) > 1:  # then this is the token before the last, else the end of the prompt
-            whole = prompt + response[:-1]
-        else:
-            whole = prompt
-        seen = mask_S1TT[sequence, 0, last].nonzero().squeeze(1)
-        assert ids_ST[sequence, seen].tolist() == whole
-        assert positions_ST[sequence, seen].tolist() == list(range(len(whole)))
+        whole = prompt + response
+        for nth in range(max(1, len(response))):  # what predicts a token of the response
+            length = len(prompt) + nth
+            places = seen[int(texts.found_T[index_BR[text, nth]])]
+            expected = range(length)[-(window or length) :]
+            assert ids_ST[0, places].tolist() == [whole[n] for n in expected]
+            assert positions_T[places].tolist() == list(expected)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("llama", {}), ("qwen3", {}), ("gemma", {"sliding_window": 16})],  # shorter than the texts
+)
 def test_loss_and_gradient_are_those_of_texts_on_their_own(
-    tmp_path: Path, architecture: str
+    tmp_path: Path, architecture: str, settings: dict[str, int]
 ) -> None:
     make_tiny_model(tmp_path, architecture=architecture)
     counts_P3 = token_counts(PARTS, ["dream"] * len(ROWS), [len(r) for r in RESPONSES])
@@ -115,11 +118,12 @@ def test_loss_and_gradient_are_those_of_texts_on_their_own(
         counts_P3=counts_P3,
         options=LossOptions(),
     )
-    sequences = pack(PROMPTS, RESPONSES)
-    assert sequences is not None
+    groups = pack(PROMPTS, RESPONSES)
+    assert groups is not None
     found: list[Any] = []
-    for asked in (padded(PROMPTS, RESPONSES), packed(PROMPTS, RESPONSES, sequences)):
-        model = ResponseModel(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    for asked in (padded(PROMPTS, RESPONSES), packed(PROMPTS, RESPONSES, groups)):
+        policy = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **settings)
+        model = ResponseModel(policy)
         loss, metrics = model(within, *asked)
         loss.backward()
         found.append((loss.detach(), metrics, {n: p.grad for n, p in model.named_parameters()}))
@@ -143,15 +147,3 @@ def test_a_teacher_says_of_packed_texts_what_it_says_of_each(tmp_path: Path) -> 
         ((alone_RK, said_RK1),) = teach(model, [row], 4, CPU)
         torch.testing.assert_close(tokens_RK, alone_RK)
         torch.testing.assert_close(logprobs_RK1, said_RK1, rtol=1e-4, atol=1e-5)
-
-
-def test_a_group_that_does_not_fit_is_split_with_its_prefix_in_each() -> None:
-    document = ids(200, 3)
-    prompts = [document + ids(20, n) for n in range(60)]
-    responses = [ids(10, n) for n in range(60)]
-    sequences = pack(prompts, responses)
-    assert sequences is not None
-    groups = [group for groups in sequences for group in groups]
-    assert len(groups) > 1 and {group.prefix for group in groups} == {200}
-    assert max(map(len, (group.texts for group in groups))) < 60
-    assert isinstance(groups[0], Group)

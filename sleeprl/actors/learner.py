@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from sleeprl.actors.anchor import Anchor
 from sleeprl.actors.batches import EMPTY, Row, Targets, micro_batches, window
 from sleeprl.actors.cpu import count_devices_once, keep_memory, load_shared_memory_op
-from sleeprl.actors.layout import inputs, padded
+from sleeprl.actors.layout import Inputs, inputs, padded
 from sleeprl.actors.response import ResponseModel, all_logits
 from sleeprl.actors.teacher import Teachers, teach
-from sleeprl.actors.zero_config import deepspeed_config
+from sleeprl.actors.zero_config import deepspeed_config, gather_by_layer
 from sleeprl.losses.chunked import token_logprobs
 from sleeprl.losses.ewc import diagonal_fisher
 from sleeprl.losses.streams import LossOptions, Part, add, chunked_stream_loss, token_counts
@@ -113,6 +113,7 @@ class Learner:
             trained = self.growth.grow(
                 model, slots.width, options.seed, options.slot, routed=options.routed
             )
+        gather_by_layer(model)
         module = ResponseModel(model.to(self.device), critic=options.critic)
         if module.critic is not None:
             trained = [*trained, *module.critic.parameters()]
@@ -190,7 +191,7 @@ class Learner:
         budget = self.options.micro_batch_tokens
         return micro_batches(rows, length, budget, rank=self.rank, ranks=self.world)
 
-    def _inputs(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
+    def _inputs(self, rows: Sequence[Row]) -> Inputs:
         responses = [row.response_ids for row in rows]
         return inputs([row.prompt_ids for row in rows], responses, self.device)
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sleeprl.actors import attention
+from sleeprl.actors.attention import Texts
+
 Within = Callable[..., Any]
 """What is made of hidden states [B, R, H] and the head [V, H] while the head is there; of a
 model with a critic it may also ask for ``critic_BR``."""
@@ -35,6 +38,7 @@ class ResponseModel(nn.Module):
 
     def __init__(self, model: nn.Module, *, critic: bool = False) -> None:
         super().__init__()
+        attention.use(model)
         self.model = model
         self.critic: nn.Linear | None = None
         head: Any = model.get_submodule("lm_head")
@@ -51,26 +55,23 @@ class ResponseModel(nn.Module):
         self,
         within: Within,
         ids_ST: Tensor,
-        mask: Tensor,
+        attends: Tensor | Texts,
         index_BR: Tensor,
-        positions_ST: Tensor | None = None,
-        sequence_B: Tensor | None = None,
         *,
         judged: bool = False,
     ) -> Any:
-        """Of ``layout.inputs``, padded or packed.
+        """Of ``layout.inputs``: a mask [S, T] of padded texts, or the texts of one sequence.
 
         judged: give ``within`` the critic's values.
         """
         decoder: Any = self.model.get_submodule("model")
-        hidden_STH = decoder(
-            input_ids=ids_ST, attention_mask=mask, position_ids=positions_ST, use_cache=False
-        )[0]
-        if sequence_B is None:
+        if isinstance(attends, Texts):
+            hidden_1TH = decoder(ids_ST, use_cache=False, **attention.asked(attends))[0]
+            hidden_BRH = hidden_1TH[0][index_BR]
+        else:
+            hidden_STH = decoder(ids_ST, attends, use_cache=False)[0]
             index_BRH = index_BR[..., None].expand(-1, -1, hidden_STH.shape[-1])
             hidden_BRH = hidden_STH.gather(1, index_BRH)
-        else:
-            hidden_BRH = hidden_STH[sequence_B[:, None], index_BR]
         if judged:
             assert self.critic is not None, "this model has no critic"
             within = partial(within, critic_BR=self.critic(hidden_BRH.detach()).squeeze(-1).float())
