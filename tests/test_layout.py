@@ -57,6 +57,17 @@ def test_what_prompts_begin_with_in_common_is_there_once() -> None:
     assert ids_1T.shape == (1, sum(lengths) - 3 * 60 - 2 * 45 - 3 * 12)
 
 
+def test_attention_costs_what_the_texts_do() -> None:
+    """Not the length of all together squared."""
+    document, answers = ids(100, 1), [ids(60, n) for n in range(16)]
+    groups = pack([document] * 16, answers)
+    assert groups is not None
+    ids_1T, texts, _ = packed([document] * 16, answers, groups)
+    pairs = sum(block.seen_NQK.numel() for block in texts.blocks)
+    assert ids_1T.numel() == 100 + 16 * 60
+    assert pairs < 0.3 * ids_1T.numel() ** 2
+
+
 def test_nothing_is_packed_where_nothing_is_saved() -> None:
     alike = [ids(20, n) for n in range(4)]
     assert pack(alike, alike) is None

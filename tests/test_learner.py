@@ -34,7 +34,7 @@ from sleeprl.actors import batches
 from sleeprl.actors.batches import Row
 from sleeprl.actors.learner import Learner, LearnerOptions
 from sleeprl.actors.publish import publish
-from sleeprl.actors.zero_config import deepspeed_config
+from sleeprl.actors.zero_config import deepspeed_config, gather_by_layer
 from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_tail
 from sleeprl.losses.streams import LossOptions, Part
 from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, scatter_columns, widen, write_grown
@@ -800,3 +800,27 @@ def test_the_guard_of_a_killed_compile_does_not_stop_the_next(tmp_path: Path) ->
     )
     assert done.stdout.endswith("loaded\n"), done.stderr[-2000:]
     assert not (tmp_path / built.name / "lock").exists()
+
+
+# --- what is gathered at once -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trained", "at_once"),
+    [
+        ("", [0, 1]),  # nothing has a gradient to lose
+        ("model.embed_tokens model.layers", [0, 1]),
+        ("model.layers", [1]),  # as a model that grows: the first layer's input has no gradient
+        ("model.layers.1", [0]),
+    ],
+)
+def test_layers_are_gathered_at_once_where_deepspeed_can(
+    tiny_model: Path, trained: str, at_once: list[int]
+) -> None:
+    from deepspeed.utils import get_z3_leaf_modules
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(map(name.startswith, trained.split())))
+    gather_by_layer(model)
+    assert get_z3_leaf_modules(model) == [model.model.layers[n] for n in at_once]

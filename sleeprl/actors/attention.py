@@ -36,19 +36,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """N pieces of about one size, padded: places of queries [N, Q] and of keys [N, K]; how many
-    tokens of its text a key lies before a query, and whether it is seen, both [N, Q, K]. A query
-    that pads is the piece's first once more, which nobody asks for."""
+    """N pieces of about one size, padded: places of queries [N, Q] and of keys [N, K], the position
+    of each in its text, and which key a query sees, window or not [N, Q, K]. A query that pads is
+    the piece's first once more, which nobody asks for."""
 
     queries_NQ: Tensor
     keys_NK: Tensor
-    back_NQK: Tensor
+    query_at_NQ: Tensor
+    key_at_NK: Tensor
     seen_NQK: Tensor
 
     def sees(self, window: int | None) -> Tensor:
         """[N, 1, Q, K]; window: how many tokens a layer looks back, with its own."""
-        seen_NQK = self.seen_NQK
-        return (seen_NQK if window is None else seen_NQK & (self.back_NQK < window))[:, None]
+        if window is None:
+            return self.seen_NQK[:, None]
+        back_NQK = self.query_at_NQ[:, :, None] - self.key_at_NK[:, None, :]
+        return (self.seen_NQK & (back_NQK < window))[:, None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Texts:
         for piece in pieces:
             queries, keys = len(piece.own), len(piece.before) + len(piece.own)
             alike[queries.bit_length(), keys.bit_length()].append(piece)
-        at, text = np.array([*positions, NOWHERE]), np.array([*text_of, SHARED])
+        at = np.array([*positions, NOWHERE], dtype=np.int32)
+        text = np.array([*text_of, SHARED], dtype=np.int32)
         blocks, found, start = list[Block](), np.zeros(len(positions), dtype=np.int64), 0
         for group in alike.values():
             queries_NQ, real_NQ = pad_batch([piece.own for piece in group], -1)
@@ -78,10 +82,11 @@ class Texts:
             found[queries_NQ[real_NQ]] = start + real_NQ.ravel().nonzero()[0]
             start += real_NQ.size
             queries_NQ = np.where(real_NQ, queries_NQ, queries_NQ[:, :1])
-            back_NQK = at[queries_NQ][:, :, None] - at[keys_NK][:, None, :]
-            of_NQ1, of_N1K = text[queries_NQ][:, :, None], text[keys_NK][:, None, :]
-            seen_NQK = (back_NQK >= 0) & ((of_NQ1 == of_N1K) | (of_N1K == SHARED))
-            parts = (queries_NQ, keys_NK.clip(0), back_NQK, seen_NQK)
+            query_at_NQ, key_at_NK = at[queries_NQ], at[keys_NK]
+            same_NQK = text[queries_NQ][:, :, None] == text[keys_NK][:, None, :]
+            seen_NQK = same_NQK | (text[keys_NK] == SHARED)[:, None, :]
+            seen_NQK &= query_at_NQ[:, :, None] >= key_at_NK[:, None, :]
+            parts = (queries_NQ, keys_NK.clip(0), query_at_NQ, key_at_NK, seen_NQK)
             blocks.append(Block(*map(torch.from_numpy, parts)))
         return cls(torch.tensor([positions]), tuple(blocks), torch.from_numpy(found))
 
