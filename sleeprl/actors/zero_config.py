@@ -42,8 +42,8 @@ def deepspeed_config(*, dtype: str, grad_clip: float, gpu: bool, offload: str) -
 
 
 def gather_by_layer(model: Any) -> None:
-    """Let ZeRO-3 gather a decoder layer as one, not each of its modules: hooks of these are a third
-    of a small model's step, and on GPUs few large messages are faster than many small ones.
+    """Let ZeRO-3 gather a decoder layer as one, not each of its modules: what its hooks do for each
+    is a good part of a small model's step.
 
     A layer that learns and whose input needs no gradient is left alone: DeepSpeed would take its
     gradients as complete, and its weights away, before there are any (0.19).
