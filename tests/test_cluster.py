@@ -8,7 +8,10 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -231,3 +234,41 @@ def test_the_readme_names_files_that_exist() -> None:
     named = set(re.findall(r"(?:cluster|examples|requirements)/[\w.-]+\.\w+", text))
     assert {f"cluster/{path.name}" for path in YAMLS} | {"cluster/slurm.sh"} <= named
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+# --- another Ray on the same machine ------------------------------------------------------------------
+
+
+@contextmanager
+def another_ray() -> Iterator[None]:
+    """Someone else's, on this machine, for the time being."""
+    program = (
+        "import ray, sys; ray.init('local', num_cpus=1, include_dashboard=False); "
+        "print(flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()
+        assert process.poll() is None
+        yield
+        process.stdin.close()
+        process.wait(60)
+
+
+def test_workers_ask_their_own_ray_where_there_is_another() -> None:
+    """As Ray Train does when it frees the cores of a trial that was stopped."""
+
+    class Asks:
+        def found(self, actor_id: str) -> str | None:
+            from ray.util.state import get_actor
+
+            state: Any = get_actor(actor_id, timeout=30)
+            return state and state.state
+
+    with another_ray(), cluster(ResourcesConfig(cpus=1), state_api=True):
+        actor: Any = ray.remote(Asks).remote()
+        assert ray.get(actor.found.remote(actor._actor_id.hex()), timeout=60) == "ALIVE"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from test_cluster import another_ray
 
 from sleeprl.config import load
 from sleeprl.lineage import LineageStore
@@ -222,11 +223,12 @@ def test_tune_searches_a_consolidation(tmp_path: Path) -> None:
     spec["night"]["consolidation"]["steps"] = 32
     spec["night"]["wake"]["people"] = 4
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(spec))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tuning" / "search.py"), "search.yaml"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=590,
-    )  # fmt: skip
+    with another_ray():
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tuning" / "search.py"), "search.yaml"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=590,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     trials = json.loads((tmp_path / "runs" / "search" / "trials.json").read_text())
     assert len(trials) == 2

@@ -48,7 +48,6 @@ class Search:
     def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.module, self.place = loaded(), place
         self.evenings = 0
-        self.processes: list[Any] = []
         self.ran: list[dict[str, Any]] = []
         tuner = SimpleNamespace(
             choice=tune.choice,
@@ -59,8 +58,6 @@ class Search:
             RunConfig=dict,
         )
         monkeypatch.setattr(self.module, "tune", tuner)
-        monkeypatch.setattr(self.module.psutil, "process_iter", lambda _: self.processes)
-        monkeypatch.setattr(self.module.psutil, "wait_procs", lambda those, timeout: ([], those))
         monkeypatch.setattr(self.module, "cluster", lambda *_, **__: nullcontext())
         monkeypatch.setattr(self.module, "find_model", lambda _: EMBEDDED)
         monkeypatch.setattr(self.module, "Night", self.night)
@@ -199,14 +196,3 @@ def test_the_score_is_recall_less_ten_times_what_was_lost_beyond_the_tolerance(
 def test_where_nothing_old_was_asked_the_score_is_recall(retention: float | None) -> None:
     figures = {"recall": 0.4, "retention": retention}
     assert loaded().score(figures, {"retention": None}, 0.02) == 0.4
-
-
-def test_another_ray_on_the_machine_is_told(search: Search) -> None:
-    """Ray Train cannot tell them apart when it frees the cores of a trial that was stopped."""
-    ended = SimpleNamespace(pid=4710, info={"name": "gcs_server", "status": "zombie"})
-    runs = SimpleNamespace(pid=4711, info={"name": "gcs_server", "status": "sleeping"})
-    search.processes = [ended, runs]
-    with pytest.raises(ConfigError, match=r"another Ray.*4711.*ray stop"):
-        search("seed=1")
-    assert search.evenings == 0
-    search("seed=1", "resources.address=auto")

@@ -19,7 +19,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
 from omegaconf import OmegaConf
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -37,7 +36,7 @@ from sleeprl.models import check_model, find_model
 from sleeprl.night import PHASES, Night
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.run import CONFIG, STATE, Run
-from sleeprl.settings import ConfigError, NightConfig, ResourcesConfig, available_cpus
+from sleeprl.settings import ConfigError, NightConfig, available_cpus
 
 KINDS = {"choice": tune.choice, "uniform": tune.uniform, "loguniform": tune.loguniform}
 EVENING = (STATE, "day.json", "study.json", "lake", "smaller-self-0")
@@ -99,24 +98,6 @@ def refuse_other(config: NightConfig, described: dict[str, Any]) -> None:
         )
 
 
-def refuse_beside_another_ray(resources: ResourcesConfig) -> None:
-    """Where a trial is stopped, Ray Train frees its cores only if it finds the one Ray of the machine:
-    with another beside it the next trial would wait for ever."""
-    if resources.address is not None:
-        return
-    found = psutil.process_iter(["name", "status"])
-    others = [
-        process for process in found
-        if process.info["name"] == "gcs_server" and process.info["status"] != psutil.STATUS_ZOMBIE
-    ]  # fmt: skip
-    _, others = psutil.wait_procs(others, timeout=10)  # one may just be ending
-    if others:
-        raise ConfigError(
-            f"another Ray runs on this machine (process {others[0].pid}), and a search that stops trials "
-            "early cannot run beside it; end it (`ray stop`), or join it with resources.address=auto"
-        )
-
-
 def quiet() -> NightProgress:
     return NightProgress(PHASES, Console(file=open(os.devnull, "w")))
 
@@ -157,7 +138,6 @@ def search(path: Path, words: list[str], console: Console) -> Path:
     night_spec = spec.get("night") or {}
     config = night_of(night_spec, words)
     check_plugins(config)
-    refuse_beside_another_ray(config.resources)
     described = {**spec, "night": cfg.to_dict(config)}
     refuse_other(config, described)
     check_model(config, find_model(config))  # a wrong model is told before anything starts

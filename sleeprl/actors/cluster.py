@@ -66,6 +66,11 @@ def require_learners(resources: ResourcesConfig) -> None:
         )
 
 
+def _asks_its_own_ray() -> None:
+    """In each worker: Ray's state API looks for any Ray of the machine, where it is not told which."""
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
 @contextmanager
 def cluster(
     resources: ResourcesConfig,
@@ -91,6 +96,7 @@ def cluster(
             include_dashboard=state_api,
             log_to_driver=False,
             logging_level="error",
+            runtime_env={"worker_process_setup_hook": _asks_its_own_ray} if state_api else None,
         )
     else:
         ray.init(address=resources.address, log_to_driver=False, logging_level="error")
