@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
 
 
 def save(name: str, result: dict[str, Any], output: Path | None = None) -> None:
-    """``NAME.json`` in ``benchmarks/results``, or in ``output``, with machine and versions."""
-    whole = {"command": f"python benchmarks/{name}.py", **result, "environment": environment()}
+    """``NAME.json`` in ``benchmarks/results``, or in ``output``, with command, machine, versions."""
+    whole = {"command": command(), **result, "environment": environment()}
     write_json_atomic((output or RESULTS) / f"{name}.json", whole)
+
+
+def command() -> str:
+    """What this process was called with, but for where results go."""
+    script, *words = sys.argv
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *words])

@@ -2,7 +2,8 @@
 
     pip install --no-deps --target trl trl datasets pandas dill multiprocess xxhash httpx \\
         httpcore h11 anyio fsspec
-    PYTHONPATH=trl python benchmarks/grpo_vs_trl.py         table, JSON (two idle cores; 25 minutes)
+    PYTHONPATH=trl python benchmarks/grpo_vs_trl.py         table, JSON (two idle cores; 35 minutes)
+    PYTHONPATH=trl python benchmarks/grpo_vs_trl.py --full  answers of 64 tokens all (15 minutes)
 
 All train all parameters of the embedded model in float32 on the same prompts in the same order,
 which are those of dreaming: to write a question and its answer about a document in sight. A
@@ -25,13 +26,13 @@ for all; CPU seconds of a run's whole process tree are beside them. The time to 
 with the first step at which the mean reward of the last five has reached it; a seed counts where both
 sides get there. How long answers become differs from run to run, whoever trains, and with it
 what a step costs; so steps whose answers have about the same mean length stand beside each other
-too. Wanted: at least 2 times faster. Without TRL its column is empty. Results go to
-``benchmarks/results/grpo_vs_trl.json``.
+too, and with ``--full`` none can end before its last token: the model's end of a turn is for all
+a token that it never writes. Wanted: at least 2 times faster. Without TRL its column is empty.
+Results go to ``benchmarks/results/grpo_vs_trl.json``, or to ``grpo_vs_trl-full.json``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -40,6 +41,7 @@ import sys
 import tempfile
 import time
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -47,7 +49,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import cpu_seconds, ratio, save, told
+from common import arguments, cpu_seconds, ratio, save, told
 from rich.console import Console
 from rich.table import Table
 
@@ -63,6 +65,21 @@ REWARD, WINDOW = 0.8, 5
 LENGTHS = ((0, 40), (40, 56), (56, 64))
 """Mean tokens of a step's answers: more than, up to."""
 CORES, SEEDS = 2, 6
+
+
+def model_for(full: bool, place: str) -> Path:
+    """The embedded model; full: a copy of it in ``place`` to which padding is the end of a turn."""
+    if not full:
+        return EMBEDDED
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
+    tokenizer.eos_token = tokenizer.pad_token
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.pad_token_id
+    for part in (model, tokenizer):
+        part.save_pretrained(f"{place}/full")
+    return Path(place) / "full"
 
 
 def asked() -> list[str]:
@@ -100,7 +117,7 @@ class Clock:
         self.last, self.laps = now, {}
 
 
-def by_sleeprl(seed: int, steps: int, ahead: bool) -> list[dict[str, float]]:
+def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str, float]]:
     """ahead: the engine writes the next step's answers while the learner learns from these."""
     import torch.distributed as dist
 
@@ -118,7 +135,7 @@ def by_sleeprl(seed: int, steps: int, ahead: bool) -> list[dict[str, float]]:
     from sleeprl.settings import ResourcesConfig
 
     with tempfile.TemporaryDirectory() as scratch, cluster(ResourcesConfig()):
-        widen(EMBEDDED, Path(scratch) / "model", 1, 64, "float32")
+        widen(model_for(full, scratch), Path(scratch) / "model", 1, 64, "float32")
         model, threads = f"{scratch}/model", 1 if ahead else CORES
         options = EngineOptions(
             model=model, dtype="float32", max_length=512, threads=threads, memory_gb=1.0,
@@ -169,14 +186,13 @@ def by_sleeprl(seed: int, steps: int, ahead: bool) -> list[dict[str, float]]:
         return clock.steps
 
 
-def by_trl(seed: int, steps: int) -> list[dict[str, float]]:
+def by_trl(seed: int, steps: int, full: bool) -> list[dict[str, float]]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(CORES)
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     last: list[float] = []
 
     def rewarded(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
@@ -191,8 +207,10 @@ def by_trl(seed: int, steps: int) -> list[dict[str, float]]:
             clock.tick(*last)
 
     with tempfile.TemporaryDirectory() as scratch:
+        model = model_for(full, scratch)
+        tokenizer = AutoTokenizer.from_pretrained(model)
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             processing_class=tokenizer,
             reward_funcs=rewarded,
             train_dataset=Dataset.from_list(
@@ -213,15 +231,16 @@ def by_trl(seed: int, steps: int) -> list[dict[str, float]]:
     return clock.steps
 
 
-RUNS: dict[str, Callable[[int, int], list[dict[str, float]]]] = {
+RUNS: dict[str, Callable[[int, int, bool], list[dict[str, float]]]] = {
     "decoupled": partial(by_sleeprl, ahead=True),
     "synchronous": partial(by_sleeprl, ahead=False),
     "trl": by_trl,
 }
 
 
-def in_fresh_process(name: str, seed: int, steps: int) -> list[dict[str, float]]:
+def in_fresh_process(name: str, seed: int, steps: int, full: bool) -> list[dict[str, float]]:
     words = [sys.executable, __file__, "--run", name, "--seed", str(seed), "--steps", str(steps)]
+    words += ["--full"] * full
     quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, env={**os.environ, **quiet}, capture_output=True, text=True)
     if done.returncode:
@@ -290,18 +309,15 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps")
-    parser.add_argument("--output", type=Path, help="directory of the JSON")
-    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=60)
+    parser = arguments(__doc__)
+    parser.add_argument("--full", action="store_true", help="no answer ends early")
+    parser.add_argument("--run", choices=RUNS, help=SUPPRESS)
+    parser.add_argument("--seed", type=int, help=SUPPRESS)
+    parser.add_argument("--steps", type=int, help="default: 60, of full answers 20")
     given = parser.parse_args()
     if given.run:
         warnings.filterwarnings("ignore")
-        print(json.dumps(RUNS[given.run](given.seed, given.steps)))
+        print(json.dumps(RUNS[given.run](given.seed, given.steps, given.full)))
         return
     console = Console()
     try:
@@ -311,11 +327,11 @@ def main() -> None:
         console.print("TRL is not installed and is left out; see --help for how to get it")
     if available_cpus() < CORES and not given.quick:
         parser.error(f"this wants {CORES} cores, engine and learner a core each; here is one")
-    steps = 4 if given.quick else given.steps
+    steps = given.steps or (4 if given.quick else 20 if given.full else 60)
     runs = []
     for seed in range(1 if given.quick else SEEDS):
         turn = names[:: (-1) ** seed]
-        runs.append({name: in_fresh_process(name, seed, steps) for name in turn})
+        runs.append({name: in_fresh_process(name, seed, steps, given.full) for name in turn})
         console.print(f"seed {seed}", figures(runs)["per_step_wall"])
     found = figures(runs)
     show(found, console)
@@ -330,7 +346,7 @@ def main() -> None:
         "trl": trl,
         "cores": available_cpus(),
     }
-    save("grpo_vs_trl", result, given.output)
+    save("grpo_vs_trl" + "-full" * given.full, result, given.output)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def quick(name: str, output: Path) -> dict[str, Any]:
+def quick(name: str, output: Path, *words: str) -> dict[str, Any]:
+    words = ("--quick", *words)
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--output", output],
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--output", output, *words],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads((output / f"{name}.json").read_text())
-    assert found["command"] == f"python benchmarks/{name}.py"
+    (path,) = output.glob(f"{name}*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert found["command"] == " ".join(["python", f"benchmarks/{name}.py", *words])
     assert found["cores"] >= 1 and found["environment"]["torch"]
     return found
 
@@ -53,11 +55,12 @@ def test_rollout(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_grpo_vs_trl(tmp_path: Path) -> None:
-    found = quick("grpo_vs_trl", tmp_path)
+    found = quick("grpo_vs_trl", tmp_path, "--full")
     (run,) = found["runs"]
     for name in ("decoupled", "synchronous"):
         assert len(run[name]) == 4
         assert all(0 < step["reward"] < 1 and step["cpu"] > 0 for step in run[name])
+        assert [step["tokens"] for step in run[name]] == [64] * 4
         assert found["figures"]["per_step_wall"][name][0] > 0
     # The first answers are of the same weights and seeds, the second not any more.
     first, second = (

@@ -130,6 +130,14 @@ install_cuda() {
     pip -c requirements/gpu.txt -e '.[gpu,dev]' || failed "could not install the CUDA set" "the CPU set works on any machine: ACCELERATOR=cpu make night"
 }
 
+compile_bytecode() {
+    # Every process of a night imports thousands of modules, and where Python may not write what it
+    # compiled (PYTHONDONTWRITEBYTECODE, as many images set it; a folder that is read only) compiles them
+    # each time. Some packages hold files for other Pythons, which do not compile.
+    say "bytecode of all of it"
+    nice "$venv/bin/python" -Im compileall -q -j 0 "$venv"/lib/python*/site-packages >>"$log" 2>&1 || true
+}
+
 check_install() {
     say "a first import, and DeepSpeed's op is compiled"
     DS_ACCELERATOR=${accelerator} timeout 300 "$venv/bin/python" -I - "$accelerator" >>"$log" 2>&1 <<'PYTHON' || failed \
@@ -162,6 +170,7 @@ mkdir -p "$(dirname "$log")"
 : >"$log"
 make_venv
 "install_$accelerator"
+compile_bytecode
 check_install
 echo "$wanted" >"$stamp"
 say "installed"
