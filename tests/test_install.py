@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,14 @@ def test_a_changed_pin_or_a_damaged_venv_is_seen(checkout: Path, damage: str) ->
     (checkout / damage).write_text("another\n")
     status, _, errors = install(checkout, CXX="nope")
     assert status == 1 and "no C++ compiler" in errors
+
+
+@pytest.mark.parametrize(
+    "module", ["transformers/models/llama/modeling_llama", "vllm/v1/engine/core"]
+)
+def test_what_a_night_imports_is_compiled(module: str) -> None:
+    """Where Python may not write bytecode, each process would compile it again."""
+    if not (Path(sys.prefix) / ".installed").is_file():
+        pytest.skip("this environment is not of tools/install.sh")
+    source = Path(sysconfig.get_path("purelib")) / f"{module}.py"
+    assert source.is_file() and Path(cache_from_source(str(source))).is_file()
