@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
 from rich.console import Console
 from rich.table import Table
 
@@ -167,7 +168,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
                     mode="max",
                     num_samples=int(spec["trials"]),
                     # The trials share the engines, and with them the weights: one at a time.
-                    max_concurrent_trials=1,
+                    search_alg=BasicVariantGenerator(max_concurrent=1, random_state=config.seed),
                     scheduler=ASHAScheduler(
                         time_attr="step",
                         # One more than there are: a trial that ends by itself cleans up.
