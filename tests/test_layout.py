@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from sleeprl.actors import layout
 from sleeprl.actors.attention import Texts
 from sleeprl.actors.batches import Row, window
 from sleeprl.actors.layout import inputs, pack, packed, padded
@@ -117,10 +118,14 @@ def test_every_token_sees_what_its_text_has_before_it(
     ("architecture", "settings"),
     [("llama", {}), ("qwen3", {}), ("gemma", {"sliding_window": 16})],  # shorter than the texts
 )
+@pytest.mark.parametrize(("together", "pieces"), [(layout.TOGETHER, 8), (16, 10)])
 def test_loss_and_gradient_are_those_of_texts_on_their_own(
-    tmp_path: Path, architecture: str, settings: dict[str, int]
-) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    architecture: str, settings: dict[str, int], together: int, pieces: int,
+) -> None:  # fmt: skip
+    """pieces: of all groups; with the smaller number several texts of a group attend on their own."""
     make_tiny_model(tmp_path, architecture=architecture)
+    monkeypatch.setattr(layout, "TOGETHER", together)
     counts_P3 = token_counts(PARTS, ["dream"] * len(ROWS), [len(r) for r in RESPONSES])
     within = partial(
         chunked_stream_loss,
@@ -131,6 +136,8 @@ def test_loss_and_gradient_are_those_of_texts_on_their_own(
     )
     groups = pack(PROMPTS, RESPONSES)
     assert groups is not None
+    blocks = packed(PROMPTS, RESPONSES, groups)[1].blocks
+    assert sum(len(block.queries_NQ) for block in blocks) == pieces
     found: list[Any] = []
     for asked in (padded(PROMPTS, RESPONSES), packed(PROMPTS, RESPONSES, groups)):
         policy = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **settings)
