@@ -384,6 +384,23 @@ def test_cached_prefixes_of_old_weights_are_never_used(rig: Rig) -> None:
     assert after.logprobs == pytest.approx(right, abs=1e-4)
 
 
+def test_what_prompts_of_a_group_have_in_common_is_read_once(rig: Rig) -> None:
+    if not isinstance(rig.engine, VLLMEngine):
+        pytest.skip("reads every prompt whole")
+    from vllm import SamplingParams, TokensPrompt
+
+    llm = rig.engine.llm
+    prompt = TokensPrompt(prompt_token_ids=list(range(200, 270)))
+
+    async def cached(name: str) -> int | None:
+        async for output in llm.generate(prompt, SamplingParams(max_tokens=1), name):
+            found = output.num_cached_tokens
+        return found
+
+    # By whole blocks: with vLLM's own 128 tokens to a block there would be none.
+    assert [rig.run(cached(name)) for name in ("first", "second")] == [0, 64]
+
+
 def test_a_request_that_arrives_during_an_update_gets_only_the_new_weights(rig: Rig) -> None:
     (prompt,) = prompts(1, 400)
     how = Sampling(1, temperature=0.0)
