@@ -227,7 +227,7 @@ def test_tune_searches_a_consolidation(tmp_path: Path) -> None:
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(spec))
     with another_ray():
         done = subprocess.run(
-            [sys.executable, str(ROOT / "tuning" / "search.py"), "search.yaml"],
+            [sys.executable, str(ROOT / "tuning" / "search.py"), "search.yaml", "seed=1"],
             cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True, text=True, timeout=590,
         )  # fmt: skip
