@@ -69,8 +69,7 @@ def save(name: str, result: dict[str, Any], output: Path | None = None) -> None:
 
 def command() -> str:
     """What this process was called with, but for where results go."""
-    script, *words = sys.argv
-    if "--output" in words:
-        at = words.index("--output")
-        del words[at : at + 2]
-    return " ".join(["python", f"benchmarks/{Path(script).name}", *words])
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--output")
+    _, words = parser.parse_known_args()
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])

@@ -3,7 +3,7 @@
     pip install --no-deps --target trl trl datasets pandas dill multiprocess xxhash httpx \\
         httpcore h11 anyio fsspec
     PYTHONPATH=trl python benchmarks/grpo_vs_trl.py         table, JSON (two idle cores; 35 minutes)
-    PYTHONPATH=trl python benchmarks/grpo_vs_trl.py --full  answers of 64 tokens all (15 minutes)
+    PYTHONPATH=trl python benchmarks/grpo_vs_trl.py --full  answers of 64 tokens all (25 minutes)
 
 All train all parameters of the embedded model in float32 on the same prompts in the same order,
 which are those of dreaming: to write a question and its answer about a document in sight. A

@@ -135,7 +135,7 @@ compile_bytecode() {
     # compiled (PYTHONDONTWRITEBYTECODE, as many images set it; a folder that is read only) compiles them
     # each time. Some packages hold files for other Pythons, which do not compile.
     say "bytecode of all of it"
-    nice "$venv/bin/python" -Im compileall -q -j 0 sleeprl "$venv"/lib/python*/site-packages >>"$log" 2>&1 || true
+    "$venv/bin/python" -Im compileall -q -j 0 sleeprl "$venv"/lib/python*/site-packages >>"$log" 2>&1 || true
 }
 
 check_install() {
