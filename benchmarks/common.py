@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 
 from sleeprl.evaluation.statistics import interval
-from sleeprl.files import write_json_atomic
-from sleeprl.morning import environment
+from sleeprl.night.gate import environment
+from sleeprl.utils.files import write_json_atomic
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -43,31 +43,31 @@ from continual_report import CHAINS, IN_CONTEXT, RESULTS, VARIANTS, WHOLE, draw,
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from sleeprl import config as cfg
-from sleeprl.actors.cluster import cluster
-from sleeprl.actors.engine import EngineOptions
-from sleeprl.actors.fleet import Fleet
-from sleeprl.chat import Chat
-from sleeprl.consolidation import notebook
-from sleeprl.consolidation.job import budgeted
+from sleeprl.cluster.runtime import cluster
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import NightConfig
 from sleeprl.consolidation.methods import METHODS, PASSAGE, REPLAY
-from sleeprl.consolidation.self_study import Study, rehearse, study
-from sleeprl.consolidation.worker import Job, learn
-from sleeprl.evaluation.figures import ask, perplexity
-from sleeprl.evaluation.probes import Probe, grade
+from sleeprl.consolidation.ray_job import budgeted
+from sleeprl.consolidation.train_loop import Job, learn
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import to_batch
+from sleeprl.evaluation.measure import ask, perplexity
+from sleeprl.evaluation.questions import Question, grade
 from sleeprl.evaluation.statistics import trade_off
-from sleeprl.files import atomic_directory, locked, write_json_atomic
-from sleeprl.ladder import new_slots, steps_of
 from sleeprl.memory.checkpoint import EXPERT, WEIGHTS, all_tensors, mlp_tensors
 from sleeprl.memory.growth import growth_named, update
 from sleeprl.memory.slots import Slots
 from sleeprl.memory.transfer import Transfer
-from sleeprl.models import find_model
-from sleeprl.morning import environment
-from sleeprl.selves import learner_options
-from sleeprl.settings import NightConfig
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import to_batch
+from sleeprl.models.resolve import find_model
+from sleeprl.night.gate import environment
+from sleeprl.night.model_stages import learner_options
+from sleeprl.night.schedule import new_slots, steps_of
+from sleeprl.rollout.engine import EngineOptions
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.self_study import question_bank as notebook
+from sleeprl.self_study.study import Study, study, write_rehearsal
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.utils.files import atomic_directory, locked, write_json_atomic
 from sleeprl.worlds import people as world
 
 TUNING = RESULTS / "continual-tuning.json"
@@ -96,8 +96,8 @@ class Days:
     """documents[n], probes[n]: of night n. old, texts: of the old world, for retention."""
 
     documents: list[list[str]]
-    probes: list[list[Probe]]
-    old: list[Probe]
+    probes: list[list[Question]]
+    old: list[Question]
     texts: list[str]
 
 
@@ -111,10 +111,10 @@ def days(seed: int, nights: int, config: NightConfig) -> Days:
         home = {name: d["text"] for d in told for name in d["people"]}
         asked = world.questions(people, "heldout", per_attribute=2, seed=seed * 1000 + night)
         documents.append([d["text"] for d in told])
-        probes.append([Probe(q.text, q.answer, q.kind, home[q.person]) for q in asked])
+        probes.append([Question(q.text, q.answer, q.kind, home[q.person]) for q in asked])
     old = world.questions(world.old_people(), "heldout", kinds=("recall",), seed=seed)
     some = random.Random(f"old-{seed}").sample(old, min(config.evaluation.retention, len(old)))
-    known = [Probe(q.text, q.answer, "retention") for q in some]
+    known = [Question(q.text, q.answer, "retention") for q in some]
     texts = world.old_world_text(seed, "heldout", config.evaluation.texts)
     return Days(documents, probes, known, texts)
 
@@ -149,7 +149,7 @@ class Lab:
     variant: what these settings are called, empty for the night's own."""
 
     config: NightConfig
-    fleet: Fleet
+    fleet: EnginePool
     base: Path
     work: Path
     console: Console
@@ -157,7 +157,7 @@ class Lab:
     variant: str = ""
 
     def __post_init__(self) -> None:
-        self.chat = Chat(self.base)
+        self.chat = ChatFormatter(self.base)
 
 
 def chain(
@@ -228,7 +228,9 @@ def learn_day(
             written = study(lab.fleet, chat, documents, wanted, seed, longest, notebook=kept)
             kept = written.notebook
         else:
-            written = rehearse(lab.fleet, chat, wanted, seed + number, longest, notebook=kept)
+            written = write_rehearsal(
+                lab.fleet, chat, wanted, seed + number, longest, notebook=kept
+            )
         place = scratch / str(number)
         Lake(place / "lake").append(to_batch(written.trajectories), "trajectories")
         seeding = config.consolidation
@@ -303,7 +305,7 @@ def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[st
     )  # fmt: skip
     right = dict(zip(map(id, probes), grade(answers, probes), strict=True))
 
-    def share(kind: str, among: Sequence[Probe]) -> float:
+    def share(kind: str, among: Sequence[Question]) -> float:
         return fmean(right[id(probe)] for probe in among if probe.kind == kind)
 
     past, asked = lived.probes[: night + 1], lived.probes[night]
@@ -409,7 +411,7 @@ def laboratory(
     with cluster(config.resources):
         options = EngineOptions.of(config, str(base.resolve()), "float32")
         resources = config.resources
-        fleet = Fleet.launch(1, options, resources.engine_cpus, 0, resources.engine)
+        fleet = EnginePool.launch(1, options, resources.engine_cpus, 0, resources.engine)
         try:
             told = [*SETTINGS, *sets, *(w for w in words if not w.startswith("resources."))]
             yield Lab(config, fleet, base, work, console, told, variant)

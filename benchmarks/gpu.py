@@ -9,7 +9,7 @@
                model FLOPs of a step, by its wall time, as a share of the measured matrix product
     losses     ``seeding_memory.py``'s variants in bfloat16: bytes allocated at the peak, seconds,
                and how far the loss is off what it is in float32
-    updates    ``Fleet.publish`` of a whole model into a vLLM engine, up to its certificate with a
+    updates    ``EnginePool.publish`` of a whole model into a vLLM engine, up to its certificate with a
                canary that both sides scored, against a raw copy of the same bytes: onto the GPU
                for weights in the host's memory, within it for ``ipc``
     rollout    ``rollout.py``'s comparison, by wall time: engine and ``AsyncLLM`` side by side
@@ -45,16 +45,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sleeprl.actors.cluster import cluster
-from sleeprl.actors.engine import EngineOptions
-from sleeprl.actors.fleet import Fleet
-from sleeprl.actors.learner import LearnerOptions
+from sleeprl.cluster.runtime import cluster
+from sleeprl.config.schema import ResourcesConfig
 from sleeprl.evaluation.statistics import interval
 from sleeprl.memory.checkpoint import all_tensors, widen
-from sleeprl.models import EMBEDDED
-from sleeprl.settings import ResourcesConfig
-from sleeprl.weights.transport import Delivery
-from sleeprl.weights.verify import Canary, Certificate
+from sleeprl.models.resolve import EMBEDDED
+from sleeprl.rollout.engine import EngineOptions
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.trainer.trainer import TrainerOptions
+from sleeprl.weight_sync.base import TransportConfig
+from sleeprl.weight_sync.verification import Canary, UpdateReceipt
 
 SHAPES: dict[str, dict[str, int]] = {
     "0.5B": {
@@ -150,7 +150,7 @@ def learner(work: Path) -> Iterator[dict[str, Any]]:
             widen(make_model(name, work / name), wide, 1, WIDTH, "bfloat16")
         setting = Setting(name, trained, ROWS, PAIRS)
         rows = batch(setting, SHAPES[name]["vocab_size"], PROMPT, RESPONSE)
-        made = LearnerOptions(
+        made = TrainerOptions(
             str(wide), None if trained == "all" else 0, "bfloat16", 0, 1e-5,
             total_steps=10**9, gpu=True, micro_batch_tokens=ROWS * (PROMPT + RESPONSE) // 4,
         )  # fmt: skip
@@ -226,13 +226,13 @@ def one_loss(variant: str, vocabulary: int, options: Namespace) -> dict[str, Any
 
 
 @contextmanager
-def an_engine(checkpoint: Path, delivery: Delivery) -> Iterator[Fleet]:
+def an_engine(checkpoint: Path, delivery: TransportConfig) -> Iterator[EnginePool]:
     options = EngineOptions(
         model=str(checkpoint), dtype="bfloat16", max_length=512, threads=2, memory_gb=1.0, gpu=True,
         gpu_utilization=0.3, seed=0, delivery=delivery,
     )  # fmt: skip
     with cluster(ResourcesConfig()):
-        fleet = Fleet.launch(1, options, 1, 0.5)
+        fleet = EnginePool.launch(1, options, 1, 0.5)
         try:
             yield fleet
         finally:
@@ -253,14 +253,14 @@ def updates(work: Path) -> Iterator[dict[str, Any]]:
             for name, tensor in weights.items():
                 target[name].copy_(tensor)
 
-        with an_engine(first, Delivery(kind)) as fleet:
+        with an_engine(first, TransportConfig(kind)) as fleet:
             was = fleet.logprobs([canary.token_ids])[0]
-            certificates: list[Certificate] = []
+            certificates: list[UpdateReceipt] = []
 
             def publish(
-                fleet: Fleet = fleet,
+                fleet: EnginePool = fleet,
                 weights: dict[str, Tensor] = weights,
-                certificates: list[Certificate] = certificates,
+                certificates: list[UpdateReceipt] = certificates,
             ) -> None:
                 certificates += fleet.publish(weights.items(), canary)
 

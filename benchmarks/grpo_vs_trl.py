@@ -12,7 +12,7 @@ by group, a mean over the batch's tokens, no KL term, AdamW at the same constant
 optimiser step per batch. The reward of an answer is the share of its tokens whose id is
 even, of which a model knows nothing before.
 
-    decoupled    a ``Fleet`` of one vLLM engine, a ``Learner`` on ZeRO-3 in the driver, and
+    decoupled    a ``EnginePool`` of one vLLM engine, a ``Trainer`` on ZeRO-3 in the driver, and
                  ``publish`` with its canary after each step, while the engine already writes the
                  next step's answers: these are of the policy one update back, or partly of it.
                  Each has a core
@@ -53,9 +53,9 @@ from common import arguments, cpu_seconds, ratio, save, told
 from rich.console import Console
 from rich.table import Table
 
-from sleeprl.models import EMBEDDED
-from sleeprl.prompts import STUDY_QA, with_experience
-from sleeprl.settings import available_cpus
+from sleeprl.models.resolve import EMBEDDED
+from sleeprl.text.prompts import STUDY_QA, with_experience
+from sleeprl.utils.machine import available_cpus
 from sleeprl.worlds.people import documents, fresh_people
 
 PROMPTS, GROUP, MAX_TOKENS = 4, 8, 64
@@ -121,18 +121,18 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
     """ahead: the engine writes the next step's answers while the learner learns from these."""
     import torch.distributed as dist
 
-    from sleeprl.actors.batches import Row
-    from sleeprl.actors.cluster import cluster
-    from sleeprl.actors.engine import EngineOptions, Sampling
-    from sleeprl.actors.fleet import Fleet, Pending
-    from sleeprl.actors.learner import Learner, LearnerOptions
-    from sleeprl.actors.publish import publish
-    from sleeprl.chat import Chat
-    from sleeprl.losses.algorithms.base import Scores
-    from sleeprl.losses.algorithms.dapo import DAPO
-    from sleeprl.losses.streams import LossOptions, Part
+    from sleeprl.algorithms.base import RewardBatch
+    from sleeprl.algorithms.dapo import DAPO
+    from sleeprl.cluster.runtime import cluster
+    from sleeprl.config.schema import ResourcesConfig
+    from sleeprl.losses.combined import LossOptions, LossWeights
     from sleeprl.memory.checkpoint import widen
-    from sleeprl.settings import ResourcesConfig
+    from sleeprl.rollout.engine import EngineOptions, SamplingParams
+    from sleeprl.rollout.engine_pool import EnginePool, PendingResults
+    from sleeprl.text.chat import ChatFormatter
+    from sleeprl.trainer.batching import TrainingExample
+    from sleeprl.trainer.publish import publish
+    from sleeprl.trainer.trainer import Trainer, TrainerOptions
 
     with tempfile.TemporaryDirectory() as scratch, cluster(ResourcesConfig()):
         widen(model_for(full, scratch), Path(scratch) / "model", 1, 64, "float32")
@@ -141,23 +141,23 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
             model=model, dtype="float32", max_length=512, threads=threads, memory_gb=1.0,
             gpu=False, gpu_utilization=0.4, seed=seed,
         )  # fmt: skip
-        fleet = Fleet.launch(1, options, cpus=0, gpus=0)
+        fleet = EnginePool.launch(1, options, cpus=0, gpus=0)
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=0, world_size=1)
         # A cosine so long that the rate is constant.
-        learner = Learner(
-            LearnerOptions(model, None, "float32", seed, RATE, total_steps=10**9, threads=threads)
+        learner = Trainer(
+            TrainerOptions(model, None, "float32", seed, RATE, total_steps=10**9, threads=threads)
         )
-        chat, rng = Chat(model), random.Random(seed)
+        chat, rng = ChatFormatter(model), random.Random(seed)
         prompts = [chat.prompt(message) for message in asked()]
-        parts, clock = {"grpo": Part(pg=1.0)}, Clock()
+        parts, clock = {"grpo": LossWeights(pg=1.0)}, Clock()
         loss = LossOptions(policy=DAPO(skip_equal=False))
 
-        def ask(step: int) -> tuple[list[list[int]], Pending]:
+        def ask(step: int) -> tuple[list[list[int]], PendingResults]:
             """Begin a step's answers: its prompts, each as often as a group has members."""
             numbers = range(step * PROMPTS, (step + 1) * PROMPTS)
             repeated = [prompts[n % len(prompts)] for n in numbers for _ in range(GROUP)]
-            sampling = [Sampling(MAX_TOKENS, 1.0, rng.randrange(2**31)) for _ in repeated]
+            sampling = [SamplingParams(MAX_TOKENS, 1.0, rng.randrange(2**31)) for _ in repeated]
             return repeated, fleet.generate_later(repeated, sampling)
 
         asked_now, pending = ask(0)
@@ -169,9 +169,9 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
             rewards = [reward(answer.token_ids, chat.end) for answer in answers]
             groups = [str(n // GROUP) for n in range(len(repeated))]
             lengths = [len(answer.token_ids) for answer in answers]
-            advantages = loss.policy.advantages(Scores(rewards, groups, lengths, MAX_TOKENS))
+            advantages = loss.policy.advantages(RewardBatch(rewards, groups, lengths, MAX_TOKENS))
             rows = [
-                Row(prompt, answer.token_ids, "grpo", None, advantage, answer.logprobs)
+                TrainingExample(prompt, answer.token_ids, "grpo", None, advantage, answer.logprobs)
                 for prompt, answer, advantage in zip(repeated, answers, advantages, strict=True)
             ]
             learner.step(rows, parts, loss)

@@ -9,7 +9,7 @@ parameters in the same number format with the same loss function (GRPO's policy 
 the same padded batches; that the losses of both stay together over all steps is checked. Each
 row has a prompt of its own: what the learner saves on shared ones is in ``grpo_vs_trl.py``.
 
-    one rank   ``Learner`` on DeepSpeed ZeRO-3 beside the bare loop, a process each with one
+    one rank   ``Trainer`` on DeepSpeed ZeRO-3 beside the bare loop, a process each with one
                thread, which take turns step by step, the first two uncounted. Compared is
                their CPU time, so that what else runs on the machine does not count. Wanted on
                the 135 M model: at least 0.95 of the bare loop's tokens per second.
@@ -41,19 +41,19 @@ from common import arguments, ratio, save, told
 from rich.console import Console
 from rich.table import Table
 
-from sleeprl.actors.batches import Row, window
-from sleeprl.actors.layout import padded
-from sleeprl.actors.learner import Learner, LearnerOptions
-from sleeprl.actors.response import ResponseModel
-from sleeprl.catalogue import CATALOGUE, fetch
-from sleeprl.losses.streams import LossOptions, Part, chunked_stream_loss, token_counts
+from sleeprl.losses.combined import LossOptions, LossWeights, chunked_combined_loss, token_counts
 from sleeprl.memory.checkpoint import widen
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
-from sleeprl.models import EMBEDDED
-from sleeprl.settings import available_cpus
+from sleeprl.models.catalogue import CATALOGUE, fetch
+from sleeprl.models.resolve import EMBEDDED
+from sleeprl.trainer.batching import TrainingExample, make_loss_batch
+from sleeprl.trainer.packing import padded
+from sleeprl.trainer.response_model import ResponseModel
+from sleeprl.trainer.trainer import Trainer, TrainerOptions
+from sleeprl.utils.machine import available_cpus
 
-PARTS = {"dream": Part(pg=1.0)}
+PARTS = {"dream": LossWeights(pg=1.0)}
 LOSS = LossOptions()
 PROMPT, RESPONSE = 32, 64
 WARM_UP = 2
@@ -85,7 +85,7 @@ QUICK = (Setting("embedded", "all", 8, 3),)
 
 def batch(
     setting: Setting, vocabulary: int, prompt: int = PROMPT, response: int = RESPONSE
-) -> list[Row]:
+) -> list[TrainingExample]:
     """Random rows of one length: no padding, so a token is a token for everybody."""
     generator = torch.Generator().manual_seed(0)
 
@@ -93,20 +93,20 @@ def batch(
         return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
 
     return [
-        Row(draw(prompt), draw(response), "dream", None, (-1.0) ** n, [-8.0] * response)
+        TrainingExample(draw(prompt), draw(response), "dream", None, (-1.0) ** n, [-8.0] * response)
         for n in range(setting.rows)
     ]
 
 
-def options(checkpoint: str, setting: Setting) -> LearnerOptions:
+def options(checkpoint: str, setting: Setting) -> TrainerOptions:
     slot = None if setting.trained == "all" else 0
-    return LearnerOptions(checkpoint, slot, "float32", 0, 1e-4, total_steps=10**9)
+    return TrainerOptions(checkpoint, slot, "float32", 0, 1e-4, total_steps=10**9)
 
 
 class Bare:
     """The loop without a framework."""
 
-    def __init__(self, options: LearnerOptions) -> None:
+    def __init__(self, options: TrainerOptions) -> None:
         self.device = torch.device("cuda" if options.gpu else "cpu")
         directory = Path(options.checkpoint)
         slots = Slots.load(directory)
@@ -126,7 +126,7 @@ class Bare:
             self.trained, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
 
-    def step(self, rows: Sequence[Row]) -> float:
+    def step(self, rows: Sequence[TrainingExample]) -> float:
         """In micro-batches of as many rows as fit, which are all of one length."""
         counts_P3 = token_counts(
             PARTS, ["dream"] * len(rows), [len(row.response_ids) for row in rows]
@@ -137,8 +137,8 @@ class Bare:
         for start in range(0, len(rows), at_once):
             micro = rows[start : start + at_once]
             within = partial(
-                chunked_stream_loss,
-                window=window(micro, self.device),
+                chunked_combined_loss,
+                window=make_loss_batch(micro, self.device),
                 parts=PARTS,
                 counts_P3=counts_P3,
                 options=LOSS,
@@ -155,15 +155,15 @@ class Bare:
 class Zero:
     """A rank of the real thing."""
 
-    def __init__(self, options: LearnerOptions) -> None:
-        self.learner = Learner(options)
+    def __init__(self, options: TrainerOptions) -> None:
+        self.learner = Trainer(options)
 
-    def step(self, rows: Sequence[Row]) -> float:
+    def step(self, rows: Sequence[TrainingExample]) -> float:
         return self.learner.step(rows, PARTS, LOSS)["loss"]
 
 
 def serve(
-    pipe: Any, kind: type[Bare | Zero], made: LearnerOptions, rows: Sequence[Row],
+    pipe: Any, kind: type[Bare | Zero], made: TrainerOptions, rows: Sequence[TrainingExample],
     address: str, rank: int, world: int, core: int | None,
 ) -> None:  # fmt: skip
     """A process that does one step for each word it gets, and tells wall and CPU seconds and loss."""
@@ -189,7 +189,7 @@ class Team:
     """The processes of one contestant, which step together."""
 
     def __init__(
-        self, kind: type[Bare | Zero], made: LearnerOptions, rows: Sequence[Row],
+        self, kind: type[Bare | Zero], made: TrainerOptions, rows: Sequence[TrainingExample],
         cores: Sequence[int | None] = (None,),
     ) -> None:  # fmt: skip
         spawn, self.gpu = mp.get_context("spawn"), made.gpu

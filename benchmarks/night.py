@@ -25,14 +25,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sleeprl import config as cfg
-from sleeprl.actors.cluster import cluster
+from sleeprl.cluster.runtime import cluster
+from sleeprl.config import loader as cfg
 from sleeprl.evaluation.statistics import interval, paired, trade_off
-from sleeprl.files import write_json_atomic
-from sleeprl.morning import environment
-from sleeprl.night import Night, phases, run_night
+from sleeprl.night.gate import environment
+from sleeprl.night.orchestrator import Night, phases, run_night
+from sleeprl.night.run_dir import RunDirectory
 from sleeprl.reporting.progress import NightProgress
-from sleeprl.run import Run
+from sleeprl.utils.files import write_json_atomic
 
 RESULTS = Path(__file__).parent / "results"
 LEARNERS = ("fine_tuning_pairs", "replay")
@@ -107,7 +107,7 @@ def tune_baseline(
             small = ["self_study.pairs_per_document=2", "self_study.facts_per_document=0"]
             config = cfg.load(None, [*words, *places, *small])
             with NightProgress(phases(config)) as progress, cluster(config.resources):
-                night = Night(Run(config, progress))
+                night = Night(RunDirectory(config, progress))
                 night.evening()
                 results = night.run.state["results"]
                 results["consolidation"] = {"tokens": tokens}

@@ -35,24 +35,25 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from sleeprl import config as cfg
-from sleeprl.actors.cluster import cluster
-from sleeprl.actors.engine import EngineOptions, Sampling
-from sleeprl.actors.fleet import Fleet
-from sleeprl.actors.group import ActorGroup
-from sleeprl.actors.learner import LearnerOptions
-from sleeprl.chat import Chat
-from sleeprl.consolidation.self_study import Pair
-from sleeprl.dreaming import phase
-from sleeprl.dreaming.position import Position
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.cluster.runtime import cluster
+from sleeprl.cluster.waits import WAITS
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import NightConfig
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import Trajectory, to_batch
+from sleeprl.dreaming import launch as phase
+from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 from sleeprl.evaluation.statistics import interval
 from sleeprl.memory.checkpoint import EXPERT, expert_tensors, widen
-from sleeprl.memory.experts import grow, load_training_form
-from sleeprl.models import EMBEDDED
-from sleeprl.reporting.waits import WAITS
-from sleeprl.settings import NightConfig, available_cpus
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, to_batch
+from sleeprl.memory.gated_mlp import grow, load_training_form
+from sleeprl.models.resolve import EMBEDDED
+from sleeprl.rollout.engine import EngineOptions, SamplingParams
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.self_study.study import Pair
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.trainer.trainer import TrainerOptions
+from sleeprl.utils.machine import available_cpus
 from sleeprl.worlds.people import documents, fresh_people, questions
 
 ACTORS = ("engine", "scorer", "learner")
@@ -67,7 +68,7 @@ def prepare(place: Path) -> None:
     named = expert_tensors({n: p.detach() for n, p in model.named_parameters()})
     (place / "born").mkdir()
     save_file({n: t.contiguous() for n, t in named.items()}, place / "born" / EXPERT)
-    chat = Chat(place / "model")
+    chat = ChatFormatter(place / "model")
     replay = []
     for number, question in enumerate(questions(fresh_people(1, 20))):
         response = chat.response(question.answer)
@@ -92,7 +93,7 @@ def pin(pids: Collection[int], core: int) -> None:
 
 
 def dream(
-    config: NightConfig, fleet: Fleet, place: Path, run_dir: Path, cores: Sequence[int]
+    config: NightConfig, fleet: EnginePool, place: Path, run_dir: Path, cores: Sequence[int]
 ) -> dict[str, Any]:
     """One phase of dreaming on fresh learners: seconds, and idle seconds of each actor by kind."""
     people = fresh_people(0, 20)
@@ -100,16 +101,16 @@ def dream(
     home = {name: number for number, each in enumerate(told) for name in each["people"]}
     probes = [Pair(home[q.person], q.text, q.answer) for q in questions(people)]
     tasks = phase.make_tasks([each["text"] for each in told], probes, config.seed)
-    dreaming, chat = config.dreaming, Chat(place / "model")
-    options = LearnerOptions(
+    dreaming, chat = config.dreaming, ChatFormatter(place / "model")
+    options = TrainerOptions(
         str(place / "model"), 0, "float32", SLOT_SEED, dreaming.learning_rate, dreaming.steps
     )
     canary = chat.prompt(told[0]["text"])
     job = phase.learner_job(config, options, place / "born", place, canary, fleet.version + 1)
-    engines = phase.with_room(fleet.group, dreaming)
+    engines = phase.set_in_flight_limit(fleet.group, dreaming)
     actors = phase.launch(config, job, tasks)
     try:
-        position = Position.load(run_dir, job.first_version)
+        position = DreamingCheckpoint.load(run_dir, job.first_version)
         actors.start(position, engines)
         beside: list[ActorGroup] = [actors.scorers, actors.rewards, actors.curriculum]
         pin([pid for group in beside for pid in group.call("pid")], cores[0])
@@ -146,9 +147,9 @@ def measure(
                 model=str(place / "model"), dtype="float32", max_length=512, threads=1,
                 memory_gb=1.0, gpu=False, gpu_utilization=0.4, seed=0,
             )  # fmt: skip
-            fleet = Fleet.launch(1, options, cpus=1, gpus=0)
+            fleet = EnginePool.launch(1, options, cpus=1, gpus=0)
             pin(fleet.group.call("pid"), cores[0])
-            fleet.generate([[5, 6, 7]] * 24, [Sampling(64)] * 24)  # the first batch is slow
+            fleet.generate([[5, 6, 7]] * 24, [SamplingParams(64)] * 24)  # the first batch is slow
             for number in range(pairs):
                 pair = {}
                 for staleness in (0, 1)[:: (-1) ** number]:

@@ -43,16 +43,17 @@ from common import arguments, cpu_seconds, ratio, save, told
 from rich.console import Console
 from rich.table import Table
 
-from sleeprl.actors.cluster import cluster
-from sleeprl.actors.engine import EngineOptions, Sampling
-from sleeprl.actors.fleet import Fleet
-from sleeprl.actors.group import ActorGroup
-from sleeprl.actors.vllm_engine import VLLMEngine
-from sleeprl.models import EMBEDDED
-from sleeprl.settings import ResourcesConfig, available_cpus
-from sleeprl.trajectories.schema import from_batch
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.cluster.runtime import cluster
+from sleeprl.config.schema import ResourcesConfig
+from sleeprl.data.trajectory import from_batch
+from sleeprl.models.resolve import EMBEDDED
+from sleeprl.rollout.engine import EngineOptions, SamplingParams
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.rollout.vllm_engine import VLLMEngine
+from sleeprl.utils.machine import available_cpus
 
-Batch = tuple[list[list[int]], list[Sampling]]
+Batch = tuple[list[list[int]], list[SamplingParams]]
 GROUP = 8
 OURS = ("dreams", "generate")
 
@@ -101,14 +102,15 @@ def draw(setting: Setting, number: int) -> Batch:
         for _ in range(setting.requests // GROUP)
     ]
     return [prompt for prompt in prompts for _ in range(GROUP)], [
-        Sampling(setting.max_tokens, 1.0, rng.randrange(2**31)) for _ in range(setting.requests)
+        SamplingParams(setting.max_tokens, 1.0, rng.randrange(2**31))
+        for _ in range(setting.requests)
     ]
 
 
 def serve(pipe: Any, options: EngineOptions) -> None:
     """vLLM alone: answers each batch with the tokens of its requests."""
 
-    async def one(llm: Any, prompt: list[int], sampling: Sampling) -> list[int]:
+    async def one(llm: Any, prompt: list[int], sampling: SamplingParams) -> list[int]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -177,7 +179,7 @@ def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
     alone.start()
     theirs.close()  # so that we hear if it dies
     assert ours.recv() == "ready"  # two that start at once would measure each other's memory
-    fleet = Fleet.launch(1, options, cpus=0, gpus=0.5 * setting.gpu)
+    fleet = EnginePool.launch(1, options, cpus=0, gpus=0.5 * setting.gpu)
     fleet.group.in_flight = setting.requests // GROUP
 
     def by_generate(batch: Batch) -> list[list[int]]:

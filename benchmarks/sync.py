@@ -13,7 +13,7 @@ a bucket's size, the other copies them out, with no names, no checks and an empt
 piece. *Copy* is ``copy_`` of the same tensors within the sender, into memory that is there already. All on
 one thread, in turn, so that each repeat has its own ratio: of CPU seconds, of both processes
 together (on a busy machine the wall clock measures the others), and of wall-clock seconds.
-Intervals are 95 % (Student's t over repeats). *Into vLLM* is ``Fleet.publish`` to one engine in a
+Intervals are 95 % (Student's t over repeats). *Into vLLM* is ``EnginePool.publish`` to one engine in a
 Ray actor: everything up to the certificate, with vLLM's own loading and repacking.
 Results go to ``benchmarks/results/sync.json``.
 """
@@ -38,17 +38,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sleeprl.actors.cluster import cluster
-from sleeprl.actors.engine import EngineOptions
-from sleeprl.actors.fleet import Fleet
+from sleeprl.cluster.runtime import cluster
+from sleeprl.config.schema import ResourcesConfig
 from sleeprl.evaluation.statistics import interval
 from sleeprl.memory.checkpoint import all_tensors
-from sleeprl.models import EMBEDDED
-from sleeprl.settings import ResourcesConfig, available_cpus
-from sleeprl.weights.buckets import Mapped, receive
-from sleeprl.weights.shared_memory import BUCKET_BYTES, Segment
-from sleeprl.weights.transport import Delivery, WeightTransport, make_transport
-from sleeprl.weights.verify import checksum
+from sleeprl.models.resolve import EMBEDDED
+from sleeprl.rollout.engine import EngineOptions
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.utils.machine import available_cpus
+from sleeprl.weight_sync.base import TransportConfig, WeightTransport, make_transport
+from sleeprl.weight_sync.buckets import Mapped, receive
+from sleeprl.weight_sync.shared_memory import BUCKET_BYTES, Segment
+from sleeprl.weight_sync.verification import checksum
 
 TRANSPORTS = ("shared_memory", "disk")
 MAPPED = "shared_memory, mapped"
@@ -199,7 +200,7 @@ def measure_transports(
         with receiving(weights) as pipe:
             works: dict[str, Callable[[], float | None]] = {kinds[0]: copy}
             # One sender, as an engine has: it keeps mapped what one sender writes.
-            transport = make_transport(Delivery(kinds[1], directory=str(directory)))
+            transport = make_transport(TransportConfig(kinds[1], directory=str(directory)))
             for kind in kinds[1:]:
                 works[kind] = (
                     raw_sender(sum(tensor.nbytes for tensor in weights.values()), pipe)
@@ -225,7 +226,7 @@ def measure_engine(
     checkpoint: Path, weights: Weights, kind: str, dtype: str, repeats: int
 ) -> list[float]:
     """Seconds of whole updates of one engine."""
-    delivery = Delivery(kind, directory=str(checkpoint.parent / "engine-weights"))
+    delivery = TransportConfig(kind, directory=str(checkpoint.parent / "engine-weights"))
     options = EngineOptions(
         model=str(checkpoint),
         dtype=dtype,
@@ -237,7 +238,7 @@ def measure_engine(
         seed=0,
         delivery=delivery,
     )
-    fleet = Fleet.launch(1, options, 1, 0)
+    fleet = EnginePool.launch(1, options, 1, 0)
 
     def update() -> None:
         fleet.publish(weights.items())

@@ -3,7 +3,7 @@
 From the root of the repository: sleeprl night examples/brief_reward.yaml
 """
 
-from sleeprl.dreaming.tasks import Dream
+from sleeprl.dreaming.types import Dream
 
 
 def brief(per_token: float = 0.01):

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from sleeprl import __version__
-from sleeprl.settings import ConfigError, NightConfig
+from sleeprl.config.schema import ConfigError, NightConfig
 
 app = typer.Typer(
     help="sleepRL: let a language model sleep on what it met, and wake up knowing it.",
@@ -55,10 +55,10 @@ def night(
     [bold]sleeprl night wake.inputs=\\[notes.jsonl] model.name=Qwen/Qwen3-0.6B[/]
     [bold]sleeprl night --resume runs/night[/]        go on after Ctrl-C or a crash
     """
-    from sleeprl import config as cfg
-    from sleeprl import run as runs
-    from sleeprl.catalogue import CATALOGUE
-    from sleeprl.checks import check_plugins
+    from sleeprl.config import loader as cfg
+    from sleeprl.config.validation import check_plugins
+    from sleeprl.models.catalogue import CATALOGUE
+    from sleeprl.night import run_dir as runs
 
     if resume is not None:
         if words or model:
@@ -83,13 +83,13 @@ def night(
         console.print(_plan(settings), highlight=False)
         _warn(settings)
         return
-    from sleeprl.actors.cluster import require_gpus
-    from sleeprl.models import check_model, find_model
+    from sleeprl.cluster.runtime import require_gpus
+    from sleeprl.models.resolve import check_model, find_model
 
     require_gpus(settings.resources)
     if resume is None:  # a wrong model is told, and one downloaded, before anything starts
         check_model(settings, find_model(settings))
-    from sleeprl.night import run_night
+    from sleeprl.night.orchestrator import run_night
     from sleeprl.reporting.progress import before_after_table
 
     # A scheduler's TERM is an interruption like Ctrl-C, also where a shell has disabled that.
@@ -136,10 +136,10 @@ def wake(
     [bold]sleeprl wake notes.jsonl --ask "Where does Mara Lindqvist live?"[/]
     [bold]sleeprl night 'wake.inputs=[lake]'[/]      sleep on all that was recorded
     """
-    from sleeprl.trajectories.lake import Lake
-    from sleeprl.wake.record import record
+    from sleeprl.data.lake import Lake
+    from sleeprl.wake.ingest import ingest
 
-    report = record(inputs, Lake(lake), skip_bad=skip_bad)
+    report = ingest(inputs, Lake(lake), skip_bad=skip_bad)
     console.print(f"{report.added} recorded, {report.duplicates} known before, in {lake}")
     for problem in [*report.bad, *(f"ignored: {file}" for file in report.ignored)]:
         errors.print(problem, style="yellow", markup=False)
@@ -196,7 +196,7 @@ def replay(
     [bold]sleeprl replay runs/night[/]                   the learner alone, on the recorded dreams
     [bold]sleeprl replay runs/night --engines-only[/]    the engines alone, on the recorded tasks
     """
-    from sleeprl.replay import replay as again
+    from sleeprl.night.replay import replay as again
 
     console.print(again(run, engines_only=engines_only), highlight=False)
 
@@ -219,7 +219,7 @@ def lineage(root: Root = Path("generations")) -> None:
     enough for [bold]sleeprl diff[/], [bold]sleeprl rollback[/] and [bold]model.name=[/].
     """
     from sleeprl.lineage import LineageStore
-    from sleeprl.lineage.show import tree
+    from sleeprl.reporting.lineage_tree import tree
 
     console.print(tree(LineageStore(root)), soft_wrap=True)
 
@@ -253,8 +253,8 @@ def diff(a: Generation, b: Generation, root: Root = Path("generations")) -> None
     [bold]sleeprl diff 3f2a91c0 HEAD[/]
     """
     from sleeprl.lineage import LineageStore
-    from sleeprl.lineage import diff as compare
-    from sleeprl.lineage.show import difference
+    from sleeprl.reporting.lineage_diff import diff as compare
+    from sleeprl.reporting.lineage_tree import difference
 
     console.print(difference(compare(LineageStore(root), a, b)))
 
@@ -270,7 +270,7 @@ def models() -> None:
     """
     from rich.table import Table
 
-    from sleeprl.catalogue import CATALOGUE, cached
+    from sleeprl.models.catalogue import CATALOGUE, cached
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for name in ("name", "parameters", "download", "on disk", "licence", "cached"):
@@ -309,9 +309,9 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
 
 def _look(settings: NightConfig) -> None:
     """Read what a night would: the inputs, the questions, the model. Nothing is fetched."""
-    from sleeprl.evaluation.probes import read_questions
-    from sleeprl.models import check_model, local_model
-    from sleeprl.wake.record import read_experience
+    from sleeprl.evaluation.questions import read_questions
+    from sleeprl.models.resolve import check_model, local_model
+    from sleeprl.wake.ingest import read_experience
 
     model = local_model(settings)
     inputs = settings.wake.inputs
@@ -327,7 +327,7 @@ def _warn(settings: NightConfig) -> None:
     """Say what this machine lacks; the night may be meant for another."""
     if not settings.resources.gpus:
         return
-    from sleeprl.actors.cluster import ResourceError, require_gpus
+    from sleeprl.cluster.runtime import ResourceError, require_gpus
 
     try:
         require_gpus(settings.resources)
@@ -336,8 +336,8 @@ def _warn(settings: NightConfig) -> None:
 
 
 def _plan(settings: NightConfig) -> Panel:
-    from sleeprl.ladder import ladder
-    from sleeprl.settings import available_cpus
+    from sleeprl.night.schedule import describe_levels
+    from sleeprl.utils.machine import available_cpus
 
     r = settings.resources
     lines = [
@@ -347,7 +347,7 @@ def _plan(settings: NightConfig) -> Panel:
         f"learner         {r.learner_workers} x ({r.learner_cpus} cores, {r.learner_gpus:g} GPUs), ZeRO-3",
         f"beside them     {r.scorers} x scorer ({r.scorer_gpus:g} GPUs), {r.rewards} x reward,"
         " curriculum (no core reserved)",
-        *ladder(settings),
+        *describe_levels(settings),
     ]
     return Panel("\n".join(lines), title="plan", expand=False)
 
@@ -364,9 +364,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SLEEPRL_TRACEBACK"):
             raise
-        from sleeprl.reporting.failures import told
+        from sleeprl.cluster.failures import failure_panel
 
-        shown = told(error)
+        shown = failure_panel(error)
         if shown is not None:
             errors.print(shown)
             errors.print("SLEEPRL_TRACEBACK=1 shows the whole traceback.", style="dim")

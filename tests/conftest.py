@@ -82,7 +82,7 @@ def newborn(directory: Path, output: Path, slots: Slots, seed: int) -> None:
     from safetensors.torch import save_file
 
     from sleeprl.memory.checkpoint import EXPERT, expert_tensors
-    from sleeprl.memory.experts import grow, load_training_form
+    from sleeprl.memory.gated_mlp import grow, load_training_form
 
     model = load_training_form(directory, slots, torch.float32)
     grow(model, slots.width, seed, 0)

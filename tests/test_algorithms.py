@@ -15,20 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sleeprl.losses.algorithms.base import Scores
-from sleeprl.losses.algorithms.dapo import DAPO
-from sleeprl.losses.algorithms.ppo import PPO
-from sleeprl.losses.policy import Correction
-from sleeprl.losses.reference import ESTIMATORS, reference_kl
-from sleeprl.losses.streams import (
+from sleeprl.algorithms.base import RewardBatch
+from sleeprl.algorithms.dapo import DAPO
+from sleeprl.algorithms.ppo import PPO
+from sleeprl.losses.combined import (
+    LossBatch,
     LossOptions,
-    Part,
-    Window,
-    chunked_stream_loss,
-    stream_loss,
+    LossWeights,
+    chunked_combined_loss,
+    combined_loss,
     token_counts,
 )
-from sleeprl.registry import BUILTIN, PluginError, create
+from sleeprl.losses.off_policy import ImportanceWeight
+from sleeprl.losses.reference_kl import ESTIMATORS, reference_kl
+from sleeprl.plugins import BUILTIN, PluginError, create
 
 NAMES = list(BUILTIN["algorithm"])
 REWARDS = [1.0, 0.0, 0.5, 0.2, 0.2, None, 0.8, None]
@@ -39,8 +39,8 @@ def make(name: str, **options: Any) -> Any:
     return create(name, "algorithm", options)
 
 
-def scores(rewards: list[float | None], groups: list[str], limit: int = 10) -> Scores:
-    return Scores(rewards, groups, [4] * len(rewards), limit)
+def scores(rewards: list[float | None], groups: list[str], limit: int = 10) -> RewardBatch:
+    return RewardBatch(rewards, groups, [4] * len(rewards), limit)
 
 
 # --- advantages -----------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_options_of_the_advantages() -> None:
 def test_an_overlong_dream_pays_on_a_line() -> None:
     """DAPO's eq. 13: nothing up to limit - overlong, all of the penalty at the limit."""
     dapo = DAPO(overlong=4, overlong_penalty=2.0)
-    seen = Scores([1.0, 1.0, None, 1.0, 1.0], ["g"] * 5, [5, 6, 9, 8, 10], 10)
+    seen = RewardBatch([1.0, 1.0, None, 1.0, 1.0], ["g"] * 5, [5, 6, 9, 8, 10], 10)
     assert dapo.shaped(seen) == [1.0, 1.0, None, 0.0, -1.0]
     assert DAPO().shaped(seen) == list(seen.rewards)
     found = dapo.advantages(seen)
@@ -128,13 +128,13 @@ def test_what_holds_for_any_rewards(rewards: list, groups: int, rng: Any) -> Non
 # --- surrogates -----------------------------------------------------------------------
 
 
-def two_rows(ratios: Tensor) -> tuple[Tensor, Window]:
+def two_rows(ratios: Tensor) -> tuple[Tensor, LossBatch]:
     """A row of two tokens and one of one, over three words, with these ratios to behaviour."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64).requires_grad_()
     tokens = torch.tensor([[0, 2], [1, 1]])
     now = logits.detach().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-    window = Window(
+    window = LossBatch(
         tokens_BR=tokens,
         mask_BR=torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64),
         part=["dream"] * 2,
@@ -144,7 +144,7 @@ def two_rows(ratios: Tensor) -> tuple[Tensor, Window]:
     return logits, window
 
 
-PARTS = {"dream": Part(pg=1.0)}
+PARTS = {"dream": LossWeights(pg=1.0)}
 LIMIT = 4
 
 
@@ -155,9 +155,9 @@ def loss_of(
     logits, window = two_rows(ratios)
     counts = token_counts(PARTS, window.part, [2, 1])
     settings = LossOptions(
-        policy=make(name, **options), limit=LIMIT, correction=Correction(correction)
+        policy=make(name, **options), limit=LIMIT, correction=ImportanceWeight(correction)
     )
-    loss, metrics = stream_loss(logits, window, PARTS, counts, settings)
+    loss, metrics = combined_loss(logits, window, PARTS, counts, settings)
     (gradient,) = torch.autograd.grad(loss, logits)
     # d loss / d logits = slope * (onehot - p) of that position.
     onehot = torch.nn.functional.one_hot(window.tokens_BR, 3)
@@ -320,8 +320,8 @@ def test_the_critic_s_loss_is_a_stream() -> None:
     critic = torch.tensor([[0.1, 0.2], [0.1, 9.0]], dtype=torch.float64, requires_grad=True)
     counts = token_counts(PARTS, window.part, [2, 1])
     head = torch.eye(3, dtype=torch.float64)
-    options = LossOptions(policy=PPO(value_weight=0.5), correction=Correction("off"))
-    loss, metrics = chunked_stream_loss(
+    options = LossOptions(policy=PPO(value_weight=0.5), correction=ImportanceWeight("off"))
+    loss, metrics = chunked_combined_loss(
         logits, head, window, PARTS, counts, options, critic_BR=critic
     )
     expected = (0.9**2 + 0.8**2 + 0.4**2) / 2 / 3
@@ -374,13 +374,13 @@ def test_in_expectation_the_estimators_are_the_kl(seed: int) -> None:
 def test_the_kl_joins_the_policy_s_loss() -> None:
     logits, window = two_rows(torch.ones(2, 2, dtype=torch.float64))
     counts = token_counts(PARTS, window.part, [2, 1])
-    options = LossOptions(policy=make("grpo"), correction=Correction("off"))
-    plain, _ = stream_loss(logits, window, PARTS, counts, options)
+    options = LossOptions(policy=make("grpo"), correction=ImportanceWeight("off"))
+    plain, _ = combined_loss(logits, window, PARTS, counts, options)
     held = replace(options, reference=0.1, reference_estimator="k2")
     with pytest.raises(ValueError, match=r"weight 0\.1"):
-        stream_loss(logits, window, PARTS, counts, held)
+        combined_loss(logits, window, PARTS, counts, held)
     window.reference_BR = window.behaviour_BR - 0.5
-    got, metrics = stream_loss(logits, window, PARTS, counts, held)
+    got, metrics = combined_loss(logits, window, PARTS, counts, held)
     assert got.item() == pytest.approx(plain.item() + 0.1 * 0.125)
     assert metrics["dream/reference_kl"] == pytest.approx(math.exp(-0.5) - 0.5)
     with pytest.raises(ValueError, match="'k4' must be one of k1, k2, k3"):
@@ -400,7 +400,7 @@ def test_the_loss_is_trl_s(name: str) -> None:
     now = made["now"].requires_grad_()
     # Of two words, so that one has any log-probability that is wanted.
     logits = torch.stack([now, torch.log(-torch.expm1(now))], -1)
-    window = Window(
+    window = LossBatch(
         tokens_BR=torch.zeros(4, 5, dtype=torch.long),
         mask_BR=made["mask"],
         part=["dream"] * 4,
@@ -411,11 +411,11 @@ def test_the_loss_is_trl_s(name: str) -> None:
     options = LossOptions(
         policy=make("grpo" if name == "reference" else name),
         limit=trl_losses.LIMIT,
-        correction=Correction("off"),
+        correction=ImportanceWeight("off"),
         reference=trl_losses.BETA if name == "reference" else 0.0,
     )
     counts = token_counts(PARTS, window.part, trl_losses.LENGTHS)
-    loss, _ = stream_loss(logits, window, PARTS, counts, options)
+    loss, _ = combined_loss(logits, window, PARTS, counts, options)
     (slopes,) = torch.autograd.grad(loss, now)
     assert loss.item() == pytest.approx(stored["loss"], abs=1e-12)
     torch.testing.assert_close(slopes, torch.tensor(stored["slopes"], dtype=torch.float64))

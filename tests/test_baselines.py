@@ -31,49 +31,59 @@ from test_learner import (
 from test_night import SMALL, sleeprl, summary
 from torch import Tensor
 
-from sleeprl import config as cfg
-from sleeprl.actors.batches import Row
-from sleeprl.actors.learner import Learner
-from sleeprl.consolidation import imitation
-from sleeprl.consolidation.feed import Feed, trained_tokens
-from sleeprl.consolidation.job import budgeted
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import METHODS as NAMES
+from sleeprl.config.schema import ConfigError, ConsolidationConfig, FixedCapacityConfig
+from sleeprl.consolidation import student_rollouts as imitation
+from sleeprl.consolidation.data_mix import DataMix, trained_tokens
 from sleeprl.consolidation.methods import METHODS, NEW, PASSAGE, REPLAY, STUDENT
-from sleeprl.consolidation.worker import Job
+from sleeprl.consolidation.ray_job import budgeted
+from sleeprl.consolidation.train_loop import Job
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import Trajectory, to_batch
+from sleeprl.losses.combined import LossWeights
 from sleeprl.losses.ewc import diagonal_fisher, ewc_gradient, ewc_penalty
-from sleeprl.losses.streams import Part
 from sleeprl.memory.checkpoint import scatter_columns
-from sleeprl.memory.experts import load_training_form
-from sleeprl.night import phases
+from sleeprl.memory.gated_mlp import load_training_form
+from sleeprl.night.orchestrator import phases
 from sleeprl.reporting.progress import before_after_table
 from sleeprl.reporting.report import write_report
-from sleeprl.settings import METHODS as NAMES
-from sleeprl.settings import ConfigError, ConsolidationConfig, FixedCapacityConfig
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, to_batch
+from sleeprl.trainer.batching import TrainingExample
+from sleeprl.trainer.trainer import Trainer
 
 DEFAULT = ConsolidationConfig()
 GROWS = {"seeding", "no_imitation", "no_semantic", "no_replay"}
 # What each method weighs with the default settings: alpha 0.7, lambda 0.5, ce 0.5, replay 2.5.
-WEIGHTS: dict[str, dict[str, Part]] = {
+WEIGHTS: dict[str, dict[str, LossWeights]] = {
     "seeding": {
-        NEW: Part(kl=0.35, ce=0.5), REPLAY: Part(kl=0.875, ce=1.25), STUDENT: Part(pg=0.3, kl=0.35),
+        NEW: LossWeights(kl=0.35, ce=0.5),
+        REPLAY: LossWeights(kl=0.875, ce=1.25),
+        STUDENT: LossWeights(pg=0.3, kl=0.35),
     },
     "no_imitation": {
-        NEW: Part(kl=0.5, ce=0.5), REPLAY: Part(kl=1.25, ce=1.25), STUDENT: Part(kl=0.5),
+        NEW: LossWeights(kl=0.5, ce=0.5),
+        REPLAY: LossWeights(kl=1.25, ce=1.25),
+        STUDENT: LossWeights(kl=0.5),
     },
     "no_semantic": {
-        NEW: Part(kl=0.35, ce=0.5), REPLAY: Part(kl=0.875, ce=1.25), STUDENT: Part(pg=0.3, kl=0.35),
+        NEW: LossWeights(kl=0.35, ce=0.5),
+        REPLAY: LossWeights(kl=0.875, ce=1.25),
+        STUDENT: LossWeights(pg=0.3, kl=0.35),
     },
-    "no_replay": {NEW: Part(kl=0.35, ce=0.5), STUDENT: Part(pg=0.3, kl=0.35)},
+    "no_replay": {NEW: LossWeights(kl=0.35, ce=0.5),
+        STUDENT: LossWeights(pg=0.3, kl=0.35)},
     "no_growth": {
-        NEW: Part(kl=0.35, ce=0.5), REPLAY: Part(kl=0.875, ce=1.25), STUDENT: Part(pg=0.3, kl=0.35),
+        NEW: LossWeights(kl=0.35, ce=0.5),
+        REPLAY: LossWeights(kl=0.875, ce=1.25),
+        STUDENT: LossWeights(pg=0.3, kl=0.35),
     },
-    "fine_tuning": {PASSAGE: Part(ce=1.0)},
-    "fine_tuning_pairs": {NEW: Part(ce=1.0)},
-    "ewc": {NEW: Part(ce=1.0)},
-    "replay": {NEW: Part(ce=1.0), REPLAY: Part(ce=2.5)},
-    "self_distillation": {STUDENT: Part(kl=1.0)},
-    "grpo": {STUDENT: Part(pg=1.0)},
+    "fine_tuning": {PASSAGE: LossWeights(ce=1.0)},
+    "fine_tuning_pairs": {NEW: LossWeights(ce=1.0)},
+    "ewc": {NEW: LossWeights(ce=1.0)},
+    "replay": {NEW: LossWeights(ce=1.0),
+        REPLAY: LossWeights(ce=2.5)},
+    "self_distillation": {STUDENT: LossWeights(kl=1.0)},
+    "grpo": {STUDENT: LossWeights(pg=1.0)},
 }  # fmt: skip
 
 
@@ -94,10 +104,10 @@ def study(new: int = 6, replay: int = 9, **lengths: int) -> list[Trajectory]:
 PASSAGES = [[number] * 30 for number in range(4)]
 
 
-def feed(name: str, config: ConsolidationConfig = DEFAULT, **given: Any) -> Feed:
+def feed(name: str, config: ConsolidationConfig = DEFAULT, **given: Any) -> DataMix:
     method = METHODS[name]
     settings = {"texts": study(), "passages": PASSAGES, "seed": 3} | given
-    return Feed(method, config=method.objective(config), **settings)
+    return DataMix(method, config=method.objective(config), **settings)
 
 
 # --- the table --------------------------------------------------------------------
@@ -310,8 +320,8 @@ WHOLE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def whole(directory: Path, **changes: Any) -> Learner:
-    return Learner(options(directory, checkpoint=str(directory / "grown"), **{**WHOLE, **changes}))
+def whole(directory: Path, **changes: Any) -> Trainer:
+    return Trainer(options(directory, checkpoint=str(directory / "grown"), **{**WHOLE, **changes}))
 
 
 def pulled(directory: Path, notes: Notes) -> None:
@@ -329,7 +339,7 @@ def pulled(directory: Path, notes: Notes) -> None:
 
 def taught_by_the_past(directory: Path, notes: Notes) -> None:
     learner, seen = whole(directory, learning_rate=1e-2), notes.numbers
-    same = {"new": Part(kl=1.0)}
+    same = {"new": LossWeights(kl=1.0)}
     batch = [replace(r, part="new", teacher_prompt_ids=None) for r in rows(1)]
     seen["past, at birth"] = learner.logprobs(batch, smaller=True)
     seen["past, step-1"] = learner.step(batch, same, LOSS)
@@ -340,7 +350,7 @@ def taught_by_the_past(directory: Path, notes: Notes) -> None:
 
 
 def a_grown_model_is_not_anchored(directory: Path, notes: Notes) -> None:
-    learner = Learner(options(directory))
+    learner = Trainer(options(directory))
     with pytest.raises(ValueError, match="slot=None"):
         learner.anchor(texts(5), STRENGTH)
     notes.numbers["refused"] = True
@@ -364,7 +374,7 @@ def plain_ewc(directory: Path) -> tuple[dict[str, Tensor], list[float]]:
     def load() -> Any:
         return load_training_form(directory / "grown", slots, torch.float32)
 
-    def logits(model: Any, row: Row) -> Tensor:
+    def logits(model: Any, row: TrainingExample) -> Tensor:
         ids = torch.tensor([row.prompt_ids + row.response_ids])
         first = len(row.prompt_ids) - 1
         return model(input_ids=ids).logits[0, first : first + len(row.response_ids)]

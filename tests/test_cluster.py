@@ -19,9 +19,9 @@ import torch
 import yaml
 
 from sleeprl import cli
-from sleeprl import config as cfg
-from sleeprl.actors.cluster import LEARNER, ResourceError, cluster, require_learners
-from sleeprl.settings import ResourcesConfig
+from sleeprl.cluster.runtime import LEARNER_RESOURCE, ResourceError, cluster, require_learners
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ResourcesConfig
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
@@ -98,10 +98,12 @@ def test_a_ray_of_its_own_that_lacks_gpus_is_not_started(monkeypatch: pytest.Mon
 
 def test_an_elastic_learner_without_nodes_for_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     some = ResourcesConfig(address="auto", learner_workers=2, learner_workers_most=4)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, LEARNER: 1.0})
-    with pytest.raises(ResourceError, match=rf"learner_workers=2.*{LEARNER} for 1;.*--resources"):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, LEARNER_RESOURCE: 1.0})
+    with pytest.raises(
+        ResourceError, match=rf"learner_workers=2.*{LEARNER_RESOURCE} for 1;.*--resources"
+    ):
         require_learners(some)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, LEARNER: 2.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, LEARNER_RESOURCE: 2.0})
     require_learners(some)
 
 

@@ -16,17 +16,17 @@ import ray
 import torch.distributed as dist
 from test_staleness import engines, learner, local_ray, noted, place  # noqa: F401
 
-from sleeprl.actors.group import Served
-from sleeprl.chat import Chat
-from sleeprl.consolidation.worker import Job, learn
-from sleeprl.settings import ConsolidationConfig, FixedCapacityConfig
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, to_batch
+from sleeprl.cluster.actor_group import RemoteActor
+from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
+from sleeprl.consolidation.train_loop import Job, learn
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import Trajectory, to_batch
+from sleeprl.text.chat import ChatFormatter
 
 EVERY = 4
 
 
-class Worker(Served):
+class Worker(RemoteActor):
     """The only rank of a consolidation; its own shell."""
 
     def learn(self, job: Job, engines: list[Any], address: str) -> list[tuple[int, float]]:
@@ -57,7 +57,7 @@ def test_no_token_is_made_while_a_consolidation_steps(
     colocated: bool,
 ) -> None:
     """And decoupled there are."""
-    chat = Chat(place / "wide")
+    chat = ChatFormatter(place / "wide")
     texts = [
         Trajectory(
             uid=f"{purpose}-{n}", task_id="answer", attempt=n, purpose=purpose,

@@ -13,18 +13,26 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from sleeprl import checks, cli
-from sleeprl import config as cfg
-from sleeprl.catalogue import CATALOGUE, Spec
-from sleeprl.evaluation.probes import KINDS
-from sleeprl.settings import ConfigError, DreamingConfig, LevelConfig, NightConfig, keys, meanings
+from sleeprl import cli
+from sleeprl.config import loader as cfg
+from sleeprl.config import validation
+from sleeprl.config.schema import (
+    ConfigError,
+    DreamingConfig,
+    LevelConfig,
+    NightConfig,
+    keys,
+    meanings,
+)
+from sleeprl.evaluation.questions import KINDS
+from sleeprl.models.catalogue import CATALOGUE, Spec
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def enough_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "available_cpus", lambda: 4)
+    monkeypatch.setattr(validation, "available_cpus", lambda: 4)
 
 
 def refused(*words: str, path: Path | None = None) -> str:
@@ -131,7 +139,7 @@ def test_keys_are_all_leaves_of_the_resolved_file() -> None:
 def test_every_setting_is_explained() -> None:
     told = dict(meanings())
     assert list(told) == list(keys()) and all(told.values())
-    for key, choices in checks._CHOICES.items():
+    for key, choices in validation._CHOICES.items():
         assert all(choice in told[key] for choice in choices), key
     assert all(word in told["evaluation.questions"] for word in (*KINDS, "experience"))
     assert "HEAD" in told["model.name"] and "sleeprl models" in told["model.name"]
@@ -378,7 +386,7 @@ def test_questions_of_ones_own_need_a_day_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dreaming", "consolidation"])
 def test_a_group_of_one_has_nothing_to_compare(name: str) -> None:
     one, algorithm = f"{name}.group_size=1", f"{name}.algorithm="
-    for compares in checks._WITHIN_GROUP:
+    for compares in validation._WITHIN_GROUP:
         message = refused(one, algorithm + compares)
         assert one in message and algorithm + compares in message
     option = f"{name}.algorithm_options.group_baseline="
@@ -430,7 +438,7 @@ def test_an_elastic_learner_needs_a_cluster_and_weights_that_travel() -> None:
 
 
 def test_importing_the_configuration_brings_neither_torch_nor_ray() -> None:
-    code = "import sys, sleeprl.config; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    code = "import sys, sleeprl.config.loader; print([m for m in ('torch', 'ray') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
@@ -567,7 +575,9 @@ def test_an_architecture_that_cannot_grow_is_told_before_anything_starts(
     config: dict[str, str],
     said: str,
 ) -> None:
-    monkeypatch.setattr("sleeprl.night.run_night", lambda _: pytest.fail("it was started"))
+    monkeypatch.setattr(
+        "sleeprl.night.orchestrator.run_night", lambda _: pytest.fail("it was started")
+    )
     Path("mine").mkdir()
     Path("mine/config.json").write_text(json.dumps(config))
     told = error("night", *words, "--model=./mine")
@@ -579,7 +589,9 @@ def test_an_architecture_that_cannot_grow_is_told_before_anything_starts(
 def test_a_model_that_does_not_chat_is_told_before_anything_starts(
     error: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
-    monkeypatch.setattr("sleeprl.night.run_night", lambda _: pytest.fail("it was started"))
+    monkeypatch.setattr(
+        "sleeprl.night.orchestrator.run_night", lambda _: pytest.fail("it was started")
+    )
     shutil.copytree(tiny_model, "mine")
     assert CliRunner().invoke(cli.app, ["night", "--dry-run", "--model=./mine"]).exit_code == 0
     Path("mine/chat_template.jinja").unlink()

@@ -10,27 +10,29 @@ import torch
 from conftest import make_tiny_model
 from test_learner import Notes, launch, options, rows
 
-from sleeprl.actors.batches import Row
-from sleeprl.actors.learner import Learner
-from sleeprl.losses.algorithms.ppo import PPO
-from sleeprl.losses.policy import Correction
-from sleeprl.losses.streams import LossOptions, Part
+from sleeprl.algorithms.ppo import PPO
+from sleeprl.losses.combined import LossOptions, LossWeights
+from sleeprl.losses.off_policy import ImportanceWeight
 from sleeprl.memory.checkpoint import widen
+from sleeprl.trainer.batching import TrainingExample
+from sleeprl.trainer.trainer import Trainer
 
 STEPS = 25
 # Only the critic learns: the policy's advantages are all 0.
-LOSS = LossOptions(policy=PPO(value_clip=10.0, value_weight=1.0), correction=Correction("off"))
-PARTS = {"student": Part(pg=1.0), "new": Part()}
+LOSS = LossOptions(
+    policy=PPO(value_clip=10.0, value_weight=1.0), correction=ImportanceWeight("off")
+)
+PARTS = {"student": LossWeights(pg=1.0), "new": LossWeights()}
 
 
-def texts() -> list[Row]:
+def texts() -> list[TrainingExample]:
     """Some texts, and between them rows of another part, on which the critic has no say."""
     drawn = [row for row in rows(1) if row.part in PARTS]
     assert {row.part for row in drawn} == set(PARTS)
     return drawn
 
 
-def judged(learner: Learner, worth: float) -> list[Row]:
+def judged(learner: Trainer, worth: float) -> list[TrainingExample]:
     batch = texts()
     return [
         replace(
@@ -44,7 +46,7 @@ def judged(learner: Learner, worth: float) -> list[Row]:
 
 
 def learn_worth(directory: Path, notes: Notes) -> None:
-    learner = Learner(options(directory, critic=True, learning_rate=0.05, weight_decay=0.0))
+    learner = Trainer(options(directory, critic=True, learning_rate=0.05, weight_decay=0.0))
     born = learner.expert()
     notes.numbers["at birth"] = learner.values(texts())
     told = [learner.step(judged(learner, 2.0), PARTS, LOSS) for _ in range(STEPS)]
@@ -58,11 +60,11 @@ def learn_worth(directory: Path, notes: Notes) -> None:
     notes.numbers["exported"] = sorted(name for name, _ in learner.export())
     state = learner.state()
     notes.numbers["critic in the state"] = [n for n in state if n.endswith("critic.weight")]
-    again = Learner(options(directory, critic=True, learning_rate=0.05, weight_decay=0.0))
+    again = Trainer(options(directory, critic=True, learning_rate=0.05, weight_decay=0.0))
     again.load_state(state)
     notes.numbers["resumed"] = again.values(texts())
     again.set_expert(born)
-    plain = Learner(options(directory))
+    plain = Trainer(options(directory))
     notes.numbers["plain export"] = sorted(name for name, _ in plain.export())
 
 

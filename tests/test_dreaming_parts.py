@@ -25,27 +25,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sleeprl import config as cfg
-from sleeprl.actors.learner import LearnerOptions
-from sleeprl.chat import Chat
-from sleeprl.consolidation.self_study import Pair
-from sleeprl.dreaming import phase
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
+from sleeprl.dreaming import launch as phase
+from sleeprl.dreaming.admission import order_groups
+from sleeprl.dreaming.checkpoint import write_group
 from sleeprl.dreaming.curricula import Uniform, WeakSpots
-from sleeprl.dreaming.learning import outcomes
-from sleeprl.dreaming.line import in_line
-from sleeprl.dreaming.phase import _samples, make_tasks
-from sleeprl.dreaming.pipeline import Counts
-from sleeprl.dreaming.position import write_group
+from sleeprl.dreaming.launch import _samples, make_tasks
+from sleeprl.dreaming.pipeline import StageCounts
+from sleeprl.dreaming.reward_actor import RewardActor
 from sleeprl.dreaming.reward_process import LikelihoodGain
-from sleeprl.dreaming.rewards import RewardActor
-from sleeprl.dreaming.tasks import Dream, Outcome, Task
-from sleeprl.dreaming.trials import Scorer
+from sleeprl.dreaming.scorer import LearningGainScorer
+from sleeprl.dreaming.trainer_actor import outcomes
+from sleeprl.dreaming.types import Dream, Outcome, Task
 from sleeprl.memory.checkpoint import expert_tensors, widen
-from sleeprl.prompts import STUDY_QA, format_qa, with_experience
-from sleeprl.registry import PluginError, create
-from sleeprl.settings import ConfigError
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
+from sleeprl.plugins import PluginError, create
+from sleeprl.self_study.study import Pair
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.text.prompts import STUDY_QA, format_qa, with_experience
+from sleeprl.trainer.trainer import TrainerOptions
 
 TASKS = [Task(f"t{i}", i, f"message {i}", (("Who?", f"Ann{i}"),)) for i in range(5)]
 
@@ -169,12 +169,18 @@ def wide(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chat(wide: Path) -> Chat:
-    return Chat(wide)
+def chat(wide: Path) -> ChatFormatter:
+    return ChatFormatter(wide)
 
 
 def dream(
-    chat: Chat, number: int, text: str, *, task: str = "t0", finish: str = "stop", **meta: Any
+    chat: ChatFormatter,
+    number: int,
+    text: str,
+    *,
+    task: str = "t0",
+    finish: str = "stop",
+    **meta: Any,
 ) -> Trajectory:
     ids = chat.response(text) if finish == "stop" else chat.text(text)
     return Trajectory(
@@ -192,7 +198,7 @@ def dream(
 
 
 def test_samples_are_the_best_and_the_worst_dreams_and_no_others_are_read(
-    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chat: ChatFormatter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lake = Lake(tmp_path / "lake")
     dreams = [replace(dream(chat, n, f"text {n}"), reward=float(n)) for n in range(20)]
@@ -253,7 +259,7 @@ def never_made(how):
         raise OSError("the judge's weights are not there")
     os._exit(3)
 
-class Counts:
+class StageCounts:
     '''How many dreams this very object has judged.'''
 
     def __init__(self, pids=os.devnull):
@@ -314,7 +320,7 @@ def scored(actor: RewardActor, batch: pa.RecordBatch) -> list[Trajectory]:
 
 @pytest.mark.usefixtures("store")
 def test_a_reward_sees_the_dream_and_scores_each_row(
-    rewarding: Callable[..., RewardActor], chat: Chat, users: str
+    rewarding: Callable[..., RewardActor], chat: ChatFormatter, users: str
 ) -> None:
     pair = format_qa("Who?", "Ann")
     batch = to_batch(
@@ -349,7 +355,7 @@ def test_a_reward_sees_the_dream_and_scores_each_row(
 )
 def test_what_cannot_be_scored_is_unscored_with_the_reason(
     rewarding: Callable[..., RewardActor],
-    chat: Chat,
+    chat: ChatFormatter,
     users: str,
     factory: str,
     options: dict[str, Any],
@@ -374,9 +380,9 @@ def test_what_cannot_be_scored_is_unscored_with_the_reason(
     ],
 )
 def test_what_ends_a_rewards_process_costs_one_dream(
-    rewarding: Callable[..., RewardActor], chat: Chat, users: str, how: str, reason: str
+    rewarding: Callable[..., RewardActor], chat: ChatFormatter, users: str, how: str, reason: str
 ) -> None:
-    actor = rewarding(f"{users}.Counts", 0.4)
+    actor = rewarding(f"{users}.StageCounts", 0.4)
 
     def judged(*texts: str) -> list[Trajectory]:
         return scored(actor, to_batch([dream(chat, n, text) for n, text in enumerate(texts)]))
@@ -389,15 +395,15 @@ def test_what_ends_a_rewards_process_costs_one_dream(
     rows = judged("quick", "quick", how, "quick", how, how, "quick", "quick")
     assert [row.reward for row in rows] == [1, 2, None, 1, None, None, 1, 2]
     told = {row.unscored for row in (first, *rows)} - {None}
-    assert told == {f"reward '{users}.Counts' {reason}"}
+    assert told == {f"reward '{users}.StageCounts' {reason}"}
 
 
 @pytest.mark.usefixtures("store")
 def test_a_rewards_process_may_end_between_two_dreams(
-    rewarding: Callable[..., RewardActor], chat: Chat, users: str, tmp_path: Path
+    rewarding: Callable[..., RewardActor], chat: ChatFormatter, users: str, tmp_path: Path
 ) -> None:
     pids = tmp_path / "pids"
-    actor = rewarding(f"{users}.Counts", pids=str(pids))
+    actor = rewarding(f"{users}.StageCounts", pids=str(pids))
     batch = to_batch([dream(chat, n, "quick") for n in range(2)])
     for wait in (0.0, 0.5):  # before it is noticed, and after
         assert [row.reward for row in scored(actor, batch)] == [1, 2]
@@ -425,7 +431,7 @@ def test_a_reward_that_cannot_be_made_is_told(
 
 @pytest.mark.usefixtures("store")
 def test_several_rewards_judge_at_once(
-    wide: Path, chat: Chat, users: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide: Path, chat: ChatFormatter, users: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in a process of its own; one that is held up holds up nobody else."""
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -439,10 +445,12 @@ def test_several_rewards_judge_at_once(
     pids = tmp_path / "pids"
     config = cfg.load(
         None,
-        ["resources.rewards=2", f"dreaming.reward={users}.Counts", "dreaming.reward_deadline=6",
+        ["resources.rewards=2", f"dreaming.reward={users}.StageCounts", "dreaming.reward_deadline=6",
          f"dreaming.reward_options={{pids: {pids}}}"],
     )  # fmt: skip
-    scorers, rewards = phase.judges(config, LearnerOptions(str(wide), 0, "float32", 7, 0.1, 1))
+    scorers, rewards = phase.spawn_scorers_and_rewards(
+        config, TrainerOptions(str(wide), 0, "float32", 7, 0.1, 1)
+    )
     scorers.kill()
     rewards.call("ping")
     assert len(set(pids.read_text().split())) == 2
@@ -466,14 +474,14 @@ def ends(process: psutil.Process) -> bool:
 
 @pytest.mark.usefixtures("store")
 def test_a_rewards_process_ends_with_its_actor(
-    wide: Path, chat: Chat, users: str, tmp_path: Path
+    wide: Path, chat: ChatFormatter, users: str, tmp_path: Path
 ) -> None:
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     actor: Any = ray.remote(RewardActor).options(
         num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": path}}
     )
     pids = tmp_path / "pids"
-    actor = actor.remote(str(wide), f"{users}.Counts", {"pids": str(pids)}, 60.0)
+    actor = actor.remote(str(wide), f"{users}.StageCounts", {"pids": str(pids)}, 60.0)
     parent = ray.get(actor.pid.remote())
     running = actor.score.remote(to_batch([dream(chat, 0, "loops in C")]), {t.id: t for t in TASKS})
     assert ray.wait([running], timeout=2)[1] == [running]
@@ -486,9 +494,9 @@ def test_a_rewards_process_ends_with_its_actor(
 JUDGES = """
 import sys
 from sleeprl.dreaming.reward_process import RewardProcess
-from sleeprl.dreaming.tasks import Dream, Task
+from sleeprl.dreaming.types import Dream, Task
 
-judge = RewardProcess("users_rewards.Counts", {"pids": sys.argv[1]}, 60.0, 1e9)
+judge = RewardProcess("users_rewards.StageCounts", {"pids": sys.argv[1]}, 60.0, 1e9)
 print("made", flush=True)
 judge(Dream(Task("t0", 0, "message", ()), "loops in C", [1], None, None))
 """
@@ -509,7 +517,7 @@ def test_a_rewards_process_needs_nobody_to_end_it(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("store")
 def test_a_group_is_equal_where_the_algorithm_finds_nothing_to_learn(
-    rewarding: Callable[..., RewardActor], chat: Chat, users: str, tmp_path: Path
+    rewarding: Callable[..., RewardActor], chat: ChatFormatter, users: str, tmp_path: Path
 ) -> None:
     good, bad = format_qa("Who?", "Ann"), "no pair at all"
 
@@ -541,21 +549,23 @@ def test_a_group_is_equal_where_the_algorithm_finds_nothing_to_learn(
 PAIRS = (("Where does Ann live?", "Ann lives in Oslo"), ("What is her pet?", "a grey cat"))
 
 
-def scorer(wide: Path, rate: float = 0.5, probes: int = 8) -> Scorer:
-    return Scorer(str(wide), 0, rate, probes, 1)
+def scorer(wide: Path, rate: float = 0.5, probes: int = 8) -> LearningGainScorer:
+    return LearningGainScorer(str(wide), 0, rate, probes, 1)
 
 
 def task(*probes: tuple[str, str]) -> dict[str, Task]:
     return {"t0": Task("t0", 0, "message", probes)}
 
 
-def judged(actor: Scorer, dreams: list[Trajectory], tasks: dict[str, Task]) -> list[Trajectory]:
+def judged(
+    actor: LearningGainScorer, dreams: list[Trajectory], tasks: dict[str, Task]
+) -> list[Trajectory]:
     return from_batch(ray.get(actor.score(to_batch(dreams), tasks)["batch"]))
 
 
 @pytest.mark.usefixtures("store")
 def test_a_dream_that_is_the_probe_teaches_and_the_step_is_taken_back(
-    wide: Path, chat: Chat
+    wide: Path, chat: ChatFormatter
 ) -> None:
     actor = scorer(wide)
     before = {n: p.detach().clone() for n, p in actor.model.named_parameters()}
@@ -568,7 +578,7 @@ def test_a_dream_that_is_the_probe_teaches_and_the_step_is_taken_back(
 
 
 @pytest.mark.usefixtures("store")
-def test_the_gain_is_what_a_real_step_would_bring(wide: Path, chat: Chat) -> None:
+def test_the_gain_is_what_a_real_step_would_bring(wide: Path, chat: ChatFormatter) -> None:
     """Against plain autograd on the Hugging Face model with the whole slot as the expert."""
     actor = scorer(wide, rate=0.3)
     own = expert_tensors(dict(actor.model.named_parameters()))
@@ -610,7 +620,7 @@ def test_the_gain_is_what_a_real_step_would_bring(wide: Path, chat: Chat) -> Non
 
 
 @pytest.mark.usefixtures("store")
-def test_what_is_no_pair_is_not_tried(wide: Path, chat: Chat) -> None:
+def test_what_is_no_pair_is_not_tried(wide: Path, chat: ChatFormatter) -> None:
     rows = judged(
         scorer(wide),
         [
@@ -627,7 +637,7 @@ def test_what_is_no_pair_is_not_tried(wide: Path, chat: Chat) -> None:
 
 
 @pytest.mark.usefixtures("store")
-def test_the_probes_are_limited_and_may_be_none(wide: Path, chat: Chat) -> None:
+def test_the_probes_are_limited_and_may_be_none(wide: Path, chat: ChatFormatter) -> None:
     one = [dream(chat, 0, format_qa(*PAIRS[0]))]
     (few,) = judged(scorer(wide, probes=1), one, task(*PAIRS))
     (alone,) = judged(scorer(wide), one, task(PAIRS[0]))
@@ -637,7 +647,9 @@ def test_the_probes_are_limited_and_may_be_none(wide: Path, chat: Chat) -> None:
 
 
 @pytest.mark.usefixtures("store")
-def test_the_reference_is_the_smaller_self_whatever_the_expert_says(wide: Path, chat: Chat) -> None:
+def test_the_reference_is_the_smaller_self_whatever_the_expert_says(
+    wide: Path, chat: ChatFormatter
+) -> None:
     actor = scorer(wide)
     dreams = [dream(chat, 0, format_qa(*PAIRS[0])), dream(chat, 1, "short")]
     born = judged(actor, dreams, task(PAIRS[0]))
@@ -664,7 +676,7 @@ def test_a_group_set_aside_makes_nobody_wait_longer(
 ) -> None:
     numbers = range(7, 7 + len(flags))
     equal = {number for number, flag in zip(numbers, flags, strict=True) if flag}
-    line, aside = in_line(numbers, equal, size, redraws)
+    line, aside = order_groups(numbers, equal, size, redraws)
     assert sorted(line + aside) == list(numbers) and set(aside) <= equal
     edges = [6, *line[size - 1 :: size], 99]
     for low, high in pairwise(edges):
@@ -675,14 +687,16 @@ def test_a_group_set_aside_makes_nobody_wait_longer(
     if numbers:  # one more is found equal
         more = equal | {data.draw(st.sampled_from(numbers))}
         for end in range(7, 8 + len(flags)):
-            before, after = (in_line(range(7, end), e, size, redraws)[0] for e in (equal, more))
+            before, after = (
+                order_groups(range(7, end), e, size, redraws)[0] for e in (equal, more)
+            )
             assert len(after) <= len(before)
 
 
 # --- outcomes and counts ----------------------------------------------------------
 
 
-def test_outcomes_gather_a_task_s_dreams(chat: Chat) -> None:
+def test_outcomes_gather_a_task_s_dreams(chat: ChatFormatter) -> None:
     rows = [
         replace(dream(chat, 0, "x", task="t1", gap=2.0), reward=0.5),
         replace(dream(chat, 1, "x", task="t0", gap=1.0), reward=0.25),
@@ -698,7 +712,7 @@ STAGES = ("generating", "scoring", "rewarding", "queued", "learning")
 def test_counts_are_held_against_where_the_groups_are(
     numbers: list[int], off: int, data: st.DataObject
 ) -> None:
-    counts = Counts()
+    counts = StageCounts()
     places = (*STAGES, "learned", "redrawn")
     for place, groups in zip(places, numbers, strict=True):
         for _ in range(groups):
@@ -719,7 +733,7 @@ def test_counts_are_held_against_where_the_groups_are(
 
 
 def test_a_group_cannot_be_moved_twice() -> None:
-    counts = Counts()
+    counts = StageCounts()
     counts.move("admitted", "generating")
     counts.move("generating", "scoring")
     with pytest.raises(AssertionError, match="cannot go from generating to scoring"):

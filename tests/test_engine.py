@@ -23,9 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sleeprl.actors.engine import Completion, EngineOptions, Sampling, resumable
-from sleeprl.actors.torch_engine import TorchEngine
-from sleeprl.actors.vllm_engine import VLLMEngine
+from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
 from sleeprl.memory.checkpoint import (
     WEIGHTS,
     all_tensors,
@@ -36,13 +34,15 @@ from sleeprl.memory.checkpoint import (
 )
 from sleeprl.memory.growth import growth_named, growth_of
 from sleeprl.memory.slots import GATED_MLP, LOW_RANK, Slots
-from sleeprl.registry import BUILTIN, resolve
-from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
-from sleeprl.weights import gpu
-from sleeprl.weights.disk import DiskTransport
-from sleeprl.weights.shared_memory import SharedMemoryTransport
-from sleeprl.weights.transport import Delivery, TransportError, WeightTransport
-from sleeprl.weights.verify import Canary, Certificate, StaleWeights
+from sleeprl.plugins import BUILTIN, resolve
+from sleeprl.rollout.engine import Completion, EngineOptions, SamplingParams, split_resumable
+from sleeprl.rollout.torch_engine import TorchEngine
+from sleeprl.rollout.vllm_engine import VLLMEngine
+from sleeprl.weight_sync import gpu
+from sleeprl.weight_sync.base import TransportConfig, TransportError, WeightTransport
+from sleeprl.weight_sync.disk import DiskTransport
+from sleeprl.weight_sync.shared_memory import SharedMemoryTransport
+from sleeprl.weight_sync.verification import Canary, StaleWeights, UpdateReceipt
 
 T = TypeVar("T")
 MAX_LENGTH = 512
@@ -98,7 +98,7 @@ class Rig:
         limit: int = 1 << 16,
         kind: str = "shared_memory",
         damage: str = "",
-    ) -> Certificate:
+    ) -> UpdateReceipt:
         """As ``Fleet.publish`` does: a bucket is packed while the one before it is loaded.
 
         damage: a tensor of which a bit is turned on its way.
@@ -181,8 +181,8 @@ def prompts(count: int, length: int = 12) -> list[list[int]]:
     return torch.randint(3, 250, (count, length), generator=generator).tolist()
 
 
-def sampling(count: int, tokens: int, **changes: Any) -> list[Sampling]:
-    return [replace(Sampling(tokens, 1.0, seed=1000 + i), **changes) for i in range(count)]
+def sampling(count: int, tokens: int, **changes: Any) -> list[SamplingParams]:
+    return [replace(SamplingParams(tokens, 1.0, seed=1000 + i), **changes) for i in range(count)]
 
 
 def grown(rig: Rig, seed: int = 1, scale: float = 0.4) -> dict[str, Tensor]:
@@ -243,7 +243,7 @@ def test_logprobs_are_of_the_distribution_sampled_from(rig: Rig, temperature: fl
 
 def test_greedy_is_the_likeliest_token(rig: Rig) -> None:
     asked = prompts(2)
-    made = rig.run(rig.engine.generate(asked, [Sampling(6, temperature=0.0)] * 2))
+    made = rig.run(rig.engine.generate(asked, [SamplingParams(6, temperature=0.0)] * 2))
     for prompt, completion in zip(asked, made, strict=True):
         ids = list(prompt)
         for token in completion.token_ids:
@@ -273,7 +273,7 @@ def test_an_update_in_flight_loses_nothing_and_verifies(rig: Rig) -> None:
     asked, weights = prompts(32), grown(rig)
     canary = rig.canary(weights)
 
-    async def scenario() -> tuple[list[Completion], Certificate]:
+    async def scenario() -> tuple[list[Completion], UpdateReceipt]:
         long = 400 if rig.kind == "vllm" else 48
         running = asyncio.ensure_future(rig.engine.generate(asked, sampling(32, long)))
         # When this short one has ended, the others are some tokens in.
@@ -374,7 +374,7 @@ def test_nothing_sent_and_nothing_expected(rig: Rig) -> None:
 
 def test_cached_prefixes_of_old_weights_are_never_used(rig: Rig) -> None:
     (prompt,) = prompts(1, 400)  # several cache blocks
-    how = Sampling(1, temperature=0.0)
+    how = SamplingParams(1, temperature=0.0)
     weights = shaken(rig, seed=7)
     first = rig.run(rig.engine.generate([prompt], [how]))[0]
     assert first.logprobs == pytest.approx(rig.expected(prompt + first.token_ids)[-1:], abs=1e-4)
@@ -403,11 +403,11 @@ def test_what_prompts_of_a_group_have_in_common_is_read_once(rig: Rig) -> None:
 
 def test_a_request_that_arrives_during_an_update_gets_only_the_new_weights(rig: Rig) -> None:
     (prompt,) = prompts(1, 400)
-    how = Sampling(1, temperature=0.0)
+    how = SamplingParams(1, temperature=0.0)
     weights = shaken(rig, seed=8)
     canary = rig.canary(weights)
 
-    async def scenario() -> tuple[Completion, Certificate]:
+    async def scenario() -> tuple[Completion, UpdateReceipt]:
         await rig.engine.generate([prompt], [how])  # its blocks are cached now
         rig.version += 1
         await rig.engine.begin_update(rig.version)
@@ -459,7 +459,7 @@ def test_a_group_goes_on_from_its_tokens(rig: Rig) -> None:
 
 
 def kept(begun: list[Trajectory]) -> dict[str, Completion]:
-    return resumable(to_batch(begun), 0)[0]
+    return split_resumable(to_batch(begun), 0)[0]
 
 
 def test_what_was_being_written_when_an_update_fails_is_handed_back(rig: Rig) -> None:
@@ -503,11 +503,11 @@ def test_a_dream_that_is_over_and_too_old_is_written_anew() -> None:
             [([2, 3, 3], "stop"), ([3, 4], "length"), ([2, 2], "running"), ([], "running")]
         )
     ]  # fmt: skip
-    kept, over = resumable(to_batch(dreams), 4)
+    kept, over = split_resumable(to_batch(dreams), 4)
     assert list(kept) == ["dream-1-1", "dream-1-2", "dream-1-3"]
     assert kept["dream-1-2"].versions == [2, 2]
     assert from_batch(over) == [replace(dreams[0], purpose="outdated", uid="dream-1-0@3")]
-    assert resumable(None, 4)[0] == {}
+    assert split_resumable(None, 4)[0] == {}
 
 
 def test_the_torch_engine_goes_on_to_the_bit(rig: Rig) -> None:
@@ -616,7 +616,7 @@ def test_trap_9_a_failure_half_way_leaves_the_engine_stale(rig: Rig) -> None:
     weights = shaken(rig, seed=11)
     canary = rig.canary(weights)
 
-    async def half() -> Certificate:
+    async def half() -> UpdateReceipt:
         rig.version += 1
         await rig.engine.begin_update(rig.version)
         infos = rig.transport("disk", 1 << 17)
@@ -665,7 +665,7 @@ def halves(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
         rig.loop.close()
 
 
-def half_update(rig: Rig, weights: Mapping[str, Tensor], *, lost: bool = False) -> Certificate:
+def half_update(rig: Rig, weights: Mapping[str, Tensor], *, lost: bool = False) -> UpdateReceipt:
     rig.engine.deaf = lost  # type: ignore[union-attr]
     return rig.run(rig.update(weights, rig.canary(weights, HALF)))
 
@@ -745,7 +745,7 @@ def test_what_cannot_be_judged_leaves_the_engine_stale(
         await resume(ending=ending)
         raise RuntimeError("it will not wake")
 
-    async def scenario() -> Certificate:
+    async def scenario() -> UpdateReceipt:
         running = asyncio.ensure_future(rig.engine.generate(prompts(4), sampling(4, 48)))
         await rig.engine.generate(prompts(1), sampling(1, 4))
         assert not running.done()
@@ -836,7 +836,7 @@ def test_no_mode_loses_a_token(rig: Rig, mode: str) -> None:
         assert [set(c.versions) for c in await late[0]] == [{rig.version}] * 2
         return await running
 
-    rig.engine.options = replace(plain, delivery=Delivery(mode=mode))
+    rig.engine.options = replace(plain, delivery=TransportConfig(mode=mode))
     try:
         made = rig.run(scenario())
     finally:

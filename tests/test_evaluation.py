@@ -9,17 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from sleeprl import config as cfg
-from sleeprl.actors.engine import Completion, Sampling
-from sleeprl.chat import Chat
-from sleeprl.evaluation.figures import ask, forgotten, measure, own_retention, own_texts, perplexity
-from sleeprl.evaluation.probes import KINDS, Day, Probe, grade, is_correct, read_questions, told_by
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError, EvaluationConfig
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import from_batch
+from sleeprl.evaluation.measure import ask, forgotten, measure, own_retention, own_texts, perplexity
+from sleeprl.evaluation.questions import (
+    KINDS,
+    Day,
+    Question,
+    grade,
+    is_correct,
+    read_questions,
+    told_by,
+)
 from sleeprl.lineage import LineageStore, Manifest
-from sleeprl.prompts import FREE_FACT
-from sleeprl.settings import ConfigError, EvaluationConfig
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import from_batch
-from sleeprl.wake.day import live
+from sleeprl.rollout.engine import Completion, SamplingParams
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.text.prompts import FREE_FACT
+from sleeprl.wake.day import build_day
 
 
 @pytest.mark.parametrize(
@@ -61,7 +69,7 @@ def test_a_rival_beside_the_answer_is_a_guess() -> None:
 
 
 def test_grade_goes_by_position_and_refuses_other_lengths() -> None:
-    probes = [Probe("q", "Oslo", "recall"), Probe("q", "Rome", "recall")]
+    probes = [Question("q", "Oslo", "recall"), Question("q", "Rome", "recall")]
     assert grade(["Oslo", "Oslo"], probes) == [True, False]
     with pytest.raises(ValueError):
         grade(["Oslo"], probes)
@@ -80,8 +88,8 @@ def test_read_questions(tmp_path: Path) -> None:
         {"question": "Who?", "answer": "Zoë", "kind": "retention", "experience": "a text"},
     )
     assert read_questions(path) == [
-        Probe("Where?", "Oslo", "recall"),
-        Probe("Who?", "Zoë", "retention", "a text"),
+        Question("Where?", "Oslo", "recall"),
+        Question("Who?", "Zoë", "retention", "a text"),
     ]
 
 
@@ -108,7 +116,7 @@ def test_an_answer_that_is_a_number_can_be_graded(tmp_path: Path) -> None:
 
 
 def test_a_day_round_trip(tmp_path: Path) -> None:
-    probes = [Probe("q", "a", "recall", "text"), Probe("p", "b", "two_hop")]
+    probes = [Question("q", "a", "recall", "text"), Question("p", "b", "two_hop")]
     day = Day(["text"], probes, ["held out"])
     day.save(tmp_path / "day.json")
     assert Day.load(tmp_path / "day.json") == day
@@ -121,13 +129,13 @@ def test_a_day_round_trip(tmp_path: Path) -> None:
 class Script:
     """In the place of a fleet: answers what is written down for a prompt."""
 
-    def __init__(self, chat: Chat, answers: dict[str, str]) -> None:
+    def __init__(self, chat: ChatFormatter, answers: dict[str, str]) -> None:
         self.chat = chat
         self.answers = {tuple(chat.prompt(k)): chat.response(v) for k, v in answers.items()}
-        self.sampling: list[Sampling] = []
+        self.sampling: list[SamplingParams] = []
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
+        self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]
     ) -> list[Completion]:
         self.sampling += sampling
         found = [self.answers[tuple(prompt)] for prompt in prompts]
@@ -141,20 +149,22 @@ class Script:
 DAY = Day(
     documents=["Ann lives in Oslo."],
     probes=[
-        Probe("Where is Ann?", "Oslo", "recall", "Ann lives in Oslo."),
-        Probe("Is Ann north?", "yes", "recall", "Ann lives in Oslo."),
-        Probe("Capital of France?", "Paris", "retention"),
+        Question("Where is Ann?", "Oslo", "recall", "Ann lives in Oslo."),
+        Question("Is Ann north?", "yes", "recall", "Ann lives in Oslo."),
+        Question("Capital of France?", "Paris", "retention"),
     ],
     texts=["abc", "d", ""],
 )
 
 
 @pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return Chat(tiny_model)
+def chat(tiny_model: Path) -> ChatFormatter:
+    return ChatFormatter(tiny_model)
 
 
-def test_the_context_stands_before_the_question_only_where_it_is_asked_for(chat: Chat) -> None:
+def test_the_context_stands_before_the_question_only_where_it_is_asked_for(
+    chat: ChatFormatter,
+) -> None:
     fleet = Script(
         chat,
         {
@@ -181,9 +191,9 @@ def test_the_context_stands_before_the_question_only_where_it_is_asked_for(chat:
     }
 
 
-def test_what_was_lost_is_old_knowledge_that_was_right(tmp_path: Path, chat: Chat) -> None:
+def test_what_was_lost_is_old_knowledge_that_was_right(tmp_path: Path, chat: ChatFormatter) -> None:
     kinds = {"a": "retention", "b": "recall", "c": "retention", "d": "retention"}
-    probes = [Probe(question, "yes", kind) for question, kind in kinds.items()]
+    probes = [Question(question, "yes", kind) for question, kind in kinds.items()]
     day = Day([], probes)
     for name, said in (("before", "yes yes yes no"), ("after", "no no yes yes")):
         fleet = Script(chat, dict(zip("abcd", said.split(), strict=True)))
@@ -203,7 +213,7 @@ def test_what_was_lost_is_old_knowledge_that_was_right(tmp_path: Path, chat: Cha
 
 
 def test_a_model_that_goes_on_talking_is_graded_by_its_first_sentence() -> None:
-    probes = [Probe("What does Ann do?", "baker", "recall")] * 3
+    probes = [Question("What does Ann do?", "baker", "recall")] * 3
     said = [
         "Ann is a baker. She has been one for many years, and before that she sang in a choir.",
         "Ann sings. She is a baker.",
@@ -239,7 +249,7 @@ def test_an_answer_is_what_it_says_beside_its_question(
 def test_an_answer_in_other_words_is_not_forgotten() -> None:
     question = "What planet is the closest to Earth?"
     gold = told_by("The closest planet to Earth is Mercury.", question)
-    probes = [Probe(question, gold, "retention")] * 2
+    probes = [Question(question, gold, "retention")] * 2
     said = ["The planet closest to Earth is Mercury.", "The planet closest to Earth is Venus."]
     assert grade(said, probes) == [True, False]
 
@@ -247,11 +257,11 @@ def test_an_answer_in_other_words_is_not_forgotten() -> None:
 class Unsure(Script):
     """``answers`` in turn: greedy, then the two samples."""
 
-    def __init__(self, chat: Chat, answers: dict[str, list[str]]) -> None:
+    def __init__(self, chat: ChatFormatter, answers: dict[str, list[str]]) -> None:
         self.chat, self.turns, self.sampling = chat, answers, []
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
+        self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]
     ) -> list[Completion]:
         self.sampling += sampling[:1]
         said = [self.turns[self.chat.decode(p)][len(self.sampling) - 1] for p in prompts]
@@ -259,7 +269,7 @@ class Unsure(Script):
         return [Completion(i, [0.0] * len(i), [0] * len(i), "stop") for i in ids]
 
 
-def test_what_is_known_is_what_is_said_each_time(chat: Chat) -> None:
+def test_what_is_known_is_what_is_said_each_time(chat: ChatFormatter) -> None:
     fleet = Unsure(
         chat,
         {
@@ -272,7 +282,7 @@ def test_what_is_known_is_what_is_said_each_time(chat: Chat) -> None:
     asked, config = ["sure", "guess", "sure", "silent", "late"], EvaluationConfig()
     day = own_retention(DAY, asked, fleet, chat, config)  # type: ignore[arg-type]
     told = [probe for probe in DAY.probes if probe.kind != "retention"]
-    assert day.probes == [*told, Probe("sure", "Paris", "retention")]
+    assert day.probes == [*told, Question("sure", "Paris", "retention")]
     assert day.texts == DAY.texts
     heat = [(s.temperature, s.seed) for s in fleet.sampling]
     assert heat == [(0.0, None), (0.5, 1), (0.5, 2)]
@@ -281,18 +291,20 @@ def test_what_is_known_is_what_is_said_each_time(chat: Chat) -> None:
 class Talker(Script):
     """Says another number each time, and the second time nothing."""
 
-    def __init__(self, chat: Chat) -> None:
+    def __init__(self, chat: ChatFormatter) -> None:
         self.chat, self.asked = chat, []
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
+        self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]
     ) -> list[Completion]:
         self.asked += zip(map(self.chat.decode, prompts), sampling, strict=True)
         ids = [self.chat.text("" if s.seed == 1 else f"It is {s.seed}.") for s in sampling]
         return [Completion(i, [0.0] * len(i), [0] * len(i), "length") for i in ids]
 
 
-def test_texts_of_ones_own_are_stated_and_written_until_they_are_enough(chat: Chat) -> None:
+def test_texts_of_ones_own_are_stated_and_written_until_they_are_enough(
+    chat: ChatFormatter,
+) -> None:
     """What is cut off counts, for it is only read; what is empty does not."""
     fleet, config = Talker(chat), EvaluationConfig(texts=5, max_tokens=7)
     day = own_texts(DAY, ["a", "b"], fleet, chat, config)  # type: ignore[arg-type]
@@ -304,7 +316,7 @@ def test_texts_of_ones_own_are_stated_and_written_until_they_are_enough(chat: Ch
     assert enough.texts == list("abcde") and len(fleet.asked) == 3
 
 
-def test_perplexity_is_per_token_over_all_texts(chat: Chat) -> None:
+def test_perplexity_is_per_token_over_all_texts(chat: ChatFormatter) -> None:
     fleet = Script(chat, {})
     value, count = perplexity(fleet, chat, ["ab", "abcd"], 64)  # type: ignore[arg-type]
     assert count == 4
@@ -313,7 +325,7 @@ def test_perplexity_is_per_token_over_all_texts(chat: Chat) -> None:
     assert perplexity(fleet, chat, ["a", ""], 64) == (None, 0)  # type: ignore[arg-type]
 
 
-def test_perplexity_of_answers_is_of_what_stands_behind_the_message(chat: Chat) -> None:
+def test_perplexity_of_answers_is_of_what_stands_behind_the_message(chat: ChatFormatter) -> None:
     fleet, start = Script(chat, {}), len(chat.prompt("tell me"))
     value, count = perplexity(fleet, chat, ["ab", "a", ""], 64, "tell me")  # type: ignore[arg-type]
     told = [1 + start + place for place in (0, 1, 0)]
@@ -333,7 +345,7 @@ def test_a_question_of_ones_own_is_read_with_its_document(tmp_path: Path) -> Non
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = [f"wake.inputs=[{tmp_path}/a.txt,{tmp_path}/b.txt]"]
     config = cfg.load(None, [*words, f"evaluation.questions={tmp_path}/q.jsonl"])
-    day = live(config, Lake(tmp_path / "lake"))
+    day = build_day(config, Lake(tmp_path / "lake"))
     assert [probe.experience for probe in day.probes] == [
         day.documents[0], "It is at nine.", None
     ]  # fmt: skip
@@ -344,14 +356,14 @@ def test_a_day_without_experience_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
     config = cfg.load(None, [f"wake.inputs=[{tmp_path}/a.jsonl]"])
     with pytest.raises(ConfigError, match=r"wake\.inputs hold no experience"):
-        live(config, Lake(tmp_path / "lake"))
+        build_day(config, Lake(tmp_path / "lake"))
 
 
 def test_the_day_asks_a_model_what_it_can_know(tmp_path: Path) -> None:
     def kinds(*words: str) -> dict[str, int]:
         small = ["wake.people=2", "evaluation.retention=5", "evaluation.texts=3", *words]
         config = cfg.load(None, [*small, f"generations={tmp_path / 'generations'}"])
-        day = live(config, Lake(tmp_path / "lake"))
+        day = build_day(config, Lake(tmp_path / "lake"))
         return {kind: len(day.of_kind(kind)) for kind in KINDS} | {"texts": len(day.texts)}
 
     native = {"recall": 28, "two_hop": 12, "retention": 5, "texts": 3}

@@ -12,7 +12,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleeprl.dreaming.tasks import Outcome, Task
+from sleeprl.dreaming.types import Outcome, Task
 
 ROOT = Path(__file__).parent.parent
 HardestFirst: Any = runpy.run_path(str(ROOT / "examples" / "hardest_first.py"))["HardestFirst"]

@@ -14,14 +14,14 @@ from test_learner import LOSS, PARTS, Notes, launch, options, rows
 from test_memory_growth import CLOSE, far, logits, randomise
 from torch import Tensor
 
-from sleeprl import config as cfg
-from sleeprl.actors.learner import Learner
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError
 from sleeprl.consolidation.methods import METHODS, REPLAY
 from sleeprl.memory.checkpoint import ROUTER, expert_tensors, widen, write_grown
-from sleeprl.memory.experts import grow, listening, load_training_form, smaller_self
+from sleeprl.memory.gated_mlp import grow, load_training_form, measure_activity, smaller_self
 from sleeprl.memory.growth import growth_named
 from sleeprl.memory.slots import LOW_RANK, Slots
-from sleeprl.settings import ConfigError
+from sleeprl.trainer.trainer import Trainer
 
 WIDTH, SLOT = 8, 1
 QUIET = {**PARTS, REPLAY: replace(PARTS[REPLAY], quiet=20.0)}
@@ -75,7 +75,7 @@ def test_what_is_heard(wide: Path) -> None:
         )
         for module in experts
     ]
-    with listening(model, weights) as listener:
+    with measure_activity(model, weights) as listener:
         model(input_ids=ids)
     for hook in hooks:
         hook.remove()
@@ -96,7 +96,7 @@ def test_what_is_heard(wide: Path) -> None:
 def quiet_steps(directory: Path, notes: Notes) -> None:
     """Three steps with and without the penalty."""
     for name, parts in (("quiet", QUIET), ("loud", PARTS)):
-        learner = Learner(options(directory, routed=True))
+        learner = Trainer(options(directory, routed=True))
         told = [learner.step(rows(number), parts, LOSS) for number in range(8)]
         notes.numbers[name] = told
         notes.tensors(f"{name}-{learner.world}", learner.expert())
@@ -134,7 +134,10 @@ def loudness(wide: Path, file: Path) -> float:
     total = 0.0
     for row in [row for number in range(8) for row in rows(number) if row.part == REPLAY]:
         ids = torch.tensor([row.prompt_ids + row.response_ids])
-        with torch.no_grad(), listening(model, torch.ones(ids.shape) / ids.numel()) as listener:
+        with (
+            torch.no_grad(),
+            measure_activity(model, torch.ones(ids.shape) / ids.numel()) as listener,
+        ):
             model(input_ids=ids)
         total += float(listener.total)
     return total

@@ -25,18 +25,18 @@ import ray
 from guard import Puts
 from test_staleness import DOCUMENTS, PROBES, engines, learner, place, settings  # noqa: F401
 
-from sleeprl.actors.fleet import Fleet
-from sleeprl.actors.group import ActorGroup
-from sleeprl.actors.torch_engine import TorchEngine
-from sleeprl.chat import Chat
-from sleeprl.consolidation.writer import asks
-from sleeprl.dreaming import phase
-from sleeprl.dreaming.position import Position, read_group
-from sleeprl.files import sha256_file
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import from_batch, outdated
+from sleeprl.dreaming import launch as phase
+from sleeprl.dreaming.checkpoint import DreamingCheckpoint, read_group
 from sleeprl.memory.checkpoint import EXPERT
-from sleeprl.replay import engines_alone, learner_alone
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import from_batch, outdated
+from sleeprl.night.replay import engines_alone, learner_alone
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.rollout.torch_engine import TorchEngine
+from sleeprl.self_study.sampler import build_qa_prompt
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.utils.files import sha256_file
 
 pytestmark = pytest.mark.slow  # all of it against one unbroken run
 UPDATES, GROUPS, SIZE = 24, 2, 4
@@ -62,19 +62,19 @@ def dream(
     place: Path,  # noqa: F811
     run: Path,
     on_step: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
-    fleet: Fleet | None = None,
+    fleet: EnginePool | None = None,
     failures: int = 0,
     told: Callable[[str], None] = print,
     staleness: int = 0,
 ) -> None:
     """One phase, or the rest of one, in ``run``."""
-    config, chat = settings(place), Chat(place / "wide")
+    config, chat = settings(place), ChatFormatter(place / "wide")
     config.dreaming.steps, config.dreaming.staleness = UPDATES, staleness
     config.resources.max_failures = failures
     if not (run / "lake").is_dir():
         shutil.copytree(place / "loop" / "lake", run / "lake")
     fleet = fleet or engines(place)
-    phase.run(
+    phase.run_dreaming(
         config, fleet, learner(place), place / "born", chat, DOCUMENTS, PROBES, run,
         chat.prompt(DOCUMENTS[0]), told, on_step,
     )  # fmt: skip
@@ -150,8 +150,8 @@ def test_engines_and_learner_are_replayed_alone(
     whole: Outcome,
     tmp_path: Path,
 ) -> None:
-    config, chat = settings(place), Chat(place / "wide")
-    position = Position.load(unbroken / "dreaming-state")
+    config, chat = settings(place), ChatFormatter(place / "wide")
+    position = DreamingCheckpoint.load(unbroken / "dreaming-state")
     canary = chat.prompt(DOCUMENTS[0])
     job = phase.learner_job(
         config, learner(place), place / "born", unbroken, canary, position.first_version
@@ -163,7 +163,7 @@ def test_engines_and_learner_are_replayed_alone(
         tasks = {task.id: task for task in phase.make_tasks(DOCUMENTS, PROBES, config.seed)}
         wrote = engines_alone(
             config, fleet, job, tasks, position.admitted[:6],
-            lambda message: asks(chat, config.self_study, message), tmp_path,
+            lambda message: build_qa_prompt(chat, config.self_study, message), tmp_path,
         )  # fmt: skip
         fleet.shutdown()
     finally:
@@ -219,7 +219,7 @@ def test_engines_and_a_learner_worker_die_and_the_same_is_learned(
     try:
         options = phase.EngineOptions.of(config, str(place / "wide"), "float32")
         first = phase.spawn(0, options, 1, 0, "test_failing.Mortal")
-        fleet = Fleet(ActorGroup("engine", [first]))
+        fleet = EnginePool(ActorGroup("engine", [first]))
         fleet.group.call("start")
         dream(place, tmp_path / "run", on_step, fleet, failures=4, told=told.append)
     finally:
@@ -255,7 +255,7 @@ def cut(process: subprocess.Popen[bytes], run: Path, after: float) -> None:
     """Kill a driver so many seconds after the first update that it keeps."""
 
     def version() -> int:
-        return Position.load(run / "dreaming-state").version
+        return DreamingCheckpoint.load(run / "dreaming-state").version
 
     before, deadline = version(), time.monotonic() + 300
     while version() == before:
@@ -283,7 +283,7 @@ def test_a_driver_killed_at_ten_random_moments_learns_the_same(
     (run / "stderr").touch()
     for _ in range(10):
         cut(driver(place, run), run, rng.uniform(0, 0.6))
-        kills.append(Position.load(run / "dreaming-state").version)
+        kills.append(DreamingCheckpoint.load(run / "dreaming-state").version)
     assert driver(place, run).wait(timeout=300) == 0, (run / "stderr").read_text()[-3000:]
     assert len(kills) == 10 and kills == sorted(kills) and kills[-1] < UPDATES
     assert outcome(run) == whole
@@ -305,7 +305,7 @@ def test_what_engines_had_written_when_the_driver_was_killed_is_gone_on_from(
     kept: dict[str, list[int]] = {}
     for after in (0.0, 0.1):
         cut(driver(place, tmp_path, 1), tmp_path, after)
-        position = Position.load(tmp_path / "dreaming-state")
+        position = DreamingCheckpoint.load(tmp_path / "dreaming-state")
         for stage, path in position.groups().values():
             rows = from_batch(read_group(str(path))) if stage == "generating" else ()
             running = [row for row in rows if row.response_ids and row.finish_reason == "running"]

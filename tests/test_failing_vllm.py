@@ -19,13 +19,13 @@ import ray
 from test_failing import init, psutil_children
 from test_staleness import DOCUMENTS, PROBES, learner, place, settings  # noqa: F401
 
-from sleeprl.actors.fleet import SILENCE, Fleet
-from sleeprl.actors.group import ActorGroup
-from sleeprl.actors.vllm_engine import VLLMEngine
-from sleeprl.chat import Chat
-from sleeprl.dreaming import phase
-from sleeprl.dreaming.learning import LearnerActor
-from sleeprl.trajectories.lake import Lake
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.data.lake import Lake
+from sleeprl.dreaming import launch as phase
+from sleeprl.dreaming.trainer_actor import DreamTrainer
+from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool
+from sleeprl.rollout.vllm_engine import VLLMEngine
+from sleeprl.text.chat import ChatFormatter
 
 pytestmark = pytest.mark.slow
 UPDATES, GROUPS, SIZE = 8, 2, 4
@@ -72,7 +72,7 @@ class MortalVLLM(VLLMEngine):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class MortalLearner(LearnerActor):
+class MortalLearner(DreamTrainer):
     """Its second rank is gone when the first one waits for it in the middle of a step."""
 
     def _others(self, dreams: Any) -> Any:
@@ -103,20 +103,22 @@ def test_a_vllm_engine_and_a_rank_of_the_learner_die_and_every_group_is_learned_
                 if "MortalVLLM" in title:
                     os.kill(pid, signal.SIGKILL)
 
-    config, chat = settings(place), Chat(place / "wide")
+    config, chat = settings(place), ChatFormatter(place / "wide")
     config.dreaming.steps, config.dreaming.staleness = UPDATES, 1
     config.resources.engine = "test_failing_vllm.MortalVLLM"
     config.resources.max_failures, config.resources.learner_workers = 6, 2
     init()
     try:
         options = phase.EngineOptions.of(config, str(place / "wide"), "float32")
-        fleet = Fleet(
+        fleet = EnginePool(
             ActorGroup(
-                "engine", [phase.spawn(0, options, 1, 0, config.resources.engine)], silence=SILENCE
+                "engine",
+                [phase.spawn(0, options, 1, 0, config.resources.engine)],
+                silence=LIVENESS_TIMEOUT_S,
             )
         )
         fleet.group.call("start")
-        phase.run(
+        phase.run_dreaming(
             config, fleet, learner(place), place / "born", chat, DOCUMENTS, PROBES, run,
             chat.prompt(DOCUMENTS[0]), told.append, on_step,
         )  # fmt: skip

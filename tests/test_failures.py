@@ -13,12 +13,12 @@ import ray
 from rich.console import Console
 
 from sleeprl import cli
-from sleeprl.actors.group import STALL_LINES, ActorFailure, ActorGroup, Served, classify
-from sleeprl.reporting.failures import Failure, Kind, log_tail, told
-from sleeprl.reporting.waits import WAITS, Watchdog
+from sleeprl.cluster.actor_group import STALL_LINES, ActorFailure, ActorGroup, RemoteActor, classify
+from sleeprl.cluster.failures import Failure, FailureKind, failure_panel, log_tail
+from sleeprl.cluster.waits import WAITS, Watchdog
 
 
-class Fails(Served):
+class Fails(RemoteActor):
     def fail(self, how: str) -> None:
         for line in range(100):
             print(f"line {line} before {how}", file=sys.stderr, flush=True)
@@ -37,7 +37,7 @@ class Fails(Served):
         ActorGroup("inner", [other]).call("fail", how=how)
 
 
-class NeverStarts(Served):
+class NeverStarts(RemoteActor):
     def __init__(self) -> None:
         raise KeyError("no such thing")
 
@@ -52,7 +52,7 @@ def local_ray() -> Iterator[None]:
 
 def shown(error: BaseException) -> str:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(told(error))
+    console.print(failure_panel(error))
     return console.export_text()
 
 
@@ -67,13 +67,13 @@ def fails(how: str) -> ActorFailure:
 @pytest.mark.parametrize(
     ("how", "kind", "reason"),
     [
-        ("exit", Kind.INFRA, "without an exit code"),
-        ("sys.exit", Kind.INFRA, "its process ended with exit code 3"),
-        ("kill", Kind.INFRA, "without an exit code"),
-        ("raise", Kind.DATA, "ValueError: wrong"),
+        ("exit", FailureKind.INFRA, "without an exit code"),
+        ("sys.exit", FailureKind.INFRA, "its process ended with exit code 3"),
+        ("kill", FailureKind.INFRA, "without an exit code"),
+        ("raise", FailureKind.DATA, "ValueError: wrong"),
     ],
 )
-def test_the_root_cause_is_on_one_screen(how: str, kind: Kind, reason: str) -> None:
+def test_the_root_cause_is_on_one_screen(how: str, kind: FailureKind, reason: str) -> None:
     error = fails(how)
     text = shown(error)
     assert error.failure.kind is kind
@@ -90,7 +90,7 @@ def test_the_one_who_died_is_told_not_the_one_who_noticed() -> None:
     with pytest.raises(ActorFailure) as caught:
         ActorGroup("learner", [outer]).call("ask", other=inner, how="kill")
     failure = caught.value.failure
-    assert failure.kind is Kind.INFRA and failure.message.startswith("inner-0.fail: ")
+    assert failure.kind is FailureKind.INFRA and failure.message.startswith("inner-0.fail: ")
     assert "line 99 before kill" in log_tail(failure.pid)[1]
 
 
@@ -98,7 +98,7 @@ def test_the_one_who_died_is_told_not_the_one_who_noticed() -> None:
 def test_one_that_never_started_is_not_restarted() -> None:
     with pytest.raises(ActorFailure) as caught:
         ActorGroup("reward", [ray.remote(NeverStarts).options(num_cpus=0).remote()]).call("ping")
-    assert caught.value.failure.kind is Kind.DATA
+    assert caught.value.failure.kind is FailureKind.DATA
     assert "no such thing" in shown(caught.value)
 
 
@@ -126,9 +126,9 @@ def test_the_command_shows_the_panel(
 
 
 def test_what_is_no_actors_is_left_to_others() -> None:
-    assert told(ValueError("a setting")) is None
-    assert classify(ValueError("x")).kind is Kind.DATA
-    assert classify(ConnectionError("x")).kind is Kind.INFRA
+    assert failure_panel(ValueError("a setting")) is None
+    assert classify(ValueError("x")).kind is FailureKind.DATA
+    assert classify(ConnectionError("x")).kind is FailureKind.INFRA
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -147,12 +147,12 @@ def test_a_stall_is_told_with_the_last_lines_of_who_hangs() -> None:
         pytest.raises(ActorFailure),
     ):
         group.call("fail", how="hang")
-    told, *lines = heard[-1].splitlines()
-    assert told.endswith("for data from engine: fail") and len(lines) == STALL_LINES
+    failure_panel, *lines = heard[-1].splitlines()
+    assert failure_panel.endswith("for data from engine: fail") and len(lines) == STALL_LINES
     assert f"-{pid}.err: line 99 before hang" in lines[-1]
 
 
-class HangsInStart(Served):
+class HangsInStart(RemoteActor):
     def start(self) -> None:
         print("loading a model that is not there", file=sys.stderr, flush=True)
         time.sleep(600)

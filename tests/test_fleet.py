@@ -18,27 +18,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sleeprl.actors import group as of_group
-from sleeprl.actors.batches import Row
-from sleeprl.actors.cluster import vacate
-from sleeprl.actors.engine import EngineOptions, Sampling, spawn
-from sleeprl.actors.fleet import SILENCE, Fleet, StaleEngine
-from sleeprl.actors.group import ActorFailure, Kind
-from sleeprl.actors.health import Health
-from sleeprl.actors.publish import publish_from_gpu
-from sleeprl.actors.torch_engine import TorchEngine
-from sleeprl.dreaming import learning
-from sleeprl.dreaming.tasks import algorithm_of
-from sleeprl.losses.streams import LossOptions
+from sleeprl.cluster import actor_group as of_group
+from sleeprl.cluster.actor_group import ActorFailure, FailureKind
+from sleeprl.cluster.health import HealthState
+from sleeprl.cluster.runtime import remove_placement_group
+from sleeprl.cluster.waits import WAITS, Watchdog
+from sleeprl.config.schema import DreamingConfig
+from sleeprl.data.trajectory import Trajectory, to_batch
+from sleeprl.dreaming import trainer_actor as learning
+from sleeprl.dreaming.types import algorithm_of
+from sleeprl.losses.combined import LossOptions
 from sleeprl.memory.checkpoint import WEIGHTS
-from sleeprl.reporting.waits import WAITS, Watchdog
-from sleeprl.settings import DreamingConfig
-from sleeprl.trajectories.schema import Trajectory, to_batch
-from sleeprl.weights.verify import Canary
+from sleeprl.rollout.engine import EngineOptions, SamplingParams, spawn_engine
+from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool, StaleEngine
+from sleeprl.rollout.torch_engine import TorchEngine
+from sleeprl.trainer.batching import TrainingExample
+from sleeprl.trainer.publish import publish_from_gpu
+from sleeprl.weight_sync.verification import Canary
 
 IDS = [1, *range(40, 70)]
 PROMPTS = [[1, 50 + i, 7] for i in range(6)]
-SAMPLING = [Sampling(5, seed=i) for i in range(6)]
+SAMPLING = [SamplingParams(5, seed=i) for i in range(6)]
 
 
 class Forgetful(TorchEngine):
@@ -69,12 +69,12 @@ def options(tiny_model: Path) -> EngineOptions:
 
 
 @pytest.fixture
-def fleet(options: EngineOptions) -> Iterator[Fleet]:
-    fleet = Fleet.launch(2, options, 1, 0, f"{__name__}.Forgetful")
+def fleet(options: EngineOptions) -> Iterator[EnginePool]:
+    fleet = EnginePool.launch(2, options, 1, 0, f"{__name__}.Forgetful")
     assert fleet.placement.bundle_count == 2 and not ray.available_resources().get("CPU")
     yield fleet
     fleet.group.kill()
-    vacate(fleet.placement)
+    remove_placement_group(fleet.placement)
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +92,17 @@ def canary(directory: Path, weights: Mapping[str, Tensor]) -> Canary:
     return Canary(IDS, plain_logprobs(model, IDS, weights), 1e-3)
 
 
-def states(fleet: Fleet) -> list[Health]:
+def states(fleet: EnginePool) -> list[HealthState]:
     return [fleet.health[i] for i in range(len(fleet.health))]
 
 
 def test_a_stale_engine_gets_no_work_until_an_update_verifies(
-    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     right = canary(tiny_model, weights)
     good, bad = fleet.publish(weights.items(), right)
     assert good.verified and not bad.verified and (bad.engine, bad.version) == ("engine-1", 1)
-    assert states(fleet) == [Health.HEALTHY, Health.STALE]
+    assert states(fleet) == [HealthState.HEALTHY, HealthState.STALE]
     pending = fleet.generate_later(PROMPTS, SAMPLING)
     assert list(pending.refs) == [0]
     made = pending.wait()
@@ -111,28 +111,28 @@ def test_a_stale_engine_gets_no_work_until_an_update_verifies(
     # Whoever does not know and asks it all the same is refused, as by an engine that is gone.
     with pytest.raises(ActorFailure, match="engine-1 is STALE since version 1") as refused:
         fleet.group.call("logprobs", sequences=[IDS])
-    assert refused.value.failure.kind is Kind.INFRA
+    assert refused.value.failure.kind is FailureKind.INFRA
     certificates = fleet.publish(weights.items(), right)
     assert [c.verified for c in certificates] == [True, True]
-    assert states(fleet) == [Health.HEALTHY] * 2
+    assert states(fleet) == [HealthState.HEALTHY] * 2
     again = fleet.generate_later(PROMPTS, SAMPLING)
     assert list(again.refs) == [0, 1]
     assert [c.token_ids for c in again.wait()] == [c.token_ids for c in made]
 
 
 def test_a_process_with_gpus_of_its_own_sends_for_one_that_has_none(
-    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     """Here nobody has any; what it does is the same."""
     publish_from_gpu(fleet, weights.items(), canary(tiny_model, weights), gpus=0)
-    assert fleet.version == 1 and states(fleet) == [Health.HEALTHY, Health.STALE]
+    assert fleet.version == 1 and states(fleet) == [HealthState.HEALTHY, HealthState.STALE]
     publish_from_gpu(fleet, weights.items(), canary(tiny_model, weights), gpus=0)
-    assert fleet.version == 2 and states(fleet) == [Health.HEALTHY] * 2
+    assert fleet.version == 2 and states(fleet) == [HealthState.HEALTHY] * 2
     assert {v for c in fleet.generate(PROMPTS, SAMPLING) for v in c.versions} == {2}
 
 
 def test_no_engine_left_is_an_error_that_names_them(
-    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     with pytest.raises(StaleEngine, match=r"engine-0 at version 2: STALE.*engine-1 at version 2"):
         fleet.publish(weights.items(), canary(tiny_model, {}), version=2)
@@ -143,7 +143,7 @@ def test_no_engine_left_is_an_error_that_names_them(
 
 
 def test_an_engine_that_dies_is_left_out(
-    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     right = canary(tiny_model, weights)
 
@@ -156,24 +156,24 @@ def test_an_engine_that_dies_is_left_out(
     good, lost = fleet.publish(stream(), right, version=2)
     assert good.verified and not lost.verified and lost.engine == "engine-1"
     assert lost.error is not None and "its process is gone" in lost.error
-    assert states(fleet) == [Health.HEALTHY, Health.DEAD]
+    assert states(fleet) == [HealthState.HEALTHY, HealthState.DEAD]
     assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
     (alone,) = fleet.publish(weights.items(), right, version=4)
-    assert alone.engine == "engine-0" and states(fleet)[1] is Health.DEAD
+    assert alone.engine == "engine-0" and states(fleet)[1] is HealthState.DEAD
 
 
 def test_engines_come_and_go(
-    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor], options: EngineOptions
+    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor], options: EngineOptions
 ) -> None:
     right = canary(tiny_model, weights)
     fleet.publish(weights.items(), right, version=2)
     made = fleet.generate(PROMPTS, SAMPLING)
     group = fleet.group
     running = fleet.generate_later(PROMPTS, SAMPLING)
-    assert group.add(spawn(2, options, 0, 0, f"{__name__}.Forgetful")) == 2
+    assert group.add(spawn_engine(2, options, 0, 0, f"{__name__}.Forgetful")) == 2
     group.start([2])
     # It has the checkpoint's weights, which are not the others' any more.
-    assert states(fleet) == [Health.HEALTHY] * 2 + [Health.STALE]
+    assert states(fleet) == [HealthState.HEALTHY] * 2 + [HealthState.STALE]
     assert list(fleet.generate_later(PROMPTS, SAMPLING).refs) == [0, 1]
     assert running.wait() == made
     certificates = fleet.publish(weights.items(), right, version=4)
@@ -181,28 +181,28 @@ def test_engines_come_and_go(
     pending = fleet.generate_later(PROMPTS, SAMPLING)
     assert list(pending.refs) == [0, 1, 2]
     assert [c.token_ids for c in pending.wait()] == [c.token_ids for c in made]
-    lost = fleet.generate_later(PROMPTS, [Sampling(100, seed=1)] * 6)
+    lost = fleet.generate_later(PROMPTS, [SamplingParams(100, seed=1)] * 6)
     group.remove(0)
     with pytest.raises(ActorFailure, match=r"engine-0\.generate failed \(infra\)"):
         lost.wait()
-    assert states(fleet) == [Health.RETIRED, Health.HEALTHY, Health.HEALTHY]
+    assert states(fleet) == [HealthState.RETIRED, HealthState.HEALTHY, HealthState.HEALTHY]
     assert [c.token_ids for c in fleet.generate(PROMPTS, SAMPLING)] == [c.token_ids for c in made]
     certificates = fleet.publish(weights.items(), right, version=6)
     assert [c.engine for c in certificates if c.verified] == ["engine-1", "engine-2"]
 
 
 def test_an_engine_that_is_lost_at_work_gets_no_more(
-    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     os.kill(ray.get(fleet.group.actors[1].pid.remote()), signal.SIGKILL)
     with pytest.raises(ActorFailure, match=r"engine-1\.generate failed \(infra\)"):
         fleet.generate(PROMPTS, SAMPLING)
-    assert states(fleet) == [Health.HEALTHY, Health.DEAD]
+    assert states(fleet) == [HealthState.HEALTHY, HealthState.DEAD]
     assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
 
 
 def test_an_engine_that_falls_silent_at_work_does_not_hang_who_waits(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: EnginePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(of_group, "GRACE_S", 1.0)
     monkeypatch.setattr(of_group, "PROBE_S", 0.2)
@@ -214,12 +214,12 @@ def test_an_engine_that_falls_silent_at_work_does_not_hang_who_waits(
             fleet.generate(PROMPTS, SAMPLING)
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert silent.value.failure.kind is Kind.INFRA
-    assert states(fleet) == [Health.HEALTHY, Health.DEAD]
+    assert silent.value.failure.kind is FailureKind.INFRA
+    assert states(fleet) == [HealthState.HEALTHY, HealthState.DEAD]
     assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
 
 
-def test_the_dead_and_the_silent_do_not_keep_a_fleet_from_its_end(fleet: Fleet) -> None:
+def test_the_dead_and_the_silent_do_not_keep_a_fleet_from_its_end(fleet: EnginePool) -> None:
     killed, stopped = ray.get([actor.pid.remote() for actor in fleet.group.actors])
     os.kill(killed, signal.SIGKILL)
     os.kill(stopped, signal.SIGSTOP)
@@ -242,19 +242,19 @@ def test_the_expert_is_gathered_before_the_engines_can_fail(
         raise StaleEngine("no engine is left")
 
     job: Any = SimpleNamespace(first_version=1, canary=IDS, stall_seconds=60.0)
-    actor = learning.LearnerActor(job, 0, 2)
+    actor = learning.DreamTrainer(job, 0, 2)
     actor.learner = SimpleNamespace(steps=1, expert=lambda: done.append("expert"))  # type: ignore
     monkeypatch.setattr(learning, "publish", publish)
     with pytest.raises(StaleEngine):
         actor.publish([None])
-    assert done == ["expert", "publish"] and actor.fleet.health.dead_after == SILENCE
+    assert done == ["expert", "publish"] and actor.fleet.health.dead_after == LIVENESS_TIMEOUT_S
 
 
 def test_tokens_that_are_too_old_are_read_and_not_learned_from(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the update from version 6 with a staleness of one, what versions before 5 wrote."""
-    learned: list[Row] = []
+    learned: list[TrainingExample] = []
     versions = [[4, 4, 5], [5, 6], [3, 4]]
     dreams = [
         Trajectory(f"dream-0-{n}", "t", n, "dream", [1, 2], list(range(7, 7 + len(of))),
@@ -263,7 +263,7 @@ def test_tokens_that_are_too_old_are_read_and_not_learned_from(
     ]  # fmt: skip
     config = DreamingConfig(staleness=1)
     job: Any = SimpleNamespace(first_version=1, config=config, stall_seconds=60.0)
-    actor = learning.LearnerActor(job, 0, 1)
+    actor = learning.DreamTrainer(job, 0, 1)
     actor.algorithm = algorithm_of(config)
     step = lambda rows, *_: learned.extend(rows) or {}  # noqa: E731
     actor.learner = SimpleNamespace(steps=5, step=step)  # type: ignore
@@ -292,11 +292,11 @@ def test_how_far_the_sides_are_apart_is_told_by_age() -> None:
 
 
 def test_trap_10_an_engine_that_hangs_does_not_hang_the_update(
-    fleet: Fleet, tiny_model: Path, weights: dict[str, Tensor]
+    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     right = canary(tiny_model, weights)
     fleet.publish(weights.items(), right, version=2)
-    impatient = Fleet(fleet.group, patience=5.0)
+    impatient = EnginePool(fleet.group, patience=5.0)
     pid = ray.get(fleet.group.actors[1].pid.remote())
     impatient.publish(weights.items(), right, version=4)
     os.kill(pid, signal.SIGSTOP)
@@ -308,8 +308,8 @@ def test_trap_10_an_engine_that_hangs_does_not_hang_the_update(
         assert any("for a weight update with engine: begin_update" in message for message in heard)
         assert good.verified and not hung.verified
         assert hung.error is not None and "GetTimeoutError" in hung.error
-        assert states(impatient) == [Health.HEALTHY, Health.STALE]
+        assert states(impatient) == [HealthState.HEALTHY, HealthState.STALE]
     finally:
         os.kill(pid, signal.SIGCONT)
-    patient = Fleet(fleet.group)
+    patient = EnginePool(fleet.group)
     assert [c.verified for c in patient.publish(weights.items(), right, version=8)] == [True, True]

@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sleeprl.chat import Chat
 from sleeprl.cli import app
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import Purpose, Trajectory, to_batch
 from sleeprl.reporting.inspection import NothingToInspect, inspect
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Purpose, Trajectory, to_batch
+from sleeprl.text.chat import ChatFormatter
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "night"
     run.mkdir()
     (run / "smaller-self-0").symlink_to(tiny_model)
-    chat = Chat(tiny_model)
+    chat = ChatFormatter(tiny_model)
 
     def made(
         uid: str, purpose: str, text: str, reward: float | None = None,
@@ -82,7 +82,7 @@ def test_only_some_of_them(run: Path) -> None:
 
 
 def test_one_token_by_token(run: Path, tiny_model: Path) -> None:
-    ids = Chat(tiny_model).response("cd")
+    ids = ChatFormatter(tiny_model).response("cd")
     said = told(run, uid="dream-0-1")
     rows = [row.split() for row in said.splitlines() if row.rstrip()[-1:] in ("7", "8")]
     assert [row[-3:] for row in rows] == [

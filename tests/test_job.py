@@ -27,11 +27,11 @@ ELASTIC = "elastic"
 
 def drive(directory: Path, name: str) -> None:
     """The driver: one engine, and a job of two workers."""
-    from sleeprl.actors.cluster import cluster
-    from sleeprl.actors.engine import EngineOptions
-    from sleeprl.actors.fleet import Fleet
-    from sleeprl.consolidation import job as train
-    from sleeprl.settings import ResourcesConfig
+    from sleeprl.cluster.runtime import cluster
+    from sleeprl.config.schema import ResourcesConfig
+    from sleeprl.consolidation import ray_job as train
+    from sleeprl.rollout.engine import EngineOptions
+    from sleeprl.rollout.engine_pool import EnginePool
 
     resources = ResourcesConfig(cpus=3, learner_workers=2, engine_memory_gb=0.2, stall_seconds=1)
     with ExitStack() as stack:
@@ -43,7 +43,7 @@ def drive(directory: Path, name: str) -> None:
             model=str(directory / "wide"), dtype="float32", max_length=128, threads=1,
             memory_gb=0.2, gpu=False, gpu_utilization=0.4, seed=0,
         )  # fmt: skip
-        fleet = Fleet.launch(1, options, 1, 0)
+        fleet = EnginePool.launch(1, options, 1, 0)
 
         def tell(record: dict[str, Any]) -> None:
             print("step", int(record["step"]), record["loss"], int(record["workers"]), flush=True)
@@ -60,12 +60,12 @@ def two_nodes() -> Iterator[tuple[Any, Callable[[], None]]]:
     """A cluster whose second node, with room for one worker, is lost when it is told so."""
     from ray.cluster_utils import Cluster
 
-    from sleeprl.actors.cluster import LEARNER
-    from sleeprl.settings import ResourcesConfig
+    from sleeprl.cluster.runtime import LEARNER_RESOURCE
+    from sleeprl.config.schema import ResourcesConfig
 
-    head = {"num_cpus": 2, "resources": {LEARNER: 1}, "include_dashboard": False}
+    head = {"num_cpus": 2, "resources": {LEARNER_RESOURCE: 1}, "include_dashboard": False}
     nodes = Cluster(initialize_head=True, head_node_args=head)
-    second = [nodes.add_node(num_cpus=1, resources={LEARNER: 1})]
+    second = [nodes.add_node(num_cpus=1, resources={LEARNER_RESOURCE: 1})]
 
     def lose() -> None:
         while second:
@@ -81,13 +81,13 @@ def two_nodes() -> Iterator[tuple[Any, Callable[[], None]]]:
 
 
 def job(directory: Path, name: str) -> Any:
-    from sleeprl.actors.learner import LearnerOptions
-    from sleeprl.consolidation.worker import Job
-    from sleeprl.settings import ConsolidationConfig, FixedCapacityConfig
+    from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
+    from sleeprl.consolidation.train_loop import Job
+    from sleeprl.trainer.trainer import TrainerOptions
 
     return Job(
         method="seeding",
-        learner=LearnerOptions(
+        learner=TrainerOptions(
             checkpoint=str(directory / "wide"), slot=0, dtype="float32", seed=3,
             learning_rate=1e-2, total_steps=STEPS, warmup=2,
         ),
@@ -112,9 +112,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a free slot, some texts to learn, and an unbroken run of two workers."""
     from conftest import make_tiny_model
 
+    from sleeprl.data.lake import Lake
+    from sleeprl.data.trajectory import Trajectory, to_batch
     from sleeprl.memory.checkpoint import widen
-    from sleeprl.trajectories.lake import Lake
-    from sleeprl.trajectories.schema import Trajectory, to_batch
 
     place = tmp_path_factory.mktemp("job")
     make_tiny_model(place / "plain", seed=1)
@@ -195,7 +195,7 @@ def same(place: Path, name: str) -> None:
 
 def rolled_out(place: Path, name: str) -> list[str]:
     """The job's roll-outs in the lake, which it shares with the others."""
-    from sleeprl.trajectories.lake import Lake
+    from sleeprl.data.lake import Lake
 
     prefix = f"rollout-{name}-"
     uids = Lake(place / "lake").read("trajectories", []).column("uid").to_pylist()

@@ -13,21 +13,21 @@ from conftest import make_tiny_model
 from test_learner import LOSS, PARTS, SLOTS, Notes, launch, options, reference_logprobs, rows
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from sleeprl.actors.batches import Row
-from sleeprl.actors.learner import Learner
-from sleeprl.chat import Chat
 from sleeprl.consolidation.judges import Embedding, Exact, make_judge
 from sleeprl.memory.checkpoint import widen
-from sleeprl.prompts import NO, SAME_MEANING, YES
-from sleeprl.registry import PluginError
+from sleeprl.plugins import PluginError
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.text.prompts import NO, SAME_MEANING, YES
+from sleeprl.trainer.batching import TrainingExample
+from sleeprl.trainer.trainer import Trainer
 
 PAIRS = [("a cat", "a cat"), ("Oslo", "Bergen"), ("", "x"), ("She is a nurse.", "a nurse")]
-UNUSED: tuple[Learner, Chat] = (None, None)  # type: ignore[assignment] - these judges need neither
+UNUSED: tuple[Trainer, ChatFormatter] = (None, None)  # type: ignore[assignment] - these judges need neither
 
 
 def judging(directory: Path, notes: Notes) -> None:
-    learner = Learner(options(directory))
-    judge = make_judge("teacher", {"batch": 3}, learner, Chat(directory / "wide"))
+    learner = Trainer(options(directory))
+    judge = make_judge("teacher", {"batch": 3}, learner, ChatFormatter(directory / "wide"))
     notes.numbers["first"] = judge(PAIRS)
     for seed in (1, 2, 3):
         learner.step(rows(seed), PARTS, LOSS)
@@ -38,9 +38,11 @@ def judging(directory: Path, notes: Notes) -> None:
 def test_the_teacher_judges_by_its_own_frozen_opinion(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "plain", seed=4)
     widen(tmp_path / "plain", tmp_path / "wide", SLOTS.count, SLOTS.width, "float32")
-    chat = Chat(tmp_path / "plain")
+    chat = ChatFormatter(tmp_path / "plain")
     asked = [
-        Row(chat.prompt(SAME_MEANING.format(first=a, second=b)), chat.response(answer), "")
+        TrainingExample(
+            chat.prompt(SAME_MEANING.format(first=a, second=b)), chat.response(answer), ""
+        )
         for a, b in PAIRS
         for answer in (YES, NO)
     ]

@@ -11,15 +11,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "sleeprl"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LOOPS = ("night.py", "dreaming/pipeline.py", "consolidation/worker.py")
+LOOPS = ("night/orchestrator.py", "dreaming/pipeline.py", "consolidation/train_loop.py")
 
 # From the ground up. A room imports from its own storey and those below.
 STOREYS = [
-    {"config", "settings", "checks", "registry", "files", "prompts", "chat", "__init__"},
-    {"losses", "trajectories", "weights", "reporting", "catalogue"},
-    {"actors", "memory", "evaluation", "lineage", "models", "worlds"},
-    {"consolidation", "dreaming", "wake"},
-    {"night", "morning", "selves", "replay", "ladder", "cli", "run", "__main__"},
+    {"__init__", "utils"},
+    {"plugins", "text"},
+    {"config", "data", "losses", "algorithms", "weight_sync"},
+    {"cluster", "memory", "lineage"},
+    {"rollout", "models", "reporting"},
+    {"trainer", "evaluation"},
+    {"worlds", "wake", "self_study"},
+    {"consolidation", "dreaming"},
+    {"night"},
+    {"cli", "__main__"},
 ]
 # Imports nothing of sleepRL, so that the configuration can ask the clock itself what it allows.
 LEAVES = {"sleeprl.memory.levels"}
@@ -90,7 +95,8 @@ def test_no_two_rooms_know_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["losses", "trajectories", "weights", "memory", "config", "registry"]
+    "name",
+    ["losses", "algorithms", "data", "weight_sync", "memory", "config", "plugins", "text"],
 )
 def test_these_never_import_ray(name: str) -> None:
     for path in MODULES:
@@ -99,26 +105,33 @@ def test_these_never_import_ray(name: str) -> None:
             assert not users, f"{path.relative_to(PACKAGE)} imports {sorted(users)}"
 
 
-def test_config_and_registry_import_neither_torch_nor_ray() -> None:
-    for name in ("config", "settings", "checks", "registry"):
-        roots = {n.split(".")[0] for n in imports(PACKAGE / f"{name}.py")}
-        assert not roots & {"torch", "ray", "vllm", "deepspeed", "transformers"}
+def test_config_and_plugins_import_neither_torch_nor_ray() -> None:
+    for path in MODULES:
+        if room(path) in ("config", "plugins", "utils"):
+            roots = {n.split(".")[0] for n in imports(path)}
+            assert not roots & {"torch", "ray", "vllm", "deepspeed", "transformers"}
 
 
 @pytest.mark.parametrize(
     ("modules", "forbidden"),
     [
-        ("sleeprl.config, sleeprl.registry, sleeprl.prompts", "torch ray numpy transformers"),
-        ("sleeprl.trajectories, sleeprl.trajectories.packing", "torch ray"),
+        (
+            "sleeprl.config.loader, sleeprl.plugins, sleeprl.text.prompts",
+            "torch ray numpy transformers",
+        ),
+        ("sleeprl.data, sleeprl.data.padding", "torch ray"),
         ("sleeprl.dreaming.reward_process", "torch ray numpy pyarrow transformers"),
         (
-            "sleeprl.losses.divergence, sleeprl.losses.policy, sleeprl.losses.streams, "
-            "sleeprl.losses.imitation",
+            "sleeprl.losses.divergence, sleeprl.losses.off_policy, sleeprl.losses.combined, "
+            "sleeprl.consolidation.imitation_reward",
             "ray vllm deepspeed",
         ),
         ("sleeprl.cli", "torch ray vllm deepspeed"),  # --help must not take seconds
         # Each actor of a phase imports these: a second here is a second for every one of them.
-        ("sleeprl.dreaming.phase, sleeprl.evaluation.statistics", "scipy pandas transformers vllm"),
+        (
+            "sleeprl.dreaming.launch, sleeprl.evaluation.statistics",
+            "scipy pandas transformers vllm",
+        ),
     ],
 )
 def test_what_an_import_brings_with_it(modules: str, forbidden: str) -> None:

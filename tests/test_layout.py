@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sleeprl.actors import layout
-from sleeprl.actors.attention import Texts
-from sleeprl.actors.batches import Row, window
-from sleeprl.actors.layout import inputs, pack, packed, padded
-from sleeprl.actors.response import ResponseModel
-from sleeprl.actors.teacher import teach
-from sleeprl.losses.streams import LossOptions, Part, chunked_stream_loss, token_counts
+from sleeprl.losses.combined import LossOptions, LossWeights, chunked_combined_loss, token_counts
+from sleeprl.trainer import packing as layout
+from sleeprl.trainer.batching import TrainingExample, make_loss_batch
+from sleeprl.trainer.packed_attention import PackedSequences
+from sleeprl.trainer.packing import inputs, pack, packed, padded
+from sleeprl.trainer.response_model import ResponseModel
+from sleeprl.trainer.teacher import teach
 
 CPU = torch.device("cpu")
-PARTS = {"dream": Part(pg=1.0, ce=0.3)}
+PARTS = {"dream": LossWeights(pg=1.0, ce=0.3)}
 
 
 def ids(count: int, seed: int) -> list[int]:
@@ -41,7 +41,7 @@ PROMPTS = [
 ]  # fmt: skip
 RESPONSES = [ids(1 + (3 * n) % 8, 50 + n) for n in range(len(PROMPTS))]
 ROWS = [
-    Row(prompt, response, "dream", None, (-1.0) ** n, [-5.0] * len(response))
+    TrainingExample(prompt, response, "dream", None, (-1.0) ** n, [-5.0] * len(response))
     for n, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True))
 ]
 
@@ -93,7 +93,7 @@ def test_every_token_sees_what_its_text_has_before_it(
     prompts = [ids(shared, kind) + ids(own, 9) for kind, shared, own, _ in drawn]
     responses = [ids(count, 7) for *_, count in drawn]
     ids_ST, texts, index_BR = inputs(prompts, responses, CPU)
-    if not isinstance(texts, Texts):
+    if not isinstance(texts, PackedSequences):
         assert pack(prompts, responses) is None
         return
     seen: dict[int, list[int]] = {}  # by the place among all queries
@@ -118,7 +118,7 @@ def test_every_token_sees_what_its_text_has_before_it(
     ("architecture", "settings"),
     [("llama", {}), ("qwen3", {}), ("gemma", {"sliding_window": 16})],  # shorter than the texts
 )
-@pytest.mark.parametrize(("together", "pieces"), [(layout.TOGETHER, 8), (16, 10)])
+@pytest.mark.parametrize(("together", "pieces"), [(layout.MIN_OWN_BLOCK, 8), (16, 10)])
 def test_loss_and_gradient_are_those_of_texts_on_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     architecture: str, settings: dict[str, int], together: int, pieces: int,
@@ -128,8 +128,8 @@ def test_loss_and_gradient_are_those_of_texts_on_their_own(
     monkeypatch.setattr(layout, "TOGETHER", together)
     counts_P3 = token_counts(PARTS, ["dream"] * len(ROWS), [len(r) for r in RESPONSES])
     within = partial(
-        chunked_stream_loss,
-        window=window(ROWS, CPU),
+        chunked_combined_loss,
+        window=make_loss_batch(ROWS, CPU),
         parts=PARTS,
         counts_P3=counts_P3,
         options=LossOptions(),
@@ -157,7 +157,7 @@ def test_a_teacher_says_of_packed_texts_what_it_says_of_each(tmp_path: Path) -> 
     make_tiny_model(tmp_path)
     model = ResponseModel(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
     rows = [
-        Row(ids(3, n), response, "new", teacher_prompt)
+        TrainingExample(ids(3, n), response, "new", teacher_prompt)
         for n, (teacher_prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True))
     ]
     together = teach(model, rows, 4, CPU)

@@ -30,30 +30,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sleeprl.actors import batches
-from sleeprl.actors.batches import Row
-from sleeprl.actors.learner import Learner, LearnerOptions
-from sleeprl.actors.publish import publish
-from sleeprl.actors.zero_config import deepspeed_config, gather_by_layer
+from sleeprl.losses.combined import LossOptions, LossWeights
 from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_tail
-from sleeprl.losses.streams import LossOptions, Part
 from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, scatter_columns, widen, write_grown
-from sleeprl.memory.experts import grow, load_training_form, smaller_self
+from sleeprl.memory.gated_mlp import grow, load_training_form, smaller_self
 from sleeprl.memory.growth import growth_named
 from sleeprl.memory.slots import LOW_RANK, Slots
-from sleeprl.weights.verify import Certificate
+from sleeprl.trainer import batching as batches
+from sleeprl.trainer.batching import TrainingExample
+from sleeprl.trainer.deepspeed_config import deepspeed_config, gather_by_layer
+from sleeprl.trainer.publish import publish
+from sleeprl.trainer.trainer import Trainer, TrainerOptions
+from sleeprl.weight_sync.verification import UpdateReceipt
 
 SLOTS = Slots(96, 8, 3)
 PARTS = {
-    "new": Part(kl=0.7, ce=0.5),
-    "student": Part(pg=0.6, kl=0.3),
-    "replay": Part(kl=0.4),
+    "new": LossWeights(kl=0.7, ce=0.5),
+    "student": LossWeights(pg=0.6, kl=0.3),
+    "replay": LossWeights(kl=0.4),
 }
 LOSS = LossOptions(beta=0.2, top_k=8)
-CE = {"text": Part(ce=1.0)}
+CE = {"text": LossWeights(ce=1.0)}
 
 
-def rows(seed: int, count: int = 9) -> list[Row]:
+def rows(seed: int, count: int = 9) -> list[TrainingExample]:
     """Rows of all three parts, of unequal lengths, some with a teacher's own prompt."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -66,7 +66,7 @@ def rows(seed: int, count: int = 9) -> list[Row]:
         part = list(PARTS)[index % 3]
         prompt, response = draw(2, 9), draw(1, 14)
         made.append(
-            Row(
+            TrainingExample(
                 prompt,
                 response,
                 part,
@@ -79,12 +79,12 @@ def rows(seed: int, count: int = 9) -> list[Row]:
     return made
 
 
-def texts(seed: int) -> list[Row]:
+def texts(seed: int) -> list[TrainingExample]:
     return [replace(r, part="text", teacher_prompt_ids=None) for r in rows(seed)]
 
 
-def options(directory: Path, **changes: Any) -> LearnerOptions:
-    base = LearnerOptions(
+def options(directory: Path, **changes: Any) -> TrainerOptions:
+    base = TrainerOptions(
         checkpoint=str(directory / "wide"),
         slot=1,
         dtype="float32",
@@ -119,7 +119,7 @@ Scene = Callable[[Path, Notes], None]
 
 
 def first_steps(directory: Path, notes: Notes) -> None:
-    learner = Learner(options(directory))
+    learner = Trainer(options(directory))
     seen = notes.numbers
     batch = rows(1)
     notes.tensors("born", learner.expert())
@@ -141,7 +141,7 @@ def first_steps(directory: Path, notes: Notes) -> None:
 
 
 def one_text(directory: Path, notes: Notes) -> None:
-    learner = Learner(options(directory))
+    learner = Trainer(options(directory))
     started: list[str] = []
     sys.addaudithook(lambda what, of: started.append(of[0]) if what == "subprocess.Popen" else None)
     notes.numbers["one text"] = learner.step(rows(1)[:1], PARTS, LOSS)
@@ -150,14 +150,14 @@ def one_text(directory: Path, notes: Notes) -> None:
 
 
 def micro_batches(directory: Path, notes: Notes) -> None:
-    other = Learner(options(directory, micro_batch_tokens=40))
+    other = Trainer(options(directory, micro_batch_tokens=40))
     notes.numbers["small micro-batches"] = other.step(rows(1), PARTS, LOSS)
     notes.tensors("expert-1-micro", other.expert())
 
 
 def resuming(directory: Path, notes: Notes) -> None:
     seen = notes.numbers
-    resumed = Learner(options(directory, seed=8))
+    resumed = Trainer(options(directory, seed=8))
     notes.tensors("born-8", resumed.expert())
     resumed.load_state(load_file(directory / "state-2.safetensors"))
     seen["resumed"] = resumed.steps
@@ -167,7 +167,7 @@ def resuming(directory: Path, notes: Notes) -> None:
 
 
 def resuming_after_a_step(directory: Path, notes: Notes) -> None:
-    resumed = Learner(options(directory, seed=8))
+    resumed = Trainer(options(directory, seed=8))
     resumed.step(rows(4), PARTS, LOSS)
     resumed.load_state(load_file(directory / "state-2.safetensors"))
     resumed.step(rows(3), PARTS, LOSS)
@@ -175,9 +175,9 @@ def resuming_after_a_step(directory: Path, notes: Notes) -> None:
 
 
 def state_before_the_first_step(directory: Path, notes: Notes) -> None:
-    learner = Learner(options(directory))
+    learner = Trainer(options(directory))
     state = learner.state()
-    fresh = Learner(options(directory, seed=8))
+    fresh = Trainer(options(directory, seed=8))
     fresh.load_state(state)
     notes.numbers["restarted"] = fresh.steps
     fresh.step(rows(1), PARTS, LOSS)
@@ -185,7 +185,7 @@ def state_before_the_first_step(directory: Path, notes: Notes) -> None:
 
 
 def placing(directory: Path, notes: Notes) -> None:
-    placed = Learner(options(directory, seed=9))
+    placed = Trainer(options(directory, seed=9))
     placed.set_expert(load_file(directory / "expert-2.safetensors"))
     notes.numbers["placed"] = placed.logprobs(rows(1))
     notes.tensors("expert-placed", placed.expert())
@@ -194,14 +194,14 @@ def placing(directory: Path, notes: Notes) -> None:
 
 
 def bfloat16(directory: Path, notes: Notes) -> None:
-    half = Learner(options(directory, dtype="bfloat16"))
+    half = Trainer(options(directory, dtype="bfloat16"))
     notes.numbers["half sums in"] = str(half.optimizer.gradient_accumulation_dtype)
     half.step(rows(1), PARTS, LOSS)
     half.step(rows(2), PARTS, LOSS)
     state = half.state()
     half.step(rows(3), PARTS, LOSS)
     notes.tensors("half-3", half.state())
-    again = Learner(options(directory, dtype="bfloat16", seed=8))
+    again = Trainer(options(directory, dtype="bfloat16", seed=8))
     again.load_state(state)
     again.step(rows(3), PARTS, LOSS)
     notes.tensors("half-3-resumed", again.state())
@@ -210,20 +210,20 @@ def bfloat16(directory: Path, notes: Notes) -> None:
 def offloading(directory: Path, notes: Notes) -> None:
     """Here the host's memory is the only one, so nothing moves; but DeepSpeed goes the other way."""
     for what in ("optimizer", "parameters"):
-        learner = Learner(options(directory, offload=what))
+        learner = Trainer(options(directory, offload=what))
         stage = learner.optimizer
         notes.numbers[f"offload {what}"] = (stage.offload_optimizer, stage.offload_param)
         notes.numbers[f"offload {what}, step-1"] = learner.step(rows(1), PARTS, LOSS)
         learner.step(rows(2), PARTS, LOSS)
         notes.tensors(f"offload-{what}-2", learner.state())
-        again = Learner(options(directory, seed=8, offload=what))
+        again = Trainer(options(directory, seed=8, offload=what))
         again.load_state(load_file(directory / f"offload-{what}-2.safetensors"))
         again.step(rows(3), PARTS, LOSS)
         notes.tensors(f"offload-{what}-3", again.state())
 
 
 def every_parameter(directory: Path, notes: Notes) -> None:
-    whole = Learner(options(directory, checkpoint=str(directory / "grown"), slot=None))
+    whole = Trainer(options(directory, checkpoint=str(directory / "grown"), slot=None))
     ids = list(range(20, 50))
     notes.numbers["full, canaries"] = [whole.canary(ids)]
     notes.tensors("full-export-0", dict(whole.export()))
@@ -234,7 +234,7 @@ def every_parameter(directory: Path, notes: Notes) -> None:
 
 
 def low_rank(directory: Path, notes: Notes) -> None:
-    learner = Learner(options(directory, checkpoint=str(directory / "low"), slot=0))
+    learner = Trainer(options(directory, checkpoint=str(directory / "low"), slot=0))
     learner.step(rows(1), PARTS, LOSS)
     learner.step(rows(2), PARTS, LOSS)
     notes.tensors("low-export-2", dict(learner.export()))
@@ -242,7 +242,7 @@ def low_rank(directory: Path, notes: Notes) -> None:
 
 
 def nothing_to_learn_from(directory: Path, notes: Notes) -> None:
-    learner = Learner(options(directory))
+    learner = Trainer(options(directory))
     learner.step(rows(1), PARTS, LOSS)
     notes.numbers["nothing"] = learner.step([], PARTS, LOSS)
     learner.step(rows(2), PARTS, LOSS)
@@ -252,7 +252,7 @@ def nothing_to_learn_from(directory: Path, notes: Notes) -> None:
 def remembering(directory: Path, notes: Notes) -> None:
     """The same texts twice, under a name and without one."""
     for name, key in (("named", "text-{}"), ("unnamed", "")):
-        learner = Learner(options(directory))
+        learner = Trainer(options(directory))
         asked: list[int] = []
         learner.engine.module.register_forward_hook(
             lambda *_, asked=asked: None if torch.is_grad_enabled() else asked.append(1)
@@ -270,7 +270,7 @@ def remembering(directory: Path, notes: Notes) -> None:
 
 def two_first_steps(directory: Path, notes: Notes) -> None:
     seen = notes.numbers
-    learner = Learner(options(directory))
+    learner = Trainer(options(directory))
     notes.tensors("two-born", learner.expert())
     seen["step-1"] = learner.step(rows(1), PARTS, LOSS)
     notes.tensors("two-expert-1", learner.expert())
@@ -285,14 +285,14 @@ def two_first_steps(directory: Path, notes: Notes) -> None:
 
 def two_resuming(directory: Path, notes: Notes) -> None:
     dist.barrier()  # rank 0 has written the state
-    resumed = Learner(options(directory, seed=8))
+    resumed = Trainer(options(directory, seed=8))
     resumed.load_state(load_file(directory / "two-state-2.safetensors"))
     resumed.step(rows(3), PARTS, LOSS)
     notes.tensors("two-state-3-resumed", resumed.state())
 
 
 def moving(directory: Path, notes: Notes) -> None:
-    moved = Learner(options(directory, seed=8))
+    moved = Trainer(options(directory, seed=8))
     moved.load_state(load_file(directory / "state-2.safetensors"))  # of one rank
     notes.numbers["moved, step-3"] = moved.step(rows(3), PARTS, LOSS)
     notes.tensors("two-state-3-moved", moved.state())
@@ -300,7 +300,7 @@ def moving(directory: Path, notes: Notes) -> None:
 
 def uneven(directory: Path, notes: Notes) -> None:
     """One text for two ranks: one of them has nothing to do but to take part."""
-    learner = Learner(options(directory))
+    learner = Trainer(options(directory))
     notes.numbers["uneven"] = learner.step(rows(1)[:1], PARTS, LOSS)
     notes.tensors("two-uneven", learner.expert())
 
@@ -308,12 +308,14 @@ def uneven(directory: Path, notes: Notes) -> None:
 def two_remembering(directory: Path, notes: Notes) -> None:
     """In the second step only one rank's texts are known: the teacher is asked by both or none."""
     for name, key in (("named", "text-{}"), ("unnamed", "")):
-        learner = Learner(options(directory))
+        learner = Trainer(options(directory))
         known = [replace(r, key=key.format(i)) for i, r in enumerate(rows(1))]
         learner.step(known, PARTS, LOSS)
         # The longest goes to rank 0, so the other gets a text that it has learned from before.
         longest = [replace(r, prompt_ids=[5] * 40) for r in rows(2)[:1]]
-        mine = batches.micro_batches(known, Row.student_length, 8192, rank=1, ranks=2)[0]
+        mine = batches.micro_batches(known, TrainingExample.student_length, 8192, rank=1, ranks=2)[
+            0
+        ]
         learner.step([*longest, mine[0]], PARTS, LOSS)
         notes.tensors(f"two-expert-{name}", learner.expert())
 
@@ -328,13 +330,13 @@ class Drains:
         time.sleep(1.0)
         self.notes.numbers["at rest"] = time.monotonic()
 
-    def send(self, update: None, tensors: Iterator[Any], canary: Any) -> list[Certificate]:
+    def send(self, update: None, tensors: Iterator[Any], canary: Any) -> list[UpdateReceipt]:
         self.notes.numbers["sent"] = len(list(tensors))
-        return [Certificate("engine-0", 1, True, 0.0, canary.tolerance, 0.0)]
+        return [UpdateReceipt("engine-0", 1, True, 0.0, canary.tolerance, 0.0)]
 
 
 def two_publishing(directory: Path, notes: Notes) -> None:
-    learner: Any = Learner(options(directory))
+    learner: Any = Trainer(options(directory))
     exported = learner.export
 
     def export() -> Iterator[Any]:
@@ -467,7 +469,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def reference_logprobs(model: nn.Module, batch: list[Row]) -> list[list[float]]:
+def reference_logprobs(model: nn.Module, batch: list[TrainingExample]) -> list[list[float]]:
     """One row at a time, no padding, no wrapper."""
     found = []
     for row in batch:
@@ -515,7 +517,7 @@ def test_the_export_is_the_larger_self(saw: Saw) -> None:
     assert max(abs(a - b) for a, b in moved) > 1e-3
     ids, logprobs, fresh = saw.one["canary"]
     assert ids == list(range(20, 50)) and len(logprobs) == 29
-    canary = [Row(ids[:1], ids[1:], "")]
+    canary = [TrainingExample(ids[:1], ids[1:], "")]
     same_logprobs([logprobs], reference_logprobs(model, canary))
     model.load_state_dict(tensors)  # what an engine that was started since holds
     same_logprobs([fresh], reference_logprobs(model, canary))
@@ -793,7 +795,7 @@ def test_the_guard_of_a_killed_compile_does_not_stop_the_next(tmp_path: Path) ->
     built = next(Path(get_default_build_root()).rglob("deepspeed_shm_comm"))
     shutil.copytree(built, tmp_path / built.name)  # compiled already: there is only to load
     (tmp_path / built.name / "lock").touch()
-    code = "from sleeprl.actors.cpu import load_shared_memory_op as f; f(); print('loaded')"
+    code = "from sleeprl.trainer.cpu_tuning import load_shared_memory_op as f; f(); print('loaded')"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240

@@ -22,29 +22,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sleeprl import checks, ladder
-from sleeprl import config as cfg
-from sleeprl.actors.batches import Row
-from sleeprl.actors.learner import Learner
-from sleeprl.chat import Chat
-from sleeprl.consolidation import notebook
-from sleeprl.consolidation.self_study import rehearse
-from sleeprl.evaluation.probes import Day, is_correct
+from sleeprl.config import loader as cfg
+from sleeprl.config import validation
+from sleeprl.config.schema import ConfigError, LevelConfig, MemoryConfig, NightConfig
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import from_batch
+from sleeprl.evaluation.questions import Day, is_correct
 from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.memory.checkpoint import EXPERT, WAKE, WEIGHTS, expert_tensors
-from sleeprl.memory.experts import COLUMN_DIM
+from sleeprl.memory.gated_mlp import COLUMN_DIM
 from sleeprl.memory.growth import Growth, growth_named, growth_of
 from sleeprl.memory.levels import CONTEXT
 from sleeprl.memory.slots import GATED_MLP, LOW_RANK, Slots
 from sleeprl.memory.transfer import Merge, Step, Transfer, from_dict, plan_night, to_dict
-from sleeprl.prompts import FREE_FACT, FREE_QA, STUDY_QA, format_qa
-from sleeprl.registry import BUILTIN
+from sleeprl.night import schedule
+from sleeprl.night.model_stages import ModelStages
+from sleeprl.night.run_dir import RunDirectory
+from sleeprl.plugins import BUILTIN
 from sleeprl.reporting.progress import NightProgress
-from sleeprl.run import Run
-from sleeprl.selves import Selves
-from sleeprl.settings import ConfigError, LevelConfig, MemoryConfig, NightConfig
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import from_batch
+from sleeprl.self_study import question_bank as notebook
+from sleeprl.self_study.study import write_rehearsal
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.text.prompts import FREE_FACT, FREE_QA, STUDY_QA, format_qa
+from sleeprl.trainer.batching import TrainingExample
+from sleeprl.trainer.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 TWO_LEVELS = "memory.levels=[{period: 2, slots: 2}, {period: 4, slots: 2}]"
@@ -52,7 +53,7 @@ TWO_LEVELS = "memory.levels=[{period: 2, slots: 2}, {period: 4, slots: 2}]"
 
 @pytest.fixture(autouse=True)
 def enough_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "available_cpus", lambda: 4)
+    monkeypatch.setattr(validation, "available_cpus", lambda: 4)
 
 
 def slots_of(directory: Path) -> Slots:
@@ -65,10 +66,12 @@ def slots_of(directory: Path) -> Slots:
 
 
 def chain(config: NightConfig, nights: int) -> tuple[list[tuple[Step, ...]], Slots]:
-    clock, slots = config.memory.clock(), ladder.new_slots(config)
+    clock, slots = config.memory.clock(), schedule.new_slots(config)
     planned = []
     for _ in range(nights):
-        steps = ladder.steps_of(config, slots, clock.advance(ladder.lived(config, [100])))
+        steps = schedule.steps_of(
+            config, slots, clock.advance(schedule.elapsed_units(config, [100]))
+        )
         for step in steps:
             slots = step.after(slots)
         planned.append(steps)
@@ -88,7 +91,7 @@ def test_ten_nights_go_through_with_five_slots() -> None:
 
 def test_a_level_is_handed_on_in_the_night_of_its_boundary() -> None:
     planned, slots = chain(cfg.load(None, [TWO_LEVELS]), 4)
-    told = [[ladder.told(step) for step in steps] for steps in planned]
+    told = [[schedule.describe_step(step) for step in steps] for steps in planned]
     assert told == [
         ["context into slot 0 of level 1"],
         ["context into slot 1 of level 1", "level 1 (slots 0, 1) into slot 2 of level 2"],
@@ -123,7 +126,7 @@ def test_or_the_night_stops_before_anything_is_trained() -> None:
 def test_what_a_night_adds_to_the_clock(unit: str, amount: int) -> None:
     levels = "memory.levels=[{period: 1000, slots: 1000}]"
     config = cfg.load(None, [f"memory.unit={unit}", levels, "consolidation.steps=77"])
-    assert ladder.lived(config, [10, 20, 40]) == amount
+    assert schedule.elapsed_units(config, [10, 20, 40]) == amount
 
 
 @given(
@@ -179,15 +182,15 @@ def after_it(store: LineageStore, *words: str) -> NightConfig:
 
 def test_the_clock_goes_on_from_the_generation(generations: LineageStore) -> None:
     config = after_it(generations)
-    manifest = ladder.parent(config)
+    manifest = schedule.parent(config)
     assert manifest is not None and manifest.id == generations.head()
-    assert ladder.clock_of(config, manifest).now == 2
-    assert ladder.clock_of(config, None).now == 0
-    lines = "\n".join(ladder.ladder(config))
+    assert schedule.clock_of(config, manifest).now == 2
+    assert schedule.clock_of(config, None).now == 0
+    lines = "\n".join(schedule.describe_levels(config))
     assert "level 1         0 of 2 slots used; every 2 nights, next at 4 (now 2)" in lines
     assert "level 2         1 of 2 slots used; the slowest: keeps what it has" in lines
     assert "context into slot 0 of level 1" in lines
-    assert ladder.parent(cfg.load(None, [f"generations={generations.root}"])) is None
+    assert schedule.parent(cfg.load(None, [f"generations={generations.root}"])) is None
 
 
 def test_what_is_not_known_before_the_day_is_said(generations: LineageStore) -> None:
@@ -195,20 +198,20 @@ def test_what_is_not_known_before_the_day_is_said(generations: LineageStore) -> 
         None,
         ["memory.unit=tokens", "memory.levels=[{period: 90, slots: 2},{period: 900, slots: 10}]"],
     )
-    assert "known after the wake" in ladder.ladder(config)[-1]
+    assert "known after the wake" in schedule.describe_levels(config)[-1]
 
 
 def test_another_unit_or_layout_than_the_generations_is_refused(generations: LineageStore) -> None:
     config = after_it(generations, "memory.unit=episodes")
     with pytest.raises(ConfigError, match=r"memory\.unit.*'nights'.*'episodes'"):
-        ladder.ladder(config)
+        schedule.describe_levels(config)
     for word, said in (
         ("memory.growth=low_rank", r"memory\.growth=low_rank.*gated_mlp"),
         ("memory.width=32", r"memory\.width=32.*64"),
         ("memory.levels=[{period: 2, slots: 4}]", r"memory\.levels.*\[4\].*\[2, 2\]"),
     ):
         with pytest.raises(ConfigError, match=said):
-            ladder.ladder(after_it(generations, word))
+            schedule.describe_levels(after_it(generations, word))
 
 
 def test_the_dry_run_shows_the_ladder(generations: LineageStore) -> None:
@@ -228,7 +231,7 @@ def test_the_dry_run_shows_the_ladder(generations: LineageStore) -> None:
 def test_what_is_rehearsed_is_written_freely(tiny_model: Path) -> None:
     from test_self_study import CONFIG, Script
 
-    chat = Chat(tiny_model)
+    chat = ChatFormatter(tiny_model)
 
     def author(message: str, number: int) -> tuple[str, str]:
         if message == FREE_FACT:
@@ -240,7 +243,7 @@ def test_what_is_rehearsed_is_written_freely(tiny_model: Path) -> None:
         return f"answer to {message}", "stop"
 
     fleet = Script(chat, author)
-    written = rehearse(fleet, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
+    written = write_rehearsal(fleet, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
     texts = written.trajectories
     assert all(text.teacher_prompt_ids is None for text in texts)  # the same prompt for both
     assert len({text.uid for text in texts}) == len(texts)
@@ -292,7 +295,7 @@ def hand_on(directory: Path, notes: Any) -> None:
     for name in BUILTIN["growth"]:
         place = directory / name
         checkpoint = place / "with-1"
-        learner = Learner(
+        learner = Trainer(
             replace(options(directory), checkpoint=str(checkpoint), slot=2, held=(0, 1), keeps=True)
         )
         texts = [replace(row, teacher_prompt_ids=None) for row in rows(1)]
@@ -310,7 +313,9 @@ def hand_on(directory: Path, notes: Any) -> None:
         notes.tensors(f"{name}-kept", dict(learner.export()))
 
 
-def expected(directory: Path, texts: Sequence[Row], over: dict[str, Tensor] | None = None) -> Any:
+def expected(
+    directory: Path, texts: Sequence[TrainingExample], over: dict[str, Tensor] | None = None
+) -> Any:
     from test_learner import reference_logprobs
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -364,14 +369,14 @@ def test_the_learner_of_a_transfer_has_both_selves(tmp_path: Path) -> None:
 # --- checkpoints and engines ------------------------------------------------------
 
 
-def selves(place: Path, model: Path, *words: str) -> Selves:
+def selves(place: Path, model: Path, *words: str) -> ModelStages:
     config = cfg.load(
         None,
         [f"runs={place}", f"generations={place}/generations", f"model.name={model}",
          "model.max_length=256", f"memory.width={WIDTH}", "resources.cpus=2", *words],
     )  # fmt: skip
-    run = Run(config, NightProgress([("plan", "Plan"), ("consolidation", "Consolidate")]))
-    made = Selves(run, "float32")
+    run = RunDirectory(config, NightProgress([("plan", "Plan"), ("consolidation", "Consolidate")]))
+    made = ModelStages(run, "float32")
     run.phase("plan", lambda: made.plan(["one document"]))
     return made
 
@@ -405,7 +410,7 @@ def test_an_engine_starts_with_the_model_before_a_step(
     name: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     """After a merge: a wider MLP, or a base that has changed with slots beside it."""
-    from sleeprl.actors.cluster import cluster
+    from sleeprl.cluster.runtime import cluster
 
     full = grown(tiny_model, tmp_path / "grown", name, (2,), (0, 1))
     made = selves(
@@ -418,7 +423,7 @@ def test_an_engine_starts_with_the_model_before_a_step(
     assert wider == (WIDTH if name == GATED_MLP else 0)
     growth_of(made.slots(0)).export(made.before(0), tmp_path / "plain")
     ids = list(range(20, 60))
-    (right,) = expected(tmp_path / "plain", [Row(ids[:1], ids[1:], "")])
+    (right,) = expected(tmp_path / "plain", [TrainingExample(ids[:1], ids[1:], "")])
     with cluster(made.config.resources):
         fleet = made.launch(1)
         (found,) = fleet.logprobs([ids])
@@ -432,7 +437,7 @@ def test_the_baseline_trains_all_of_a_low_rank_model(tiny_model: Path, tmp_path:
     options = made.learner(None, 1e-3, 5)
     assert options.slot is None and options.held == ()
     growth_of(made.slots(0)).export(made.before(0), tmp_path / "plain")
-    texts = [Row([20, 21], list(range(22, 50)), "")]
+    texts = [TrainingExample([20, 21], list(range(22, 50)), "")]
     same = expected(Path(options.checkpoint), texts)
     assert same[0] == pytest.approx(expected(tmp_path / "plain", texts)[0], abs=1e-4)
     slots = slots_of(Path(options.checkpoint))
@@ -449,7 +454,7 @@ def test_a_step_that_was_trained_is_found_again(tiny_model: Path, tmp_path: Path
     made.expert(0).mkdir()
     save_file(expert, made.expert(0) / EXPERT)
     made.run.phase("consolidation", lambda: {"steps": 1})
-    again = Selves(made.run, "float32")
+    again = ModelStages(made.run, "float32")
     assert again.next == 1
     options = again.learner(again.next, 1e-3, 5)
     assert (options.slot, options.held) == (1, (0,))
@@ -585,7 +590,7 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
         for text in from_batch(Lake(run / "lake").read("trajectories"))
         if text.task_id == "answer" and text.purpose == "replay"
     }
-    chat = Chat(one)
+    chat = ChatFormatter(one)
     assert earlier < later and {tuple(chat.prompt(question)) for question in earlier} & asked
     words = [sys.executable, "-m", "sleeprl.cli", "rollback", one.name[:6]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sleeprl import cli
-from sleeprl.lineage import LineageStore, Manifest, diff
+from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, mlp_tensors, widen, write_grown
 from sleeprl.memory.growth import growth_named
 from sleeprl.memory.slots import Slots
+from sleeprl.reporting.lineage_diff import diff
 
 Command = Callable[..., tuple[int, str, str]]
 FIGURES = {

@@ -11,10 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sleeprl.consolidation.imitation_reward import imitation_reward, lexical, semantic
+from sleeprl.losses.combined import (
+    LossBatch,
+    LossOptions,
+    LossWeights,
+    add_metrics,
+    combined_loss,
+    token_counts,
+)
 from sleeprl.losses.divergence import FLOOR, generalised_jsd, on_support, top_k_with_tail
-from sleeprl.losses.imitation import imitation_reward, lexical, normalise, semantic
-from sleeprl.losses.policy import Correction, mismatch
-from sleeprl.losses.streams import LossOptions, Part, Window, add, stream_loss, token_counts
+from sleeprl.losses.off_policy import ImportanceWeight, mismatch_metrics
+from sleeprl.text.normalise import normalise
 
 E = math.e
 
@@ -215,21 +223,23 @@ BY_HAND = {
 def test_correction_by_hand(level: str, mode: str) -> None:
     behaviour = torch.full((2, 3), -2.0)
     learner = (behaviour + RATIOS.log()).requires_grad_()
-    weights = Correction(level, mode, low=0.5, high=2.0).weights(learner, behaviour, MASK)
+    weights = ImportanceWeight(level, mode, low=0.5, high=2.0).weights(learner, behaviour, MASK)
     assert not weights.requires_grad
     torch.testing.assert_close(weights, torch.tensor(BY_HAND[level, mode], dtype=torch.float32))
 
 
 def test_token_mask_keeps_what_lies_inside_the_band() -> None:
     ratios = torch.tensor([[0.49, 0.51, 1.0, 1.99, 2.01]])
-    weights = Correction("token", "mask").weights(ratios.log(), torch.zeros(1, 5), torch.ones(1, 5))
+    weights = ImportanceWeight("token", "mask").weights(
+        ratios.log(), torch.zeros(1, 5), torch.ones(1, 5)
+    )
     torch.testing.assert_close(weights, torch.tensor([[0.0, 0.51, 1.0, 1.99, 0.0]]))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 @pytest.mark.parametrize("mode", ["truncate", "clip", "mask"])
 def test_correction_on_policy_and_far_off_is_finite(level: str, mode: str) -> None:
-    correction = Correction(level, mode)
+    correction = ImportanceWeight(level, mode)
     same = logits(12, 2, 3)
     torch.testing.assert_close(correction.weights(same, same, MASK), MASK)
     far = correction.weights(torch.zeros(2, 3), torch.full((2, 3), -500.0), MASK)
@@ -246,12 +256,12 @@ def test_what_is_outside_of_the_band_by_hand(mode: str) -> None:
         "sequence": [[1.0, 1, 1, 1], [0, 0, 0, 0]],  # the products are 0.15 and 1.5
         "geometric": [[0.0, 0, 0, 0], [0, 0, 0, 0]],  # their roots are 0.62 and 1.22
     }.items():
-        found = Correction(level, mode, 0.5, 2.0).outside(learner, behaviour, mask)
+        found = ImportanceWeight(level, mode, 0.5, 2.0).outside(learner, behaviour, mask)
         assert found.tolist() == right, level
 
 
 def test_mismatch_by_hand() -> None:
-    found = mismatch(torch.tensor([[0.0, -1.0]]), torch.tensor([[0.0, -2.0]]))
+    found = mismatch_metrics(torch.tensor([[0.0, -1.0]]), torch.tensor([[0.0, -2.0]]))
     torch.testing.assert_close(found["ratio"], torch.tensor([[1.0, E]]))
     torch.testing.assert_close(found["mismatch_kl"], torch.tensor([[0.0, E - 2.0]]))
 
@@ -309,25 +319,25 @@ def test_semantic_looks_at_words_only() -> None:
 # --- the three streams ------------------------------------------------------------
 
 PARTS = {
-    "new": Part(kl=0.7, ce=0.5),
-    "replay": Part(kl=0.3),
-    "student": Part(pg=0.4, kl=0.2),
-    "absent": Part(ce=9.0),
+    "new": LossWeights(kl=0.7, ce=0.5),
+    "replay": LossWeights(kl=0.3),
+    "student": LossWeights(pg=0.4, kl=0.2),
+    "absent": LossWeights(ce=9.0),
 }
 LENGTHS = [5, 2, 4, 1, 3, 5]
 PART_OF = ["new", "replay", "student", "new", "student", "replay"]
-OPTIONS = LossOptions(beta=0.3, top_k=4, correction=Correction("token", "truncate"))
+OPTIONS = LossOptions(beta=0.3, top_k=4, correction=ImportanceWeight("token", "truncate"))
 V, R = 11, 5
 
 
-def window(rows: list[int]) -> tuple[Tensor, Window]:
+def window(rows: list[int]) -> tuple[Tensor, LossBatch]:
     """Logits that need a gradient, and the rows ``rows`` of one fixed batch."""
     generator = torch.Generator().manual_seed(13)
     tokens = torch.randint(0, V, (6, R), generator=generator)
     mask = (torch.arange(R) < torch.tensor(LENGTHS)[:, None]).float()
     teacher_ids, teacher = top_k_with_tail(logits(14, 6, R, V), OPTIONS.top_k)
     chosen = logits(15, 6, R, V)[rows].requires_grad_()
-    return chosen, Window(
+    return chosen, LossBatch(
         tokens_BR=tokens[rows],
         mask_BR=mask[rows],
         part=[PART_OF[row] for row in rows],
@@ -351,7 +361,7 @@ def test_token_counts() -> None:
 
 def test_stream_loss_by_hand() -> None:
     raw, batch = window(list(range(6)))
-    loss, metrics = stream_loss(raw, batch, PARTS, token_counts(PARTS, PART_OF, LENGTHS), OPTIONS)
+    loss, metrics = combined_loss(raw, batch, PARTS, token_counts(PARTS, PART_OF, LENGTHS), OPTIONS)
     # Token by token, in the plainest way there is.
     totals = dict.fromkeys(["new/ce", "new/kl", "replay/kl", "student/pg", "student/kl"], 0.0)
     assert batch.teacher_ids_BRK is not None and batch.teacher_BRK1 is not None
@@ -384,8 +394,8 @@ def test_stream_loss_by_hand() -> None:
 @pytest.mark.parametrize("level", ["token", "off"])
 def test_what_a_correction_does_is_recorded_also_when_it_is_off(level: str) -> None:
     raw, batch = window(list(range(6)))
-    options = dataclasses.replace(OPTIONS, correction=Correction(level))
-    _, metrics = stream_loss(raw, batch, PARTS, token_counts(PARTS, PART_OF, LENGTHS), options)
+    options = dataclasses.replace(OPTIONS, correction=ImportanceWeight(level))
+    _, metrics = combined_loss(raw, batch, PARTS, token_counts(PARTS, PART_OF, LENGTHS), options)
     chosen = raw.detach().log_softmax(-1).gather(-1, batch.tokens_BR[..., None])[..., 0]
     mine = batch.mask_BR * torch.tensor([part == "student" for part in PART_OF])[:, None] == 1
     ratios = (chosen - batch.behaviour_BR)[mine].exp()
@@ -404,7 +414,7 @@ def test_the_split_into_micro_batches_does_not_matter(split: list[list[int]]) ->
     whole_logits, whole = window(list(range(6)))
     ages = [None, None, 0, None, 0, None]
     whole.age = ages
-    loss, metrics = stream_loss(whole_logits, whole, PARTS, counts, OPTIONS)
+    loss, metrics = combined_loss(whole_logits, whole, PARTS, counts, OPTIONS)
     loss.backward()
     assert whole_logits.grad is not None
     assert {"student/age_0/share", "student/age_0/apart", "student/age_0/max"} <= set(metrics)
@@ -412,12 +422,12 @@ def test_the_split_into_micro_batches_does_not_matter(split: list[list[int]]) ->
     for rows in filter(None, split):
         raw, batch = window(rows)
         batch.age = [ages[row] for row in rows]
-        piece, shown = stream_loss(raw, batch, PARTS, counts, OPTIONS)
+        piece, shown = combined_loss(raw, batch, PARTS, counts, OPTIONS)
         piece.backward()
         assert raw.grad is not None
         torch.testing.assert_close(raw.grad, whole_logits.grad[rows])
         total += piece.item()
-        add(summed, shown)
+        add_metrics(summed, shown)
     assert total == pytest.approx(loss.item(), abs=1e-5)
     assert summed == pytest.approx(metrics, abs=1e-5)
 
@@ -425,14 +435,14 @@ def test_the_split_into_micro_batches_does_not_matter(split: list[list[int]]) ->
 def test_padding_has_no_gradient_and_no_part_keeps_the_graph() -> None:
     raw, batch = window(list(range(6)))
     counts = token_counts(PARTS, PART_OF, LENGTHS)
-    stream_loss(raw, batch, PARTS, counts, OPTIONS)[0].backward()
+    combined_loss(raw, batch, PARTS, counts, OPTIONS)[0].backward()
     assert raw.grad is not None
     assert (raw.grad[batch.mask_BR == 0] == 0).all()
     assert (raw.grad[batch.mask_BR == 1].abs().sum(-1) > 0).all()
 
     idle, batch = window([0, 1])
     batch.part = ["", ""]
-    loss, metrics = stream_loss(idle, batch, PARTS, counts, OPTIONS)
+    loss, metrics = combined_loss(idle, batch, PARTS, counts, OPTIONS)
     loss.backward()
     assert loss.item() == 0.0 and metrics == {}
     assert idle.grad is not None and (idle.grad == 0).all()

@@ -13,6 +13,14 @@ from torch import Tensor
 
 from sleeprl.losses import chunked
 from sleeprl.losses.chunked import chunked_values
+from sleeprl.losses.combined import (
+    LossBatch,
+    LossOptions,
+    LossWeights,
+    chunked_combined_loss,
+    combined_loss,
+    token_counts,
+)
 from sleeprl.losses.divergence import (
     TopK,
     divergence,
@@ -20,16 +28,8 @@ from sleeprl.losses.divergence import (
     on_support,
     top_k_with_tail,
 )
-from sleeprl.losses.policy import Correction
-from sleeprl.losses.streams import (
-    LossOptions,
-    Part,
-    Window,
-    chunked_stream_loss,
-    stream_loss,
-    token_counts,
-)
-from sleeprl.registry import BUILTIN, create
+from sleeprl.losses.off_policy import ImportanceWeight
+from sleeprl.plugins import BUILTIN, create
 
 BETAS = [0.0, 0.3, 1.0]
 
@@ -254,23 +254,23 @@ def test_half_precision_is_upcast_in_the_loss_only() -> None:
 # --- the streams, chunked ---------------------------------------------------------
 
 PARTS = {
-    "new": Part(kl=0.7, ce=0.5),
-    "replay": Part(kl=0.3),
-    "student": Part(pg=0.4, kl=0.2),
-    "plain": Part(ce=1.0),
-    "absent": Part(ce=9.0),
+    "new": LossWeights(kl=0.7, ce=0.5),
+    "replay": LossWeights(kl=0.3),
+    "student": LossWeights(pg=0.4, kl=0.2),
+    "plain": LossWeights(ce=1.0),
+    "absent": LossWeights(ce=9.0),
 }
 PART_OF = ["new", "replay", "student", "new", "student", "replay", "plain"]
 LENGTHS = [5, 2, 4, 1, 3, 5, 0]
 B, R, H, V = 7, 5, 3, 11
 
 
-def batch(source: str, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Window]:
+def batch(source: str, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, LossBatch]:
     """Hidden states and head that want a gradient, and a window whose teacher is ``source``."""
     hidden, head = normal(30, B, R, H), normal(31, V, H)
     teacher_hidden = normal(32, B, R, H, scale=scale)
     teacher_logits = teacher_hidden @ head.T
-    window = Window(
+    window = LossBatch(
         tokens_BR=torch.randint(0, V, (B, R), generator=torch.Generator().manual_seed(33)),
         mask_BR=(torch.arange(R) < torch.tensor(LENGTHS)[:, None]).double(),
         part=PART_OF,
@@ -310,7 +310,7 @@ def test_chunked_stream_loss_is_stream_loss(
     options = LossOptions(
         beta=beta,
         top_k=top_k,
-        correction=Correction(level),
+        correction=ImportanceWeight(level),
         support="teacher" if source == "top-k" else support,
         pointwise_clip=clip,
         policy=create(name, "algorithm", {}),
@@ -319,10 +319,10 @@ def test_chunked_stream_loss_is_stream_loss(
     counts = token_counts(PARTS, PART_OF, LENGTHS)
     naive_source = "logits" if source == "hidden" else source
     hidden, head, window = batch(naive_source, top_k)
-    naive, naive_metrics = stream_loss(hidden @ head.T, window, PARTS, counts, options)
+    naive, naive_metrics = combined_loss(hidden @ head.T, window, PARTS, counts, options)
     naive.backward()
     ours_hidden, ours_head, window = batch(source, top_k)
-    ours, metrics = chunked_stream_loss(
+    ours, metrics = chunked_combined_loss(
         ours_hidden, ours_head, window, PARTS, counts, options, chunk=chunk
     )
     ours.backward()
@@ -339,13 +339,13 @@ def test_a_teacher_with_its_own_head() -> None:
     options = LossOptions(beta=0.5, support="full")
     hidden, head, window = batch("hidden", 1)
     other = normal(40, V, H)
-    _, ours = chunked_stream_loss(
+    _, ours = chunked_combined_loss(
         hidden, head, window, PARTS, counts, options, teacher_head_VH=other
     )
     assert window.teacher_hidden_BRH is not None
     window.teacher_logits_BRV = window.teacher_hidden_BRH @ other.T
     window.teacher_hidden_BRH = None
-    _, naive = stream_loss(hidden @ head.T, window, PARTS, counts, options)
+    _, naive = combined_loss(hidden @ head.T, window, PARTS, counts, options)
     assert ours == pytest.approx(naive, abs=1e-9)
 
 
@@ -353,14 +353,14 @@ def test_hidden_teacher_states_need_a_head() -> None:
     hidden, head, window = batch("hidden", 1)
     counts = token_counts(PARTS, PART_OF, LENGTHS)
     with pytest.raises(ValueError, match=r"teacher_hidden_BRH.*chunked_stream_loss"):
-        stream_loss(hidden @ head.T, window, PARTS, counts, LossOptions())
+        combined_loss(hidden @ head.T, window, PARTS, counts, LossOptions())
 
 
 def test_a_batch_without_parts_keeps_the_graph() -> None:
     hidden, head, window = batch("hidden", 1)
     window = dataclasses.replace(window, part=[""] * B)
     counts = token_counts(PARTS, PART_OF, LENGTHS)
-    loss, metrics = chunked_stream_loss(hidden, head, window, PARTS, counts, LossOptions())
+    loss, metrics = chunked_combined_loss(hidden, head, window, PARTS, counts, LossOptions())
     loss.backward()
     assert loss.item() == 0.0 and metrics == {}
     assert hidden.grad is not None and (hidden.grad == 0).all()

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sleeprl.losses.algorithms.dapo import DAPOUnscaled
+from sleeprl.algorithms.dapo import DAPOUnscaled
+from sleeprl.consolidation.imitation_reward import imitation_reward, lexical
+from sleeprl.consolidation.judges import same_by_embedding, same_by_verdict
+from sleeprl.consolidation.objective import on_policy_share, seeding_weights
+from sleeprl.losses.combined import LossBatch, LossOptions, LossWeights, combined_loss, token_counts
 from sleeprl.losses.divergence import generalised_jsd
-from sleeprl.losses.imitation import imitation_reward, lexical
-from sleeprl.losses.judges import same_by_embedding, same_by_verdict
-from sleeprl.losses.objective import on_policy_share, seeding_weights
-from sleeprl.losses.policy import Correction
-from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
+from sleeprl.losses.off_policy import ImportanceWeight
 
 share = st.floats(0.0, 1.0)
 rewards_of_a_batch = st.lists(st.one_of(st.none(), st.integers(0, 4)), min_size=1, max_size=12)
@@ -86,13 +86,13 @@ def test_verdict_judge(p_yes: float, answered: float) -> None:
 # --- the joint objective ----------------------------------------------------------
 
 
-def batch(seed: int) -> tuple[Tensor, Tensor, Window, list[int]]:
+def batch(seed: int) -> tuple[Tensor, Tensor, LossBatch, list[int]]:
     """Logits and teacher logits of teacher texts and of roll-outs, with lengths 4, 3, 2, 4."""
     lengths = [4, 3, 2, 4]
     logits, teacher = normal(seed, 4, 4, 6).requires_grad_(), normal(seed + 1, 4, 4, 6)
     tokens = torch.randint(0, 6, (4, 4), generator=torch.Generator().manual_seed(seed))
     now = logits.detach().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-    window = Window(
+    window = LossBatch(
         tokens_BR=tokens,
         mask_BR=(torch.arange(4) < torch.tensor(lengths)[:, None]).double(),
         part=["texts", "rollouts", "rollouts", "texts"],
@@ -110,9 +110,9 @@ def joint(seed: int, beta: float, step: int = 0, **objective: float) -> tuple[fl
     parts = {"texts": weights.texts, "rollouts": weights.rollouts}
     counts = token_counts(parts, window.part, lengths)
     options = LossOptions(
-        beta=beta, support="full", policy=DAPOUnscaled(), correction=Correction("off")
+        beta=beta, support="full", policy=DAPOUnscaled(), correction=ImportanceWeight("off")
     )
-    loss, _ = stream_loss(logits, window, parts, counts, options)
+    loss, _ = combined_loss(logits, window, parts, counts, options)
     loss.backward()
     assert logits.grad is not None
     return loss.item(), logits.grad
@@ -217,11 +217,11 @@ def test_on_policy_share_rises_from_start_to_one(
 
 
 def test_seed_then_imitate() -> None:
-    def at(step: int) -> tuple[Part, Part]:
+    def at(step: int) -> tuple[LossWeights, LossWeights]:
         weights = seeding_weights(step, alpha=0.7, on_policy=0.5, seed_steps=3, ce=0.5)
         return weights.texts, weights.rollouts
 
-    seeding = Part(ce=0.5, kl=0.5), Part(pg=0.0, kl=0.5)
+    seeding = LossWeights(ce=0.5, kl=0.5), LossWeights(pg=0.0, kl=0.5)
     assert [at(step) for step in (0, 2)] == [seeding] * 2
     texts, rollouts = at(3)
     assert (texts.ce, texts.kl) == pytest.approx((0.5, 0.35))

@@ -27,8 +27,8 @@ from sleeprl.memory.checkpoint import (
     widen,
     write_grown,
 )
-from sleeprl.memory.experts import (
-    Grown,
+from sleeprl.memory.gated_mlp import (
+    ModuleWithExpert,
     UnsupportedModel,
     grow,
     load_training_form,
@@ -243,7 +243,7 @@ def test_smaller_self_is_switched_back_even_after_an_error(wide: Path) -> None:
     model = load_training_form(wide, slots_of(wide), torch.float32)
     grow(model, WIDTH, seed=3)
     put(model, random_expert())
-    grown = [m for m in model.modules() if isinstance(m, Grown)]
+    grown = [m for m in model.modules() if isinstance(m, ModuleWithExpert)]
     assert len(grown) == 2
     larger = logits(model)
     grown[0].enabled = False

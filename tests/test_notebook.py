@@ -7,8 +7,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleeprl.consolidation import notebook
-from sleeprl.consolidation.notebook import turned
+from sleeprl.self_study import question_bank as notebook
+from sleeprl.self_study.question_bank import rotate
 
 questions = st.lists(st.sampled_from("abcdefghij"), unique=True)
 
@@ -17,15 +17,15 @@ questions = st.lists(st.sampled_from("abcdefghij"), unique=True)
 def test_nothing_comes_twice_and_nothing_is_lost_below_the_limit(
     kept: list[str], new: list[str], rehearsed: list[str], limit: int
 ) -> None:
-    found = turned(kept, new, rehearsed, limit, 0)
+    found = rotate(kept, new, rehearsed, limit, 0)
     everything = {*kept, *new, *rehearsed}
     assert len(found) == len(set(found)) == min(limit, len(everything))
     assert set(found) <= everything
-    assert found == turned(kept, new, rehearsed, limit, 0)
+    assert found == rotate(kept, new, rehearsed, limit, 0)
 
 
 def test_the_new_comes_first_and_what_was_just_asked_last() -> None:
-    assert turned(["a", "b", "c"], ["n", "b"], ["a", "f"], 9, 0) == ["n", "b", "c", "a", "f"]
+    assert rotate(["a", "b", "c"], ["n", "b"], ["a", "f"], 9, 0) == ["n", "b", "c", "a", "f"]
 
 
 def test_every_question_is_asked_in_its_turn() -> None:
@@ -33,7 +33,7 @@ def test_every_question_is_asked_in_its_turn() -> None:
     for night in range(4):
         again = kept[:2]
         asked |= set(again)
-        kept = turned(kept, [], again, 100, night)
+        kept = rotate(kept, [], again, 100, night)
     assert asked == set("abcdefg") and kept == list("bcdefga")
 
 

@@ -16,20 +16,20 @@ from test_learner import PARTS, SLOTS, Notes, launch, options, rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sleeprl import config as cfg
-from sleeprl.actors.batches import Row
-from sleeprl.actors.engine import Completion
-from sleeprl.actors.learner import Learner
-from sleeprl.checks import check_plugins
-from sleeprl.consolidation import imitation
+from sleeprl.algorithms.base import RewardBatch
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError, ConsolidationConfig
+from sleeprl.config.validation import check_plugins
+from sleeprl.consolidation import student_rollouts as imitation
 from sleeprl.consolidation.methods import METHODS, NEW, REPLAY, STUDENT
-from sleeprl.losses.algorithms.base import Scores
+from sleeprl.data.trajectory import Trajectory
+from sleeprl.losses.combined import LossBatch, LossOptions, LossWeights, combined_loss, token_counts
 from sleeprl.losses.divergence import divergence
-from sleeprl.losses.streams import LossOptions, Part, Window, stream_loss, token_counts
 from sleeprl.memory.checkpoint import widen
-from sleeprl.registry import PluginError, create
-from sleeprl.settings import ConfigError, ConsolidationConfig
-from sleeprl.trajectories.schema import Trajectory
+from sleeprl.plugins import PluginError, create
+from sleeprl.rollout.engine import Completion
+from sleeprl.trainer.batching import TrainingExample
+from sleeprl.trainer.trainer import Trainer
 
 # --- weights by step ----------------------------------------------------------------
 
@@ -66,7 +66,9 @@ def source(text: str) -> Trajectory:
     )  # fmt: skip
 
 
-def rolled_out(config: ConsolidationConfig, *groups: Sequence[str]) -> tuple[list[Row], Any]:
+def rolled_out(
+    config: ConsolidationConfig, *groups: Sequence[str]
+) -> tuple[list[TrainingExample], Any]:
     """Rows for these answers to the teacher's ``abcd``, group by group."""
     drawn = [imitation.Continuation(source("abcd"), [], list(map(ord, "abcd"))) for _ in groups]
     said = [
@@ -87,7 +89,7 @@ def test_the_algorithm_gives_the_advantages(name: str) -> None:
     # Half for the same words, half for 1 - edits/4 where no more than two.
     rewards = [1.0, 0.25, 0.25, 0.25]
     assert told["imitation_reward"] == pytest.approx(sum(rewards) / 4)
-    scores = Scores(rewards, ["0", "0", "1", "1"], [4, 4, 2, 2], 12)
+    scores = RewardBatch(rewards, ["0", "0", "1", "1"], [4, 4, 2, 2], 12)
     expected = create(name, "algorithm", {}).advantages(scores)
     assert [row.advantage for row in made] == pytest.approx(expected)
     assert (made[2].advantage is None) == (name == "dapo_unscaled"), "passes over equal rewards"
@@ -123,10 +125,10 @@ def test_a_judge_is_not_asked_what_does_not_count() -> None:
 def test_a_row_without_an_advantage_is_not_a_zero_to_average_with() -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, 2, 7, dtype=torch.float64, requires_grad=True)
-    parts = {"student": Part(pg=1.0, kl=0.5)}
+    parts = {"student": LossWeights(pg=1.0, kl=0.5)}
 
     def loss(of: list[int], advantages: list[float | None]) -> tuple[Tensor, dict[str, float]]:
-        window = Window(
+        window = LossBatch(
             tokens_BR=torch.tensor([[1, 2], [3, 4], [5, 6]])[of],
             mask_BR=torch.ones(len(of), 2),
             part=["student"] * len(of),
@@ -135,7 +137,7 @@ def test_a_row_without_an_advantage_is_not_a_zero_to_average_with() -> None:
             teacher_logits_BRV=torch.ones(len(of), 2, 7, dtype=torch.float64),
         )
         counts = token_counts(parts, window.part, [2] * len(of), advantages)
-        return stream_loss(logits[of], window, parts, counts, LossOptions(support="full"))
+        return combined_loss(logits[of], window, parts, counts, LossOptions(support="full"))
 
     whole, seen = loss([0, 1, 2], [1.0, None, -0.5])
     (slope,) = torch.autograd.grad(whole, logits)
@@ -159,7 +161,7 @@ def compare(directory: Path, notes: Notes) -> None:
     parts = {name: replace(part, pg=0.0, kl=1.0) for name, part in PARTS.items()}
     for slot in (1, None):
         for name, loss in SUPPORTS.items():
-            learner = Learner(options(directory, slot=slot))
+            learner = Trainer(options(directory, slot=slot))
             learner.step(rows(2), parts, loss)
             notes.tensors(f"{slot}-{name}", dict(learner.export()))
             notes.numbers[slot, name] = learner.step(rows(1), parts, loss)
@@ -190,7 +192,7 @@ def test_the_learner_s_divergence_is_that_of_the_whole_logits(tmp_path: Path) ->
 def remember(directory: Path, notes: Notes) -> None:
     """What is remembered of the teacher goes through a checkpoint, once and again."""
     named = [replace(row, key=f"a:{number}") for number, row in enumerate(rows(1))]
-    learner, other = (Learner(options(directory)) for _ in range(2))
+    learner, other = (Trainer(options(directory)) for _ in range(2))
     for loss in (SUPPORTS["teacher"], SUPPORTS["full"]):
         learner.step(named, PARTS, loss)
     kept = learner.taught()
@@ -210,7 +212,7 @@ def test_what_the_teacher_said_goes_through_a_checkpoint(tmp_path: Path) -> None
 
 
 @torch.no_grad()
-def divergence_of(row: Row, teacher: Any, student: Any, loss: LossOptions) -> float:
+def divergence_of(row: TrainingExample, teacher: Any, student: Any, loss: LossOptions) -> float:
     def said(model: Any, prompt: list[int]) -> Tensor:
         ids = torch.tensor([prompt + row.response_ids])
         return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]

@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 import ray
 
-from sleeprl.actors.group import ActorFailure, ActorGroup, Served
+from sleeprl.cluster.actor_group import ActorFailure, ActorGroup, RemoteActor
+from sleeprl.config.schema import DreamingConfig
+from sleeprl.dreaming.admission import order_groups
+from sleeprl.dreaming.checkpoint import POSITION, DreamingCheckpoint
 from sleeprl.dreaming.curricula import CurriculumActor, WeakSpots
-from sleeprl.dreaming.line import in_line
-from sleeprl.dreaming.mending import Mender, join
 from sleeprl.dreaming.pipeline import Pipeline
-from sleeprl.dreaming.position import POSITION, Position
-from sleeprl.dreaming.tasks import Outcome, Task
-from sleeprl.settings import DreamingConfig
+from sleeprl.dreaming.recovery import RecoveryManager, start_ranks
+from sleeprl.dreaming.types import Outcome, Task
 
 TASKS = [Task(f"t{i}", i, f"message {i}", ()) for i in range(3)]
 BY_ID = {task.id: task for task in TASKS}
 CONFIG = DreamingConfig(steps=6, tasks_per_step=2, group_size=3, staleness=1)
 
 
-class Stage(Served):
+class Stage(RemoteActor):
     """Engine, scorer or reward: passes a batch on. A batch is [number, task, version at birth].
 
     dies: directory in which a file ``NUMBER`` ends the process that meets that group, once.
@@ -103,7 +103,7 @@ def die_once(marker: Path) -> None:
         os._exit(7)
 
 
-class Learns(Served):
+class Learns(RemoteActor):
     """Learns numbers, and keeps them as the real one keeps weights."""
 
     def __init__(self, dies: Path | None) -> None:
@@ -202,13 +202,13 @@ def dream(
     tasks: Mapping[str, Task] = BY_ID,
     on_step: Callable[[int, ActorGroup], None] = lambda *_: None,
     **stages: Any,
-) -> tuple[list[Any], Position]:
+) -> tuple[list[Any], DreamingCheckpoint]:
     """Go on from what is in ``directory``; break in the callback of step ``stop_at``.
 
     stages, engines: other actors in the place of the passing ones, which all runs share.
     redrawn, outdated: get the groups that were set aside, and what was written anew.
     """
-    position = Position.load(directory, 0)
+    position = DreamingCheckpoint.load(directory, 0)
     passing = {
         name: ActorGroup(name, [stages.get(name) or ray.get_actor(name)], in_flight=8)
         for name in ("scorer", "reward")
@@ -243,14 +243,14 @@ def dream(
         asks=lambda message: [0, config.group_size],
         seed=1,
         position=position,
-        mender=Mender(
+        mender=RecoveryManager(
             of_engines, learner, lambda index: fresh(Stage, dies),
             lambda rank: fresh(Learns, dies), limit, told.append,
         ),
         redraws=redraws,
     )  # fmt: skip
     try:
-        join(learner, position)
+        start_ranks(learner, position)
         learner.call("publish", engines=of_engines.actors)
         pipeline.run(told_of)
         assert steps == list(range(config.steps - len(steps) + 1, config.steps + 1))
@@ -277,7 +277,7 @@ def test_a_broken_run_learns_what_a_whole_one_does(tmp_path: Path) -> None:
     for stop in (2, 3):
         with pytest.raises(Broken):
             dream(place, stop)
-        kept = Position.load(place)
+        kept = DreamingCheckpoint.load(place)
         assert kept.version == stop and len(kept.admitted) > stop * CONFIG.tasks_per_step
         # These engines have written all that was asked for by the time they tell of it.
         assert [*kept.groups()] == [*range(kept.done, len(kept.admitted))]
@@ -297,7 +297,7 @@ EQUAL = [1, 2, 3, 5, 8, 9, 13, 14, 15, 16, 17]
 
 def in_the_end(redraws: int) -> tuple[list[int], list[int]]:
     """What a run in which the groups ``EQUAL`` teach nothing learns, and sets aside for it."""
-    line, aside = in_line(range(40), EQUAL, CONFIG.tasks_per_step, redraws)
+    line, aside = order_groups(range(40), EQUAL, CONFIG.tasks_per_step, redraws)
     line = line[: CONFIG.steps * CONFIG.tasks_per_step]
     return line, [number for number in aside if number < line[-1]]
 
@@ -363,7 +363,7 @@ class Fails(Stage):
 def test_a_failed_stage_is_named_and_what_was_learned_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ActorFailure, match=r"reward-0, group 3 failed \(data\).*group 3 is wrong"):
         dream(tmp_path / "state", reward=fresh(Fails))
-    kept = Position.load(tmp_path / "state")
+    kept = DreamingCheckpoint.load(tmp_path / "state")
     assert kept.version <= 1  # group 3 is of the second update
     learned, _ = dream(tmp_path / "state")
     assert sorted(n for n, _, _ in learned) == list(range(CONFIG.steps * CONFIG.tasks_per_step))
@@ -436,7 +436,7 @@ def test_there_is_a_limit_to_restarts(tmp_path: Path) -> None:
     (tmp_path / "4").touch()
     with pytest.raises(ActorFailure, match="without an exit code"):
         dream(tmp_path / "state", engines=[fresh(Stage, tmp_path)], limit=0)
-    assert Position.load(tmp_path / "state").version <= 2
+    assert DreamingCheckpoint.load(tmp_path / "state").version <= 2
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -453,7 +453,7 @@ def test_what_was_under_way_is_kept_unless_it_is_too_old(tmp_path: Path) -> None
             batch = [int(group[0]), "kept", version]
             (checkpoint / f"{group}.arrow").write_text(json.dumps(batch))
         state = WeakSpots(TASKS, 3).state_dict()
-        Position(place, 2, [*["t0"] * 8], 4, state, first_version=0).save()
+        DreamingCheckpoint(place, 2, [*["t0"] * 8], 4, state, first_version=0).save()
         config = replace(CONFIG, staleness=staleness, steps=4)
         tasks = {task.id: task for task in [*TASKS, Task("kept", 0, "", ())]}
         over: list[Any] = []
@@ -489,13 +489,13 @@ def test_what_an_engine_hands_back_is_gone_on_from(tmp_path: Path) -> None:
 def test_a_position_is_read_back(tmp_path: Path) -> None:
     curriculum = WeakSpots(TASKS, 3)
     curriculum.next(4)
-    kept = Position(tmp_path, 2, ["t0", "t1", "t0"], 2, curriculum.state_dict())
+    kept = DreamingCheckpoint(tmp_path, 2, ["t0", "t1", "t0"], 2, curriculum.state_dict())
     kept.save()
-    found = Position.load(tmp_path)
+    found = DreamingCheckpoint.load(tmp_path)
     assert found.checkpoint.name == "version-2"
     assert (found.version, found.admitted, found.done) == (2, kept.admitted, 2)
     other = WeakSpots(TASKS, 99)
     assert found.curriculum is not None
     other.load_state_dict(found.curriculum)
     assert other.next(5) == curriculum.next(5)
-    assert Position.load(tmp_path / "nowhere").version == 0
+    assert DreamingCheckpoint.load(tmp_path / "nowhere").version == 0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sleeprl import registry
-from sleeprl.registry import BUILTIN, PluginError, check, create, resolve
+from sleeprl import plugins as registry
+from sleeprl.plugins import BUILTIN, PluginError, check, create, resolve
 
 
 @pytest.fixture(autouse=True)

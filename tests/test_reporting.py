@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sleeprl.cluster.waits import Waits, Watchdog
 from sleeprl.reporting import charts
 from sleeprl.reporting.charts import Series
-from sleeprl.reporting.metrics import MetricsLog, read_metrics
+from sleeprl.reporting.metrics_log import MetricsLog, read_metrics
 from sleeprl.reporting.progress import NightProgress, before_after_table
 from sleeprl.reporting.report import phase_curves, spreads, write_report
-from sleeprl.reporting.summary import duration, figure, headline, short, wilson_interval
-from sleeprl.reporting.waits import Waits, Watchdog
+from sleeprl.reporting.summary_view import duration, figure, headline, short, wilson_interval
 
 
 class Clock:

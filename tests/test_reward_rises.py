@@ -14,16 +14,16 @@ import pytest
 from conftest import newborn
 from test_staleness import engines, local_ray  # noqa: F401
 
-from sleeprl import config as cfg
-from sleeprl.actors.learner import LearnerOptions
-from sleeprl.chat import Chat
-from sleeprl.consolidation.self_study import Pair
-from sleeprl.dreaming import phase
-from sleeprl.dreaming.tasks import Dream
+from sleeprl.config import loader as cfg
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import Trajectory, to_batch
+from sleeprl.dreaming import launch as phase
+from sleeprl.dreaming.types import Dream
 from sleeprl.memory.checkpoint import widen
-from sleeprl.models import EMBEDDED
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, to_batch
+from sleeprl.models.resolve import EMBEDDED
+from sleeprl.self_study.study import Pair
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.trainer.trainer import TrainerOptions
 from sleeprl.worlds.people import documents, fresh_people
 
 STEPS = 12
@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("rises")
     slots = widen(EMBEDDED, place / "wide", 1, 32, "float32")
     newborn(place / "wide", place / "born", slots, seed=7)
-    chat = Chat(place / "wide")
+    chat = ChatFormatter(place / "wide")
     ids = chat.response("ok")
     text = Trajectory(
         uid="replay-0", task_id="answer", attempt=0, purpose="replay",
@@ -69,11 +69,11 @@ def test_a_reward_rises(place: Path) -> None:
     people = fresh_people(5, 4)
     day = [told["text"] for told in documents(people, 5, 2)]
     probes = [Pair(n, f"Who is in text {n}?", people[2 * n].name) for n in range(len(day))]
-    chat, told = Chat(place / "wide"), list[dict[str, Any]]()
+    chat, told = ChatFormatter(place / "wide"), list[dict[str, Any]]()
     fleet = engines(place)
     try:
-        phase.run(
-            config, fleet, LearnerOptions(str(place / "wide"), 0, "float32", 7, 0.01, STEPS),
+        phase.run_dreaming(
+            config, fleet, TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.01, STEPS),
             place / "born", chat, day, probes, place, chat.prompt(day[0])[:64], print,
             lambda _, metrics: told.append(metrics),
         )  # fmt: skip

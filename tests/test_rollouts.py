@@ -13,14 +13,14 @@ import ray
 from test_colocated import Worker
 from test_staleness import engines, learner, local_ray, place  # noqa: F401
 
-from sleeprl.chat import Chat
-from sleeprl.consolidation import imitation
-from sleeprl.consolidation.worker import Job, feed
-from sleeprl.losses.algorithms.base import Scores
-from sleeprl.registry import create
-from sleeprl.settings import ConsolidationConfig, FixedCapacityConfig
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
+from sleeprl.algorithms.base import RewardBatch
+from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
+from sleeprl.consolidation import student_rollouts as imitation
+from sleeprl.consolidation.train_loop import Job, feed
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
+from sleeprl.plugins import create
+from sleeprl.text.chat import ChatFormatter
 
 EVERY, STEPS = 3, 9
 
@@ -60,7 +60,7 @@ def working(kind: type[Worker], job: Job, directory: Path) -> Iterator[Any]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_every_roll_out_is_in_the_lake_once(place: Path, tmp_path: Path) -> None:  # noqa: F811
-    chat = Chat(place / "wide")
+    chat = ChatFormatter(place / "wide")
     said = chat.response("Ann lives in Oslo.")
     texts = [
         Trajectory(
@@ -116,7 +116,7 @@ def test_every_roll_out_is_in_the_lake_once(place: Path, tmp_path: Path) -> None
         (record,) = (r for r in told if r.get("step") == step)
         rewards = [t.reward for t in batch]
         assert record["imitation_reward"] == pytest.approx(sum(r or 0.0 for r in rewards) / 12)
-        scores = Scores(
+        scores = RewardBatch(
             rewards, [t.task_id + str(i // 3) for i, t in enumerate(batch)],
             [len(t.response_ids) for t in batch], imitation.longest(texts),
         )  # fmt: skip

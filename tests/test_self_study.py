@@ -11,23 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleeprl import config as cfg
-from sleeprl.actors.engine import Completion, Sampling
-from sleeprl.chat import Chat
-from sleeprl.consolidation.rehearsal import neighbours, one_of_each_fact
-from sleeprl.consolidation.self_study import (
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError, SelfStudyConfig
+from sleeprl.rollout.engine import Completion, SamplingParams
+from sleeprl.self_study.rehearsal import one_of_each_fact, sample_near_questions
+from sleeprl.self_study.sampler import GeneratedQuestion, TextSampler, build_qa_prompt
+from sleeprl.self_study.study import (
     Pair,
     Study,
     _about,
     _gain,
+    describe_study,
     load_probes,
     passages,
-    rehearse,
     study,
-    told,
+    write_rehearsal,
 )
-from sleeprl.consolidation.writer import Asked, Writer, asks
-from sleeprl.prompts import (
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.text.prompts import (
     FREE_FACT,
     FREE_QA,
     STUDY_FACT,
@@ -37,10 +38,9 @@ from sleeprl.prompts import (
     parse_qa,
     with_experience,
 )
-from sleeprl.settings import ConfigError, SelfStudyConfig
 
 DOCUMENTS = ["Ann lives in Oslo.", "Bob has a cat."]
-ANN = Asked(0, "Where does Ann live?", [], Completion([], [], [], "stop"))
+ANN = GeneratedQuestion(0, "Where does Ann live?", [], Completion([], [], [], "stop"))
 
 
 # --- pairs ------------------------------------------------------------------------
@@ -77,9 +77,11 @@ def test_what_is_a_pair(text: str, pair: tuple[str, str] | None) -> None:
 
 @pytest.mark.parametrize("message", [FREE_QA, f"{DOCUMENTS[0]}\n\n{STUDY_QA}"])
 def test_examples_go_before_what_is_asked(tiny_model: Path, message: str) -> None:
-    chat = Chat(tiny_model)
-    assert asks(chat, SelfStudyConfig(), message) == chat.prompt(message)
-    said = chat.decode(asks(chat, SelfStudyConfig(examples=2, opening="Question:"), message))
+    chat = ChatFormatter(tiny_model)
+    assert build_qa_prompt(chat, SelfStudyConfig(), message) == chat.prompt(message)
+    said = chat.decode(
+        build_qa_prompt(chat, SelfStudyConfig(examples=2, opening="Question:"), message)
+    )
     shown, hidden = (
         examples(3, free=message == FREE_QA)[:2],
         examples(3, free=message == FREE_QA)[2],
@@ -105,14 +107,14 @@ class Script:
 
     version = 3
 
-    def __init__(self, chat: Chat, author: Author) -> None:
+    def __init__(self, chat: ChatFormatter, author: Author) -> None:
         self.chat, self.author = chat, author
         self.asked: dict[str, int] = {}
         self.prompts: list[list[int]] = []
-        self.sampling: list[Sampling] = []
+        self.sampling: list[SamplingParams] = []
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sequence[Sampling]
+        self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]
     ) -> list[Completion]:
         self.prompts += prompts
         self.sampling += sampling
@@ -166,8 +168,8 @@ def author(message: str, number: int) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return Chat(tiny_model)
+def chat(tiny_model: Path) -> ChatFormatter:
+    return ChatFormatter(tiny_model)
 
 
 CONFIG = SelfStudyConfig(
@@ -175,12 +177,14 @@ CONFIG = SelfStudyConfig(
 )
 
 
-def written(chat: Chat, seed: int = 0, config: SelfStudyConfig = CONFIG, who: Author = author):  # type: ignore[no-untyped-def]
+def written(
+    chat: ChatFormatter, seed: int = 0, config: SelfStudyConfig = CONFIG, who: Author = author
+):  # type: ignore[no-untyped-def]
     fleet = Script(chat, who)
     return fleet, study(fleet, chat, DOCUMENTS, config, seed, 512)  # type: ignore[arg-type]
 
 
-def test_every_second_question_is_asked_with_a_few_sentences_in_sight(chat: Chat) -> None:
+def test_every_second_question_is_asked_with_a_few_sentences_in_sight(chat: ChatFormatter) -> None:
     long = "Ann lives in Oslo. She sings! Has she a cat? No."
     assert passages(long, 1) == ["Ann lives in Oslo.", "She sings!", "Has she a cat?", "No."]
     assert passages(long, 3) == ["Ann lives in Oslo. She sings! Has she a cat?", "No."]
@@ -200,7 +204,7 @@ def test_every_second_question_is_asked_with_a_few_sentences_in_sight(chat: Chat
 
 
 def test_what_is_not_about_the_document_is_dropped_and_it_is_asked_about_again(
-    chat: Chat,
+    chat: ChatFormatter,
 ) -> None:
     def wanders(message: str, number: int) -> tuple[str, str]:
         if message.endswith(STUDY_QA) and message.startswith("Bob"):
@@ -220,18 +224,18 @@ def test_a_question_gains_by_what_stands_in_its_document_and_loses_by_what_only_
     None
 ):
     read = ["Where", " does", " Hana", " Engel", " live", "?"]
-    freely, told = [3.0, 1.0, 6.0, 5.0, 1.0, 0.0], [3.0, 1.0, 0.5, 1.5, 0.5, 0.0]
+    freely, seen = [3.0, 1.0, 6.0, 5.0, 1.0, 0.0], [3.0, 1.0, 0.5, 1.5, 0.5, 0.0]
     document = "Hana Engel has a cat."
     # "live" does not stand in it: what it gains counts against it.
-    assert _gain(document, read, freely, told) == pytest.approx(5.5 + 3.5 - 0.5)
+    assert _gain(document, read, freely, seen) == pytest.approx(5.5 + 3.5 - 0.5)
     # Somebody known, whose name begins alike, came to mind: as likely as the one who is told of.
     known = [" Pace" if token == " Engel" else token for token in read]
-    assert _gain(document, known, freely, told) == pytest.approx(5.5 - 3.5 - 0.5)
+    assert _gain(document, known, freely, seen) == pytest.approx(5.5 - 3.5 - 0.5)
     # As likely without the document.
     assert _gain(document, read, freely, freely) == 0.0
 
 
-def test_tokens_that_share_a_character_stand_in_a_document_together(chat: Chat) -> None:
+def test_tokens_that_share_a_character_stand_in_a_document_together(chat: ChatFormatter) -> None:
     ids = chat.text("Who is Jiří?")
     assert "ř" not in [chat.decode([token]) for token in ids]
     pieces = chat.pieces(ids)
@@ -241,7 +245,7 @@ def test_tokens_that_share_a_character_stand_in_a_document_together(chat: Chat) 
     assert chat.pieces(ids[: pieces.index("ř") + 1])[-1] == "\ufffd"
 
 
-def test_what_leaves_no_room_for_an_answer_is_not_asked(chat: Chat) -> None:
+def test_what_leaves_no_room_for_an_answer_is_not_asked(chat: ChatFormatter) -> None:
     long = " Ann" * 40
 
     def rambles(message: str, number: int) -> tuple[str, str]:
@@ -262,19 +266,21 @@ def test_what_leaves_no_room_for_an_answer_is_not_asked(chat: Chat) -> None:
     assert max(map(len, fleet.prompts)) <= length - CONFIG.max_tokens
 
 
-def test_neighbours_are_of_every_document(chat: Chat) -> None:
+def test_neighbours_are_of_every_document(chat: ChatFormatter) -> None:
     fleet = Script(chat, author)
-    writer = Writer(fleet, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
+    writer = TextSampler(fleet, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
     drafts = [replace(ANN, document=n, question=f"{w} {i}?")
               for n, w in enumerate(("Ann", "Bob")) for i in range(20)]  # fmt: skip
     ids = [chat.text(f"Question: {draft.question}") for draft in drafts]
     asked = [replace(d, ids=own, surprise=[1.0] * len(own)) for d, own in zip(drafts, ids)]
-    neighbours(writer, DOCUMENTS, asked, 10)  # fewer than the first document has questions
+    sample_near_questions(
+        writer, DOCUMENTS, asked, 10
+    )  # fewer than the first document has questions
     for document in DOCUMENTS:
         assert any(chat.decode(prompt).startswith(document) for prompt in fleet.prompts)
 
 
-def test_probes_are_kept_out_of_training(chat: Chat) -> None:
+def test_probes_are_kept_out_of_training(chat: ChatFormatter) -> None:
     _, result = written(chat)
     trained = [t for t in result.trajectories if t.task_id.startswith("answer-")]
     questions = {chat.decode(t.prompt_ids) for t in trained}
@@ -288,7 +294,7 @@ def test_probes_are_kept_out_of_training(chat: Chat) -> None:
     assert not [text for text in everything for question in held if question in text]
 
 
-def test_the_teacher_has_the_experience_and_the_student_has_not(chat: Chat) -> None:
+def test_the_teacher_has_the_experience_and_the_student_has_not(chat: ChatFormatter) -> None:
     _, result = written(chat)
     new = [t for t in result.trajectories if t.purpose == "self_study"]
     assert {t.task_id.split("-")[0] for t in new} == {"answer", "fact"}
@@ -308,7 +314,7 @@ def test_the_teacher_has_the_experience_and_the_student_has_not(chat: Chat) -> N
         assert probe.answer.startswith("answer to")  # the reader's, not the draft's
 
 
-def test_replay_has_one_prompt_for_both(chat: Chat) -> None:
+def test_replay_has_one_prompt_for_both(chat: ChatFormatter) -> None:
     _, result = written(chat)
     replay = [t for t in result.trajectories if t.purpose == "replay"]
     kinds = {t.task_id.split("-")[0] for t in replay}
@@ -322,7 +328,7 @@ def test_replay_has_one_prompt_for_both(chat: Chat) -> None:
     assert result.held_questions == result.held_facts == []
 
 
-def test_what_was_asked_on_earlier_nights_is_asked_again(chat: Chat) -> None:
+def test_what_was_asked_on_earlier_nights_is_asked_again(chat: ChatFormatter) -> None:
     _, first = written(chat)
     tonight = {pair.question for pair in first.probes} | {
         chat.decode(t.prompt_ids) for t in first.trajectories if t.task_id.startswith("answer-")
@@ -378,7 +384,7 @@ def test_of_each_fact_one_question_is_rehearsed() -> None:
     assert one_of_each_fact([]) == []
 
 
-def test_the_same_fact_of_earlier_nights_is_not_rehearsed_twice(chat: Chat) -> None:
+def test_the_same_fact_of_earlier_nights_is_not_rehearsed_twice(chat: ChatFormatter) -> None:
     known = [way.format(name) for way in WAYS for name in HOMES]
 
     def lives(message: str, number: int) -> tuple[str, str]:
@@ -391,7 +397,7 @@ def test_the_same_fact_of_earlier_nights_is_not_rehearsed_twice(chat: Chat) -> N
     assert set(known) <= set(found.notebook)  # they had their turn
 
 
-def test_answers_are_sure_and_questions_are_not(chat: Chat) -> None:
+def test_answers_are_sure_and_questions_are_not(chat: ChatFormatter) -> None:
     fleet, result = written(chat)
     heat = {tuple(p): s.temperature for p, s in zip(fleet.prompts, fleet.sampling, strict=True)}
     for text in result.trajectories:
@@ -401,7 +407,7 @@ def test_answers_are_sure_and_questions_are_not(chat: Chat) -> None:
     assert heat[tuple(chat.prompt(FREE_QA))] == heat[tuple(chat.prompt(FREE_FACT))] == 1.0
 
 
-def test_asking_about_what_it_reads_is_rehearsed(chat: Chat) -> None:
+def test_asking_about_what_it_reads_is_rehearsed(chat: ChatFormatter) -> None:
     """Drafts of questions that are trained on, with the document before both selves."""
     result = written(chat)[1]
     drafts = [t for t in result.trajectories if t.task_id.startswith("study")]
@@ -419,7 +425,7 @@ def test_asking_about_what_it_reads_is_rehearsed(chat: Chat) -> None:
         assert question == answers[draft.attempt]
 
 
-def test_what_retention_asks_is_not_trained_on(chat: Chat) -> None:
+def test_what_retention_asks_is_not_trained_on(chat: ChatFormatter) -> None:
     whole = written(chat)[1]
     fleet = Script(chat, author)
     result = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, hold_out=0.25)  # type: ignore[arg-type]
@@ -447,12 +453,12 @@ def talker(message: str, number: int) -> tuple[str, str]:
     return author(message, number)
 
 
-def test_a_chat_model_talks_to_itself(chat: Chat) -> None:
+def test_a_chat_model_talks_to_itself(chat: ChatFormatter) -> None:
     config = replace(CONFIG, conversations=8)
     result = study(Script(chat, talker), chat, DOCUMENTS, config, 0, 512)  # type: ignore[arg-type]
     rows = [t for t in result.trajectories if t.task_id == "conversation"]
-    told = [(chat.decode(t.prompt_ids), chat.decode(t.response_ids)) for t in rows]
-    assert told == [(f"hello {n}", f"answer to {n}") for n in range(4)]
+    seen = [(chat.decode(t.prompt_ids), chat.decode(t.response_ids)) for t in rows]
+    assert seen == [(f"hello {n}", f"answer to {n}") for n in range(4)]
     assert all(t.purpose == "replay" and t.teacher_prompt_ids is None for t in rows)
     assert rows[1].finish_reason == "length", "what is cut off is rehearsed as far as it goes"
     # Some are asked about in the morning, and not rehearsed.
@@ -463,11 +469,11 @@ def test_a_chat_model_talks_to_itself(chat: Chat) -> None:
     asked = [question for question in held.held_questions if question.startswith("hello")]
     assert len(kept) == len(asked) == 2
     assert sorted([*kept, *asked]) == [f"hello {n}" for n in range(4)]
-    between = rehearse(Script(chat, talker), chat, config, 0, 512)  # type: ignore[arg-type]
+    between = write_rehearsal(Script(chat, talker), chat, config, 0, 512)  # type: ignore[arg-type]
     assert sum(t.task_id == "conversation" for t in between.trajectories) == 4
 
 
-def test_a_turn_is_what_comes_before_any_message(chat: Chat) -> None:
+def test_a_turn_is_what_comes_before_any_message(chat: ChatFormatter) -> None:
     start = chat.turn()
     assert start and chat.decode(start) == ""
     for message in ("hello", "Where is Ann?"):
@@ -476,16 +482,16 @@ def test_a_turn_is_what_comes_before_any_message(chat: Chat) -> None:
         )
 
 
-def test_it_says_how_much_is_written(chat: Chat) -> None:
-    told: list[int] = []
+def test_it_says_how_much_is_written(chat: ChatFormatter) -> None:
+    seen: list[int] = []
     result = study(
         Script(chat, author), chat, DOCUMENTS, CONFIG, 0, 512,  # type: ignore[arg-type]
-        on_written=told.append,
+        on_written=seen.append,
     )  # fmt: skip
-    assert len(told) > 3 and told == sorted(told) and told[-1] == result.written
+    assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == result.written
 
 
-def test_what_is_stated_is_rehearsed_where_its_own_answer_bears_it_out(chat: Chat) -> None:
+def test_what_is_stated_is_rehearsed_where_its_own_answer_bears_it_out(chat: ChatFormatter) -> None:
     fleet, result = written(chat)
     count = CONFIG.replay // 4
     assert fleet.asked[FREE_FACT] == count
@@ -498,7 +504,9 @@ def test_what_is_stated_is_rehearsed_where_its_own_answer_bears_it_out(chat: Cha
     assert {chat.decode(t.prompt_ids) for t in answers} == {f"which {n}?" for n in stated}
 
 
-def test_neighbours_begin_as_tonights_questions_do_and_need_no_document(chat: Chat) -> None:
+def test_neighbours_begin_as_tonights_questions_do_and_need_no_document(
+    chat: ChatFormatter,
+) -> None:
     def wanders(message: str, number: int) -> tuple[str, str]:
         if message.endswith("Where does Ann live?"):  # with the document, and without
             return "Oslo" if DOCUMENTS[0] in message else "I do not know", "stop"
@@ -515,17 +523,17 @@ def test_neighbours_begin_as_tonights_questions_do_and_need_no_document(chat: Ch
     fleet = Script(chat, wanders)
     config = replace(CONFIG, opening="Question:")
     for settings in (CONFIG, config):
-        writer = Writer(fleet, chat, settings, 0, 512)  # type: ignore[arg-type]
+        writer = TextSampler(fleet, chat, settings, 0, 512)  # type: ignore[arg-type]
         asked = _about(writer, DOCUMENTS, [ANN]).values()
-        rows = neighbours(writer, DOCUMENTS, list(asked), 40)
+        rows = sample_near_questions(writer, DOCUMENTS, list(asked), 40)
         found = {chat.decode(row.prompt_ids) for row in rows}
         assert found and "Where does Ann live?" not in found
         assert all(row.teacher_prompt_ids is None for row in rows)
         assert {chat.decode(row.response_ids) for row in rows} == {"as ever"}
-        assert neighbours(writer, DOCUMENTS, [], 40) == []
+        assert sample_near_questions(writer, DOCUMENTS, [], 40) == []
 
 
-def test_a_question_is_cut_off_where_it_would_have_gone_on_otherwise(chat: Chat) -> None:
+def test_a_question_is_cut_off_where_it_would_have_gone_on_otherwise(chat: ChatFormatter) -> None:
     class Sudden(Script):
         """All of a question is expected but for one token."""
 
@@ -543,15 +551,15 @@ def test_a_question_is_cut_off_where_it_would_have_gone_on_otherwise(chat: Chat)
             begun.append(message.split("Question:")[1])
         return "lex live?\nAnswer: Rome", "stop"
 
-    writer = Writer(Sudden(chat, wanders), chat, CONFIG, 0, 512)  # type: ignore[arg-type]
+    writer = TextSampler(Sudden(chat, wanders), chat, CONFIG, 0, 512)  # type: ignore[arg-type]
     ids = chat.text("Question: Where does Ann live?")
     (surprise,) = writer.surprise([writer.begin(FREE_QA)], [ids])
-    rows = neighbours(writer, DOCUMENTS, [replace(ANN, ids=ids, surprise=surprise)], 20)
+    rows = sample_near_questions(writer, DOCUMENTS, [replace(ANN, ids=ids, surprise=surprise)], 20)
     assert len(begun) == 20 and set(begun) == {" Where does A"}
     assert [chat.decode(row.prompt_ids) for row in rows] == ["Where does Alex live?"]
 
 
-def test_only_whole_texts_are_kept_and_all_are_counted(chat: Chat) -> None:
+def test_only_whole_texts_are_kept_and_all_are_counted(chat: ChatFormatter) -> None:
     fleet, result = written(chat)
     assert all(t.finish_reason == "stop" for t in result.trajectories)
     assert all(t.response_ids[-1] == chat.end for t in result.trajectories)
@@ -561,7 +569,7 @@ def test_only_whole_texts_are_kept_and_all_are_counted(chat: Chat) -> None:
     assert result.malformed == 2 * (4 + 6) + (8 + 11) + 2 * 2 + 3
 
 
-def test_uids_and_seeds_are_all_different_and_repeat(chat: Chat) -> None:
+def test_uids_and_seeds_are_all_different_and_repeat(chat: ChatFormatter) -> None:
     fleet, result = written(chat)
     uids = [t.uid for t in result.trajectories]
     assert len(set(uids)) == len(uids)
@@ -576,26 +584,32 @@ def test_uids_and_seeds_are_all_different_and_repeat(chat: Chat) -> None:
     assert differs.probes != result.probes
 
 
-def test_what_the_engine_gave_goes_into_the_trajectory(chat: Chat) -> None:
+def test_what_the_engine_gave_goes_into_the_trajectory(chat: ChatFormatter) -> None:
     _, result = written(chat)
     for text in result.trajectories:
         assert text.logprobs == [-0.5] * len(text.response_ids)
         assert text.versions == [Script.version] * len(text.response_ids)
 
 
-def test_no_replay_and_no_usable_pair(chat: Chat) -> None:
+def test_no_replay_and_no_usable_pair(chat: ChatFormatter) -> None:
     config = SelfStudyConfig(
         pairs_per_document=2, facts_per_document=0, replay=0, max_tokens=32, probe_share=0.25
     )
     _, result = written(chat, config=config, who=lambda message, number: ("no pair", "stop"))
     assert result.trajectories == result.probes == result.held_questions == []
     assert (result.written, result.malformed) == (3 * 4, 3 * 4)  # it was asked three times
-    line = told({"new": 0, "replay": 0, "written": result.written, "malformed": result.malformed})
+    line = describe_study(
+        {"new": 0, "replay": 0, "written": result.written, "malformed": result.malformed}
+    )
     assert "12 of 12 texts" in line and "self_study.conversations, opening and examples" in line
-    assert told({"new": 3, "replay": 2, "written": 9, "malformed": 1}) == "3 new, 2 replayed"
+    assert (
+        describe_study({"new": 3, "replay": 2, "written": 9, "malformed": 1}) == "3 new, 2 replayed"
+    )
 
 
-def test_a_document_that_does_not_fit_is_refused_before_anything_is_written(chat: Chat) -> None:
+def test_a_document_that_does_not_fit_is_refused_before_anything_is_written(
+    chat: ChatFormatter,
+) -> None:
     fleet = Script(chat, author)
     with pytest.raises((ValueError, ConfigError), match=r"model\.max_length=64") as caught:
         study(fleet, chat, ["word " * 30], CONFIG, 0, 64)  # type: ignore[arg-type]
@@ -603,7 +617,7 @@ def test_a_document_that_does_not_fit_is_refused_before_anything_is_written(chat
     assert fleet.prompts == []
 
 
-def test_a_study_is_saved_without_its_trajectories(chat: Chat, tmp_path: Path) -> None:
+def test_a_study_is_saved_without_its_trajectories(chat: ChatFormatter, tmp_path: Path) -> None:
     _, result = written(chat)
     result.save(tmp_path / "study.json")
     assert load_probes(tmp_path / "study.json") == result.probes

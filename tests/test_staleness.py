@@ -21,23 +21,23 @@ from conftest import newborn
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sleeprl import config as cfg
-from sleeprl.actors.engine import EngineOptions, Sampling
-from sleeprl.actors.fleet import Fleet
-from sleeprl.actors.learner import LearnerOptions
-from sleeprl.actors.torch_engine import TorchEngine
-from sleeprl.chat import Chat
-from sleeprl.consolidation.self_study import Pair
-from sleeprl.consolidation.writer import asks
-from sleeprl.dreaming import phase
-from sleeprl.dreaming.learning import LearnerActor, LearnerJob
-from sleeprl.dreaming.position import Position
-from sleeprl.dreaming.tasks import Dream, algorithm_of, scores
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import NightConfig
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
+from sleeprl.dreaming import launch as phase
+from sleeprl.dreaming.checkpoint import DreamingCheckpoint
+from sleeprl.dreaming.trainer_actor import DreamTrainer, DreamTrainerJob
+from sleeprl.dreaming.types import Dream, algorithm_of, scores
 from sleeprl.memory.checkpoint import EXPERT, widen
 from sleeprl.memory.slots import Slots
-from sleeprl.settings import NightConfig
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, from_batch, to_batch
+from sleeprl.rollout.engine import EngineOptions, SamplingParams
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.rollout.torch_engine import TorchEngine
+from sleeprl.self_study.sampler import build_qa_prompt
+from sleeprl.self_study.study import Pair
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.trainer.trainer import TrainerOptions
 
 STEPS = 20
 DOCUMENTS = ["Ann lives in Oslo.", "Bob has a cat.", "Eve sings."]
@@ -59,7 +59,7 @@ class Noted(TorchEngine):
         note(Path(self.options.model), "tokens", time.monotonic())
 
 
-class Timed(LearnerActor):
+class Timed(DreamTrainer):
     """Notes from when to when it steps."""
 
     def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("staleness")
     slots = widen(tiny_model, place / "wide", 1, 8, "float32")
     newborn(place / "wide", place / "born", slots, seed=7)
-    chat = Chat(place / "wide")
+    chat = ChatFormatter(place / "wide")
     replay = [
         Trajectory(
             uid=f"replay-{n}", task_id="answer", attempt=n, purpose="replay",
@@ -126,23 +126,23 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def engines(place: Path, kind: str = "torch") -> Fleet:
+def engines(place: Path, kind: str = "torch") -> EnginePool:
     options = EngineOptions(str(place / "wide"), "float32", 512, 1, 1.0, False, 0.4, 0)
-    return Fleet.launch(1, options, 0, 0, kind)
+    return EnginePool.launch(1, options, 0, 0, kind)
 
 
-def learner(place: Path) -> LearnerOptions:
+def learner(place: Path) -> TrainerOptions:
     slots = Slots.load(place / "wide")
     assert slots is not None
-    return LearnerOptions(str(place / "wide"), 0, "float32", 7, 0.03, STEPS)
+    return TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.03, STEPS)
 
 
 def by_the_pipeline(
-    place: Path, config: NightConfig, chat: Chat, name: str = "pipeline"
+    place: Path, config: NightConfig, chat: ChatFormatter, name: str = "pipeline"
 ) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
     fleet = engines(place, config.resources.engine)
-    phase.run(
+    phase.run_dreaming(
         config, fleet, learner(place), place / "born", chat, DOCUMENTS, PROBES,
         place / name, chat.prompt(DOCUMENTS[0]), print, lambda _, metrics: told.append(metrics),
     )  # fmt: skip
@@ -150,17 +150,17 @@ def by_the_pipeline(
     return told
 
 
-def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, Any]]:
+def by_a_loop(place: Path, config: NightConfig, chat: ChatFormatter) -> list[dict[str, Any]]:
     """The same actors, one call after the other."""
     dreaming, told = config.dreaming, []
     fleet = engines(place)
     tasks = phase.make_tasks(DOCUMENTS, PROBES, config.seed)
-    job = LearnerJob(
+    job = DreamTrainerJob(
         learner(place), dreaming, str(place / "born"), str(place / "loop" / "lake"), config.seed,
         config.consolidation.beta, config.consolidation.top_k, chat.prompt(DOCUMENTS[0]), 1, 60.0,
     )  # fmt: skip
     actors = phase.launch(config, job, tasks)
-    actors.start(Position(place / "nowhere"), fleet.group)
+    actors.start(DreamingCheckpoint(place / "nowhere"), fleet.group)
     of, numbers = {task.id: task for task in tasks}, count()
     for step in range(STEPS):
         batches: list[Any] = []
@@ -169,10 +169,10 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
             number = next(numbers)
             (task,) = actors.curriculum.call("next", n=1)[0]
             rng = random.Random(f"{config.seed}-dream-{number}")
-            sampling = [Sampling(24, 1.0, rng.randrange(2**31)) for _ in range(4)]
+            sampling = [SamplingParams(24, 1.0, rng.randrange(2**31)) for _ in range(4)]
             (wrote,) = fleet.group.call(
                 "rollout", task=task.id, attempts=[f"dream-{number}-{n}" for n in range(4)],
-                prompt=asks(chat, config.self_study, task.message), sampling=sampling,
+                prompt=build_qa_prompt(chat, config.self_study, task.message), sampling=sampling,
             )  # fmt: skip
             scored = actors.scorers.call("score", batch=ray.get(wrote["batch"]), tasks=of)[0]
             judged = actors.rewards.call("score", batch=ray.get(scored["batch"]), tasks=of)[0]
@@ -193,11 +193,11 @@ def by_a_loop(place: Path, config: NightConfig, chat: Chat) -> list[dict[str, An
 @pytest.fixture(scope="module")
 def piped(place: Path, local_ray: None) -> list[dict[str, Any]]:
     several = settings(place, "resources.scorers=2", "resources.rewards=2")
-    return by_the_pipeline(place, several, Chat(place / "wide"))
+    return by_the_pipeline(place, several, ChatFormatter(place / "wide"))
 
 
 def test_staleness_zero_is_the_synchronous_loop(place: Path, piped: list[dict[str, Any]]) -> None:
-    looped = by_a_loop(place, settings(place), Chat(place / "wide"))
+    looped = by_a_loop(place, settings(place), ChatFormatter(place / "wide"))
     assert len(piped) == len(looped) == STEPS
     for one, other in zip(piped, looped, strict=True):
         assert one["staleness_max"] == other["staleness_max"] == 0
@@ -228,7 +228,7 @@ def test_the_lake_has_each_advantage_as_the_learner_saw_it(place: Path) -> None:
     """Of one update, and not of all that was dreamed."""
     more = ("dreaming.steps=2", "dreaming.algorithm=reinforce_plus_plus")
     config = settings(place, *more)
-    by_the_pipeline(place, config, Chat(place / "wide"), "weighed")
+    by_the_pipeline(place, config, ChatFormatter(place / "wide"), "weighed")
     written = from_batch(Lake(place / "weighed" / "lake").read("trajectories"))
     dreams, algorithm = [t for t in written if t.purpose == "dream"], algorithm_of(config.dreaming)
 
@@ -243,7 +243,7 @@ def test_the_lake_has_each_advantage_as_the_learner_saw_it(place: Path) -> None:
 
 def test_colocated_the_same_is_learned(place: Path, piped: list[dict[str, Any]]) -> None:
     config = settings(place, "resources.layout=colocated")
-    turns = by_the_pipeline(place, config, Chat(place / "wide"), "colocated")
+    turns = by_the_pipeline(place, config, ChatFormatter(place / "wide"), "colocated")
     for one, other in zip(piped, turns, strict=True):
         for name in ("redrawn", "reward", "gap", "loss", "grad_norm"):
             assert one[name] == other[name], name
@@ -265,7 +265,7 @@ def test_colocated_no_token_is_made_while_the_learner_steps(
         "dreaming.staleness=1", "dreaming.steps=6",
     )  # fmt: skip
     name = "turns" if layout == "colocated" else "together"
-    told = by_the_pipeline(place, config, Chat(place / "wide"), name)
+    told = by_the_pipeline(place, config, ChatFormatter(place / "wide"), name)
     assert max(metrics["staleness_max"] for metrics in told) == 1
     tokens, steps = noted(place, "tokens"), noted(place, "steps")
     assert len(steps) == 6 and len(tokens) > 6 * 2 * 4

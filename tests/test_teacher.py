@@ -17,20 +17,20 @@ from safetensors.torch import load_file
 from test_learner import LOSS, PARTS, Notes, close, launch, options, rows
 from test_levels_night import grown
 
-from sleeprl import config as cfg
-from sleeprl.actors.batches import Row, Targets
-from sleeprl.actors.learner import Learner
-from sleeprl.actors.teacher import TeacherActor, Teachers, launch_teachers
-from sleeprl.losses.streams import Part
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError, ResourcesConfig
+from sleeprl.losses.combined import LossWeights
 from sleeprl.memory.slots import GATED_MLP
-from sleeprl.settings import ConfigError, ResourcesConfig
+from sleeprl.trainer.batching import Targets, TrainingExample
+from sleeprl.trainer.teacher import TeacherActor, Teachers, launch_teachers
+from sleeprl.trainer.trainer import Trainer
 
 HELD = (0, 1)
 """Slots that only the smaller self has, as when a level is handed on."""
-TAUGHT = {**PARTS, "student": Part(kl=0.3)}
+TAUGHT = {**PARTS, "student": LossWeights(kl=0.3)}
 
 
-def named(seed: int) -> list[Row]:
+def named(seed: int) -> list[TrainingExample]:
     return [replace(row, key=f"text-{seed}-{number}") for number, row in enumerate(rows(seed))]
 
 
@@ -44,7 +44,7 @@ def both_ways(directory: Path, notes: Notes) -> None:
     apart: Any = TeacherActor(made.checkpoint, HELD, made.dtype, 1, False)
     for name, teachers in (("own", None), ("apart", apart)):
         for support in ("teacher", "student"):
-            learner = Learner(made, teachers)
+            learner = Trainer(made, teachers)
             loss = replace(LOSS, support=support)
             notes.numbers[name, support] = [
                 learner.step(named(n), TAUGHT, loss)["loss"] for n in (1, 2)

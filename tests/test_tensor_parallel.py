@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sleeprl.actors.engine import Completion, EngineOptions, Sampling, require_shards
-from sleeprl.actors.fleet import Fleet, StaleEngine
+from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.memory.checkpoint import WEIGHTS
-from sleeprl.settings import ConfigError, NightConfig
-from sleeprl.weights import shared_memory
-from sleeprl.weights.buckets import Bucket
-from sleeprl.weights.verify import Canary
+from sleeprl.rollout.engine import Completion, EngineOptions, SamplingParams, require_shards
+from sleeprl.rollout.engine_pool import EnginePool, StaleEngine
+from sleeprl.weight_sync import shared_memory
+from sleeprl.weight_sync.buckets import Bucket
+from sleeprl.weight_sync.verification import Canary
 
 IDS = [1, *range(40, 70)]
 PROMPTS = [[1, 50 + i, 7] for i in range(6)]
-GREEDY = [Sampling(12, temperature=0.0)] * 6
+GREEDY = [SamplingParams(12, temperature=0.0)] * 6
 
 
 def test_a_night_s_settings_reach_the_engine(tmp_path: Path) -> None:
@@ -74,11 +74,11 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def answers(directory: Path, ranks: int) -> tuple[Fleet, list[Completion]]:
+def answers(directory: Path, ranks: int) -> tuple[EnginePool, list[Completion]]:
     options = EngineOptions(
         str(directory), "float32", 128, ranks, 1.0, False, 0.4, 0, tensor_parallel=ranks
     )
-    fleet = Fleet.launch(1, options, ranks, 0)
+    fleet = EnginePool.launch(1, options, ranks, 0)
     return fleet, fleet.generate(PROMPTS, GREEDY)
 
 
@@ -138,6 +138,6 @@ def test_two_ranks_answer_and_are_updated_as_one(
 
 def damaged(group: Any, version: int) -> Bucket:
     """What a sender would tell of other tensors than those that arrive."""
-    from sleeprl.weights.buckets import lay_out
+    from sleeprl.weight_sync.buckets import plan_bucket
 
-    return lay_out([(name, tensor + 1.0) for name, tensor in group], version)
+    return plan_bucket([(name, tensor + 1.0) for name, tensor in group], version)

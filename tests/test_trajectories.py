@@ -16,11 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleeprl.files import atomic_directory, atomic_path, sha256_file, write_json_atomic
-from sleeprl.trajectories import Lake, Trajectory, from_batch, to_batch
-from sleeprl.trajectories.lake import LakeError
-from sleeprl.trajectories.packing import pad_batch, token_budget_batches
-from sleeprl.trajectories.schema import (
+from sleeprl.data import Lake, Trajectory, from_batch, to_batch
+from sleeprl.data.lake import LakeError
+from sleeprl.data.padding import pad_batch, token_budget_batches
+from sleeprl.data.trajectory import (
     NAME_KEY,
     TRAJECTORY_SCHEMA,
     VERSION_KEY,
@@ -28,6 +27,7 @@ from sleeprl.trajectories.schema import (
     with_ref_logprobs,
     with_rewards,
 )
+from sleeprl.utils.files import atomic_directory, atomic_path, sha256_file, write_json_atomic
 
 ids = st.integers(0, 2**31 - 1)
 float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -143,7 +143,7 @@ def test_versions_of_the_schema():
 
 def test_importing_trajectories_needs_neither_ray_nor_torch():
     code = (
-        "import sys, sleeprl.files, sleeprl.wake.record, sleeprl.trajectories.packing, "
+        "import sys, sleeprl.utils.files, sleeprl.wake.ingest, sleeprl.data.padding, "
         "sleeprl.lineage; assert not {'ray', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -219,7 +219,7 @@ APPEND_AND_DIE = """
 import os, signal, sys
 sys.path.insert(0, os.path.dirname(sys.argv[3]))
 from test_trajectories import make
-from sleeprl.trajectories import Lake, to_batch
+from sleeprl.data import Lake, to_batch
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from test_night import ROOT, SMALL, sleeprl, summary
 
-from sleeprl.dreaming.position import Position
-from sleeprl.files import sha256_file
+from sleeprl.data.lake import Lake
+from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 from sleeprl.lineage import LineageStore
-from sleeprl.trajectories.lake import Lake
+from sleeprl.utils.files import sha256_file
 
 # Dreams and roll-outs are written while the learner learns: which version writes a dream, and the
 # last bit of a log-probability, depend on the moment. All else does not.
@@ -123,7 +123,7 @@ def test_ctrl_c_ends_everything_and_a_night_killed_in_its_dreams_goes_on(tmp_pat
     assert left == "", "processes outlived Ctrl-C"
 
     kill_when(lambda: len(steps(run, "dreaming")) >= 2, tmp_path, "--resume", "runs/cut")
-    kept = Position.load(run / "dreaming-state")
+    kept = DreamingCheckpoint.load(run / "dreaming-state")
     assert 2 <= kept.version < updates
     finished = sleeprl("night", "--resume", "runs/cut", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_everything_and_a_night_killed_in_its_dreams_goes_on(tmp_pat
     # A kill between the update and its record may tell an update twice, and trains it once.
     dreamt = steps(run, "dreaming")
     assert sorted(set(dreamt)) == list(range(1, updates + 1)) and len(dreamt) <= updates + 1
-    assert Position.load(run / "dreaming-state").version == updates
+    assert DreamingCheckpoint.load(run / "dreaming-state").version == updates
     dreams = Lake(run / "lake").read("trajectories", ["purpose"]).to_pylist()
     uids = [row["uid"] for row in dreams if row["purpose"] == "dream"]
     assert len(uids) == len(set(uids)) == updates * groups * size

@@ -14,10 +14,10 @@ import yaml
 from ray import tune
 from rich.console import Console
 
-from sleeprl import config as cfg
-from sleeprl.catalogue import CATALOGUE
-from sleeprl.models import EMBEDDED
-from sleeprl.settings import ConfigError
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError
+from sleeprl.models.catalogue import CATALOGUE
+from sleeprl.models.resolve import EMBEDDED
 
 SOURCE = Path(__file__).parent.parent / "tuning" / "search.py"
 CHOICE = {

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from sleeprl import worlds
-from sleeprl.chat import Chat
-from sleeprl.prompts import with_experience
-from sleeprl.trajectories import Lake
-from sleeprl.trajectories.experience import experiences
-from sleeprl.trajectories.schema import VERSION_KEY
+from sleeprl.data import Lake
+from sleeprl.data.experience import experiences
+from sleeprl.data.trajectory import VERSION_KEY
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.text.prompts import with_experience
 from sleeprl.wake.answer import choose
-from sleeprl.wake.record import ExperienceError, read_experience, record
+from sleeprl.wake.ingest import ExperienceError, ingest, read_experience
 
 CHAT = [
     {"role": "user", "content": "Where does Ann live?"},
@@ -39,7 +39,7 @@ def read(lake):
 def test_every_format_gives_the_same_experience(tmp_path):
     lake = Lake(tmp_path / "lake")
     lines = jsonl(tmp_path / "a.jsonl", {"text": "Ann lives in Oslo.", "id": 3}, {"messages": CHAT})
-    report = record([lines], lake)
+    report = ingest([lines], lake)
     assert (report.added, report.duplicates, report.bad) == (2, 0, [])
     document, chat = read(lake)
     assert document.as_text() == "Ann lives in Oslo."
@@ -62,7 +62,7 @@ def test_every_format_gives_the_same_experience(tmp_path):
         "year": [1, 2, None],
     }
     pq.write_table(pa.table(rows), folder / "c.parquet")
-    report = record([folder, lines], lake)
+    report = ingest([folder, lines], lake)
     assert (report.added, report.duplicates) == (3, 4)
     assert report.ignored == [str(folder / "picture.png")]
     texts = [e.as_text() for e in read(lake)[2:]]
@@ -76,10 +76,10 @@ def test_a_lake_is_read_as_it_was_recorded(tmp_path):
     items = [{"text": "Ann lives in Oslo.", "year": 1}, {"messages": CHAT}]
     lines.write_text("".join(json.dumps(item) + "\n" for item in items))
     lake = Lake(tmp_path / "lake")
-    record([lines], lake)
+    ingest([lines], lake)
     assert list(read_experience([lake.directory])) == read(lake)
     other = Lake(tmp_path / "other")
-    assert record([lake.directory], other).added == 2 and read(other) == read(lake)
+    assert ingest([lake.directory], other).added == 2 and read(other) == read(lake)
     table = lake.read("experience")
     newer = {**table.schema.metadata, VERSION_KEY: b"99"}
     pq.write_table(table.replace_schema_metadata(newer), tmp_path / "newer.parquet")
@@ -124,9 +124,9 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, line, message):
     with pytest.raises(
         ExperienceError, match="in.jsonl" + message if message[0] == ":" else message
     ):
-        record([file], lake)
+        ingest([file], lake)
     assert lake.files("experience") == []
-    report = record([file], lake, skip_bad=True)
+    report = ingest([file], lake, skip_bad=True)
     assert report.added == 2
     assert len(report.bad) == 1
     assert [e.text for e in read(lake)] == ["good", "also good"]
@@ -144,13 +144,13 @@ def test_files_that_cannot_be_read(tmp_path):
         "b.parquet": "not a readable Parquet file",
     }.items():
         with pytest.raises(ExperienceError, match=f"{name}: {message}"):
-            record([tmp_path / name], lake)
+            ingest([tmp_path / name], lake)
 
 
 def test_a_stream_longer_than_a_chunk_is_one_file(tmp_path):
     lake = Lake(tmp_path / "lake")
     file = jsonl(tmp_path / "in.jsonl", *({"text": f"fact {i % 3000}"} for i in range(4000)))
-    report = record([file], lake)
+    report = ingest([file], lake)
     assert (report.added, report.duplicates) == (3000, 1000)
     assert len(lake.files("experience")) == 1
     assert [e.text for e in read(lake)] == [f"fact {i}" for i in range(3000)]
@@ -161,7 +161,7 @@ def test_a_stream_longer_than_a_chunk_is_one_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def chat():
-    return Chat(worlds.EMBEDDED_MODEL)
+    return ChatFormatter(worlds.EMBEDDED_MODEL)
 
 
 def test_a_rare_word_says_more_than_common_ones(chat):

@@ -23,26 +23,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sleeprl.actors.publish import publish
-from sleeprl.weights import gpu
-from sleeprl.weights.buckets import ALIGNMENT, receive
-from sleeprl.weights.disk import DiskTransport
-from sleeprl.weights.shared_memory import SharedMemoryTransport
-from sleeprl.weights.transport import (
-    Delivery,
+from sleeprl.trainer.publish import publish
+from sleeprl.weight_sync import gpu
+from sleeprl.weight_sync.base import (
     StuckTransport,
+    TransportConfig,
     TransportError,
     WeightTransport,
     make_transport,
     split,
 )
-from sleeprl.weights.verify import (
+from sleeprl.weight_sync.buckets import ALIGNMENT, receive
+from sleeprl.weight_sync.disk import DiskTransport
+from sleeprl.weight_sync.shared_memory import SharedMemoryTransport
+from sleeprl.weight_sync.verification import (
     Canary,
-    Certificate,
-    Corrupted,
+    CorruptedWeights,
+    UpdateReceipt,
     checksum,
     largest_difference,
-    moved,
+    reached,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
@@ -286,14 +286,16 @@ def test_disk_removes_what_a_killed_sender_left(tmp_path: Path) -> None:
 
 
 def test_every_kind_is_made_or_says_what_it_needs(tmp_path: Path) -> None:
-    assert isinstance(make_transport(Delivery()), SharedMemoryTransport)
-    assert isinstance(make_transport(Delivery("disk", directory=str(tmp_path))), DiskTransport)
+    assert isinstance(make_transport(TransportConfig()), SharedMemoryTransport)
+    assert isinstance(
+        make_transport(TransportConfig("disk", directory=str(tmp_path))), DiskTransport
+    )
     with pytest.raises(TransportError, match="needs a directory"):
-        make_transport(Delivery("disk"))
+        make_transport(TransportConfig("disk"))
     if not torch.cuda.is_available():
         for kind in ("nccl", "ipc"):
             with pytest.raises(TransportError, match=f"resources.transport={kind} needs a GPU"):
-                make_transport(Delivery(kind))
+                make_transport(TransportConfig(kind))
 
 
 def test_split_reads_one_tensor_ahead() -> None:
@@ -352,7 +354,7 @@ def test_a_damaged_tensor_is_named(make: Make) -> None:
     for info in transport.buckets([("first", torch.ones(8)), ("second", torch.ones(8))]):
         with open(info["file"]["path"], "r+b") as file:
             file.write(b"x")
-        with pytest.raises(Corrupted, match="first did not arrive as it was sent"):
+        with pytest.raises(CorruptedWeights, match="first did not arrive as it was sent"):
             receive(**info)
     transport.finish()
 
@@ -395,8 +397,8 @@ def test_less_noise_than_the_update_is_large_never_hides_what_became_of_it(
     new = [a + b for a, b in zip(old, step, strict=True)]
     for third in (1, 2):
         off = sized(noise, third * share * way / 3)
-        right = moved(old, new, [a + b for a, b in zip(new, off, strict=True)])
-        lost = moved(old, new, [a + b for a, b in zip(old, off, strict=True)])
+        right = reached(old, new, [a + b for a, b in zip(new, off, strict=True)])
+        lost = reached(old, new, [a + b for a, b in zip(old, off, strict=True)])
         assert (right, lost) == (True, False) if third == 1 else right is not False and not lost
 
 
@@ -407,10 +409,10 @@ def test_noise_alone_never_makes_a_right_update_a_lost_one(
     generator = torch.Generator().manual_seed(seed)
     old, step, off = torch.randn(3, 64, generator=generator)
     new = old + change * step
-    assert moved(old.tolist(), new.tolist(), (new + noise * off).tolist()) is not False
-    assert moved(old.tolist(), old.tolist(), (old + noise * off).tolist()) is None
+    assert reached(old.tolist(), new.tolist(), (new + noise * off).tolist()) is not False
+    assert reached(old.tolist(), old.tolist(), (old + noise * off).tolist()) is None
     broken = [*new.tolist()[:-1], math.nan]
-    assert moved(old.tolist(), new.tolist(), broken) is None and moved([], [], []) is None
+    assert reached(old.tolist(), new.tolist(), broken) is None and reached([], [], []) is None
 
 
 def test_canary_round_trip(tmp_path: Path) -> None:
@@ -423,8 +425,8 @@ def test_canary_round_trip(tmp_path: Path) -> None:
 
 
 def test_certificate_says_how_it_ended() -> None:
-    good = str(Certificate("engine-0", 3, True, 1e-6, 2e-3, 0.05))
+    good = str(UpdateReceipt("engine-0", 3, True, 1e-6, 2e-3, 0.05))
     assert "engine-0 at version 3: verified" in good and "1.0e-06" in good
-    bad = str(Certificate("engine-1", 3, False, 0.6, 2e-3, 0.05, "it differs"))
+    bad = str(UpdateReceipt("engine-1", 3, False, 0.6, 2e-3, 0.05, "it differs"))
     assert "STALE (it differs)" in bad
-    assert "unchecked" in str(Certificate("engine-2", 3, True, None, None, 0.05))
+    assert "unchecked" in str(UpdateReceipt("engine-2", 3, True, None, None, 0.05))

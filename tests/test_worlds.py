@@ -10,8 +10,9 @@ from statistics import fmean
 
 import pytest
 
-from sleeprl import prompts, worlds
-from sleeprl.files import sha256_file
+from sleeprl import worlds
+from sleeprl.text import prompts
+from sleeprl.utils.files import sha256_file
 from sleeprl.worlds import lessons, people, vocabulary
 from sleeprl.worlds.phrasings import PHRASINGS
 

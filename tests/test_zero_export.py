@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from test_learner import Notes, launch, options, write_checkpoints
 
-from sleeprl.actors.learner import Learner
 from sleeprl.memory.checkpoint import WEIGHTS
-from sleeprl.weights.zero import gathered
+from sleeprl.trainer.gather import gathered
+from sleeprl.trainer.trainer import Trainer
 
 LIMIT = 60_000  # bytes of one gather; the model has 600,000
 
@@ -28,7 +28,7 @@ LIMIT = 60_000  # bytes of one gather; the model has 600,000
 def exporting(directory: Path, notes: Notes) -> None:
     import deepspeed
 
-    whole = Learner(options(directory, checkpoint=str(directory / "grown"), slot=None))
+    whole = Trainer(options(directory, checkpoint=str(directory / "grown"), slot=None))
     seen = notes.numbers
     named = [(n, p) for n, p in whole.engine.module.named_parameters() if p.requires_grad]
     seen["numel"] = {name: parameter.numel() for name, parameter in named}

@@ -154,7 +154,7 @@ if sys.argv[1] == "cuda":
 else:
     if not current_platform.is_cpu():
         sys.exit(f"this vLLM is not the CPU build: {current_platform}")
-    from sleeprl.actors.cpu import load_shared_memory_op
+    from sleeprl.trainer.cpu_tuning import load_shared_memory_op
 
     load_shared_memory_op()
 PYTHON

@@ -26,18 +26,19 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from rich.console import Console
 from rich.table import Table
 
-from sleeprl import config as cfg
-from sleeprl.actors.cluster import cluster
-from sleeprl.actors.fleet import Fleet
-from sleeprl.catalogue import CATALOGUE
-from sleeprl.checks import check_plugins
-from sleeprl.evaluation.probes import Day
-from sleeprl.files import write_json_atomic, write_text_atomic
-from sleeprl.models import check_model, find_model
-from sleeprl.night import PHASES, Night
+from sleeprl.cluster.runtime import cluster
+from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError, NightConfig
+from sleeprl.config.validation import check_plugins
+from sleeprl.evaluation.questions import Day
+from sleeprl.models.catalogue import CATALOGUE
+from sleeprl.models.resolve import check_model, find_model
+from sleeprl.night.orchestrator import PHASES, Night
+from sleeprl.night.run_dir import CONFIG, STATE, RunDirectory
 from sleeprl.reporting.progress import NightProgress
-from sleeprl.run import CONFIG, STATE, Run
-from sleeprl.settings import ConfigError, NightConfig, available_cpus
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.utils.files import write_json_atomic, write_text_atomic
+from sleeprl.utils.machine import available_cpus
 
 KINDS = {"choice": tune.choice, "uniform": tune.uniform, "loguniform": tune.loguniform}
 EVENING = (STATE, "day.json", "study.json", "lake", "smaller-self-0")
@@ -104,7 +105,7 @@ def quiet() -> NightProgress:
 
 
 def trial(
-    choice: dict[str, Any], settings: dict[str, Any], evening: str, fleet: Fleet, every: int
+    choice: dict[str, Any], settings: dict[str, Any], evening: str, fleet: EnginePool, every: int
 ) -> None:
     """Consolidate with ``choice`` from the evening's texts; report every ``every`` steps."""
     config = cfg.from_dict(settings, words_of(choice))
@@ -116,7 +117,7 @@ def trial(
             target.symlink_to(source)
         else:
             shutil.copy(source, target)
-    night = Night(Run(config, quiet()))
+    night = Night(RunDirectory(config, quiet()))
     night.attach(Day.load(config.run_dir / "day.json"), fleet)
     before = night.run.result("before")["before"]
 
@@ -147,7 +148,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
     cores = config.resources.cpus or available_cpus()
     config.resources.cpus = cores + 1
     with NightProgress(PHASES, console) as progress:
-        run = Run(config, progress)
+        run = RunDirectory(config, progress)
         with cluster(config.resources, state_api=True):
             night = Night(run)
             night.evening()

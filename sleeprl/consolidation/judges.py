@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sleeprl.actors.batches import Row
-from sleeprl.actors.learner import Learner
-from sleeprl.chat import Chat
-from sleeprl.losses.imitation import semantic
-from sleeprl.losses.judges import same_by_embedding, same_by_verdict
-from sleeprl.prompts import NO, SAME_MEANING, YES
-from sleeprl.registry import create
+from sleeprl.consolidation.imitation_reward import semantic
+from sleeprl.plugins import create
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.text.prompts import NO, SAME_MEANING, YES
+from sleeprl.trainer.batching import TrainingExample
+from sleeprl.trainer.trainer import Trainer
 
 Pairs = Sequence[tuple[str, str]]
 
@@ -35,7 +35,7 @@ class Judge(Protocol):
 class Exact:
     """Both texts are the same words, whatever their case and punctuation."""
 
-    def __init__(self, learner: Learner, chat: Chat) -> None:
+    def __init__(self, learner: Trainer, chat: ChatFormatter) -> None:
         pass
 
     def __call__(self, pairs: Pairs) -> list[float]:
@@ -49,7 +49,9 @@ class Embedding:
         embedding is the mean of its last hidden states.
     """
 
-    def __init__(self, learner: Learner, chat: Chat, model: str, threshold: float = 0.8) -> None:
+    def __init__(
+        self, learner: Trainer, chat: ChatFormatter, model: str, threshold: float = 0.8
+    ) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
@@ -77,14 +79,16 @@ class Embedding:
 class Teacher:
     """The smaller self is asked whether both mean the same, and finds yes likelier than no."""
 
-    def __init__(self, learner: Learner, chat: Chat, batch: int = 64) -> None:
+    def __init__(self, learner: Trainer, chat: ChatFormatter, batch: int = 64) -> None:
         self.learner, self.chat, self.batch = learner, chat, batch
 
     def __call__(self, pairs: Pairs) -> list[float]:
         rows = []
         for student, teacher in pairs:
             prompt = self.chat.prompt(SAME_MEANING.format(first=student, second=teacher))
-            rows += [Row(prompt, self.chat.response(answer), "") for answer in (YES, NO)]
+            rows += [
+                TrainingExample(prompt, self.chat.response(answer), "") for answer in (YES, NO)
+            ]
         likely: list[float] = []
         for start in range(0, len(rows), self.batch):
             part = rows[start : start + self.batch]
@@ -93,6 +97,30 @@ class Teacher:
         return [float(value) for value in same_by_verdict(yes_N, no_N)]
 
 
-def make_judge(name: str, options: dict[str, Any], learner: Learner, chat: Chat) -> Judge:
+def make_judge(name: str, options: dict[str, Any], learner: Trainer, chat: ChatFormatter) -> Judge:
     judge: Judge = create(name, "judge", {**options, "learner": learner, "chat": chat})
     return judge
+
+
+def same_by_embedding(student_NE: Tensor, teacher_NE: Tensor, threshold: float = 0.8) -> Tensor:
+    """1 where the cosine of two embeddings is at least ``threshold``, [N].
+
+    Row i of both is pair i; rows need not have length 1, a zero row is like nothing.
+    """
+    if student_NE.shape != teacher_NE.shape:
+        raise ValueError(
+            f"student_NE has shape {tuple(student_NE.shape)} and teacher_NE "
+            f"{tuple(teacher_NE.shape)}; give one row for each text of a pair"
+        )
+    cosine_N = F.cosine_similarity(student_NE.float(), teacher_NE.float(), dim=-1)
+    return (cosine_N >= threshold).to(student_NE.dtype)
+
+
+def same_by_verdict(yes_N: Tensor, no_N: Tensor) -> Tensor:
+    """1 where a judge that was asked "same meaning? yes/no" has P(yes) >= 0.5, [N].
+
+    yes_N, no_N: log-probabilities of the two answers, in nats; with several spellings
+        of an answer, their ``logsumexp``. P is among these two, since what else the
+        model might say is no verdict: it is at least 0.5 where yes >= no.
+    """
+    return (yes_N >= no_N).to(yes_N.dtype)

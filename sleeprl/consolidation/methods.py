@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sleeprl.losses.objective import seeding_weights
-from sleeprl.losses.streams import Part
-from sleeprl.settings import ConsolidationConfig, FixedCapacityConfig
+from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
+from sleeprl.consolidation.objective import seeding_weights
+from sleeprl.losses.combined import LossWeights
 
 NEW, REPLAY, STUDENT, PASSAGE = "new", "replay", "student", "passage"
 
 
-def seeding_parts(config: ConsolidationConfig, step: int) -> dict[str, Part]:
+def seeding_parts(config: ConsolidationConfig, step: int) -> dict[str, LossWeights]:
     """J_KS at a step, as stream weights of what the teacher wrote and of the student's roll-outs.
 
     Replay has the weight that ``replay_ratio`` gives it in the data; both streams
@@ -37,7 +37,7 @@ def seeding_parts(config: ConsolidationConfig, step: int) -> dict[str, Part]:
     )
     new, ratio = weights.texts, config.replay_ratio
     quiet = config.expert_gate
-    parts = {NEW: new, REPLAY: Part(kl=new.kl * ratio, ce=new.ce * ratio, quiet=quiet)}
+    parts = {NEW: new, REPLAY: LossWeights(kl=new.kl * ratio, ce=new.ce * ratio, quiet=quiet)}
     if config.rollout_prompts:
         parts[STUDENT] = weights.rollouts
     return parts
@@ -75,9 +75,9 @@ class Method:
             return replace(config, rollout_prompts=math.ceil(rows / config.group_size))
         return config
 
-    def parts(self, config: ConsolidationConfig, step: int) -> dict[str, Part]:
+    def parts(self, config: ConsolidationConfig, step: int) -> dict[str, LossWeights]:
         """Stream weights of what is read at a step. config: what ``objective`` gave."""
-        weights = {**seeding_parts(config, step), PASSAGE: Part(ce=1.0)}
+        weights = {**seeding_parts(config, step), PASSAGE: LossWeights(ce=1.0)}
         return {name: weights[name] for name in (*self.texts, STUDENT) if name in weights}
 
     def learning_rate(

@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from sleeprl.actors.group import Served
-from sleeprl.dreaming.tasks import Curriculum, Outcome, Task
-from sleeprl.registry import create
+from sleeprl.cluster.actor_group import RemoteActor
+from sleeprl.dreaming.types import Curriculum, Outcome, Task
+from sleeprl.plugins import create
 
 
 class Uniform:
@@ -70,7 +70,7 @@ class WeakSpots(Uniform):
         self.gaps = dict(state["gaps"])
 
 
-class CurriculumActor(Served):
+class CurriculumActor(RemoteActor):
     """A curriculum in a process of its own, so that a user's code cannot stall the loop."""
 
     def __init__(

@@ -8,8 +8,8 @@ it, so no dream can be older than ``staleness`` updates when it is learned from,
 What an engine that missed an update had written is gone on from; tokens that are too old teach nothing.
 
 Where the algorithm asks for it, a group whose rewards are all equal is set aside and another is admitted in
-its place (DAPO's dynamic sampling); ``Line`` says which. Where engines and learner share a device, the
-engines sleep from the beginning of a step until its weights come.
+its place (DAPO's dynamic sampling); ``AdmissionQueue`` says which. Where engines and learner share a
+device, the engines sleep from the beginning of a step until its weights come.
 
 After each update the position is kept: learner, curriculum, and what has come of each group. A killed run
 goes on from there, and an engine or a learner worker that dies is restarted; lost groups are admitted again
@@ -24,16 +24,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sleeprl.actors.group import ActorGroup, Result
-from sleeprl.actors.health import Health
-from sleeprl.dreaming.counts import Ages, Counts
-from sleeprl.dreaming.line import Line
-from sleeprl.dreaming.mending import Mender
-from sleeprl.dreaming.position import Position
-from sleeprl.dreaming.tasks import Task, request
-from sleeprl.reporting.failures import ActorFailure, Failure, Kind
-from sleeprl.reporting.waits import WAITS
-from sleeprl.settings import DreamingConfig
+from sleeprl.cluster.actor_group import ActorGroup, Result
+from sleeprl.cluster.failures import ActorFailure, Failure, FailureKind
+from sleeprl.cluster.health import HealthState
+from sleeprl.cluster.waits import WAITS
+from sleeprl.config.schema import DreamingConfig
+from sleeprl.dreaming.admission import AdmissionQueue
+from sleeprl.dreaming.checkpoint import DreamingCheckpoint
+from sleeprl.dreaming.recovery import RecoveryManager
+from sleeprl.dreaming.stage_counts import GroupLatency, StageCounts
+from sleeprl.dreaming.types import Task, request
 
 OnStep = Callable[[int, dict[str, Any]], None]
 
@@ -53,12 +53,12 @@ class Pipeline:
     learner: ActorGroup
     asks: Callable[[str], list[int]]
     seed: int
-    position: Position
-    mender: Mender
+    position: DreamingCheckpoint
+    mender: RecoveryManager
     redraws: int = 0
     colocated: bool = False
-    counts: Counts = field(default_factory=Counts)
-    ages: Ages = field(default_factory=Ages)
+    counts: StageCounts = field(default_factory=StageCounts)
+    ages: GroupLatency = field(default_factory=GroupLatency)
 
     @property
     def groups(self) -> tuple[ActorGroup, ...]:
@@ -98,7 +98,7 @@ class Pipeline:
         kept, idle = position.groups(), [{"paths": list[str]()}] * (len(self.rewards) - 1)
         paths = [str(path) for _, path in kept.values()]  # which one of them reads
         loaded = self.rewards.scatter("load", [{"paths": paths}, *idle])[0]
-        self.line = Line(position, self.size, self.config.staleness, self.redraws)
+        self.line = AdmissionQueue(position, self.size, self.config.staleness, self.redraws)
         for (number, (stage, _)), found in zip(kept.items(), loaded, strict=True):
             if stage == "generating" or self.line.too_old(number, found["newest"]):
                 self.begun[number] = found["batch"]
@@ -169,7 +169,7 @@ class Pipeline:
         done = []
         for result in group.ready():
             number, failure = int(result.tag), result.failure
-            if failure and failure.kind is Kind.DATA:
+            if failure and failure.kind is FailureKind.DATA:
                 raise ActorFailure(f"{group.name}-{result.actor}, group {number}", failure)
             if failure is None and stage == "generating":
                 failure = self._incomplete(number, result)
@@ -190,7 +190,7 @@ class Pipeline:
         why = told if self.line.too_old(number, newest) else value.get("unfinished")
         if why:
             self.begun[number] = value["batch"]
-        return Failure(Kind.INFRA, why) if why else None
+        return Failure(FailureKind.INFRA, why) if why else None
 
     def _send(self, group: ActorGroup, stage: str) -> bool:
         moved, waiting = False, self.waiting[stage]
@@ -262,10 +262,12 @@ class Pipeline:
         get them gets no work."""
         sent: dict[str, Any] = self.learner.call("publish", engines=self.engines.actors)[0]
         self.engines.updated(sent.pop("verified"))
-        silent = len(self.engines.health.having(Health.DEAD))  # no work for it, whatever it got
+        silent = len(
+            self.engines.health.having(HealthState.DEAD)
+        )  # no work for it, whatever it got
         if stale := max(sent.pop("stale_engines", 0), silent):
             told = f"{stale:.0f} did not end the update verified"
-            raise ActorFailure("engines", Failure(Kind.INFRA, told))
+            raise ActorFailure("engines", Failure(FailureKind.INFRA, told))
         self.scorers.scatter("set_expert", [{"expert": sent.pop("expert")}] * len(self.scorers))
         sent.pop("version")
         return sent

@@ -15,8 +15,8 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from sleeprl.dreaming.tasks import Dream, Reward
-from sleeprl.registry import PluginError, create
+from sleeprl.dreaming.types import Dream, Reward
+from sleeprl.plugins import PluginError, create
 
 Judged = tuple[float | None, str | None]
 """A reward, or why there is none."""

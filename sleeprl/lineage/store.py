@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import sleeprl
-from sleeprl.files import (
+from sleeprl.utils.files import (
     atomic_directory,
     locked,
     sha256_file,

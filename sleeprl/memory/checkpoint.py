@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sleeprl.files import atomic_directory
-from sleeprl.memory.experts import COLUMN_DIM, PROJECTIONS, mlps, require_projections
+from sleeprl.memory.gated_mlp import COLUMN_DIM, PROJECTIONS, mlps, require_projections
 from sleeprl.memory.slots import Slots
+from sleeprl.utils.files import atomic_directory
 
 WEIGHTS = "model.safetensors"
 EXPERT = "expert.safetensors"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sleeprl.memory import checkpoint as ckpt
-from sleeprl.memory import experts
+from sleeprl.memory import gated_mlp as experts
 from sleeprl.memory.slots import FILE, LOW_RANK, Slots
 from sleeprl.memory.transfer import Merge, Step
-from sleeprl.registry import create
+from sleeprl.plugins import create
 
 
 class Growth(Protocol):
@@ -132,7 +132,7 @@ def growth_of(slots: Slots) -> Growth:
     return growth_named(slots.growth)
 
 
-def beside(checkpoint: Path) -> Iterator[tuple[str, Tensor]] | None:
+def engine_extra_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]] | None:
     """What an engine that has loaded a checkpoint must be sent still, if anything: of a low-rank model
     the slots, which lie beside its weights, as the dense tensors that they make."""
     slots = Slots.load(checkpoint)

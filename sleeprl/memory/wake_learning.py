@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sleeprl.memory.experts import COLUMN_DIM, PROJECTIONS, mlps, projection
+from sleeprl.memory.gated_mlp import COLUMN_DIM, PROJECTIONS, mlps, projection
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import GATED_MLP, Slots
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from sleeprl.reporting.summary import Figure, percent, short
+from sleeprl.reporting.summary_view import Figure, percent, short
 
 MAX_POINTS = 400  # per curve; more is averaged, a page must stay light
 _Point = tuple[float, float]

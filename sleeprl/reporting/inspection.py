@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sleeprl.chat import Chat
-from sleeprl.trajectories.lake import Lake
-from sleeprl.trajectories.schema import Trajectory, from_batch
+from sleeprl.data.lake import Lake
+from sleeprl.data.trajectory import Trajectory, from_batch
+from sleeprl.text.chat import ChatFormatter
 
 KIND = "trajectories"
 
@@ -52,15 +52,15 @@ def inspect(
     return Group(_list(shown, chat), _counts(table.column("purpose").to_pylist(), limit))
 
 
-def _chat(run: Path) -> Chat:
+def _chat(run: Path) -> ChatFormatter:
     """Of the model as the night began."""
     directory = run / "smaller-self-0"
     if not directory.is_dir():
         raise NothingToInspect(f"{run} is not the directory of a night: it has no {directory.name}")
-    return Chat(directory)
+    return ChatFormatter(directory)
 
 
-def _list(found: Sequence[Trajectory], chat: Chat) -> Table:
+def _list(found: Sequence[Trajectory], chat: ChatFormatter) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     for name in ("uid", "tokens", "versions", "reward", "advantage"):
         right = name != "uid"
@@ -85,7 +85,7 @@ def _counts(purposes: Sequence[str], limit: int) -> Text:
     return Text(f"\n{len(purposes)} trajectories: {told}{more}", style="dim")
 
 
-def _tokens(t: Trajectory, chat: Chat) -> RenderableType:
+def _tokens(t: Trajectory, chat: ChatFormatter) -> RenderableType:
     """Prompts, then a line for each token of the response."""
     parts: list[RenderableType] = [Text.assemble(("prompt  ", "bold"), chat.decode(t.prompt_ids))]
     if t.teacher_prompt_ids is not None:

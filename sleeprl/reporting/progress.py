@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from sleeprl.reporting.summary import RATES, Summary, figure, measured, percent, short
+from sleeprl.reporting.summary_view import RATES, Summary, figure, measured, percent, short
 
 State = Literal["waiting", "running", "done", "failed", "skipped"]
 _MARKS: dict[State, tuple[str, str]] = {

@@ -12,11 +12,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from sleeprl.files import write_text_atomic
+from sleeprl.cluster.waits import WAIT_KINDS
 from sleeprl.reporting import charts
 from sleeprl.reporting.charts import Series, State
-from sleeprl.reporting.metrics import read_metrics
-from sleeprl.reporting.summary import (
+from sleeprl.reporting.metrics_log import read_metrics
+from sleeprl.reporting.summary_view import (
     RATES,
     STATES,
     Summary,
@@ -29,7 +29,7 @@ from sleeprl.reporting.summary import (
     short,
     title,
 )
-from sleeprl.reporting.waits import WAIT_KINDS
+from sleeprl.utils.files import write_text_atomic
 
 # Parts of metric names that a reader wants to see first, the most wanted first.
 IMPORTANT = ("loss", "diverg", "jsd", "reward", "recall", "retention", "accuracy", "perplexity")

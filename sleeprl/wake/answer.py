@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sleeprl import config as cfg
-from sleeprl.actors.engine import EngineOptions, Sampling
-from sleeprl.actors.fleet import Fleet
-from sleeprl.chat import Chat
-from sleeprl.losses.imitation import normalise
-from sleeprl.memory.growth import beside
-from sleeprl.models import find_model
-from sleeprl.prompts import with_experience
-from sleeprl.settings import available_cpus
-from sleeprl.trajectories.experience import experiences
-from sleeprl.trajectories.lake import Lake
+from sleeprl.config import loader as cfg
+from sleeprl.data.experience import experiences
+from sleeprl.data.lake import Lake
+from sleeprl.memory.growth import engine_extra_tensors
+from sleeprl.models.resolve import find_model
+from sleeprl.rollout.engine import EngineOptions, SamplingParams
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.text.normalise import normalise
+from sleeprl.text.prompts import with_experience
+from sleeprl.utils.machine import available_cpus
 
 
-def choose(question: str, documents: Sequence[str], room: int, chat: Chat) -> list[str]:
+def choose(question: str, documents: Sequence[str], room: int, chat: ChatFormatter) -> list[str]:
     """The documents that share most words with the question, as many as fit into ``room`` tokens.
 
     Rare words count more: a word in one document says more than one in all.
@@ -47,7 +47,7 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
 
     settings = cfg.load(None, [f"model.name={model}"])
     source = find_model(settings)
-    chat = Chat(source)
+    chat = ChatFormatter(source)
     documents = [e.as_text() for e in experiences(lake.read("experience"))]
     length, reply = settings.model.max_length, settings.evaluation.max_tokens
     prompts = []
@@ -59,10 +59,10 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
     fleet = None
     try:
         options = EngineOptions.of(settings, str(source), "float32")
-        fleet = Fleet.launch(1, options, cpus=1, gpus=0)
-        if rest := beside(source):
+        fleet = EnginePool.launch(1, options, cpus=1, gpus=0)
+        if rest := engine_extra_tensors(source):
             fleet.publish(rest)
-        sampling = [Sampling(reply, temperature=0.0)] * len(prompts)
+        sampling = [SamplingParams(reply, temperature=0.0)] * len(prompts)
         return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
     finally:
         if fleet is not None:

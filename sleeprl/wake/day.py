@@ -8,19 +8,19 @@ from pathlib import Path
 
 from rapidfuzz import fuzz, process, utils
 
-from sleeprl.evaluation.probes import Day, Probe, read_questions
+from sleeprl.config.schema import ConfigError, NightConfig
+from sleeprl.data.experience import Experience, experiences
+from sleeprl.data.lake import Lake
+from sleeprl.evaluation.questions import Day, Question, read_questions
 from sleeprl.lineage import LineageStore
-from sleeprl.settings import ConfigError, NightConfig
-from sleeprl.trajectories.experience import Experience, experiences
-from sleeprl.trajectories.lake import Lake
-from sleeprl.wake.record import record
+from sleeprl.wake.ingest import ingest
 from sleeprl.worlds import people as world
 
 EMBEDDED = "embedded"
 SOURCE = "embedded-world"
 
 
-def live(config: NightConfig, lake: Lake) -> Day:
+def build_day(config: NightConfig, lake: Lake) -> Day:
     """Record the day into the lake and say what it was about.
 
     Without ``wake.inputs`` the day is made by the embedded world: fresh people by
@@ -32,7 +32,7 @@ def live(config: NightConfig, lake: Lake) -> Day:
     Raises ConfigError for inputs that hold nothing.
     """
     if config.wake.inputs:
-        record(config.wake.inputs, lake)
+        ingest(config.wake.inputs, lake)
         documents = [e.as_text() for e in experiences(lake.read("experience"))]
         if not documents:
             raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
@@ -41,7 +41,7 @@ def live(config: NightConfig, lake: Lake) -> Day:
     return _embedded_day(config, lake)
 
 
-def _placed(probes: list[Probe], documents: list[str]) -> list[Probe]:
+def _placed(probes: list[Question], documents: list[str]) -> list[Question]:
     """Questions about the day, each with the document in which most words of it and its answer stand,
     unless it says itself what is to be read."""
     return [
@@ -66,7 +66,7 @@ def _is_native(config: NightConfig) -> bool:
 
 
 def _embedded_day(config: NightConfig, lake: Lake) -> Day:
-    from sleeprl.trajectories.experience import experience_batch
+    from sleeprl.data.experience import experience_batch
 
     people = world.fresh_people(config.seed, config.wake.people)
     documents = world.documents(people, config.seed, config.wake.people_per_document)
@@ -79,7 +79,7 @@ def _embedded_day(config: NightConfig, lake: Lake) -> Day:
     native = _is_native(config)
     kinds = ("recall", "two_hop") if native else ("recall",)
     probes = [
-        Probe(q.text, q.answer, q.kind, home[q.person])
+        Question(q.text, q.answer, q.kind, home[q.person])
         for q in world.questions(people, "heldout", kinds, per_attribute=2, seed=config.seed)
     ]
     if not native:
@@ -88,7 +88,7 @@ def _embedded_day(config: NightConfig, lake: Lake) -> Day:
     old = world.questions(world.old_people(), "heldout", kinds=("recall",), seed=config.seed)
     # The document stands before an old question too, where the context is given: it must not confuse.
     probes += [
-        Probe(q.text, q.answer, "retention", rng.choice(documents)["text"])
+        Question(q.text, q.answer, "retention", rng.choice(documents)["text"])
         for q in rng.sample(old, min(config.evaluation.retention, len(old)))
     ]
     return Day(

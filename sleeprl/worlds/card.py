@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sleeprl.files import sha256_file
+from sleeprl.utils.files import sha256_file
 from sleeprl.worlds.model import TEMPERATURE
 from sleeprl.worlds.people import OLD_SIZE
 from sleeprl.worlds.vocabulary import CITIES, COMPANIES, STATED

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from sleeprl.evaluation import probes
-from sleeprl.losses.imitation import normalise
+from sleeprl.evaluation import questions as probes
+from sleeprl.text.normalise import normalise
 from sleeprl.worlds.people import Facts, Person, entities, old_people
 from sleeprl.worlds.phrasings import PHRASINGS
 from sleeprl.worlds.vocabulary import DOMAINS, ENTITY

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sleeprl import prompts
+from sleeprl.text import prompts
 from sleeprl.worlds.checker import (
     UNKNOWN,
     Claim,

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from sleeprl import prompts
+from sleeprl.text import prompts
 from sleeprl.worlds.checker import UNKNOWN
 from sleeprl.worlds.people import (
     Person,

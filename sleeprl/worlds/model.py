@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sleeprl.settings import SelfStudyConfig
+from sleeprl.config.schema import SelfStudyConfig
 
 TEMPERATURE = SelfStudyConfig().temperature
 

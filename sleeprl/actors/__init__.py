@@ -1,1 +1,0 @@
-"""Ray actor groups: rollout engines, scorers, learners, and their health."""

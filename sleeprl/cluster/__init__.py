@@ -1,0 +1,1 @@
+"""Ray plumbing without RL: the runtime, actor groups, health, waits and failures."""

@@ -1,0 +1,137 @@
+"""The Ray runtime that a run lives in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util import placement_group as ray_placement_group
+
+from sleeprl.cluster.waits import WAITS, Watchdog, to_stderr
+from sleeprl.config.schema import ConfigError, ResourcesConfig
+from sleeprl.utils.machine import available_cpus
+
+LEARNER_RESOURCE = "sleeprl_learner"
+"""Ray's custom resource of a node that takes learner workers, one for each, where their number is
+elastic."""
+
+PLACEMENT_TIMEOUT_S = 600.0
+"""How long a cluster may take to make room: one that scales starts machines meanwhile."""
+
+
+class ResourceError(ConfigError):
+    """The cluster has not what is asked for."""
+
+
+def require_gpus(resources: ResourcesConfig) -> None:
+    """Raise ResourceError where a Ray of this machine's own would lack GPUs: it cannot grow."""
+    if resources.address is not None or not resources.gpus:
+        return
+    import torch
+
+    have = torch.cuda.device_count()
+    if resources.gpus > have:
+        apart = (
+            ("teacher", resources.teachers, resources.teacher_gpus),
+            ("scorer", resources.scorers, resources.scorer_gpus),
+        )
+        asked = " + ".join(
+            f"{count} {name}(s) x resources.{name}_gpus={each:g}"
+            for name, count, each in (
+                ("engine", resources.engines, resources.engine_gpus),
+                ("learner", resources.learner_workers, resources.learner_gpus),
+                max(apart, key=lambda kind: kind[1] * kind[2]),
+            )
+            if count * each
+        )
+        raise ResourceError(
+            f"{asked} = {resources.gpus:g} GPUs, but this machine has {have}; lower these (0 is the "
+            "CPU), or join a cluster with resources.address"
+        )
+
+
+def require_learners(resources: ResourcesConfig) -> None:
+    """Raise ResourceError where an elastic learner has fewer nodes than it needs at the least: Ray
+    Train would wait for them and say nothing."""
+    if not resources.elastic:
+        return
+    offered = ray.cluster_resources().get(LEARNER_RESOURCE, 0)
+    if offered < resources.learner_workers:
+        raise ResourceError(
+            f"resources.learner_workers={resources.learner_workers}, but the nodes of this cluster "
+            f"offer {LEARNER_RESOURCE} for {offered:g}; start them with "
+            f"ray start --resources '{{\"{LEARNER_RESOURCE}\": N}}', N workers of each"
+        )
+
+
+def _asks_its_own_ray() -> None:
+    """In each worker: Ray's state API looks for any Ray of the machine, where it is not told which."""
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def cluster(
+    resources: ResourcesConfig,
+    *,
+    state_api: bool = False,
+    on_stall: Callable[[str], None] = to_stderr,
+) -> Iterator[None]:
+    """A local Ray for the time being, or a connection to ``resources.address``.
+
+    on_stall: told of every wait of this process that is longer than ``resources.stall_seconds``.
+    state_api: with the dashboard process, by which Ray Train learns that a job's owner
+        was stopped, and frees what the job held. A night on its own does without.
+
+    Raises ResourceError where a local one would lack GPUs, or nodes have no room for the learner.
+    """
+    require_gpus(resources)
+    if resources.address is None:
+        # Threads that spin while they wait would take the core from whoever has work.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        ray.init(
+            address="local",  # also where RAY_ADDRESS names a cluster: joining one is asked for
+            num_cpus=resources.cpus or available_cpus(),
+            include_dashboard=state_api,
+            log_to_driver=False,
+            logging_level="error",
+            runtime_env={"worker_process_setup_hook": _asks_its_own_ray} if state_api else None,
+        )
+    else:
+        ray.init(address=resources.address, log_to_driver=False, logging_level="error")
+    try:
+        require_learners(resources)
+        with Watchdog(WAITS, resources.stall_seconds, on_stall):
+            yield
+    finally:
+        ray.shutdown()
+
+
+def create_placement_group(
+    count: int, cpus: float, gpus: float, strategy: str, patience: float = PLACEMENT_TIMEOUT_S
+) -> Any | None:
+    """Ray's placement group for ``count`` actors of so many cores and GPUs each, one per bundle, all
+    reserved at once; None where they need nothing. strategy: Ray's, such as ``PACK``.
+
+    Raises ResourceError where there is no room within ``patience`` seconds.
+    """
+    needs = {name: float(n) for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
+    if not needs or not count:
+        return None
+    group = ray_placement_group.placement_group([needs] * count, strategy=strategy)
+    if group.wait(patience):
+        return group
+    free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
+    ray_placement_group.remove_placement_group(group)
+    raise ResourceError(
+        f"no room within {patience:.0f} s for {count} engine(s) of {needs} each ({strategy}): free are "
+        f"{free}; lower resources.engines, engine_cpus or engine_gpus, or add machines"
+    )
+
+
+def remove_placement_group(group: Any | None) -> None:
+    """Give back what ``create_placement_group`` reserved. Actors that are still there are killed."""
+    if group is not None:
+        ray_placement_group.remove_placement_group(group)

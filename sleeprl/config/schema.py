@@ -1,0 +1,440 @@
+"""Every setting of a night, typed. Imports neither torch nor ray.
+
+Defaults are for the embedded model on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from sleeprl.memory.levels import Clock, Level
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names it, its value and a fix."""
+
+
+@dataclass
+class ModelConfig:
+    name: str = "embedded"
+    """``embedded``, a name that ``sleeprl models`` lists, a generation (its id, a beginning of one, or
+    ``HEAD``, the present one), a local directory, or a Hugging Face id."""
+    dtype: str = "auto"
+    """``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU, float32 on the CPU."""
+    max_length: int = 512
+    """Longest sequence, prompt and response together, in tokens."""
+
+
+@dataclass
+class LevelConfig:
+    period: int
+    """How much of ``memory.unit`` passes between two sleeps of the level."""
+    slots: int
+    """Experts that it has room for."""
+
+
+@dataclass
+class MemoryConfig:
+    """Where experts grow. A plain checkpoint gets all its slots at once, as zeros; a generation
+    keeps the layout that it was given. The context sleeps once a night, into the fastest level."""
+
+    growth: str = "gated_mlp"
+    """``gated_mlp``, or ``low_rank``: the paper's {A, B}, a LoRA on every MLP."""
+    width: int = 64
+    """Hidden units, or rank, per layer and slot (the paper's blocks of dimension 64)."""
+    levels: list[LevelConfig] = field(default_factory=lambda: [LevelConfig(period=5, slots=5)])
+    """Fastest first. At each multiple of its period a level hands all it holds to the next."""
+    unit: str = "nights"
+    """What periods count: ``tokens`` or ``episodes`` (both of the day's documents), ``nights``, or
+    ``optimizer_steps`` (of the consolidation)."""
+    when_full: str = "distil"
+    """What makes room in the slowest level: ``distil`` all its slots into one, ``merge`` the
+    oldest into the base, or ``stop`` with an error."""
+    reset: bool = True
+    """Empty the slots of a level once what they hold was handed on. Without (the paper's ablation)
+    they stay on beside the slot that learnt from them, and take up room in their level."""
+
+    def clock(self) -> Clock:
+        """A new clock of these levels; raises ConfigError for periods or slots that cannot be."""
+        levels = [Level(level.period, level.slots) for level in self.levels]
+        try:
+            return Clock(levels, self.unit, context=1 if self.unit == "nights" else None)
+        except ValueError as error:
+            told = ", ".join(f"{{period: {each.period}, slots: {each.slots}}}" for each in levels)
+            raise ConfigError(f"memory.levels=[{told}]: {error}") from None
+
+
+@dataclass
+class WakeConfig:
+    inputs: list[str] = field(default_factory=list)
+    """JSONL, Parquet or text files of experience; empty: fresh people of the embedded world."""
+    people: int = 20
+    """How many fresh people the embedded world's day has."""
+    people_per_document: int = 2
+    """At most this many people share one document."""
+    learning_rate: float = 0.0
+    """Of wake learning (method, eq. 2): the gradients of the day's documents add up, and are applied
+    in the night in which level 1 is handed on; 0: the base does not learn in wake."""
+
+
+@dataclass
+class EvaluationConfig:
+    questions: str | None = None
+    """JSONL of ``{question, answer, kind?, experience?}`` about ``wake.inputs``. kind: ``recall`` (if
+    none is given), ``two_hop``, or ``retention`` of what was known before. experience: the document
+    that answers the question, for the self that may read it."""
+    retention: int = 300
+    """Questions on what was known before the night."""
+    texts: int = 100
+    """Held-out texts for the perplexity; of a world that has none the smaller self writes them."""
+    max_tokens: int = 24
+    """Longest answer."""
+
+
+@dataclass
+class SelfStudyConfig:
+    pairs_per_document: int = 128
+    """Question-answer pairs that the teacher writes with the document in its prompt."""
+    whole: float = 0.5
+    """Share of the questions that are asked with the whole document in sight."""
+    sentences: int = 3
+    """The others see so many sentences of it, all of them in turn, for else some would never be
+    asked about. Answers are always given with the whole document."""
+    facts_per_document: int = 24
+    """Single facts that the teacher writes with the document in its prompt."""
+    replay: int = 3600
+    """Questions that the smaller self asks itself freely, with nothing in its prompt. Those of
+    earlier nights, at most twice as many, stand in for up to half of them; one for each fact is
+    rehearsed."""
+    conversations: int = 0
+    """Messages that the smaller self writes in the user's place, and answers, to be rehearsed too: for
+    a chat model that hardly writes questions when it is asked to."""
+    notebook: int = 20_000
+    """Of its own questions so many are kept from night to night; 0 keeps none."""
+    temperature: float = 0.7
+    """Below 1: what is taught must be true before it is varied."""
+    max_tokens: int = 64
+    """Longest text that is written, in tokens."""
+    opening: str = ""
+    """What is put into its mouth where it is to write a question and its answer: ``Question:``,
+    for a model that would not begin so by itself."""
+    examples: int = 0
+    """Worked examples that stand before an instruction to write a question and its answer, at most
+    4; for a model that was not trained to."""
+    probe_share: float = 0.2
+    """Share of the pairs kept out of training; dreams are judged on them."""
+
+
+@dataclass
+class ConsolidationConfig:
+    steps: int = 150
+    """Learner updates."""
+    batch_size: int = 24
+    """Teacher texts of the new experience per step, over all workers."""
+    replay_ratio: float = 2.5
+    """Replay texts per text of the new experience."""
+    learning_rate: float = 1.5e-2
+    """Its highest value, after the warm-up."""
+    warmup: int = 10
+    """Steps over which the learning rate rises; it then falls along a cosine."""
+    weight_decay: float = 0.0
+    """AdamW's: in a step a weight loses this share of itself, times the learning rate."""
+    grad_clip: float = 1.0
+    """Longest gradient (its norm); a longer one is shortened to it."""
+    beta: float = 0.0
+    """Generalised JSD: 0 is the forward KL, 1 the reverse KL (method 7, GKD)."""
+    support: str = "teacher"
+    """Tokens that are compared: the ``top_k`` of the ``teacher`` or of the ``student`` with all
+    others as one tail bin, or ``full``."""
+    top_k: int = 32
+    """Size of the support, unless that is ``full``."""
+    pointwise_clip: float | None = None
+    """The most that one token of the support may add to a divergence (OPSD: 0.05); none: no limit."""
+    on_policy: float = 0.5
+    """lambda: share of the divergence that is taken on the student's own roll-outs."""
+    on_policy_warmup: int = 0
+    """Steps over which lambda rises on a line from ``on_policy`` to 1; 0 keeps it."""
+    seed_steps: int = 0
+    """Steps of divergence alone before the imitation reward joins (seed, then imitate)."""
+    distillation: float = 0.7
+    """alpha: divergence against imitation reward."""
+    ce: float = 0.5
+    """Weight of the cross-entropy on teacher texts (0 is the paper)."""
+    expert_gate: float = 0.0
+    """Above 0 the new expert gets a gate of its own, and this is the weight of a penalty that
+    closes it: how loud the expert is on replayed texts, against the MLP beside it."""
+    rollout_every: int = 8
+    """Steps between two sets of student roll-outs, each with freshly sent weights."""
+    rollout_prompts: int = 12
+    """Prompts per set of student roll-outs."""
+    group_size: int = 4
+    """Continuations per prompt (GRPO group)."""
+    algorithm: str = "dapo_unscaled"
+    """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
+    ``Algorithm``."""
+    algorithm_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the algorithm."""
+    semantic: float = 0.5
+    """gamma: share of the semantic part in the imitation reward."""
+    judge: str = "exact"
+    """Who says whether two texts mean the same: ``exact``, ``embedding``, ``teacher``, or the
+    dotted path of a ``Judge``."""
+    judge_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the judge."""
+    edit_threshold: float = 0.5
+    """z0: beyond so many edits the lexical reward is 0."""
+    edit_mode: str = "ratio"
+    """What z0 is: a ``ratio`` of the longer text's length, or ``abs``, a number of edits (the paper)."""
+    prefix_min: float = 0.1
+    """The shortest prefix of a teacher text that the student continues, as a share of it."""
+    prefix_max: float = 0.6
+    """The longest; each is drawn between the two."""
+    checkpoint_every: int = 40
+    """Steps between two checkpoints of the job; each waits until no roll-outs are under way."""
+
+
+METHODS = (
+    "seeding", "no_imitation", "no_semantic", "no_replay", "no_growth", "fine_tuning",
+    "fine_tuning_pairs", "ewc", "replay", "self_distillation", "grpo",
+)  # fmt: skip
+"""What ``baselines`` may name; ``consolidation/methods.py`` says what each does."""
+
+
+@dataclass
+class FixedCapacityConfig:
+    """The baselines that train every parameter."""
+
+    learning_rate: float = 3e-3
+    """Tuned for ``fine_tuning`` by ``benchmarks/night.py --tune`` on nights that are not reported."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates of methods, by name, that have one of their own."""
+    ewc: float = 100.0
+    """Weight of the penalty of ``ewc``."""
+    fisher_texts: int = 256
+    """Own texts of the smaller self on which ``ewc`` estimates what each parameter is worth."""
+
+
+@dataclass
+class DreamingConfig:
+    enabled: bool = True
+    """Whether the night dreams at all."""
+    steps: int = 8
+    """Learner updates."""
+    tasks_per_step: int = 4
+    """Groups per update; a group is one task's dreams."""
+    group_size: int = 6
+    """Dreams per task."""
+    staleness: int = 1
+    """Updates by which a dream's policy may trail the learner; 0 is the synchronous loop."""
+    learning_rate: float = 2e-4
+    """Its highest value; it rises and falls as that of the consolidation."""
+    grad_clip: float = 1.0
+    """Longest gradient (its norm); a longer one is shortened to it."""
+    temperature: float = 1.0
+    """At which dreams are sampled."""
+    max_tokens: int = 64
+    """Longest dream, in tokens."""
+    reward: str = "likelihood_gain"
+    """A built-in name or the dotted path of a ``Reward``."""
+    reward_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the reward."""
+    reward_deadline: float = 30.0
+    """Seconds the reward of one dream may take; then its process is killed and the dream unscored."""
+    curriculum: str = "weak_spots"
+    """A built-in name or the dotted path of a ``Curriculum``."""
+    curriculum_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the curriculum."""
+    algorithm: str = "dapo"
+    """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
+    ``Algorithm``. ``dapo`` draws other groups for those whose rewards are all equal;
+    ``algorithm_options.redraws`` bounds that, and 0 ends it."""
+    algorithm_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the algorithm."""
+    reference_kl: float = 0.0
+    """Weight of the KL of the dream writer to the smaller self, on its dreams."""
+    reference_estimator: str = "k3"
+    """Of that KL: ``k1``, ``k2`` or ``k3``."""
+    correction_level: str = "token"
+    """Off-policy correction: ``token``, ``sequence`` or ``geometric``; ``off`` leaves it to the
+    algorithm, whose ratio is then taken to the policy that wrote the dream."""
+    correction_mode: str = "truncate"
+    """``truncate`` caps the weight at ``correction_high``, ``clip`` keeps it within the band from
+    ``correction_low`` to there, ``mask`` drops what lies outside the band."""
+    correction_low: float = 0.5
+    """Lower end of the band, as a ratio of two policies' probabilities."""
+    correction_high: float = 2.0
+    """Its upper end."""
+    policy: float = 1.0
+    """Weight of the policy gradient on the dream writer."""
+    learn: float = 0.5
+    """Weight of the cross-entropy on the dreams that taught something."""
+    hold: float = 2.0
+    """Weight of the divergence from the smaller self on its own texts."""
+    trial_learning_rate: float = 0.05
+    """SGD step of the trial that asks what a dream teaches."""
+    trial_probes: int = 8
+    """Questions of the task on which a trial is judged."""
+
+
+@dataclass
+class GateConfig:
+    tolerance: float = 0.02
+    """Retention may fall by this much; beyond it the night is rolled back."""
+    perplexity: float = 1.25
+    """The perplexity of held-out texts may rise to so many times what it was, and no further: it is
+    what tells of a model that can hardly be asked questions."""
+
+
+@dataclass
+class ResourcesConfig:
+    cpus: int = 0
+    """Cores Ray may use; 0 is all of this machine."""
+    address: str | None = None
+    """Ray cluster to join (``auto`` on a cluster's head node); none starts a local one."""
+    engine: str = "vllm"
+    """``vllm``, or ``torch``: small, slow and the same to the bit each time; or the dotted path of a
+    ``TokenEngine``."""
+    engines: int = 1
+    """How many write texts side by side."""
+    engine_cpus: int = 1
+    """Cores of one engine."""
+    engine_gpus: float = 0.0
+    """GPUs of one engine: a share of one, such as 0.5, or whole ones; 0 is the CPU."""
+    engine_tensor_parallel: int = 1
+    """Processes of one engine that share every layer (vLLM's tensor parallelism); ``engine_cpus`` and
+    ``engine_gpus`` are those of all of them, a GPU each."""
+    engine_memory_gb: float = 1.0
+    """KV cache of one CPU engine, in GiB."""
+    engine_gpu_utilization: float = 0.4
+    """Share of a GPU's memory that vLLM takes."""
+    transport: str = "shared_memory"
+    """How new weights reach the engines: ``shared_memory`` on the learner's host, ``disk`` below
+    ``runs`` on any host, vLLM's ``nccl`` between GPUs or ``ipc`` within one GPU."""
+    update_mode: str = "keep"
+    """What becomes of running requests when new weights come: ``keep`` freezes them, ``drain``
+    waits for their end, ``abort`` goes on from their tokens without what the old weights cached."""
+    layout: str = "decoupled"
+    """``decoupled``: engines write while the learner steps. ``colocated``: they share a device and
+    take turns, engines asleep while the learner steps; a vLLM engine on a GPU then gives back its
+    memory, but that of the learner's weights and optimiser stays, so ``engine_gpu_utilization``
+    must leave room for it."""
+    learner_workers: int = 1
+    """Processes that share the learner's state and batches (ZeRO-3)."""
+    learner_workers_most: int = 0
+    """Above ``learner_workers``, consolidation is elastic: it has between the two, as many as the nodes
+    that are there offer of Ray's custom resource ``sleeprl_learner`` (``cluster/README.md``)."""
+    learner_cpus: int = 1
+    """Cores of one worker."""
+    learner_gpus: float = 0.0
+    """GPUs of one worker, or a share of one; 0 is the CPU."""
+    offload: str = "none"
+    """What a learner worker keeps in the host's memory instead of its GPU's: ``optimizer`` its share of
+    the optimiser, which then steps there, ``parameters`` that and its share of the parameters,
+    ``none`` nothing."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens in one forward pass of a learner worker; fewer take less memory and more time,
+    and change nothing else."""
+    teachers: int = 0
+    """Actors that hold the teacher, a second copy of the model; none: the learner's own module
+    teaches, with its new expert off."""
+    teacher_cpus: int = 1
+    """Cores of one of them."""
+    teacher_gpus: float = 0.0
+    """GPUs of one of them, or a share of one; 0 is the CPU."""
+    scorers: int = 1
+    """Actors that score dreams: what the smaller self thinks of them, and what learning from them would
+    do. Each holds a copy of the model in single precision, and works in the gaps of the others."""
+    scorer_gpus: float = 0.0
+    """GPUs of one of them, or a share of one; 0 is the CPU."""
+    rewards: int = 1
+    """Actors that judge dreams, each in a process of its own and one dream at a time: more, where the
+    reward is slow and cores are there for it."""
+    max_failures: int = 1
+    """How often in a phase a dead worker group, or while dreaming a dead engine, is restarted from
+    the last checkpoint."""
+    stall_seconds: float = 120.0
+    """Who waits so long is named, with whom it waits for."""
+
+    @property
+    def elastic(self) -> bool:
+        return self.learner_workers_most > self.learner_workers
+
+    @property
+    def gpus(self) -> float:
+        """Of all that there are at the same time: engines, learner workers, and teachers by
+        consolidation or scorers by dreaming."""
+        learners = self.learner_workers * self.learner_gpus
+        apart = max(self.teachers * self.teacher_gpus, self.scorers * self.scorer_gpus)
+        return round(self.engines * self.engine_gpus + learners + apart, 4)
+
+    @property
+    def learner_threads(self) -> int:
+        """Of one learner worker: its cores and, on this machine's CPUs, its share of the engines',
+        which mostly wait while the learner works."""
+        if self.address is not None or self.engine_gpus:
+            return self.learner_cpus
+        return self.learner_cpus + self.engines * self.engine_cpus // self.learner_workers
+
+
+@dataclass
+class NightConfig:
+    name: str = "night"
+    """Directory of the run below ``runs``."""
+    runs: str = "runs"
+    """Directory of all runs."""
+    generations: str = "generations"
+    """Where committed generations live."""
+    seed: int = 0
+    """Of all that is drawn: people, texts, batches, the new expert."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    wake: WakeConfig = field(default_factory=WakeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    self_study: SelfStudyConfig = field(default_factory=SelfStudyConfig)
+    consolidation: ConsolidationConfig = field(default_factory=ConsolidationConfig)
+    baselines: list[str] = field(default_factory=lambda: ["fine_tuning"])
+    """Methods to train and measure beside Sleep, on the same day and as many tokens."""
+    fixed_capacity: FixedCapacityConfig = field(default_factory=FixedCapacityConfig)
+    dreaming: DreamingConfig = field(default_factory=DreamingConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+def keys(node: Any = NightConfig, prefix: str = "") -> Iterator[str]:
+    """All dotted keys, in the order of their definition."""
+    instance = node() if isinstance(node, type) else node
+    for entry in fields(instance):
+        value = getattr(instance, entry.name)
+        if is_dataclass(value):
+            yield from keys(value, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}"
+
+
+def meanings(section: Any = NightConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """All dotted keys with what stands below them here."""
+    (node,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(node, ast.ClassDef)
+    below = {
+        ast.unparse(entry.target): ast.literal_eval(text.value)
+        for entry, text in pairwise(node.body)
+        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    instance = section()
+    for each in fields(section):
+        value = getattr(instance, each.name)
+        if is_dataclass(value):
+            yield from meanings(type(value), f"{prefix}{each.name}.")
+        else:
+            told = " ".join(below.get(each.name, "").split())
+            yield f"{prefix}{each.name}", told.replace("``", "`")

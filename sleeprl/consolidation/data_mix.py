@@ -1,0 +1,116 @@
+"""What each step of the job learns from: rows of the night's data, drawn by seed and step.
+
+The draw of a step depends on the seed and the step only, so a resumed job continues
+with the rows it would have had.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+from sleeprl.config.schema import ConsolidationConfig
+from sleeprl.consolidation.methods import NEW, PASSAGE, REPLAY, STUDENT, Method
+from sleeprl.data.trajectory import Trajectory
+from sleeprl.losses.combined import LossWeights
+from sleeprl.self_study.study import STUDY
+from sleeprl.trainer.batching import TrainingExample
+
+T = TypeVar("T")
+
+
+class DataMix:
+    """The texts a method reads. They come in shuffled passes, each once per pass.
+
+    texts: self-study, of which the method takes its streams. config: as the method has
+    it (``Method.objective``). passages: token ids of the day's documents.
+    Raises ValueError when there is nothing of a stream that the method cannot do without.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        texts: Sequence[Trajectory],
+        passages: Sequence[list[int]],
+        config: ConsolidationConfig,
+        seed: int,
+    ) -> None:
+        self.method, self.config, self.seed = method, config, seed
+        read = set(self.parts(0))
+        self.rollouts = STUDENT in read
+        """Whether the student's own texts are learnt from."""
+        self.new = [t for t in texts if t.purpose == "self_study"]
+        replay = [t for t in texts if t.purpose == "replay"]
+        self.replay = replay if REPLAY in method.texts else []
+        free = [t for t in replay if not t.task_id.startswith(STUDY)]
+        if not self.new and read & {NEW, STUDENT}:
+            raise ValueError("self-study wrote no usable text; look at `malformed` in study.json")
+        if method.anchored and not free:
+            raise ValueError(
+                f"{method.title} needs the smaller self's own texts, but there is no replay; "
+                "set self_study.replay above 0"
+            )
+        self.own = [row(text, REPLAY) for text in free]
+        """All that the smaller self wrote freely, whether the method reads it or not."""
+        count = config.batch_size
+        replayed = round(count * config.replay_ratio) if self.replay else 0
+        streams = {
+            NEW: ([row(text, NEW) for text in self.new], count),
+            REPLAY: ([row(text, REPLAY) for text in self.replay], replayed),
+            PASSAGE: ([TrainingExample(ids[:1], ids[1:], PASSAGE) for ids in passages], count),
+        }
+        self.streams = {name: streams[name] for name in method.texts}
+
+    @property
+    def replay_share(self) -> float:
+        """How much of the roll-outs goes on from the smaller self's own texts."""
+        return self.config.replay_ratio / (1.0 + self.config.replay_ratio) if self.replay else 0.0
+
+    def parts(self, step: int) -> dict[str, LossWeights]:
+        """The weight of what is learnt from in ``step``."""
+        return self.method.parts(self.config, step)
+
+    def rows(self, step: int) -> list[TrainingExample]:
+        """The texts of ``step``, over all ranks."""
+        drawn: list[TrainingExample] = []
+        for name, (rows, count) in self.streams.items():
+            drawn += _pass(rows, step, count, f"{self.seed}-{name}")
+        return drawn
+
+    def tokens_per_step(self) -> float:
+        """Expected ``trained_tokens``; a roll-out is taken to be as long as the text it stands for."""
+        tokens = sum(count * _mean_tokens(rows) for rows, count in self.streams.values())
+        if self.rollouts:
+            config, share = self.config, self.replay_share
+            count = config.rollout_prompts * config.group_size / config.rollout_every
+            tokens += count * (1.0 - share) * _mean_tokens([row(t, STUDENT) for t in self.new])
+            tokens += count * share * _mean_tokens([row(t, STUDENT) for t in self.replay])
+        return tokens
+
+
+def row(text: Trajectory, part: str) -> TrainingExample:
+    return TrainingExample(
+        text.prompt_ids, text.response_ids, part, text.teacher_prompt_ids, key=text.uid
+    )
+
+
+def trained_tokens(rows: Sequence[TrainingExample]) -> int:
+    """Tokens that go through the trained model's forward and backward pass."""
+    return sum(r.student_length() for r in rows)
+
+
+def _mean_tokens(rows: Sequence[TrainingExample]) -> float:
+    return trained_tokens(rows) / len(rows) if rows else 0.0
+
+
+def _pass(items: Sequence[T], step: int, count: int, seed: str) -> list[T]:
+    """Items ``step*count`` to ``(step+1)*count`` of an endless shuffled repetition."""
+    drawn: list[T] = []
+    position = step * count
+    while len(drawn) < count:
+        epoch, offset = divmod(position + len(drawn), len(items))
+        order = list(range(len(items)))
+        random.Random(f"{seed}-{epoch}").shuffle(order)
+        drawn.extend(items[i] for i in order[offset : offset + count - len(drawn)])
+    return drawn

@@ -1,0 +1,152 @@
+"""The experience lake: append-only Parquet, one immutable file per append.
+
+A file appears whole or not at all. A row is identified by its ``uid``: an append that
+is retried because nobody knows whether it went through counts once when read.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sleeprl.data.experience import EXPERIENCE_SCHEMA
+from sleeprl.data.trajectory import TRAJECTORY_SCHEMA, SchemaError, check_schema, conform
+from sleeprl.utils.files import atomic_path
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
+
+SCHEMAS = {"trajectories": TRAJECTORY_SCHEMA, "experience": EXPERIENCE_SCHEMA}
+
+
+class LakeError(ValueError):
+    """A file or a request the lake cannot serve."""
+
+
+class Lake:
+    """Tables of a fixed set of kinds (``SCHEMAS``) under one directory.
+
+    ``DIR/KIND/ORDINAL-UUID.parquet``: names sort in the order of appending; several
+    writers need no lock, since no two names are equal.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+
+    def append(
+        self, data: pa.Table | pa.RecordBatch | Iterable[pa.RecordBatch], kind: str
+    ) -> Path | None:
+        """Write ``data`` as one new file; its path, or None when there are no rows.
+
+        An iterable is written batch by batch; when it raises, nothing has been appended.
+        """
+        schema = _schema(kind)
+        if isinstance(data, pa.RecordBatch):
+            data = [data]
+        elif isinstance(data, pa.Table):
+            data = data.to_batches()
+        batches = (conform(batch, schema) for batch in data if batch.num_rows)
+        first = next(batches, None)
+        if first is None:
+            return None
+        last = max((int(file.name.split("-")[0]) for file in self.files(kind)), default=-1)
+        path = self.directory / kind / f"{last + 1:08d}-{uuid.uuid4().hex}.parquet"
+        with (
+            atomic_path(path) as temporary,
+            pq.ParquetWriter(
+                temporary, schema, compression="zstd", write_page_checksum=True
+            ) as writer,
+        ):
+            writer.write_batch(first)
+            for batch in batches:
+                writer.write_batch(batch)
+        return path
+
+    def rewrite(self, data: pa.Table | pa.RecordBatch, kind: str) -> None:
+        """Have these rows alone: what an attempt appended that did not come to its end is removed.
+
+        Sampling need not repeat to the bit: what one attempt held out, another would learn from.
+        """
+        for file in self.files(kind):
+            file.unlink()
+        self.append(data, kind)
+
+    def files(self, kind: str) -> list[Path]:
+        """The files of a kind, oldest first."""
+        _schema(kind)
+        return sorted((self.directory / kind).glob("[0-9]*-*.parquet"))
+
+    def read(self, kind: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of a kind in the order of appending, each uid once: its last row, since what is
+        done again after a crash counts as it was done at last.
+
+        ``columns`` limits what is read; ``uid`` is always there.
+        """
+        schema = _schema(kind)
+        if columns is not None:
+            wanted = [schema.field(name) for name in dict.fromkeys(["uid", *columns])]
+            schema = pa.schema(wanted, schema.metadata)
+        tables = [schema.empty_table()]
+        for file in self.files(kind):
+            self._check(file, kind)
+            try:
+                with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                    table = parquet.read(schema.names)
+            except (OSError, pa.ArrowException) as error:
+                raise _corrupt(file, error) from error
+            tables.append(conform(table, schema))
+        table = pa.concat_tables(tables)
+        _, from_the_end = np.unique(table.column("uid").to_numpy()[::-1], return_index=True)
+        keep = np.zeros(table.num_rows, dtype=bool)
+        keep[table.num_rows - 1 - from_the_end] = True
+        return table.filter(pa.array(keep))
+
+    def uids(self, kind: str) -> set[str]:
+        """The uid of every row of a kind."""
+        return set(self.read(kind, []).column("uid").to_pylist())
+
+    def pick(self, kind: str, uids: Sequence[str]) -> pa.Table:
+        """The rows of these uids, in this order; no others are in memory as a whole."""
+        wanted = pc.field("uid").isin(pa.array(uids, pa.string()))
+        table = self.scan(kind).to_table(filter=wanted)
+        last = {uid: row for row, uid in enumerate(table.column("uid").to_pylist())}
+        return table.take(pa.array([last[uid] for uid in uids], pa.int64()))
+
+    def scan(self, kind: str) -> ds.Dataset:
+        """A pyarrow dataset for data larger than memory. Retried appends are not merged."""
+        import pyarrow.dataset as ds  # brings pandas: a second, in actors that never scan
+
+        files = self.files(kind)
+        for file in files:
+            self._check(file, kind)
+        if not files:
+            return ds.dataset(_schema(kind).empty_table())
+        return ds.dataset([str(file) for file in files], schema=_schema(kind), format="parquet")
+
+    def _check(self, file: Path, kind: str) -> None:
+        try:
+            check_schema(pq.read_schema(file), _schema(kind))
+        except SchemaError as error:
+            raise SchemaError(f"{file}: {error}") from error
+        except (OSError, pa.ArrowException) as error:
+            raise _corrupt(file, error) from error
+
+
+def _schema(kind: str) -> pa.Schema:
+    if kind not in SCHEMAS:
+        raise LakeError(f"the lake has no kind {kind!r}; it has {sorted(SCHEMAS)}")
+    return SCHEMAS[kind]
+
+
+def _corrupt(file: Path, error: Exception) -> LakeError:
+    return LakeError(
+        f"{file} is truncated or corrupt ({error}). Restore it from a copy, or move it out of "
+        f"{file.parent} to go on without its rows."
+    )

@@ -1,0 +1,67 @@
+"""Off-policy correction, and how far two policies are apart.
+
+Shapes: B rows, R response positions. Log-probabilities are of the tokens that
+were sampled, in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImportanceWeight:
+    """Off-policy correction as level x mode, applied to the ratio learner / behaviour.
+
+    level: ``token``; ``sequence`` (product over the response); ``geometric`` (its
+        length-th root); or ``off``.
+    mode: ``truncate`` caps the weight at ``high``; ``clip`` keeps it in
+        [low, high]; ``mask`` drops tokens or sequences outside [low, high].
+    """
+
+    level: str = "token"
+    mode: str = "truncate"
+    low: float = 0.5
+    high: float = 2.0
+
+    def weights(self, learner_BR: Tensor, behaviour_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        """Detached weights [B, R]; 0 where ``mask_BR`` is 0."""
+        if self.level == "off":
+            return mask_BR.float()
+        ratio_BR = self._ratio(learner_BR, behaviour_BR, mask_BR)
+        if self.mode == "truncate":
+            weights_BR = ratio_BR.clamp(max=self.high)
+        elif self.mode == "clip":
+            weights_BR = ratio_BR.clamp(self.low, self.high)
+        else:
+            weights_BR = ratio_BR * self._inside(ratio_BR)
+        return weights_BR * mask_BR
+
+    def outside(self, learner_BR: Tensor, behaviour_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        """1 where the ratio, with ``off`` that of the token, is outside of [low, high]; [B, R]."""
+        ratio_BR = self._ratio(learner_BR, behaviour_BR, mask_BR)
+        return ~self._inside(ratio_BR) * mask_BR
+
+    def _inside(self, ratio_BR: Tensor) -> Tensor:
+        return (ratio_BR >= self.low) & (ratio_BR <= self.high)
+
+    def _ratio(self, learner_BR: Tensor, behaviour_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        log_ratio_BR = ((learner_BR - behaviour_BR) * mask_BR).detach()
+        if self.level not in ("token", "off"):
+            total_B1 = log_ratio_BR.sum(-1, keepdim=True)
+            if self.level == "geometric":
+                total_B1 = total_B1 / mask_BR.sum(-1, keepdim=True).clamp_min(1)
+            log_ratio_BR = total_B1.expand_as(log_ratio_BR)
+        return log_ratio_BR.clamp(-20.0, 20.0).exp()
+
+
+def mismatch_metrics(learner_BR: Tensor, behaviour_BR: Tensor) -> dict[str, Tensor]:
+    """How far the learner's policy is from the one that sampled, per token; always recorded.
+
+    ``mismatch_kl`` is the k3 estimate of KL(behaviour || learner), in nats.
+    """
+    log_ratio_BR = (learner_BR - behaviour_BR).detach().float().clamp(-20, 20)
+    ratio_BR = log_ratio_BR.exp()
+    return {"mismatch_kl": ratio_BR - 1.0 - log_ratio_BR, "ratio": ratio_BR}

@@ -1,0 +1,1 @@
+"""Base models by name: local checkpoints, generations, hub ids, and a catalogue from package registries."""

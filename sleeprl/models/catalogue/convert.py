@@ -1,0 +1,101 @@
+"""From the files that packages carry to an ordinary Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleeprl.models.catalogue.table import CatalogueError
+
+
+def from_gguf(
+    gguf: Path, target: Path, dtype: str, chat_template: str | None = None, end: str | None = None
+) -> None:
+    """Write the dequantised model, its tokenizer and chat template into ``target``.
+
+    end: the token that ends a turn from now on, where it is not the file's.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # Asked for this way the model is a plain one afterwards, with no quantisation in its config:
+    # an engine would believe that.
+    plain = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=getattr(torch, dtype), quantization_config=plain
+    )
+    if end is not None:
+        tokenizer.eos_token = end
+        for config in (model.config, model.generation_config):
+            config.eos_token_id = tokenizer.eos_token_id
+    _write(model, tokenizer, target, chat_template)
+
+
+def from_onnx(package: Path, member: str, target: Path, dtype: str) -> None:
+    """Write the Llama of a quantised ONNX export and its tokenizer into ``target``.
+
+    package: directory with config.json, the tokenizer's files, and ``member``.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(package)
+    tensors = dequantised(package / member)
+    if config.tie_word_embeddings:  # exported twice; the input side is the one that stays
+        tensors.pop("lm_head.weight", None)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    left = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    if left or unexpected:
+        raise CatalogueError(
+            f"{member} is no export of {config.architectures}: without {sorted(left)[:3]}, "
+            f"with unknown {sorted(unexpected)[:3]}"
+        )
+    model.tie_weights()
+    _write(model, AutoTokenizer.from_pretrained(package), target, None)
+
+
+def dequantised(onnx_file: Path) -> dict[str, Tensor]:
+    """The weights of a dynamically quantised ONNX graph, float32, by their PyTorch names.
+
+    A weight is ``(q - zero_point) * scale``. A linear layer is the MatMulInteger node
+    ``/model/layers.0/mlp/up_proj/MatMul_quant`` with a weight of shape (in, out), the
+    transpose of PyTorch's; embeddings and norms keep their names.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise CatalogueError(
+            "this model is an ONNX file, which the package onnx reads; pip install 'sleeprl[onnx]'"
+        ) from None
+    graph = onnx.load(onnx_file).graph
+    arrays = {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
+
+    def weight(name: str) -> Tensor:
+        quantised, zero = arrays[f"{name}_quantized"], arrays[f"{name}_zero_point"]
+        return (quantised.float() - zero.float()) * arrays[f"{name}_scale"]
+
+    found = {}
+    for name in arrays:
+        if name.endswith(".weight"):
+            found[name] = arrays[name].float()
+        elif name.endswith(".weight_quantized"):
+            stem = name.removesuffix("_quantized")
+            found[stem] = weight(stem)
+    for node in graph.node:
+        if node.op_type == "MatMulInteger":
+            module = node.name.strip("/").rpartition("/")[0].replace("/", ".")
+            found[f"{module}.weight"] = weight(node.input[1].removesuffix("_quantized")).T
+    return found
+
+
+def _write(model: Any, tokenizer: Any, target: Path, chat_template: str | None) -> None:
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = chat_template
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(target, max_shard_size="1TB")
+    tokenizer.save_pretrained(target)

@@ -1,0 +1,113 @@
+"""Which memory levels sleep tonight: the generation a night starts from, its clock, its steps.
+
+Imports neither torch nor ray, so that a dry run can tell what a night would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sleeprl.config.schema import ConfigError, NightConfig
+from sleeprl.lineage import LineageStore, Manifest
+from sleeprl.memory.levels import CONTEXT, Clock, Due
+from sleeprl.memory.slots import PoolFull, Slots
+from sleeprl.memory.transfer import Merge, Step, Transfer, plan_night
+
+
+def parent(config: NightConfig) -> Manifest | None:
+    """The generation that ``model.name`` means, if it means one."""
+    return LineageStore(config.generations).find(config.model.name)
+
+
+def clock_of(config: NightConfig, manifest: Manifest | None) -> Clock:
+    """The clock as the night begins: that of the generation it starts from, or a new one."""
+    clock = config.memory.clock()
+    if manifest is not None and manifest.clock:
+        try:
+            clock.load_state_dict(manifest.clock)
+        except ValueError as error:
+            raise ConfigError(f"memory.unit of model.name={config.model.name!r}: {error}") from None
+    return clock
+
+
+def new_slots(config: NightConfig) -> Slots:
+    """The layout that ``memory`` describes, empty; ``base_width`` is the checkpoint's to say."""
+    memory = config.memory
+    pools = tuple(level.slots for level in memory.levels)
+    return Slots(0, memory.width, sum(pools), (), pools, memory.growth)
+
+
+def require_layout(config: NightConfig, slots: Slots) -> None:
+    """Raises ConfigError where a checkpoint's slots are not those that ``memory`` describes."""
+    wanted = new_slots(config)
+    for field, asked, found in (
+        ("growth", wanted.growth, slots.growth),
+        ("width", wanted.width, slots.width),
+        ("levels (slots)", list(wanted.pools), list(slots.pools)),
+    ):
+        if asked != found:
+            raise ConfigError(
+                f"memory.{field}={asked}, but model.name={config.model.name!r} was grown with "
+                f"{found}; set it to that, or start from a plain model"
+            )
+
+
+def steps_of(config: NightConfig, slots: Slots, boundaries: Sequence[Due]) -> tuple[Step, ...]:
+    """``plan_night``, with a full level told as a matter of configuration."""
+    try:
+        steps = plan_night(slots, boundaries, config.memory.when_full, config.memory.reset)
+    except PoolFull as error:
+        raise ConfigError(f"memory.levels: {error}") from None
+    replay = config.self_study.replay
+    if replay < 2 and any(isinstance(s, Transfer) and not s.teacher_has_context for s in steps):
+        raise ConfigError(
+            f"self_study.replay={replay}, but a level is handed on tonight with what the model "
+            "writes freely; set self_study.replay to 100 or more"
+        )
+    return steps
+
+
+def elapsed_units(config: NightConfig, documents: Sequence[int]) -> int:
+    """What a night adds to the clock. documents: the length of each of the day's, in tokens."""
+    return {
+        "tokens": sum(documents),
+        "optimizer_steps": config.consolidation.steps,
+        "episodes": len(documents),
+        "nights": 1,
+    }[config.memory.unit]
+
+
+def describe_step(step: Step) -> str:
+    """One step as a reader sees it."""
+    if isinstance(step, Merge):
+        return f"slot {step.slot} into the base"
+    if step.sender == CONTEXT:
+        return f"context into slot {step.slot} of level {step.receiver}"
+    held = ", ".join(map(str, step.held))
+    text = f"level {step.sender} (slots {held}) into slot {step.slot} of level {step.receiver}"
+    return text if step.reset else f"{text}, which keeps them"
+
+
+def describe_levels(config: NightConfig) -> list[str]:
+    """The levels and what is due this night, one line each, as far as it is known beforehand."""
+    manifest = parent(config)
+    clock, unit = clock_of(config, manifest), config.memory.unit
+    named = LineageStore(config.generations).path(manifest.id) if manifest else config.model.name
+    slots = Slots.load(Path(named)) or new_slots(config)
+    require_layout(config, slots)
+    lines = []
+    for number, level in enumerate(clock.levels, start=1):
+        ahead = (clock.now // level.period + 1) * level.period
+        sleeps = f"every {level.period} {unit}, next at {ahead} (now {clock.now})"
+        if number == slots.levels:
+            sleeps = f"the slowest: keeps what it has; when_full={config.memory.when_full}"
+        used = f"{len(slots.used_in(number))} of {level.slots} slots used"
+        lines.append(f"{f'level {number}':16}{used}; {sleeps}")
+    if unit in ("tokens", "episodes"):
+        return [
+            *lines,
+            f"this night      adds the day's {unit}; what is due is known after the wake",
+        ]
+    steps = steps_of(config, slots, clock.advance(elapsed_units(config, ())))
+    return [*lines, f"this night      {'; '.join(map(describe_step, steps))}"]

@@ -1,0 +1,1 @@
+"""What the frozen smaller self writes for the larger self to learn from."""

@@ -1,0 +1,202 @@
+"""What the smaller self writes with nothing in its prompt, so that what it knew stays.
+
+Without such texts growth forgets as fast as fine-tuning does. There are five kinds of
+them: what it asks itself; what it asked itself on earlier nights (``notebook``); what it states,
+since of its own accord it asks about what it has known for long and states what it learned last;
+what lies next to what is learned tonight; and conversations. Questions and statements spread as wide as they
+can. Answers are the surest there are, because a slip of chance would be learned too.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from typing import Literal
+
+from sleeprl.data.trajectory import Trajectory
+from sleeprl.evaluation.questions import Question, grade
+from sleeprl.evaluation.statistics import coverage
+from sleeprl.self_study.sampler import GeneratedQuestion, TextSampler, build_qa_prompt, trajectory
+from sleeprl.text.prompts import (
+    FREE_FACT,
+    FREE_QA,
+    QUESTION_MARK,
+    STUDY_QA,
+    parse_qa,
+    with_experience,
+)
+
+SURE, WIDE = 0.0, 1.0
+"""Temperatures: of answers, and of questions and statements."""
+Purpose = Literal["self_study", "replay"]
+
+
+@dataclass(frozen=True)
+class RehearsalSet:
+    """Texts to rehearse; those that were held out of them; how likely the next one to be asked
+    is one that was; and the questions that had their turn, in their order."""
+
+    trajectories: list[Trajectory]
+    held: list[str]
+    coverage: float | None = None
+    asked: list[str] = field(default_factory=list)
+
+
+def ask_freely(
+    writer: TextSampler, count: int, hold_out: float = 0.0, again: Sequence[str] = ()
+) -> RehearsalSet:
+    """Free questions, each answered again on its own, and every fourth pair as it was written.
+
+    What was known is asked in questions, so answers are what is rehearsed most. Of the
+    pairs a few keep the skill of asking itself, which the next night needs.
+
+    again: questions of earlier nights. At most ``2 * count`` of them are answered, in place of at
+    most half of ``count``, and of all that is answered one for each fact is rehearsed.
+    """
+    prompt, again = build_qa_prompt(writer.chat, writer.config, FREE_QA), again[: 2 * count]
+    drafts = writer.write([prompt] * max(count // 2, count - len(again)), WIDE)
+    pairs = [(n, draft, p[0]) for n, draft in enumerate(drafts) if (p := writer.parsed(draft))]
+    # The same question twice would teach nothing more; another one keeps more of the old.
+    questions = list(dict.fromkeys(question for _, _, question in pairs))
+    held = writer.hold_out(questions, hold_out)
+    rows = [
+        trajectory("replay", "pair", n, prompt, draft, None)
+        for n, draft, question in pairs
+        # Whom examples help has no skill to keep, and its prompts are long.
+        if n % 4 == 0 and question not in held and not writer.config.examples
+    ]
+    asked = [q for q in dict.fromkeys([*questions, *again]) if q not in held]
+    answered = _answered(writer, "replay", "answer", asked)
+    if again:
+        said = writer.chat.decode
+        told = [(said(text.prompt_ids), said(text.response_ids)) for text in answered]
+        answered = [answered[place] for place in one_of_each_fact(told)]
+    kept_out = [question for question in questions if question in held]
+    drawn = [question for _, _, question in pairs]
+    return RehearsalSet([*rows, *answered], kept_out, coverage(drawn, again), asked)
+
+
+def one_of_each_fact(pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """Places of the first pair of each fact: of (question, answer) whose answer is the same and whose
+    questions share their two rarest words, by how many of the questions they are in."""
+    words = [sorted(set(re.findall(r"\w+", question.casefold()))) for question, _ in pairs]
+    count = Counter(word for those in words for word in those)
+    found: dict[tuple[str, ...], int] = {}
+    for place, ((_, answer), those) in enumerate(zip(pairs, words, strict=True)):
+        rarest = sorted(those, key=lambda word: (count[word], word))[:2]
+        found.setdefault((answer.casefold().strip(), *sorted(rarest)), place)
+    return list(found.values())
+
+
+def sample_facts(
+    writer: TextSampler, purpose: Purpose, count: int, hold_out: float = 0.0
+) -> RehearsalSet:
+    """Facts that it states freely, and a question about each with its own answer to it.
+
+    A statement that the answer does not bear out was a slip, and is not rehearsed.
+    """
+    chat, prompt = writer.chat, writer.chat.prompt(FREE_FACT)
+    stated = {
+        chat.decode(fact.token_ids): fact
+        for fact in reversed(writer.write([prompt] * count, WIDE))
+        if fact.finish_reason == "stop"
+    }
+    held = writer.hold_out(list(stated), hold_out)
+    facts = [fact for fact in stated if fact not in held]
+    drafts = writer.write(
+        [build_qa_prompt(chat, writer.config, with_experience(fact, STUDY_QA)) for fact in facts]
+    )
+    about = {fact: p for fact, d in zip(facts, drafts, strict=True) if (p := writer.parsed(d))}
+    rows = _answered(
+        writer, purpose, "recalled-answer", [question for question, _ in about.values()]
+    )
+    said = {tuple(row.prompt_ids): chat.decode(row.response_ids) for row in rows}
+    for index, (fact, (question, answer)) in enumerate(about.items()):
+        given = said.get(tuple(chat.prompt(question)), "")
+        if grade([given], [Question(question, answer, "")])[0]:
+            rows.append(trajectory(purpose, "recalled", index, prompt, stated[fact], None))
+    return RehearsalSet(rows, sorted(held))
+
+
+def sample_conversations(writer: TextSampler, count: int, hold_out: float = 0.0) -> RehearsalSet:
+    """Messages that it writes in the user's place, with its answers (Magpie, 2406.08464).
+
+    A message is the first line of what is written. Answers count also where they are cut off: the
+    smaller self says at each token what it would have said.
+    """
+    if not count:
+        return RehearsalSet([], [])
+    chat = writer.chat
+    drafts = writer.write([chat.turn()] * count, WIDE)
+    lines = [chat.decode(draft.token_ids).partition("\n")[0].strip() for draft in drafts]
+    messages = [line for line in dict.fromkeys(lines) if line and writer.has_room(line)]
+    held = writer.hold_out(messages, hold_out)
+    prompts = [chat.prompt(message) for message in messages if message not in held]
+    rows = [
+        trajectory("replay", "conversation", index, prompt, answer, None)
+        for index, (prompt, answer) in enumerate(
+            zip(prompts, writer.write(prompts, SURE), strict=True)
+        )
+        if answer.token_ids
+    ]
+    return RehearsalSet(rows, sorted(held))
+
+
+def sample_near_questions(
+    writer: TextSampler, documents: Sequence[str], asked: Sequence[GeneratedQuestion], count: int
+) -> list[Trajectory]:
+    """What is spoiled first: questions that begin as tonight's do, and turn elsewhere.
+
+    asked: tonight's questions. Each is cut off where the smaller self would have gone on otherwise,
+    sooner the more surprising the next token is, and is gone on with freely. A question to
+    which the document makes a difference is about the document, and left out: what the
+    smaller self says of that is what is to change.
+    """
+    if not (asked and count):
+        return []
+    chat = writer.chat
+    start, mark = writer.begin(FREE_QA), len(chat.text(QUESTION_MARK))
+    rng = random.Random(f"{writer.seed}-neighbours")
+    begun: list[tuple[int, list[int]]] = []
+    for one in islice(cycle(rng.sample(asked, len(asked))), count):
+        own = [1e-6 + nats for nats in one.surprise[mark:]]
+        cut = rng.choices(range(len(own)), own)[0]
+        begun.append((one.document, one.ids[: mark + cut]))
+    drafts = writer.write([[*start, *beginning] for _, beginning in begun], WIDE)
+    mine = {one.question for one in asked}
+    found: dict[str, int] = {}
+    for (n, beginning), draft in zip(begun, drafts, strict=True):
+        pair = parse_qa(chat.decode([*beginning, *draft.token_ids]))
+        if draft.finish_reason != "stop" or pair is None or pair[0] in mine:
+            continue
+        if writer.can_answer(documents[n], pair[0]):
+            found.setdefault(pair[0], n)
+    rows = _answered(writer, "replay", "neighbour", list(found))
+    said = {tuple(row.prompt_ids): row for row in rows}
+    told = writer.write(
+        [chat.prompt(with_experience(documents[n], question)) for question, n in found.items()],
+        SURE,
+    )
+    return [
+        row
+        for question, reading in zip(found, told, strict=True)
+        if (row := said.get(tuple(chat.prompt(question)))) and row.response_ids == reading.token_ids
+    ]
+
+
+def _answered(
+    writer: TextSampler, purpose: Purpose, task: str, questions: Sequence[str]
+) -> list[Trajectory]:
+    """Each question once, with its own answer."""
+    prompts = [writer.chat.prompt(question) for question in dict.fromkeys(questions)]
+    return [
+        trajectory(purpose, task, index, prompt, answer, None)
+        for index, (prompt, answer) in enumerate(
+            zip(prompts, writer.write(prompts, SURE), strict=True)
+        )
+        if answer.finish_reason == "stop"
+    ]

@@ -1,0 +1,282 @@
+"""What the smaller self writes to teach its larger self: the two streams of seeding data.
+
+*new*: the experience is in the teacher's prompt only. The teacher asks itself
+questions about a document and answers them; the student will see the bare
+question. *replay*: what both selves are to go on writing behind the same prompt. Nearly all of it the
+smaller self writes with nothing in its prompt (``rehearsal``); a few of tonight's questions are
+written with their document in sight, so that this skill stays, too (``STUDY``).
+
+When a level hands its slots on, there is no experience to read: all is written freely
+(``write_rehearsal``).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, islice
+from operator import sub
+from pathlib import Path
+
+from sleeprl.config.schema import SelfStudyConfig
+from sleeprl.data.trajectory import Trajectory
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.self_study.question_bank import rotate
+from sleeprl.self_study.rehearsal import (
+    SURE,
+    ask_freely,
+    sample_conversations,
+    sample_facts,
+    sample_near_questions,
+)
+from sleeprl.self_study.sampler import GeneratedQuestion, TextSampler, build_qa_prompt, trajectory
+from sleeprl.text.chat import ChatFormatter
+from sleeprl.text.prompts import (
+    FREE_FACT,
+    FREE_QA,
+    QUESTION_MARK,
+    STUDY_FACT,
+    STUDY_QA,
+    with_experience,
+)
+from sleeprl.utils.files import write_json_atomic
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question about document number ``document`` and what the self that reads answers."""
+
+    document: int
+    question: str
+    answer: str
+
+
+@dataclass
+class Study:
+    """trajectories: to learn from. probes: pairs kept out of training, to judge dreams on."""
+
+    trajectories: list[Trajectory]
+    probes: list[Pair] = field(default_factory=list)
+    held_questions: list[str] = field(default_factory=list)
+    held_facts: list[str] = field(default_factory=list)
+    """What the smaller self asked and stated freely and is not trained on: for retention."""
+    written: int = 0
+    """Texts sampled in all."""
+    malformed: int = 0
+    """Texts that were not whole, or not of the form asked for."""
+    coverage: float | None = None
+    """Of the replay: how likely the next free question is one that is rehearsed."""
+    notebook: list[str] = field(default_factory=list)
+    """As the next night is to find it."""
+
+    def save(self, path: Path) -> None:
+        rows = [asdict(pair) for pair in self.probes]
+        write_json_atomic(
+            path, {"probes": rows, "written": self.written, "malformed": self.malformed}
+        )
+
+
+def describe_study(result: Mapping[str, int]) -> str:
+    """What came of it, for the line of the phase."""
+    line = f"{result['new']} new, {result['replay']} replayed"
+    if result["replay"]:
+        return line
+    return (
+        f"{line} ({result['malformed']} of {result['written']} texts were not of the form asked for): "
+        "what it knew is not rehearsed and may be lost; see self_study.conversations, opening and examples"
+    )
+
+
+def load_probes(path: Path) -> list[Pair]:
+    return [Pair(**row) for row in json.loads(path.read_text())["probes"]]
+
+
+def study(
+    fleet: EnginePool,
+    chat: ChatFormatter,
+    documents: Sequence[str],
+    config: SelfStudyConfig,
+    seed: int,
+    max_length: int,
+    *,
+    hold_out: float = 0.0,
+    notebook: Sequence[str] = (),
+    on_written: Callable[[int], None] = lambda _: None,
+) -> Study:
+    """Sample both streams from the engines, which must hold the smaller self's weights.
+
+    hold_out: share of the free questions and facts that nothing is to be trained on.
+    notebook: what was asked on earlier nights, first what is to be asked again first.
+    on_written: in_context how many texts there are, a few times.
+    """
+    writer = TextSampler(fleet, chat, config, seed, max_length, on_written)
+    # A dream is asked for with the whole document, and everything that helps a weak writer.
+    whole = [build_qa_prompt(chat, config, with_experience(text, STUDY_QA)) for text in documents]
+    writer.require_room(whole)
+    result = Study([])
+    asked = _asked(writer, documents)
+    _answer(writer, documents, asked, result)
+    result.trajectories += _state(writer, documents)
+    quarter, tonight = config.replay // 4, dict.fromkeys(one.question for one in asked)
+    # What it would have answered before it read is not to be kept.
+    again = [question for question in notebook if question not in tonight]
+    free = ask_freely(writer, config.replay, hold_out, again)
+    stated = sample_facts(writer, "replay", quarter, hold_out)
+    beside = sample_near_questions(writer, documents, asked, quarter)
+    talk = sample_conversations(writer, config.conversations, hold_out)
+    result.held_questions, result.held_facts = [*free.held, *talk.held], stated.held
+    held = {tuple(chat.prompt(question)) for question in result.held_questions}
+    rows = [*free.trajectories, *stated.trajectories, *beside, *talk.trajectories]
+    result.trajectories += [row for row in rows if tuple(row.prompt_ids) not in held]
+    result.coverage = free.coverage
+    result.notebook = rotate(notebook, list(tonight), free.asked, config.notebook, seed)
+    result.written, result.malformed = writer.written, writer.malformed
+    return result
+
+
+def write_rehearsal(
+    fleet: EnginePool,
+    chat: ChatFormatter,
+    config: SelfStudyConfig,
+    seed: int,
+    max_length: int,
+    *,
+    notebook: Sequence[str] = (),
+) -> Study:
+    """Both streams for a transfer between levels; the engines hold the smaller self's weights.
+
+    *new*: facts that it states freely, a question about each, and its own answer to that
+    question. What was learned recently is among them because consolidation taught it to
+    be stated freely; pairs that are asked freely are of what was known long before.
+    *replay*: what it asks itself. Every prompt is the same for both selves.
+    """
+    writer = TextSampler(fleet, chat, config, seed, max_length)
+    recent = sample_facts(writer, "self_study", config.replay // 2)
+    free = ask_freely(writer, config.replay, again=notebook)
+    talk = sample_conversations(writer, config.conversations)
+    texts = [*recent.trajectories, *free.trajectories, *talk.trajectories]
+    return Study(texts, written=writer.written, malformed=writer.malformed, coverage=free.coverage)
+
+
+def passages(document: str, sentences: int) -> list[str]:
+    """A document in pieces of so many sentences."""
+    found = re.split(r"(?<=[.!?])\s+", document.strip())
+    return [" ".join(found[at : at + sentences]) for at in range(0, len(found), sentences)]
+
+
+STUDY = "study-"
+"""How the tasks of replayed texts begin that were written with a document in sight."""
+ABOUT = 4.0
+"""Nats of ``_gain``, at the least, of a question that is about its document. What is asked about
+somebody who is known, or about nobody in particular, stays below."""
+ROUNDS = 3
+"""How often at most a document is asked about of which few questions came."""
+
+
+def _asked(writer: TextSampler, documents: Sequence[str]) -> list[GeneratedQuestion]:
+    """Different questions about the documents."""
+    config = writer.config
+    found: dict[tuple[int, str], GeneratedQuestion] = {}
+    numbers = list(range(len(documents)))
+    for _ in range(ROUNDS):
+        asked = [n for n in numbers for _ in range(config.pairs_per_document)]
+        shown = [text for n in numbers for text in _in_sight(documents[n], config)]
+        prompts = [
+            build_qa_prompt(writer.chat, config, with_experience(text, STUDY_QA)) for text in shown
+        ]
+        fresh: dict[tuple[int, str], GeneratedQuestion] = {}
+        for n, prompt, written in zip(asked, prompts, writer.write(prompts), strict=True):
+            pair = writer.parsed(written)
+            if pair and (n, pair[0]) not in found and writer.can_answer(documents[n], pair[0]):
+                fresh.setdefault((n, pair[0]), GeneratedQuestion(n, pair[0], prompt, written))
+        found |= _about(writer, documents, list(fresh.values()))
+        numbers = [
+            n for n in numbers if 4 * sum(n == of for of, _ in found) < config.pairs_per_document
+        ]
+        if not numbers:
+            break
+    return list(found.values())
+
+
+def _in_sight(document: str, config: SelfStudyConfig) -> list[str]:
+    """What of the document each question is asked with."""
+    whole = round(config.whole * config.pairs_per_document)
+    parts = cycle(passages(document, config.sentences))
+    return [document] * whole + list(islice(parts, config.pairs_per_document - whole))
+
+
+def _about(
+    writer: TextSampler, documents: Sequence[str], drafts: Sequence[GeneratedQuestion]
+) -> dict[tuple[int, str], GeneratedQuestion]:
+    """The questions that are about their documents.
+
+    A self that has slept often asks about whom it knows in place of whom it reads of; to
+    answer that with the document in sight would spoil what it knows.
+    """
+    chat = writer.chat
+    ids = [chat.text(f"{QUESTION_MARK} {draft.question}") for draft in drafts]
+    reading = [writer.begin(with_experience(text, STUDY_QA)) for text in documents]
+    freely = writer.surprise([writer.begin(FREE_QA)] * len(drafts), ids)
+    in_context = writer.surprise([reading[draft.document] for draft in drafts], ids)
+    return {
+        (draft.document, draft.question): replace(draft, ids=own, surprise=alone)
+        for draft, own, alone, seen in zip(drafts, ids, freely, in_context, strict=True)
+        if _gain(documents[draft.document], chat.pieces(own), alone, seen) >= ABOUT
+    }
+
+
+def _gain(
+    document: str, tokens: Iterable[str], freely: Sequence[float], in_context: Sequence[float]
+) -> float:
+    """Nats by which a document makes a question likelier through what stands in it.
+
+    A token that it calls to mind and that does not stand in it counts against the question: a
+    name that it only resembles, of somebody who is known. freely, in_context: surprise of each token.
+    """
+    text = document.casefold()
+    return sum(
+        gain if token.strip().casefold() in text else -abs(gain)
+        for token, gain in zip(tokens, map(sub, freely, in_context), strict=True)
+    )
+
+
+def _answer(
+    writer: TextSampler, documents: Sequence[str], asked: Sequence[GeneratedQuestion], result: Study
+) -> None:
+    """Answers with the document in sight, to learn from without it; and probes."""
+    config, chat = writer.config, writer.chat
+    prompts = [chat.prompt(with_experience(documents[one.document], one.question)) for one in asked]
+    count = len(asked)
+    held = set(random.Random(writer.seed).sample(range(count), int(config.probe_share * count)))
+    texts = result.trajectories
+    for index, (one, prompt, answer) in enumerate(
+        zip(asked, prompts, writer.write(prompts, SURE), strict=True)
+    ):
+        n, bare, whole = one.document, chat.prompt(one.question), answer.finish_reason == "stop"
+        if index in held:
+            if whole:
+                result.probes.append(Pair(n, one.question, chat.decode(answer.token_ids)))
+            continue
+        if whole:
+            texts.append(trajectory("self_study", f"answer-{n}", index, bare, answer, prompt))
+        # To ask about what it reads is a skill to keep, too. Examples need no skill.
+        if index % 4 == 0 and not config.examples:
+            texts.append(trajectory("replay", f"{STUDY}{n}", index, one.prompt, one.written, None))
+
+
+def _state(writer: TextSampler, documents: Sequence[str]) -> list[Trajectory]:
+    """Facts of the documents, to be stated freely."""
+    chat, count = writer.chat, writer.config.facts_per_document
+    numbers = [n for n in range(len(documents)) for _ in range(count)]
+    prompts = [chat.prompt(with_experience(documents[n], STUDY_FACT)) for n in numbers]
+    bare = chat.prompt(FREE_FACT)
+    return [
+        trajectory("self_study", f"fact-{n}", index, bare, fact, prompt)
+        for index, (n, prompt, fact) in enumerate(
+            zip(numbers, prompts, writer.write(prompts), strict=True)
+        )
+        if fact.finish_reason == "stop"
+    ]

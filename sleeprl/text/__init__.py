@@ -1,0 +1,1 @@
+"""Text: chat templates to token ids, and every instruction sent to a model."""

@@ -1,0 +1,1 @@
+"""The trainer: DeepSpeed ZeRO-3 ranks, batching, packing, and publishing weights."""

@@ -1,0 +1,95 @@
+"""A learner's weights into the engines, with the proof that they arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.cluster.waits import WAITS
+from sleeprl.memory.checkpoint import EXPERT, WEIGHTS
+from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool
+from sleeprl.trainer.trainer import Trainer
+from sleeprl.utils.files import atomic_path
+from sleeprl.weight_sync.base import NamedTensor, StuckTransport
+from sleeprl.weight_sync.verification import Canary
+
+CANARY = "canary.json"
+
+
+def publish(learner: Trainer, fleet: EnginePool, canary: list[int]) -> dict[str, float]:
+    """Send what the learner trained to every engine, in flight. Collective over the ranks.
+
+    canary: token ids that both sides score afterwards. Returns how long generation
+    stood still (seconds), how far the two sides differ (nats), and how many engines did not
+    end verified; empty but on rank 0. Raises StuckTransport, which leaves the other ranks in a
+    gather: the run has to end.
+    """
+    expected = learner.canary(canary)
+    learner.release()  # engines that slept wake up now
+    tensors = learner.export()
+    if learner.rank != 0:
+        learner.meet()
+        for _ in tensors:  # the gathers are collective
+            pass
+        return {}
+    try:
+        try:
+            update = fleet.begin()
+        finally:
+            learner.meet()  # no gather has begun that others would hold for as long as engines drain
+        certificates = fleet.send(update, tensors, expected)
+    except StuckTransport:
+        tensors = iter(())  # a gather beside the collective that hangs would hang as well
+        raise
+    finally:
+        for _ in tensors:  # also when an engine died: the other ranks are in these gathers
+            pass
+    verified = [certificate for certificate in certificates if certificate.verified]
+    return {
+        "sync_seconds": max(c.seconds for c in verified),
+        "canary": max(c.difference or 0.0 for c in verified),
+        "stale_engines": float(len(certificates) - len(verified)),
+    }
+
+
+def publish_from_gpu(
+    fleet: EnginePool, tensors: Iterable[NamedTensor], canary: Canary | None, gpus: float
+) -> None:
+    """``EnginePool.publish`` by a process that has ``gpus``: between GPUs one that has none, as the driver,
+    cannot send."""
+    version = fleet.version + 1
+    send = ray.remote(_send).options(num_cpus=0, num_gpus=gpus)
+    with WAITS.on("the sender", what="all weights", kind="sync"):
+        verified = ray.get(send.remote(fleet.group.actors, version, dict(tensors), canary))
+    fleet.version = version
+    fleet.group.updated(verified)
+
+
+def _send(
+    engines: Sequence[Any], version: int, tensors: Mapping[str, Tensor], canary: Canary | None
+) -> list[int]:
+    """Who ended verified."""
+    fleet = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
+    fleet.publish(tensors.items(), canary, version)
+    fleet.disconnect()
+    return fleet.health.working
+
+
+def save_trained(learner: Trainer, directory: Path, canary: list[int]) -> None:
+    """Write what was trained, and what an engine that holds it must answer. Collective.
+
+    It is the expert alone, or of a model that was trained in full what it exports.
+    """
+    grown = learner.options.slot is not None
+    tensors = learner.expert() if grown else dict(learner.export())
+    expected = learner.canary(canary)
+    if learner.rank == 0:
+        expected.save(directory / CANARY)
+        with atomic_path(directory / (EXPERT if grown else WEIGHTS)) as path:
+            save_file(tensors, path)

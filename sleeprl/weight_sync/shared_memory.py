@@ -1,0 +1,77 @@
+"""Weights through shared memory on one host: written once, loaded in place, never pickled.
+
+Two segments of memory are written in turn for as long as the sender lives. They are small
+enough to stay in the processor's cache between the writer and the reader, and their pages
+are made once: making them costs several times what copying does. A segment has no name in
+any file system, so it needs no room in ``/dev/shm`` and a killed sender leaves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sleeprl.weight_sync.base import NamedTensor, TransportError, split
+from sleeprl.weight_sync.buckets import BACKEND, Mapped, plan_bucket
+
+BUCKET_BYTES = 8 << 20
+
+
+class Segment:
+    """Anonymous memory that another process of this user maps by ``path``."""
+
+    def __init__(self, nbytes: int) -> None:
+        handle = os.memfd_create("sleeprl-weights")
+        weakref.finalize(self, os.close, handle)
+        # Reserved now: full memory must say so here, not end the process later.
+        os.posix_fallocate(handle, 0, nbytes)
+        self.nbytes = nbytes
+        self.path = f"/proc/{os.getpid()}/fd/{handle}"
+        self.inode = os.fstat(handle).st_ino
+        self.memory = Mapped(self.path, nbytes)
+
+
+class SharedMemoryTransport:
+    """A ``WeightTransport`` for engines on the sender's host."""
+
+    backend = BACKEND
+
+    def __init__(self, limit: int = BUCKET_BYTES) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise TransportError(
+                "resources.transport=shared_memory needs Linux; set resources.transport=disk"
+            )
+        self.limit = limit
+        self._version = 0
+        self._segments: list[Segment] = []
+
+    def connect(self, engines: int) -> Iterator[list[dict[str, Any]]]:
+        yield from ()
+
+    def begin(self, version: int) -> None:
+        self._version = version
+
+    def buckets(self, tensors: Iterable[NamedTensor]) -> Iterator[dict[str, Any]]:
+        for number, group in enumerate(split(tensors, self.limit)):
+            bucket = plan_bucket(group, self._version)
+            segment = self._segment(number % 2, bucket.layout.nbytes)
+            targets = segment.memory.views(bucket.layout.text)
+            for (_, target), (_, source) in zip(targets, group, strict=True):
+                target.copy_(source)
+            yield bucket.describe(segment.path, segment.nbytes, segment.inode)
+
+    def _segment(self, turn: int, nbytes: int) -> Segment:
+        """The one whose turn it is, a larger one in its place where it is too small."""
+        if turn == len(self._segments):
+            self._segments.append(Segment(max(nbytes, self.limit)))
+        elif self._segments[turn].nbytes < nbytes:
+            self._segments[turn] = Segment(nbytes)
+        return self._segments[turn]
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._segments.clear()
