@@ -77,12 +77,12 @@ PEOPLE = 6
 # ever. A night takes one core about a minute and a half.
 SETTINGS = [
     "self_study.pairs_per_document=256",
-    "self_study.replay=2400",
-    "self_study.probe_share=0.02",
+    "self_study.replay_questions=2400",
+    "self_study.held_out_share=0.02",
     "consolidation.steps=120",
     "consolidation.batch_size=16",
-    "evaluation.retention=600",
-    "evaluation.texts=40",
+    "evaluation.retention_questions=600",
+    "evaluation.perplexity_texts=40",
 ]
 TOKENS = 150_000
 """What every method trains on in a night."""
@@ -113,9 +113,11 @@ def days(seed: int, nights: int, config: NightConfig) -> Days:
         documents.append([d["text"] for d in told])
         probes.append([Question(q.text, q.answer, q.kind, home[q.person]) for q in asked])
     old = world.questions(world.old_people(), "heldout", kinds=("recall",), seed=seed)
-    some = random.Random(f"old-{seed}").sample(old, min(config.evaluation.retention, len(old)))
+    some = random.Random(f"old-{seed}").sample(
+        old, min(config.evaluation.retention_questions, len(old))
+    )
     known = [Question(q.text, q.answer, "retention") for q in some]
-    texts = world.old_world_text(seed, "heldout", config.evaluation.texts)
+    texts = world.old_world_text(seed, "heldout", config.evaluation.perplexity_texts)
     return Days(documents, probes, known, texts)
 
 
@@ -215,7 +217,7 @@ def learn_day(
     # What a method does not read need not be written.
     wanted, reads = config.self_study, METHODS[method].texts
     if REPLAY not in reads:
-        wanted = replace(wanted, replay=config.fixed_capacity.fisher_texts)
+        wanted = replace(wanted, replay_questions=config.fixed_capacity.fisher_texts)
     scratch = after.with_name("scratch")
     shutil.rmtree(scratch, ignore_errors=True)
     steps = transfers(config, before, night) if METHODS[method].grows else [None]

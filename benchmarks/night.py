@@ -103,7 +103,12 @@ def tune_baseline(
     rows = []
     with tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch:
         for seed in seeds:
-            places = [f"runs={scratch}", f"seed={seed}", f"name=seed-{seed}", "self_study.replay=0"]
+            places = [
+                f"runs={scratch}",
+                f"seed={seed}",
+                f"name=seed-{seed}",
+                "self_study.replay_questions=0",
+            ]
             small = ["self_study.pairs_per_document=2", "self_study.facts_per_document=0"]
             config = cfg.load(None, [*words, *places, *small])
             with NightProgress(phases(config)) as progress, cluster(config.resources):

@@ -154,7 +154,7 @@ def measure(
                 pair = {}
                 for staleness in (0, 1)[:: (-1) ** number]:
                     config = cfg.load(
-                        None, [*words, f"dreaming.staleness={staleness}", f"seed={number}"]
+                        None, [*words, f"dreaming.max_staleness={staleness}", f"seed={number}"]
                     )
                     name = "decoupled" if staleness else "synchronous"
                     run_dir = place / f"{name}-{number}"

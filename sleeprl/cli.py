@@ -345,7 +345,7 @@ def _plan(settings: NightConfig) -> Panel:
         f"ray             {r.address or f'local, {r.cpus or available_cpus()} cores'}",
         f"engines         {r.engines} x ({r.engine_cpus} cores, {r.engine_gpus:g} GPUs)",
         f"learner         {r.learner_workers} x ({r.learner_cpus} cores, {r.learner_gpus:g} GPUs), ZeRO-3",
-        f"beside them     {r.scorers} x scorer ({r.scorer_gpus:g} GPUs), {r.rewards} x reward,"
+        f"beside them     {r.scorers} x scorer ({r.scorer_gpus:g} GPUs), {r.reward_workers} x reward,"
         " curriculum (no core reserved)",
         *describe_levels(settings),
     ]

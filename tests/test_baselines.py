@@ -244,7 +244,7 @@ def test_what_a_method_cannot_do_without_is_named() -> None:
     for name in set(METHODS) - {"fine_tuning"}:
         with pytest.raises(ValueError, match=r"study\.json"):
             feed(name, texts=study(new=0))
-    with pytest.raises(ValueError, match=r"self_study\.replay above 0"):
+    with pytest.raises(ValueError, match=r"self_study\.replay_questions above 0"):
         feed("ewc", texts=study(replay=0))
     assert len(feed("fine_tuning", texts=[]).rows(0)) == 24
 
@@ -509,9 +509,9 @@ def test_baselines_in_a_real_night(tmp_path: Path) -> None:
     names = ["ewc", "self_distillation", "grpo"]
     words = [
         *SMALL, "resources.cpus=2", "wake.people=2", "self_study.pairs_per_document=16",
-        "self_study.replay=60",
+        "self_study.replay_questions=60",
         "consolidation.steps=6", "consolidation.batch_size=8", "consolidation.replay_ratio=1",
-        "consolidation.rollout_every=4", "dreaming.enabled=false", "evaluation.retention=20",
+        "consolidation.rollout_every=4", "dreaming.enabled=false", "evaluation.retention_questions=20",
         "fixed_capacity.fisher_texts=8", f"baselines=[{','.join(names)}]",
         "fixed_capacity.learning_rates.grpo=1e-12",
     ]  # fmt: skip

@@ -71,7 +71,7 @@ def test_engines_and_learner_fit_into_the_eight_gpus_of_one_node() -> None:
         have = cfg.load(CLUSTER / f"{name}.yaml").resources
         engines = have.engines * have.engine_gpus
         assert engines + have.learner_workers * have.learner_gpus == gpus
-        assert have.engine_gpu_utilization <= have.engine_gpus
+        assert have.engine_gpu_memory_utilization <= have.engine_gpus
 
 
 def test_a_ray_of_its_own_that_lacks_gpus_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_a_ray_of_its_own_that_lacks_gpus_is_not_started(monkeypatch: pytest.Mon
 
 
 def test_an_elastic_learner_without_nodes_for_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = ResourcesConfig(address="auto", learner_workers=2, learner_workers_most=4)
+    some = ResourcesConfig(address="auto", learner_workers=2, learner_workers_max=4)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, LEARNER_RESOURCE: 1.0})
     with pytest.raises(
         ResourceError, match=rf"learner_workers=2.*{LEARNER_RESOURCE} for 1;.*--resources"

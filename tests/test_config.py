@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from sleeprl import cli
 from sleeprl.config import loader as cfg
 from sleeprl.config import validation
+from sleeprl.config.aliases import ALIASES, rename_old_keys
 from sleeprl.config.schema import (
     ConfigError,
     DreamingConfig,
@@ -119,12 +121,54 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 
 def test_round_trips(tmp_path: Path) -> None:
     config = cfg.load(
-        None, ["seed=5", "dreaming.reward_options={scale: 2}", "name=other", "gate.tolerance=0"]
+        None,
+        ["seed=5", "dreaming.reward_options={scale: 2}", "name=other", "gate.max_retention_drop=0"],
     )
     assert cfg.from_dict(cfg.to_dict(config)) == config
     path = tmp_path / "config.yaml"
     path.write_text(cfg.to_yaml(config))
     assert cfg.load(path) == config
+
+
+def test_old_keys_are_read_from_files_and_words_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "night.yaml"
+    path.write_text(
+        "dreaming:\n  policy: 0.5\n  correction_level: off\n  steps: 3\n"
+        "self_study: {notebook: 7}\ngate: {tolerance: 0.1}\n"
+    )
+    with caplog.at_level(logging.WARNING):
+        config = cfg.load(path, ["dreaming.staleness=0", "dreaming={hold: 4}"])
+    dreaming = config.dreaming
+    assert (dreaming.loss.policy_gradient, dreaming.loss.replay_kl, dreaming.steps) == (0.5, 4.0, 3)
+    assert (dreaming.importance_weight.level, dreaming.max_staleness) == ("off", 0)
+    assert (config.self_study.question_bank_size, config.gate.max_retention_drop) == (7, 0.1)
+    (line,) = caplog.messages
+    assert "\n" not in line and "dreaming.policy is now dreaming.loss.policy_gradient" in line
+    assert "dreaming.staleness is now dreaming.max_staleness" in line
+
+
+def test_a_present_key_says_nothing_and_wins_over_an_old_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cfg.load(None, ["dreaming.max_staleness=0"])
+    assert not caplog.messages
+    old = {"dreaming": {"staleness": 3, "max_staleness": 0}}
+    assert cfg.from_dict(old).dreaming.max_staleness == 0
+
+
+def test_a_wrong_value_of_an_old_key_is_named_under_the_present_one() -> None:
+    assert "dreaming.max_staleness='x' is not a whole number" in refused("dreaming.staleness=x")
+    assert "dreaming.loss=1: dreaming.loss is a section" in refused("dreaming.loss=1")
+
+
+def test_every_old_key_leads_to_a_present_one() -> None:
+    assert not set(ALIASES) & set(keys()) and set(ALIASES.values()) <= set(keys())
+    values = {"dreaming": {"staleness": 0, "loss": {"sft": 1}}, "name": "n"}
+    renamed, found = rename_old_keys(values)
+    assert renamed == {"dreaming": {"max_staleness": 0, "loss": {"sft": 1}}, "name": "n"}
+    assert found == ["dreaming.staleness"] and "staleness" in values["dreaming"]
 
 
 def test_keys_are_all_leaves_of_the_resolved_file() -> None:
@@ -249,7 +293,7 @@ def test_a_word_that_is_no_setting(word: str) -> None:
         ("seed=null", "seed=null is not a whole number; write for example seed=0"),
         ("consolidation.steps=1.5", "consolidation.steps=1.5 is not a whole number; write for"),
         ("consolidation.learning_rate=fast", "consolidation.learning_rate='fast' is not a number"),
-        ("gate.tolerance=[1]", "gate.tolerance=[1] is not a number"),
+        ("gate.max_retention_drop=[1]", "gate.max_retention_drop=[1] is not a number"),
         ("dreaming.enabled=maybe", "dreaming.enabled='maybe' is neither true nor false; write for"),
         ("name=[a]", "name=['a'] is not text; write for example name=night"),
         ("consolidation=3", "consolidation=3"),
@@ -281,9 +325,9 @@ def test_a_value_of_the_wrong_type_in_a_file_names_the_file(tmp_path: Path) -> N
         "seed=-1",
         "consolidation.beta=1.5",
         "consolidation.beta=-0.1",
-        "gate.tolerance=2",
-        "self_study.probe_share=-0.1",
-        "dreaming.staleness=-1",
+        "gate.max_retention_drop=2",
+        "self_study.held_out_share=-0.1",
+        "dreaming.max_staleness=-1",
         "consolidation.learning_rate=nan",
         "consolidation.learning_rate=inf",
         "dreaming.temperature=.nan",
@@ -308,8 +352,8 @@ def test_wake_learning_needs_a_level_that_is_handed_on() -> None:
 
 
 @pytest.mark.parametrize("word", ["seed=0", "consolidation.beta=0", "consolidation.beta=1",
-                                  "gate.tolerance=0", "dreaming.staleness=0",
-                                  "consolidation.warmup=0", "self_study.replay=0"])  # fmt: skip
+                                  "gate.max_retention_drop=0", "dreaming.max_staleness=0",
+                                  "consolidation.warmup=0", "self_study.replay_questions=0"])  # fmt: skip
 def test_the_edges_are_allowed(word: str) -> None:
     cfg.load(None, [word])
 
@@ -318,11 +362,11 @@ def test_the_edges_are_allowed(word: str) -> None:
     ("word", "choice"),
     [
         ("model.dtype=float8", "bfloat16"),
-        ("dreaming.correction_level=word", "sequence"),
+        ("dreaming.importance_weight.level=word", "sequence"),
         ("memory.growth=high_rank", "low_rank"),
         ("memory.unit=days", "optimizer_steps"),
         ("memory.when_full=forget", "merge"),
-        ("dreaming.correction_mode=soft", "truncate"),
+        ("dreaming.importance_weight.mode=soft", "truncate"),
     ],
 )
 def test_a_choice_lists_the_others(word: str, choice: str) -> None:
@@ -360,17 +404,17 @@ def test_levels_are_typed_and_a_file_may_list_them(tmp_path: Path) -> None:
 
 def test_staleness_needs_a_correction() -> None:
     """Of itself an algorithm bounds its ratio; one that has none needs the correction."""
-    words = ["dreaming.algorithm=reinforce", "dreaming.correction_level=off"]
-    message = refused("dreaming.staleness=1", *words)
-    assert "dreaming.staleness=1" in message and "correction_level" in message
-    cfg.load(None, ["dreaming.staleness=0", *words])
-    cfg.load(None, ["dreaming.staleness=1", "dreaming.algorithm=gspo", words[1]])
+    words = ["dreaming.algorithm=reinforce", "dreaming.importance_weight.level=off"]
+    message = refused("dreaming.max_staleness=1", *words)
+    assert "dreaming.max_staleness=1" in message and "importance_weight.level" in message
+    cfg.load(None, ["dreaming.max_staleness=0", *words])
+    cfg.load(None, ["dreaming.max_staleness=1", "dreaming.algorithm=gspo", words[1]])
 
 
 def test_a_temperature_needs_a_correction() -> None:
-    words = ["dreaming.temperature=0.7", "dreaming.correction_level=off"]
+    words = ["dreaming.temperature=0.7", "dreaming.importance_weight.level=off"]
     message = refused(*words)
-    assert all(word in message for word in words) and "correction_level=token" in message
+    assert all(word in message for word in words) and "importance_weight.level=token" in message
     cfg.load(None, words[:1])
     cfg.load(None, words[1:])
 
@@ -417,7 +461,9 @@ def test_every_answer_leaves_room_for_a_prompt(key: str) -> None:
 
 
 def test_the_correction_band_is_not_empty() -> None:
-    assert "correction_low" in refused("dreaming.correction_low=3", "dreaming.correction_high=2")
+    assert "importance_weight.low" in refused(
+        "dreaming.importance_weight.low=3", "dreaming.importance_weight.high=2"
+    )
 
 
 def test_an_impossible_split_of_the_machine() -> None:
@@ -428,7 +474,7 @@ def test_an_impossible_split_of_the_machine() -> None:
 
 
 def test_an_elastic_learner_needs_a_cluster_and_weights_that_travel() -> None:
-    most = "resources.learner_workers_most=3"
+    most = "resources.learner_workers_max=3"
     assert "below learner_workers=4" in refused(most, "resources.learner_workers=4")
     assert "resources.address" in refused(most)
     joined = (most, "resources.address=auto")

@@ -144,7 +144,7 @@ def test_make_tasks_gives_each_document_its_own_probes() -> None:
     assert tasks[0].message == with_experience("zero", STUDY_QA)
     assert tasks == make_tasks(["zero", "one", "two"], probes, seed=1)
     assert tasks[0].probes != make_tasks(["zero", "one", "two"], probes, seed=2)[0].probes
-    with pytest.raises(ConfigError, match=r"self_study\.probe_share.*dreaming\.enabled=false"):
+    with pytest.raises(ConfigError, match=r"self_study\.held_out_share.*dreaming\.enabled=false"):
         make_tasks(["zero"], [], seed=1)
 
 
@@ -372,9 +372,9 @@ def test_what_cannot_be_scored_is_unscored_with_the_reason(
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("sleeps", "gave nothing within dreaming.reward_deadline=0.4 s"),
-        ("matches", "gave nothing within dreaming.reward_deadline=0.4 s"),
-        ("loops in C", "gave nothing within dreaming.reward_deadline=0.4 s"),
+        ("sleeps", "gave nothing within dreaming.reward_timeout_s=0.4 s"),
+        ("matches", "gave nothing within dreaming.reward_timeout_s=0.4 s"),
+        ("loops in C", "gave nothing within dreaming.reward_timeout_s=0.4 s"),
         ("exits", "ended its process (exit code 3)"),
         ("crashes", f"ended its process (exit code {-signal.SIGSEGV})"),
     ],
@@ -445,7 +445,7 @@ def test_several_rewards_judge_at_once(
     pids = tmp_path / "pids"
     config = cfg.load(
         None,
-        ["resources.rewards=2", f"dreaming.reward={users}.StageCounts", "dreaming.reward_deadline=6",
+        ["resources.reward_workers=2", f"dreaming.reward={users}.StageCounts", "dreaming.reward_timeout_s=6",
          f"dreaming.reward_options={{pids: {pids}}}"],
     )  # fmt: skip
     scorers, rewards = phase.spawn_scorers_and_rewards(

@@ -306,7 +306,7 @@ def test_texts_of_ones_own_are_stated_and_written_until_they_are_enough(
     chat: ChatFormatter,
 ) -> None:
     """What is cut off counts, for it is only read; what is empty does not."""
-    fleet, config = Talker(chat), EvaluationConfig(texts=5, max_tokens=7)
+    fleet, config = Talker(chat), EvaluationConfig(perplexity_texts=5, max_tokens=7)
     day = own_texts(DAY, ["a", "b"], fleet, chat, config)  # type: ignore[arg-type]
     assert day.texts == ["a", "b", "It is 0.", "It is 2."] and day.probes == DAY.probes
     assert day.answering == FREE_FACT and DAY.answering == ""
@@ -361,7 +361,12 @@ def test_a_day_without_experience_is_refused(tmp_path: Path) -> None:
 
 def test_the_day_asks_a_model_what_it_can_know(tmp_path: Path) -> None:
     def kinds(*words: str) -> dict[str, int]:
-        small = ["wake.people=2", "evaluation.retention=5", "evaluation.texts=3", *words]
+        small = [
+            "wake.people=2",
+            "evaluation.retention_questions=5",
+            "evaluation.perplexity_texts=3",
+            *words,
+        ]
         config = cfg.load(None, [*small, f"generations={tmp_path / 'generations'}"])
         day = build_day(config, Lake(tmp_path / "lake"))
         return {kind: len(day.of_kind(kind)) for kind in KINDS} | {"texts": len(day.texts)}

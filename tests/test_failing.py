@@ -69,7 +69,7 @@ def dream(
 ) -> None:
     """One phase, or the rest of one, in ``run``."""
     config, chat = settings(place), ChatFormatter(place / "wide")
-    config.dreaming.steps, config.dreaming.staleness = UPDATES, staleness
+    config.dreaming.steps, config.dreaming.max_staleness = UPDATES, staleness
     config.resources.max_failures = failures
     if not (run / "lake").is_dir():
         shutil.copytree(place / "loop" / "lake", run / "lake")

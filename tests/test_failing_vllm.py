@@ -104,7 +104,7 @@ def test_a_vllm_engine_and_a_rank_of_the_learner_die_and_every_group_is_learned_
                     os.kill(pid, signal.SIGKILL)
 
     config, chat = settings(place), ChatFormatter(place / "wide")
-    config.dreaming.steps, config.dreaming.staleness = UPDATES, 1
+    config.dreaming.steps, config.dreaming.max_staleness = UPDATES, 1
     config.resources.engine = "test_failing_vllm.MortalVLLM"
     config.resources.max_failures, config.resources.learner_workers = 6, 2
     init()

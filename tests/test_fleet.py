@@ -261,7 +261,7 @@ def test_tokens_that_are_too_old_are_read_and_not_learned_from(
                    [-1.0 * v for v in of], of, "stop", reward=float(n), meta='{"gap": 1.0}')
         for n, of in enumerate(versions)
     ]  # fmt: skip
-    config = DreamingConfig(staleness=1)
+    config = DreamingConfig(max_staleness=1)
     job: Any = SimpleNamespace(first_version=1, config=config, stall_seconds=60.0)
     actor = learning.DreamTrainer(job, 0, 1)
     actor.algorithm = algorithm_of(config)

@@ -33,7 +33,7 @@ def drive(directory: Path, name: str) -> None:
     from sleeprl.rollout.engine import EngineOptions
     from sleeprl.rollout.engine_pool import EnginePool
 
-    resources = ResourcesConfig(cpus=3, learner_workers=2, engine_memory_gb=0.2, stall_seconds=1)
+    resources = ResourcesConfig(cpus=3, learner_workers=2, engine_kv_cache_gb=0.2, stall_seconds=1)
     with ExitStack() as stack:
         lose = None
         if name == ELASTIC:
@@ -73,8 +73,8 @@ def two_nodes() -> Iterator[tuple[Any, Callable[[], None]]]:
 
     try:
         yield ResourcesConfig(
-            address=nodes.address, learner_workers=1, learner_workers_most=2,
-            engine_memory_gb=0.2, transport="disk", stall_seconds=20,
+            address=nodes.address, learner_workers=1, learner_workers_max=2,
+            engine_kv_cache_gb=0.2, transport="disk", stall_seconds=20,
         ), lose  # fmt: skip
     finally:
         nodes.shutdown()

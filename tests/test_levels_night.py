@@ -114,8 +114,8 @@ def test_or_the_night_stops_before_anything_is_trained() -> None:
     config = cfg.load(None, ["memory.when_full=stop"])
     with pytest.raises(ConfigError, match=r"memory\.levels: all 5 slots.*when_full='stop'"):
         chain(config, 6)
-    config = cfg.load(None, [TWO_LEVELS, "self_study.replay=0"])
-    with pytest.raises(ConfigError, match=r"self_study\.replay=0"):
+    config = cfg.load(None, [TWO_LEVELS, "self_study.replay_questions=0"])
+    with pytest.raises(ConfigError, match=r"self_study\.replay_questions=0"):
         chain(config, 2)
 
 
@@ -471,19 +471,19 @@ SMALL = [
     "wake.people=4",
     "self_study.pairs_per_document=32",
     "self_study.facts_per_document=16",
-    "self_study.replay=300",
+    "self_study.replay_questions=300",
     "consolidation.steps=40",
     "consolidation.checkpoint_every=16",
-    "evaluation.retention=60",
-    "evaluation.texts=10",
+    "evaluation.retention_questions=60",
+    "evaluation.perplexity_texts=10",
     "baselines=[]",
     "dreaming.steps=1",
     "dreaming.tasks_per_step=2",
     "dreaming.group_size=4",
     "resources.cpus=2",
     # 40 steps are for the plumbing; what nights keep is measured in benchmarks.
-    "gate.tolerance=0.9",
-    "gate.perplexity=5",
+    "gate.max_retention_drop=0.9",
+    "gate.max_perplexity_ratio=5",
     TWO_LEVELS,
 ]
 
@@ -621,7 +621,8 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
     told, four = sleep(
         tmp_path, "four", f"model.name={full}", "seed=9", "dreaming.enabled=false",
         "memory.when_full=merge", "baselines=[no_replay]", "consolidation.steps=16",
-        "wake.people=2", "self_study.replay=60", "evaluation.retention=20", "evaluation.texts=4",
+        "wake.people=2", "self_study.replay_questions=60", "evaluation.retention_questions=20",
+        "evaluation.perplexity_texts=4",
     )  # fmt: skip
     assert from_dict(store.get(four.name).steps[0]) == Merge(2)
     assert slots_of(four).base_width == slots.base_width + slots.width

@@ -17,7 +17,7 @@ from sleeprl.config.schema import ConfigError, GateConfig
 from sleeprl.night.gate import FEW, environment, gate
 from sleeprl.utils.machine import available_cpus
 
-CONFIG = GateConfig(tolerance=0.02, perplexity=1.25)
+CONFIG = GateConfig(max_retention_drop=0.02, max_perplexity_ratio=1.25)
 
 
 def figures(retention: float | None, perplexity: float | None, asked: int = 60) -> dict[str, Any]:
@@ -31,7 +31,11 @@ def figures(retention: float | None, perplexity: float | None, asked: int = 60) 
         ((1.0, 40.0), (0.98, 50.0), []),  # both at their limits
         ((0.5, 40.0), (0.9, 10.0), []),  # better is never refused
         ((1.0, 40.0), (0.979, 40.0), ["retention fell from 100.0% to 97.9%, more than"]),
-        ((1.0, 40.0), (1.0, 50.1), ["rose from 40 to 50.1, more than gate.perplexity=1.25 times"]),
+        (
+            (1.0, 40.0),
+            (1.0, 50.1),
+            ["rose from 40 to 50.1, more than gate.max_perplexity_ratio=1.25 times"],
+        ),
         ((1.0, 40.0), (0.5, 900.0), ["retention fell", "perplexity of held-out texts rose"]),
         # Nothing could be asked: the texts alone decide.
         ((None, 3e4), (None, 6e9), ["rose from 3e+04 to 6e+09"]),
@@ -64,7 +68,7 @@ def test_one_slip_in_few_questions_undoes_no_night(
     """Where the texts say that nothing else moved; without any the few are all there is."""
     told = gate(figures(1.0, perplexity, asked), figures(0.9, perplexity, asked), CONFIG)
     assert told["passed"] is passed and told["lost"] == pytest.approx(0.1)
-    assert told["tolerance"] == (None if passed else CONFIG.tolerance)
+    assert told["tolerance"] == (None if passed else CONFIG.max_retention_drop)
 
 
 SHARES, PERPLEXITIES = st.floats(0, 1), st.floats(1, 1e6)
@@ -84,8 +88,8 @@ def test_each_measure_can_refuse_alone(
 
 
 def test_a_gate_always_has_texts_to_measure() -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.texts=0 must be greater than 0"):
-        cfg.load(None, ["evaluation.texts=0"])
+    with pytest.raises(ConfigError, match=r"evaluation\.perplexity_texts=0 must be greater than 0"):
+        cfg.load(None, ["evaluation.perplexity_texts=0"])
 
 
 def test_a_figure_says_on_what_machine_it_was_measured() -> None:

@@ -30,18 +30,18 @@ SMALL = [
     "wake.people=4",
     "self_study.pairs_per_document=32",
     "self_study.facts_per_document=8",
-    "self_study.replay=300",
+    "self_study.replay_questions=300",
     "consolidation.steps=40",
     "consolidation.batch_size=16",
     "consolidation.checkpoint_every=16",
     "dreaming.steps=2",
     "dreaming.tasks_per_step=2",
     "dreaming.group_size=4",
-    "evaluation.retention=60",
-    "evaluation.texts=10",
+    "evaluation.retention_questions=60",
+    "evaluation.perplexity_texts=10",
     # 40 steps are for the plumbing; what a whole night keeps is measured in benchmarks/night.py.
-    "gate.tolerance=0.5",
-    "gate.perplexity=5",
+    "gate.max_retention_drop=0.5",
+    "gate.max_perplexity_ratio=5",
 ]
 
 

@@ -24,7 +24,7 @@ from sleeprl.dreaming.types import Outcome, Task
 
 TASKS = [Task(f"t{i}", i, f"message {i}", ()) for i in range(3)]
 BY_ID = {task.id: task for task in TASKS}
-CONFIG = DreamingConfig(steps=6, tasks_per_step=2, group_size=3, staleness=1)
+CONFIG = DreamingConfig(steps=6, tasks_per_step=2, group_size=3, max_staleness=1)
 
 
 class Stage(RemoteActor):
@@ -288,7 +288,7 @@ def test_a_broken_run_learns_what_a_whole_one_does(tmp_path: Path) -> None:
     assert [task for _, task, _ in sorted(learned)] == position.admitted
     assert {task for _, task, _ in learned} == {task.id for task in TASKS}
     for index, (_, _, born) in enumerate(learned):
-        assert index // CONFIG.tasks_per_step - born <= CONFIG.staleness
+        assert index // CONFIG.tasks_per_step - born <= CONFIG.max_staleness
     assert sorted(path.name for path in place.iterdir()) == [POSITION, "version-6"]
 
 
@@ -310,7 +310,7 @@ def test_another_group_is_learned_for_one_that_teaches_nothing(
     line, aside = in_the_end(redraws)
     redrawn: list[Any] = []
     learned, position = dream(
-        tmp_path / "state", config=replace(CONFIG, staleness=staleness),
+        tmp_path / "state", config=replace(CONFIG, max_staleness=staleness),
         reward=fresh(Stage, None, EQUAL), redraws=redraws, redrawn=redrawn,
     )  # fmt: skip
     assert [number for number, _, _ in learned] == line
@@ -349,7 +349,7 @@ def test_what_is_set_aside_is_so_after_a_break_and_a_death(tmp_path: Path) -> No
     assert [number for number, _, _ in redrawn] == aside
     assert [task for _, task, _ in sorted(learned + redrawn)] == position.admitted
     for index, (_, _, born) in enumerate(learned):
-        assert index // CONFIG.tasks_per_step - born <= CONFIG.staleness
+        assert index // CONFIG.tasks_per_step - born <= CONFIG.max_staleness
 
 
 class Fails(Stage):
@@ -397,7 +397,7 @@ def test_whoever_dies_is_restarted_and_each_group_is_learned_once(tmp_path: Path
     assert [number for number, _, _ in learned] == list(range(12))
     assert [task for _, task, _ in learned] == position.admitted
     for index, (_, _, born) in enumerate(learned):
-        assert index // CONFIG.tasks_per_step - born <= CONFIG.staleness
+        assert index // CONFIG.tasks_per_step - born <= CONFIG.max_staleness
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -454,7 +454,7 @@ def test_what_was_under_way_is_kept_unless_it_is_too_old(tmp_path: Path) -> None
             (checkpoint / f"{group}.arrow").write_text(json.dumps(batch))
         state = WeakSpots(TASKS, 3).state_dict()
         DreamingCheckpoint(place, 2, [*["t0"] * 8], 4, state, first_version=0).save()
-        config = replace(CONFIG, staleness=staleness, steps=4)
+        config = replace(CONFIG, max_staleness=staleness, steps=4)
         tasks = {task.id: task for task in [*TASKS, Task("kept", 0, "", ())]}
         over: list[Any] = []
         found, _ = dream(place, config=config, tasks=tasks, outdated=over)

@@ -61,8 +61,9 @@ def test_a_reward_rises(place: Path) -> None:
         None,
         [
             f"dreaming.steps={STEPS}", "dreaming.tasks_per_step=2", "dreaming.group_size=12",
-            "dreaming.staleness=0", "dreaming.max_tokens=40", "dreaming.hold=0", "dreaming.learn=0",
-            "dreaming.reward=test_reward_rises.AboutPets", "dreaming.trial_probes=1",
+            "dreaming.max_staleness=0", "dreaming.max_tokens=40", "dreaming.loss.replay_kl=0",
+            "dreaming.loss.sft=0",
+            "dreaming.reward=test_reward_rises.AboutPets", "dreaming.trial_questions=1",
             "resources.engine=torch", "resources.cpus=2", f"runs={place}", "seed=5",
         ],
     )  # fmt: skip

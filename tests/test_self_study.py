@@ -80,7 +80,9 @@ def test_examples_go_before_what_is_asked(tiny_model: Path, message: str) -> Non
     chat = ChatFormatter(tiny_model)
     assert build_qa_prompt(chat, SelfStudyConfig(), message) == chat.prompt(message)
     said = chat.decode(
-        build_qa_prompt(chat, SelfStudyConfig(examples=2, opening="Question:"), message)
+        build_qa_prompt(
+            chat, SelfStudyConfig(few_shot_examples=2, assistant_prefix="Question:"), message
+        )
     )
     shown, hidden = (
         examples(3, free=message == FREE_QA)[:2],
@@ -93,8 +95,8 @@ def test_examples_go_before_what_is_asked(tiny_model: Path, message: str) -> Non
 
 
 def test_there_are_only_so_many_examples() -> None:
-    with pytest.raises(ConfigError, match=r"self_study\.examples=5 must be at most 4"):
-        cfg.load(None, ["self_study.examples=5"])
+    with pytest.raises(ConfigError, match=r"self_study\.few_shot_examples=5 must be at most 4"):
+        cfg.load(None, ["self_study.few_shot_examples=5"])
 
 
 # --- a study ----------------------------------------------------------------------
@@ -173,7 +175,11 @@ def chat(tiny_model: Path) -> ChatFormatter:
 
 
 CONFIG = SelfStudyConfig(
-    pairs_per_document=30, facts_per_document=8, replay=60, max_tokens=32, probe_share=0.25
+    pairs_per_document=30,
+    facts_per_document=8,
+    replay_questions=60,
+    max_tokens=32,
+    held_out_share=0.25,
 )
 
 
@@ -188,7 +194,7 @@ def test_every_second_question_is_asked_with_a_few_sentences_in_sight(chat: Chat
     long = "Ann lives in Oslo. She sings! Has she a cat? No."
     assert passages(long, 1) == ["Ann lives in Oslo.", "She sings!", "Has she a cat?", "No."]
     assert passages(long, 3) == ["Ann lives in Oslo. She sings! Has she a cat?", "No."]
-    config = replace(CONFIG, sentences=1, pairs_per_document=12)
+    config = replace(CONFIG, excerpt_sentences=1, pairs_per_document=12)
     fleet = Script(chat, author)
     result = study(fleet, chat, [long, DOCUMENTS[1]], config, 0, 512)  # type: ignore[arg-type]
     asked = [said for said in map(chat.decode, fleet.prompts) if said.endswith(STUDY_QA)]
@@ -211,7 +217,7 @@ def test_what_is_not_about_the_document_is_dropped_and_it_is_asked_about_again(
             return format_qa(f"elsewhere {number}?", "no"), "stop"
         return author(message, number)
 
-    fleet, result = written(chat, config=replace(CONFIG, whole=1.0), who=wanders)
+    fleet, result = written(chat, config=replace(CONFIG, full_document_share=1.0), who=wanders)
     asked = {d: fleet.asked[f"{d}\n\n{STUDY_QA}"] for d in DOCUMENTS}
     assert asked == {DOCUMENTS[0]: 30, DOCUMENTS[1]: 3 * 30}
     new = [t for t in result.trajectories if t.task_id.startswith(("answer-", "study-"))]
@@ -339,10 +345,13 @@ def test_what_was_asked_on_earlier_nights_is_asked_again(chat: ChatFormatter) ->
     known = [*sorted(tonight)[:3], *(f"long ago {n}?" for n in range(150))]
     fleet = Script(chat, author)
     second = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, notebook=known)  # type: ignore[arg-type]
-    assert fleet.asked[FREE_QA] == CONFIG.replay // 2
+    assert fleet.asked[FREE_QA] == CONFIG.replay_questions // 2
     rehearsed = [chat.decode(t.prompt_ids) for t in second.trajectories if t.task_id == "answer"]
     assert len(set(rehearsed)) == len(rehearsed)
-    asked, waits = known[3 : 3 + 2 * CONFIG.replay], known[3 + 2 * CONFIG.replay :]
+    asked, waits = (
+        known[3 : 3 + 2 * CONFIG.replay_questions],
+        known[3 + 2 * CONFIG.replay_questions :],
+    )
     assert {q for q in rehearsed if "long ago" in q} == set(asked)
     # Of what is asked about the day, the answer before it was read is not to be kept.
     assert not set(known[:3]) & set(rehearsed)
@@ -353,14 +362,14 @@ def test_what_was_asked_on_earlier_nights_is_asked_again(chat: ChatFormatter) ->
         Script(chat, author),
         chat,
         DOCUMENTS,
-        replace(CONFIG, notebook=0),
+        replace(CONFIG, question_bank_size=0),
         0,
         512,  # type: ignore[arg-type]
     )
     assert none.notebook == []
     fleet = Script(chat, author)  # a few in the notebook stand in for a few
     study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, notebook=known[-9:])  # type: ignore[arg-type]
-    assert fleet.asked[FREE_QA] == CONFIG.replay - 9
+    assert fleet.asked[FREE_QA] == CONFIG.replay_questions - 9
 
 
 HOMES = {  # names are rarer than what is asked about them
@@ -454,7 +463,7 @@ def talker(message: str, number: int) -> tuple[str, str]:
 
 
 def test_a_chat_model_talks_to_itself(chat: ChatFormatter) -> None:
-    config = replace(CONFIG, conversations=8)
+    config = replace(CONFIG, replay_conversations=8)
     result = study(Script(chat, talker), chat, DOCUMENTS, config, 0, 512)  # type: ignore[arg-type]
     rows = [t for t in result.trajectories if t.task_id == "conversation"]
     seen = [(chat.decode(t.prompt_ids), chat.decode(t.response_ids)) for t in rows]
@@ -493,7 +502,7 @@ def test_it_says_how_much_is_written(chat: ChatFormatter) -> None:
 
 def test_what_is_stated_is_rehearsed_where_its_own_answer_bears_it_out(chat: ChatFormatter) -> None:
     fleet, result = written(chat)
-    count = CONFIG.replay // 4
+    count = CONFIG.replay_questions // 4
     assert fleet.asked[FREE_FACT] == count
     stated = {n for n in range(count) if n % 4 != 3}  # the others were not whole
     facts = [t for t in result.trajectories if t.task_id == "recalled"]
@@ -521,7 +530,7 @@ def test_neighbours_begin_as_tonights_questions_do_and_need_no_document(
         return way.removeprefix(begun.strip()) + "\nAnswer: Bergen", "stop"
 
     fleet = Script(chat, wanders)
-    config = replace(CONFIG, opening="Question:")
+    config = replace(CONFIG, assistant_prefix="Question:")
     for settings in (CONFIG, config):
         writer = TextSampler(fleet, chat, settings, 0, 512)  # type: ignore[arg-type]
         asked = _about(writer, DOCUMENTS, [ANN]).values()
@@ -593,7 +602,11 @@ def test_what_the_engine_gave_goes_into_the_trajectory(chat: ChatFormatter) -> N
 
 def test_no_replay_and_no_usable_pair(chat: ChatFormatter) -> None:
     config = SelfStudyConfig(
-        pairs_per_document=2, facts_per_document=0, replay=0, max_tokens=32, probe_share=0.25
+        pairs_per_document=2,
+        facts_per_document=0,
+        replay_questions=0,
+        max_tokens=32,
+        held_out_share=0.25,
     )
     _, result = written(chat, config=config, who=lambda message, number: ("no pair", "stop"))
     assert result.trajectories == result.probes == result.held_questions == []
@@ -601,7 +614,10 @@ def test_no_replay_and_no_usable_pair(chat: ChatFormatter) -> None:
     line = describe_study(
         {"new": 0, "replay": 0, "written": result.written, "malformed": result.malformed}
     )
-    assert "12 of 12 texts" in line and "self_study.conversations, opening and examples" in line
+    assert (
+        "12 of 12 texts" in line
+        and "self_study.replay_conversations, assistant_prefix and few_shot_examples" in line
+    )
     assert (
         describe_study({"new": 3, "replay": 2, "written": 9, "malformed": 1}) == "3 new, 2 replayed"
     )

@@ -86,7 +86,7 @@ def settings(place: Path, *more: str) -> NightConfig:
         None,
         [
             f"dreaming.steps={STEPS}", "dreaming.tasks_per_step=2", "dreaming.group_size=4",
-            "dreaming.staleness=0", "dreaming.max_tokens=24", "dreaming.hold=0.1",
+            "dreaming.max_staleness=0", "dreaming.max_tokens=24", "dreaming.loss.replay_kl=0.1",
             "dreaming.reward=test_staleness.Letters", "resources.engine=torch", "resources.cpus=2",
             f"runs={place}", "seed=3", *more,
         ],
@@ -192,7 +192,7 @@ def by_a_loop(place: Path, config: NightConfig, chat: ChatFormatter) -> list[dic
 
 @pytest.fixture(scope="module")
 def piped(place: Path, local_ray: None) -> list[dict[str, Any]]:
-    several = settings(place, "resources.scorers=2", "resources.rewards=2")
+    several = settings(place, "resources.scorers=2", "resources.reward_workers=2")
     return by_the_pipeline(place, several, ChatFormatter(place / "wide"))
 
 
@@ -262,7 +262,7 @@ def test_colocated_no_token_is_made_while_the_learner_steps(
     monkeypatch.setattr(phase, "LearnerActor", Timed)
     config = settings(
         place, f"resources.layout={layout}", "resources.engine=test_staleness.Noted",
-        "dreaming.staleness=1", "dreaming.steps=6",
+        "dreaming.max_staleness=1", "dreaming.steps=6",
     )  # fmt: skip
     name = "turns" if layout == "colocated" else "together"
     told = by_the_pipeline(place, config, ChatFormatter(place / "wide"), name)

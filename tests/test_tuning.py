@@ -107,10 +107,13 @@ def test_the_best_file_is_the_night_that_was_tuned(search: Search, model: str) -
 
 
 def test_the_settings_of_a_named_model_lie_below_those_of_the_file(search: Search) -> None:
-    search("model.name=smollm2-135m", "self_study.examples=2")
+    search("model.name=smollm2-135m", "self_study.few_shot_examples=2")
     config = cfg.from_dict(search.ran[0])
-    assert (config.self_study.opening, config.self_study.replay) == ("Question:", 300)
-    assert (config.self_study.examples, config.wake.people) == (2, 8)
+    assert (config.self_study.assistant_prefix, config.self_study.replay_questions) == (
+        "Question:",
+        300,
+    )
+    assert (config.self_study.few_shot_examples, config.wake.people) == (2, 8)
 
 
 def test_the_same_search_goes_on_and_another_is_refused(search: Search) -> None:
@@ -146,7 +149,7 @@ def test_a_wrong_name_is_told_before_anything_starts(search: Search) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["dreaming.learning_rate", "self_study.replay", "wake.people", "gate.tolerance",
+    ["dreaming.learning_rate", "self_study.replay_questions", "wake.people", "gate.max_retention_drop",
      "resources.engines", "seed", "dreaming.reward_options.scale"],
 )  # fmt: skip
 def test_what_a_trial_cannot_change_is_not_searched(key: str) -> None:

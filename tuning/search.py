@@ -124,7 +124,7 @@ def trial(
     def report(step: int) -> None:
         if step % every == 0 or step == config.consolidation.steps:
             figures = night.measure(f"step-{step}")
-            value = score(figures, before, config.gate.tolerance)
+            value = score(figures, before, config.gate.max_retention_drop)
             tune.report({"score": value, "step": step, **figures})
 
     night.transfer(0, report)

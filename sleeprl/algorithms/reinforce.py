@@ -11,7 +11,7 @@ from sleeprl.algorithms.base import Advantages, PolicyLossInputs, RewardBatch, b
 
 @dataclass(frozen=True)
 class Reinforce:
-    """It has no ratio: what is off-policy needs a correction (``dreaming.correction_level``)."""
+    """It has no ratio: what is off-policy needs a correction (``dreaming.importance_weight.level``)."""
 
     mean: str = "token"
 

@@ -7,6 +7,7 @@ OmegaConf; ``checks`` then refuses what cannot work, before any process is start
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,11 @@ from typing import Any, cast, get_args, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from sleeprl.config.aliases import ALIASES, describe_renames, rename_old_keys
 from sleeprl.config.schema import ConfigError, NightConfig, keys, meanings
 from sleeprl.config.validation import check
+
+logger = logging.getLogger(__name__)
 
 Layer = tuple[str, Any]
 """What an error in it begins with, and its values."""
@@ -58,7 +62,8 @@ def _read(path: str | Path) -> Any:
     return layer
 
 
-def _merge(layers: Sequence[Layer], overrides: Sequence[str]) -> NightConfig:
+def _layers(layers: Sequence[Layer], overrides: Sequence[str]) -> list[Layer]:
+    """All layers, lowest first, under present keys. Old ones are named in one warning."""
     words: list[Layer] = []
     for word in overrides:
         if "=" not in word:
@@ -66,14 +71,25 @@ def _merge(layers: Sequence[Layer], overrides: Sequence[str]) -> NightConfig:
                 f"{word!r} is neither a config file nor key=value; write for example seed=1"
             )
         name = word.partition("=")[0]
-        if not is_key(name):
+        if not is_key(name) and name not in ALIASES:
             raise ConfigError(_unknown_key(name))
         try:
             words.append(("", OmegaConf.from_dotlist([word])))
         except Exception as error:
             raise ConfigError(f"{word!r} is not readable: {str(error).splitlines()[0]}") from None
-    merged = OmegaConf.structured(NightConfig)
+    present, old_keys = list[Layer](), dict[str, None]()
     for where, layer in [*layers, *words]:
+        values, found = rename_old_keys(cast(dict[str, Any], OmegaConf.to_container(layer)))
+        present.append((where, OmegaConf.create(values)))
+        old_keys |= dict.fromkeys(found)
+    if old_keys:
+        logger.warning(describe_renames(list(old_keys)))
+    return present
+
+
+def _merge(layers: Sequence[Layer]) -> NightConfig:
+    merged = OmegaConf.structured(NightConfig)
+    for where, layer in layers:
         try:
             _refuse_plain(OmegaConf.to_container(layer), NightConfig())
             merged = OmegaConf.merge(merged, layer)
@@ -85,8 +101,8 @@ def _merge(layers: Sequence[Layer], overrides: Sequence[str]) -> NightConfig:
         config = cast(NightConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_told(error)) from None
-    if config.dreaming.correction_level == "False":  # YAML reads a bare `off` as false
-        config.dreaming.correction_level = "off"
+    if config.dreaming.importance_weight.level == "False":  # YAML reads a bare `off` as false
+        config.dreaming.importance_weight.level = "off"
     check(config)
     return config
 
@@ -97,14 +113,14 @@ def to_yaml(config: NightConfig) -> str:
 
 def explained(config: NightConfig) -> str:
     """``to_yaml`` with what each setting means above it, as a comment."""
-    told, lines, section = dict(meanings()), list[str](), ""
+    told, lines, path = dict(meanings()), list[str](), list[str]()
     for line in to_yaml(config).splitlines():
-        if found := re.match(r"((?:  )?)(\w+):", line):
+        if found := re.match(r"( *)(\w+):", line):
             indent, name = found.groups()
-            section, key = (section, f"{section}.{name}") if indent else (name, name)
+            path = [*path[: len(indent) // 2], name]
             mark = f"{indent}# "
             lines += textwrap.wrap(
-                told.get(key, ""), 100, initial_indent=mark, subsequent_indent=mark
+                told.get(".".join(path), ""), 100, initial_indent=mark, subsequent_indent=mark
             )
         lines.append(line)
     return "\n".join(lines) + "\n"
@@ -134,9 +150,10 @@ def _layered(
     overrides: Sequence[str],
     of_model: Mapping[str, Mapping[str, Any]] | None,
 ) -> NightConfig:
-    config = _merge(layers, overrides)
+    layers = _layers(layers, overrides)
+    config = _merge(layers)
     below = (of_model or {}).get(config.model.name)
-    return _merge([("", OmegaConf.create(dict(below))), *layers], overrides) if below else config
+    return _merge([("", OmegaConf.create(dict(below))), *layers]) if below else config
 
 
 def _refuse_plain(values: Any, default: Any, prefix: str = "") -> None:

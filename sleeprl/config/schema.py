@@ -89,10 +89,11 @@ class EvaluationConfig:
     """JSONL of ``{question, answer, kind?, experience?}`` about ``wake.inputs``. kind: ``recall`` (if
     none is given), ``two_hop``, or ``retention`` of what was known before. experience: the document
     that answers the question, for the self that may read it."""
-    retention: int = 300
-    """Questions on what was known before the night."""
-    texts: int = 100
-    """Held-out texts for the perplexity; of a world that has none the smaller self writes them."""
+    retention_questions: int = 300
+    """How many questions on what was known before the night are asked."""
+    perplexity_texts: int = 100
+    """How many held-out texts the perplexity is measured on. Where a world has none, the smaller
+    self writes them."""
     max_tokens: int = 24
     """Longest answer."""
 
@@ -101,34 +102,33 @@ class EvaluationConfig:
 class SelfStudyConfig:
     pairs_per_document: int = 128
     """Question-answer pairs that the teacher writes with the document in its prompt."""
-    whole: float = 0.5
-    """Share of the questions that are asked with the whole document in sight."""
-    sentences: int = 3
-    """The others see so many sentences of it, all of them in turn, for else some would never be
-    asked about. Answers are always given with the whole document."""
+    full_document_share: float = 0.5
+    """Share of the questions that are written with the whole document in the prompt."""
+    excerpt_sentences: int = 3
+    """The other questions are written from an excerpt of this many sentences. The excerpts take
+    turns, so that every sentence is asked about. Answers always see the whole document."""
     facts_per_document: int = 24
     """Single facts that the teacher writes with the document in its prompt."""
-    replay: int = 3600
-    """Questions that the smaller self asks itself freely, with nothing in its prompt. Those of
-    earlier nights, at most twice as many, stand in for up to half of them; one for each fact is
-    rehearsed."""
-    conversations: int = 0
-    """Messages that the smaller self writes in the user's place, and answers, to be rehearsed too: for
-    a chat model that hardly writes questions when it is asked to."""
-    notebook: int = 20_000
-    """Of its own questions so many are kept from night to night; 0 keeps none."""
+    replay_questions: int = 3600
+    """Questions that the smaller self asks itself with nothing in its prompt. Questions of earlier
+    nights, at most twice as many, replace up to half of them. One question per fact is rehearsed."""
+    replay_conversations: int = 0
+    """Messages that the smaller self writes in the user's place and answers. They are rehearsed
+    too. For a chat model that rarely writes a question when it is asked for one."""
+    question_bank_size: int = 20_000
+    """How many of its own questions are stored from night to night; 0 stores none."""
     temperature: float = 0.7
     """Below 1: what is taught must be true before it is varied."""
     max_tokens: int = 64
     """Longest text that is written, in tokens."""
-    opening: str = ""
-    """What is put into its mouth where it is to write a question and its answer: ``Question:``,
-    for a model that would not begin so by itself."""
-    examples: int = 0
-    """Worked examples that stand before an instruction to write a question and its answer, at most
-    4; for a model that was not trained to."""
-    probe_share: float = 0.2
-    """Share of the pairs kept out of training; dreams are judged on them."""
+    assistant_prefix: str = ""
+    """Text that every question-answer pair begins with, such as ``Question:``. For a model that
+    does not begin so by itself."""
+    few_shot_examples: int = 0
+    """Worked examples, at most 4, before an instruction to write a question and its answer. For a
+    model that was not trained to follow one."""
+    held_out_share: float = 0.2
+    """Share of the pairs that are kept out of training. Dreams are scored on them."""
 
 
 @dataclass
@@ -221,6 +221,34 @@ class FixedCapacityConfig:
 
 
 @dataclass
+class DreamingLossConfig:
+    """Weights of the three terms of the dreaming loss."""
+
+    policy_gradient: float = 1.0
+    """Weight of the policy gradient on the dream writer."""
+    sft: float = 0.5
+    """Weight of the cross-entropy on the dreams that taught something."""
+    replay_kl: float = 2.0
+    """Weight of the divergence from the smaller self on the smaller self's own texts."""
+
+
+@dataclass
+class ImportanceWeightConfig:
+    """The off-policy correction of the dreaming loss: a weight from the ratio of two policies."""
+
+    level: str = "token"
+    """What has a ratio: each ``token``, the ``sequence``, or its ``geometric`` mean. ``off`` leaves
+    the correction to the algorithm, whose ratio is then to the policy that wrote the dream."""
+    mode: str = "truncate"
+    """``truncate`` caps the weight at ``high``, ``clip`` keeps it between ``low`` and ``high``,
+    ``mask`` drops what lies outside of that band."""
+    low: float = 0.5
+    """Lower end of the band, as a ratio of two policies' probabilities."""
+    high: float = 2.0
+    """Upper end of the band, as a ratio of two policies' probabilities."""
+
+
+@dataclass
 class DreamingConfig:
     enabled: bool = True
     """Whether the night dreams at all."""
@@ -230,8 +258,9 @@ class DreamingConfig:
     """Groups per update; a group is one task's dreams."""
     group_size: int = 6
     """Dreams per task."""
-    staleness: int = 1
-    """Updates by which a dream's policy may trail the learner; 0 is the synchronous loop."""
+    max_staleness: int = 1
+    """Updates by which the policy that wrote a dream may trail the learner; 0 is the synchronous
+    loop."""
     learning_rate: float = 2e-4
     """Its highest value; it rises and falls as that of the consolidation."""
     grad_clip: float = 1.0
@@ -244,7 +273,7 @@ class DreamingConfig:
     """A built-in name or the dotted path of a ``Reward``."""
     reward_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward."""
-    reward_deadline: float = 30.0
+    reward_timeout_s: float = 30.0
     """Seconds the reward of one dream may take; then its process is killed and the dream unscored."""
     curriculum: str = "weak_spots"
     """A built-in name or the dotted path of a ``Curriculum``."""
@@ -260,35 +289,21 @@ class DreamingConfig:
     """Weight of the KL of the dream writer to the smaller self, on its dreams."""
     reference_estimator: str = "k3"
     """Of that KL: ``k1``, ``k2`` or ``k3``."""
-    correction_level: str = "token"
-    """Off-policy correction: ``token``, ``sequence`` or ``geometric``; ``off`` leaves it to the
-    algorithm, whose ratio is then taken to the policy that wrote the dream."""
-    correction_mode: str = "truncate"
-    """``truncate`` caps the weight at ``correction_high``, ``clip`` keeps it within the band from
-    ``correction_low`` to there, ``mask`` drops what lies outside the band."""
-    correction_low: float = 0.5
-    """Lower end of the band, as a ratio of two policies' probabilities."""
-    correction_high: float = 2.0
-    """Its upper end."""
-    policy: float = 1.0
-    """Weight of the policy gradient on the dream writer."""
-    learn: float = 0.5
-    """Weight of the cross-entropy on the dreams that taught something."""
-    hold: float = 2.0
-    """Weight of the divergence from the smaller self on its own texts."""
+    importance_weight: ImportanceWeightConfig = field(default_factory=ImportanceWeightConfig)
+    loss: DreamingLossConfig = field(default_factory=DreamingLossConfig)
     trial_learning_rate: float = 0.05
     """SGD step of the trial that asks what a dream teaches."""
-    trial_probes: int = 8
+    trial_questions: int = 8
     """Questions of the task on which a trial is judged."""
 
 
 @dataclass
 class GateConfig:
-    tolerance: float = 0.02
-    """Retention may fall by this much; beyond it the night is rolled back."""
-    perplexity: float = 1.25
-    """The perplexity of held-out texts may rise to so many times what it was, and no further: it is
-    what tells of a model that can hardly be asked questions."""
+    max_retention_drop: float = 0.02
+    """How far retention may fall, as a share of all questions. Beyond it the night is rolled back."""
+    max_perplexity_ratio: float = 1.25
+    """How many times its old value the perplexity of held-out texts may reach. It guards a model
+    that hardly answers questions."""
 
 
 @dataclass
@@ -309,9 +324,9 @@ class ResourcesConfig:
     engine_tensor_parallel: int = 1
     """Processes of one engine that share every layer (vLLM's tensor parallelism); ``engine_cpus`` and
     ``engine_gpus`` are those of all of them, a GPU each."""
-    engine_memory_gb: float = 1.0
+    engine_kv_cache_gb: float = 1.0
     """KV cache of one CPU engine, in GiB."""
-    engine_gpu_utilization: float = 0.4
+    engine_gpu_memory_utilization: float = 0.4
     """Share of a GPU's memory that vLLM takes."""
     transport: str = "shared_memory"
     """How new weights reach the engines: ``shared_memory`` on the learner's host, ``disk`` below
@@ -322,11 +337,11 @@ class ResourcesConfig:
     layout: str = "decoupled"
     """``decoupled``: engines write while the learner steps. ``colocated``: they share a device and
     take turns, engines asleep while the learner steps; a vLLM engine on a GPU then gives back its
-    memory, but that of the learner's weights and optimiser stays, so ``engine_gpu_utilization``
+    memory, but that of the learner's weights and optimiser stays, so ``engine_gpu_memory_utilization``
     must leave room for it."""
     learner_workers: int = 1
     """Processes that share the learner's state and batches (ZeRO-3)."""
-    learner_workers_most: int = 0
+    learner_workers_max: int = 0
     """Above ``learner_workers``, consolidation is elastic: it has between the two, as many as the nodes
     that are there offer of Ray's custom resource ``sleeprl_learner`` (``cluster/README.md``)."""
     learner_cpus: int = 1
@@ -352,7 +367,7 @@ class ResourcesConfig:
     do. Each holds a copy of the model in single precision, and works in the gaps of the others."""
     scorer_gpus: float = 0.0
     """GPUs of one of them, or a share of one; 0 is the CPU."""
-    rewards: int = 1
+    reward_workers: int = 1
     """Actors that judge dreams, each in a process of its own and one dream at a time: more, where the
     reward is slow and cores are there for it."""
     max_failures: int = 1
@@ -363,7 +378,7 @@ class ResourcesConfig:
 
     @property
     def elastic(self) -> bool:
-        return self.learner_workers_most > self.learner_workers
+        return self.learner_workers_max > self.learner_workers
 
     @property
     def gpus(self) -> float:

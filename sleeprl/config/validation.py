@@ -29,19 +29,21 @@ _AT_LEAST_ZERO = {
     "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",
     "consolidation.ce", "consolidation.expert_gate", "consolidation.semantic", "consolidation.prefix_min",
     "consolidation.rollout_prompts", "consolidation.on_policy_warmup", "consolidation.seed_steps",
-    "dreaming.staleness", "dreaming.policy", "dreaming.learn", "dreaming.hold",
-    "dreaming.reference_kl", "dreaming.correction_low", "gate.tolerance",
+    "dreaming.max_staleness", "dreaming.loss.policy_gradient", "dreaming.loss.sft", "dreaming.loss.replay_kl",
+    "dreaming.reference_kl", "dreaming.importance_weight.low", "gate.max_retention_drop",
     "resources.cpus", "resources.engine_gpus", "resources.learner_gpus", "resources.max_failures",
     "resources.teachers", "resources.teacher_gpus", "resources.scorer_gpus",
-    "resources.learner_workers_most",
-    "self_study.probe_share", "self_study.replay", "self_study.examples", "self_study.whole",
-    "self_study.facts_per_document", "self_study.notebook", "self_study.conversations", "fixed_capacity.ewc",
+    "resources.learner_workers_max",
+    "self_study.held_out_share", "self_study.replay_questions", "self_study.few_shot_examples",
+    "self_study.full_document_share",
+    "self_study.facts_per_document", "self_study.question_bank_size",
+    "self_study.replay_conversations", "fixed_capacity.ewc",
 }  # fmt: skip
 _AT_MOST_ONE = {
     "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",
     "consolidation.semantic", "consolidation.prefix_min", "consolidation.prefix_max",
-    "gate.tolerance", "self_study.probe_share", "self_study.whole",
-    "resources.engine_gpu_utilization",
+    "gate.max_retention_drop", "self_study.held_out_share", "self_study.full_document_share",
+    "resources.engine_gpu_memory_utilization",
 }  # fmt: skip
 _CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
@@ -51,8 +53,8 @@ _CHOICES = {
     "consolidation.support": ("teacher", "student", "full"),
     "consolidation.edit_mode": ("ratio", "abs"),
     "dreaming.reference_estimator": ("k1", "k2", "k3"),
-    "dreaming.correction_level": ("off", "token", "sequence", "geometric"),
-    "dreaming.correction_mode": ("truncate", "mask", "clip"),
+    "dreaming.importance_weight.level": ("off", "token", "sequence", "geometric"),
+    "dreaming.importance_weight.mode": ("truncate", "mask", "clip"),
     "resources.transport": ("shared_memory", "disk", "nccl", "ipc"),
     "resources.update_mode": ("keep", "drain", "abort"),
     "resources.layout": ("decoupled", "colocated"),
@@ -113,8 +115,10 @@ def check(config: NightConfig) -> None:
             f"consolidation.expert_gate={seeding.expert_gate} closes the units of a gated MLP, but "
             f"memory.growth={config.memory.growth} has none; set one of them back"
         )
-    if study.examples > EXAMPLES:
-        raise ConfigError(f"self_study.examples={study.examples} must be at most {EXAMPLES}")
+    if study.few_shot_examples > EXAMPLES:
+        raise ConfigError(
+            f"self_study.few_shot_examples={study.few_shot_examples} must be at most {EXAMPLES}"
+        )
     if study.max_tokens >= config.model.max_length:
         raise ConfigError(
             f"self_study.max_tokens={study.max_tokens} leaves no room for a prompt in "
@@ -129,21 +133,21 @@ def check(config: NightConfig) -> None:
                 f"{key}={tokens} leaves no room for a prompt in "
                 f"model.max_length={config.model.max_length}; raise the latter"
             )
-    if dreaming.correction_low > dreaming.correction_high:
+    if dreaming.importance_weight.low > dreaming.importance_weight.high:
         raise ConfigError(
-            f"dreaming.correction_low={dreaming.correction_low} is above "
-            f"dreaming.correction_high={dreaming.correction_high}; lower the first"
+            f"dreaming.importance_weight.low={dreaming.importance_weight.low} is above "
+            f"dreaming.importance_weight.high={dreaming.importance_weight.high}; lower the first"
         )
-    if dreaming.temperature != 1 and dreaming.correction_level == "off":
+    if dreaming.temperature != 1 and dreaming.importance_weight.level == "off":
         raise ConfigError(
-            f"dreaming.temperature={dreaming.temperature} with dreaming.correction_level=off trains on "
-            "dreams of another distribution as if they were the policy's; set "
-            "dreaming.correction_level=token or dreaming.temperature=1"
+            f"dreaming.temperature={dreaming.temperature} with dreaming.importance_weight.level=off trains "
+            "on dreams of another distribution as if they were the policy's; set "
+            "dreaming.importance_weight.level=token or dreaming.temperature=1"
         )
-    without = dreaming.algorithm in _WITHOUT_RATIO and dreaming.correction_level == "off"
-    if dreaming.staleness > 0 and without:
+    without = dreaming.algorithm in _WITHOUT_RATIO and dreaming.importance_weight.level == "off"
+    if dreaming.max_staleness > 0 and without:
         raise ConfigError(
-            f"dreaming.staleness={dreaming.staleness} with dreaming.correction_level=off and "
+            f"dreaming.max_staleness={dreaming.max_staleness} with dreaming.importance_weight.level=off and "
             f"dreaming.algorithm={dreaming.algorithm}, which has no ratio, trains on old policies as "
             "if they were new; set correction_level=token or staleness=0"
         )
@@ -166,7 +170,7 @@ def _check_groups(config: NightConfig) -> None:
     seeding, dreaming = config.consolidation, config.dreaming
     imitates = seeding.rollout_prompts > 0 and seeding.distillation < 1
     for name, part, rewarded in (
-        ("dreaming", dreaming, dreaming.enabled and dreaming.policy > 0),
+        ("dreaming", dreaming, dreaming.enabled and dreaming.loss.policy_gradient > 0),
         ("consolidation", seeding, imitates or "grpo" in config.baselines),
     ):
         compares = part.algorithm in _WITHIN_GROUP or part.algorithm_options.get("group_baseline")
@@ -321,8 +325,8 @@ def _check_resources(resources: ResourcesConfig) -> None:
 
 
 def _check_elastic(resources: ResourcesConfig) -> None:
-    most, least = resources.learner_workers_most, resources.learner_workers
-    named = f"resources.learner_workers_most={most}"
+    most, least = resources.learner_workers_max, resources.learner_workers
+    named = f"resources.learner_workers_max={most}"
     if 0 < most < least:
         raise ConfigError(
             f"{named} is below learner_workers={least}, the fewest; raise it, or set 0"
@@ -332,7 +336,7 @@ def _check_elastic(resources: ResourcesConfig) -> None:
     if resources.address is None:
         raise ConfigError(
             f"{named}, but a Ray of this machine's own stays as large as it is; join a cluster with "
-            "resources.address, or set learner_workers_most=0"
+            "resources.address, or set learner_workers_max=0"
         )
     if resources.transport != "disk":
         raise ConfigError(

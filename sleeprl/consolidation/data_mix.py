@@ -49,7 +49,7 @@ class DataMix:
         if method.anchored and not free:
             raise ValueError(
                 f"{method.title} needs the smaller self's own texts, but there is no replay; "
-                "set self_study.replay above 0"
+                "set self_study.replay_questions above 0"
             )
         self.own = [row(text, REPLAY) for text in free]
         """All that the smaller self wrote freely, whether the method reads it or not."""

@@ -110,7 +110,7 @@ def run(
         # What engines hold counts as free with Ray Train (2.60); of this resource they hold nothing.
         workers[LEARNER_RESOURCE], count = (
             1,
-            (resources.learner_workers, resources.learner_workers_most),
+            (resources.learner_workers, resources.learner_workers_max),
         )
     trainer = TorchTrainer(
         _train_loop,

@@ -49,7 +49,7 @@ def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> l
     if not tasks:
         raise ConfigError(
             "dreaming.enabled=true, but self-study left no document with probes to judge dreams on; raise "
-            "self_study.probe_share or pairs_per_document, or set dreaming.enabled=false"
+            "self_study.held_out_share or pairs_per_document, or set dreaming.enabled=false"
         )
     return tasks
 
@@ -121,13 +121,13 @@ def spawn_scorers_and_rewards(
     dreaming, resources = config.dreaming, config.resources
     scorers = spawn_unreserved(
         LearningGainScorer, learner.checkpoint, learner.seed, dreaming.trial_learning_rate,
-        dreaming.trial_probes, 1, learner.held, learner.wake, bool(resources.scorer_gpus),
+        dreaming.trial_questions, 1, learner.held, learner.wake, bool(resources.scorer_gpus),
         count=resources.scorers, gpus=resources.scorer_gpus,
     )  # fmt: skip
     rewards = spawn_unreserved(
         RewardActor, learner.checkpoint, dreaming.reward, dreaming.reward_options,
-        dreaming.reward_deadline, algorithm_of(dreaming), dreaming.max_tokens,
-        count=resources.rewards,
+        dreaming.reward_timeout_s, algorithm_of(dreaming), dreaming.max_tokens,
+        count=resources.reward_workers,
     )  # fmt: skip
     return ActorGroup("scorer", scorers), ActorGroup("reward", rewards)
 
@@ -205,7 +205,7 @@ def assemble(
 
 def set_in_flight_limit(engines: ActorGroup, dreaming: DreamingConfig) -> ActorGroup:
     """These engines with room for all groups that admission may let in."""
-    engines.in_flight = (dreaming.staleness + 2) * dreaming.tasks_per_step
+    engines.in_flight = (dreaming.max_staleness + 2) * dreaming.tasks_per_step
     return engines
 
 

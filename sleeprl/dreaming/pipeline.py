@@ -98,7 +98,7 @@ class Pipeline:
         kept, idle = position.groups(), [{"paths": list[str]()}] * (len(self.rewards) - 1)
         paths = [str(path) for _, path in kept.values()]  # which one of them reads
         loaded = self.rewards.scatter("load", [{"paths": paths}, *idle])[0]
-        self.line = AdmissionQueue(position, self.size, self.config.staleness, self.redraws)
+        self.line = AdmissionQueue(position, self.size, self.config.max_staleness, self.redraws)
         for (number, (stage, _)), found in zip(kept.items(), loaded, strict=True):
             if stage == "generating" or self.line.too_old(number, found["newest"]):
                 self.begun[number] = found["batch"]
@@ -130,7 +130,7 @@ class Pipeline:
     def _admit(self) -> bool:
         """Fill the room that the staleness bound leaves, one group per engine call."""
         config, admitted, moved = self.config, self.position.admitted, False
-        updates = min(config.staleness + self.position.version + 1, config.steps)
+        updates = min(config.max_staleness + self.position.version + 1, config.steps)
         while self.line.update(self.again[0] if self.again else len(admitted)) < updates:
             if not self.engines.able():
                 break

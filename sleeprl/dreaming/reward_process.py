@@ -64,7 +64,7 @@ class RewardProcess:
             reward, fault = self._ask(dream)
         except TimeoutError:
             reward = None
-            fault = f"gave nothing within dreaming.reward_deadline={self.deadline:g} s"
+            fault = f"gave nothing within dreaming.reward_timeout_s={self.deadline:g} s"
         except ProcessExpired as error:
             reward, fault = None, f"ended its process (exit code {error.exitcode})"
         except RuntimeError:

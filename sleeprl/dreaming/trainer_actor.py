@@ -102,9 +102,9 @@ class DreamTrainer(RemoteActor):
         texts = Lake(self.job.lake).read("trajectories")
         self.replay = from_batch(texts.filter(pc.field("purpose") == "replay"))
         self.parts = {
-            DREAM: LossWeights(pg=config.policy),
-            LEARN: LossWeights(ce=config.learn),
-            HOLD: LossWeights(kl=config.hold),
+            DREAM: LossWeights(pg=config.loss.policy_gradient),
+            LEARN: LossWeights(ce=config.loss.sft),
+            HOLD: LossWeights(kl=config.loss.replay_kl),
         }
         self.loss = LossOptions(
             beta=self.job.beta,
@@ -112,10 +112,10 @@ class DreamTrainer(RemoteActor):
             policy=self.algorithm,
             limit=config.max_tokens,
             correction=ImportanceWeight(
-                config.correction_level,
-                config.correction_mode,
-                config.correction_low,
-                config.correction_high,
+                config.importance_weight.level,
+                config.importance_weight.mode,
+                config.importance_weight.low,
+                config.importance_weight.high,
             ),
             reference=config.reference_kl,
             reference_estimator=config.reference_estimator,
@@ -153,7 +153,7 @@ class DreamTrainer(RemoteActor):
         learned, others = _table(batches), _table(redrawn)
         dreams = from_batch(learned)
         version = self.job.first_version + self.learner.steps
-        old = [outdated(d.versions, version - self.job.config.staleness) for d in dreams]
+        old = [outdated(d.versions, version - self.job.config.max_staleness) for d in dreams]
         judged = self._judged(dreams, old, version)
         rows = [*filter(None, judged), *self._others(dreams)]
         metrics: dict[str, Any] = self.learner.step(rows, self.parts, self.loss)

@@ -62,7 +62,7 @@ class Outcome:
 class Reward(Protocol):
     """A pure function of the dream. None means it cannot be scored, which is not 0.
 
-    It runs in a process of its own, which is killed where it takes ``dreaming.reward_deadline``.
+    It runs in a process of its own, which is killed where it takes ``dreaming.reward_timeout_s``.
     """
 
     def __call__(self, dream: Dream) -> float | None: ...

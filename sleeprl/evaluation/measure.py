@@ -158,7 +158,9 @@ def own_retention(
     greedily, and twice with chance; what it says each time, in its first sentence and beside what
     the question says, is what it knows, and is asked in the morning.
     """
-    asked = [Question(q, "", "retention") for q in dict.fromkeys(questions)][: config.retention]
+    asked = [Question(q, "", "retention") for q in dict.fromkeys(questions)][
+        : config.retention_questions
+    ]
     greedy, *others = (
         ask(fleet, chat, asked, with_context=False, max_tokens=config.max_tokens, seed=seed)
         for seed in (None, 1, 2)
@@ -190,8 +192,8 @@ def own_texts(
     whole. At temperature 1 the rise of log perplexity over the night estimates how many nats per
     token the larger self is away from the smaller one (forward KL).
     """
-    missing = max(0, config.texts - len(stated))
+    missing = max(0, config.perplexity_texts - len(stated))
     sampling = [SamplingParams(config.max_tokens, 1.0, seed) for seed in range(missing)]
     written = fleet.generate([chat.prompt(FREE_FACT)] * missing, sampling)
     more = [text for c in written if (text := chat.decode(c.token_ids))]
-    return replace(day, texts=[*stated, *more][: config.texts], answering=FREE_FACT)
+    return replace(day, texts=[*stated, *more][: config.perplexity_texts], answering=FREE_FACT)

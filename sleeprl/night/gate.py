@@ -46,29 +46,30 @@ def gate(before: Figures, after: Figures, config: GateConfig) -> dict[str, Any]:
     judges = before["n"]["retention"] >= FEW or before["perplexity"] is None
     if before["retention"] is not None:
         lost = before["retention"] - after["retention"]
-        if judges and lost > config.tolerance + 1e-9:
+        if judges and lost > config.max_retention_drop + 1e-9:
             refused.append(
                 f"retention fell from {before['retention']:.1%} to {after['retention']:.1%}, more "
-                f"than gate.tolerance={config.tolerance:.1%}"
+                f"than gate.max_retention_drop={config.max_retention_drop:.1%}"
             )
     if before["perplexity"] is not None:
         rise = after["perplexity"] / before["perplexity"]
-        if not rise <= config.perplexity:
+        if not rise <= config.max_perplexity_ratio:
             refused.append(
                 f"the perplexity of held-out texts rose from {before['perplexity']:.4g} to "
-                f"{after['perplexity']:.4g}, more than gate.perplexity={config.perplexity:g} times"
+                f"{after['perplexity']:.4g}, more than "
+                f"gate.max_perplexity_ratio={config.max_perplexity_ratio:g} times"
             )
     if lost is None and rise is None:
-        refused.append("nothing measured what was known before; raise evaluation.texts")
+        refused.append("nothing measured what was known before; raise evaluation.perplexity_texts")
     return {
         "passed": not refused,
         "refused": "; ".join(refused),
         "lost": lost,
         "retention_before": before["retention"],
         "retention_after": after["retention"],
-        "tolerance": config.tolerance if judges else None,
+        "tolerance": config.max_retention_drop if judges else None,
         "rise": rise,
-        "perplexity_tolerance": config.perplexity,
+        "perplexity_tolerance": config.max_perplexity_ratio,
     }
 
 

@@ -59,11 +59,11 @@ def steps_of(config: NightConfig, slots: Slots, boundaries: Sequence[Due]) -> tu
         steps = plan_night(slots, boundaries, config.memory.when_full, config.memory.reset)
     except PoolFull as error:
         raise ConfigError(f"memory.levels: {error}") from None
-    replay = config.self_study.replay
+    replay = config.self_study.replay_questions
     if replay < 2 and any(isinstance(s, Transfer) and not s.teacher_has_context for s in steps):
         raise ConfigError(
-            f"self_study.replay={replay}, but a level is handed on tonight with what the model "
-            "writes freely; set self_study.replay to 100 or more"
+            f"self_study.replay_questions={replay}, but a level is handed on tonight with what the model "
+            "writes freely; set self_study.replay_questions to 100 or more"
         )
     return steps
 

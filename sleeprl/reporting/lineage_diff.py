@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sleeprl.config.aliases import rename_old_keys
 from sleeprl.lineage.store import LineageStore, Manifest
 from sleeprl.reporting.summary_view import RATES, STATES, Figure, figure
 
@@ -100,7 +101,7 @@ def diff(store: LineageStore, a: str, b: str) -> Diff:
         emptied=sorted(used_a - used_b),
         filled=sorted(used_b - used_a),
         figures=compare_figures(one.figures, two.figures),
-        config=compare_config(one.config, two.config),
+        config=compare_config(rename_old_keys(one.config)[0], rename_old_keys(two.config)[0]),
     )
 
 

@@ -124,9 +124,9 @@ class EngineOptions:
             dtype=dtype,
             max_length=config.model.max_length,
             threads=resources.engine_cpus,
-            memory_gb=resources.engine_memory_gb,
+            memory_gb=resources.engine_kv_cache_gb,
             gpu=resources.engine_gpus > 0,
-            gpu_utilization=resources.engine_gpu_utilization,
+            gpu_utilization=resources.engine_gpu_memory_utilization,
             seed=config.seed,
             delivery=TransportConfig(
                 resources.transport,

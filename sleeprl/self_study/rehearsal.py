@@ -67,7 +67,7 @@ def ask_freely(
         trajectory("replay", "pair", n, prompt, draft, None)
         for n, draft, question in pairs
         # Whom examples help has no skill to keep, and its prompts are long.
-        if n % 4 == 0 and question not in held and not writer.config.examples
+        if n % 4 == 0 and question not in held and not writer.config.few_shot_examples
     ]
     asked = [q for q in dict.fromkeys([*questions, *again]) if q not in held]
     answered = _answered(writer, "replay", "answer", asked)

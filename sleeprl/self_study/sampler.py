@@ -21,8 +21,8 @@ def build_qa_prompt(chat: ChatFormatter, config: SelfStudyConfig, message: str) 
 
     message: ``FREE_QA``, or an instruction to write them about a text.
     """
-    shown = examples(config.examples, free=message == FREE_QA)
-    return chat.prompt(message, config.opening, shown)
+    shown = examples(config.few_shot_examples, free=message == FREE_QA)
+    return chat.prompt(message, config.assistant_prefix, shown)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class TextSampler:
 
     def begin(self, message: str) -> list[int]:
         """A prompt behind which a question and its answer can be put, mark and all."""
-        return build_qa_prompt(self.chat, replace(self.config, opening=""), message)
+        return build_qa_prompt(self.chat, replace(self.config, assistant_prefix=""), message)
 
     def surprise(
         self, prompts: Sequence[list[int]], texts: Sequence[list[int]]

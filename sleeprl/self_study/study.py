@@ -86,7 +86,8 @@ def describe_study(result: Mapping[str, int]) -> str:
         return line
     return (
         f"{line} ({result['malformed']} of {result['written']} texts were not of the form asked for): "
-        "what it knew is not rehearsed and may be lost; see self_study.conversations, opening and examples"
+        "what it knew is not rehearsed and may be lost; see self_study.replay_conversations, "
+        "assistant_prefix and few_shot_examples"
     )
 
 
@@ -120,19 +121,19 @@ def study(
     asked = _asked(writer, documents)
     _answer(writer, documents, asked, result)
     result.trajectories += _state(writer, documents)
-    quarter, tonight = config.replay // 4, dict.fromkeys(one.question for one in asked)
+    quarter, tonight = config.replay_questions // 4, dict.fromkeys(one.question for one in asked)
     # What it would have answered before it read is not to be kept.
     again = [question for question in notebook if question not in tonight]
-    free = ask_freely(writer, config.replay, hold_out, again)
+    free = ask_freely(writer, config.replay_questions, hold_out, again)
     stated = sample_facts(writer, "replay", quarter, hold_out)
     beside = sample_near_questions(writer, documents, asked, quarter)
-    talk = sample_conversations(writer, config.conversations, hold_out)
+    talk = sample_conversations(writer, config.replay_conversations, hold_out)
     result.held_questions, result.held_facts = [*free.held, *talk.held], stated.held
     held = {tuple(chat.prompt(question)) for question in result.held_questions}
     rows = [*free.trajectories, *stated.trajectories, *beside, *talk.trajectories]
     result.trajectories += [row for row in rows if tuple(row.prompt_ids) not in held]
     result.coverage = free.coverage
-    result.notebook = rotate(notebook, list(tonight), free.asked, config.notebook, seed)
+    result.notebook = rotate(notebook, list(tonight), free.asked, config.question_bank_size, seed)
     result.written, result.malformed = writer.written, writer.malformed
     return result
 
@@ -154,9 +155,9 @@ def write_rehearsal(
     *replay*: what it asks itself. Every prompt is the same for both selves.
     """
     writer = TextSampler(fleet, chat, config, seed, max_length)
-    recent = sample_facts(writer, "self_study", config.replay // 2)
-    free = ask_freely(writer, config.replay, again=notebook)
-    talk = sample_conversations(writer, config.conversations)
+    recent = sample_facts(writer, "self_study", config.replay_questions // 2)
+    free = ask_freely(writer, config.replay_questions, again=notebook)
+    talk = sample_conversations(writer, config.replay_conversations)
     texts = [*recent.trajectories, *free.trajectories, *talk.trajectories]
     return Study(texts, written=writer.written, malformed=writer.malformed, coverage=free.coverage)
 
@@ -203,8 +204,8 @@ def _asked(writer: TextSampler, documents: Sequence[str]) -> list[GeneratedQuest
 
 def _in_sight(document: str, config: SelfStudyConfig) -> list[str]:
     """What of the document each question is asked with."""
-    whole = round(config.whole * config.pairs_per_document)
-    parts = cycle(passages(document, config.sentences))
+    whole = round(config.full_document_share * config.pairs_per_document)
+    parts = cycle(passages(document, config.excerpt_sentences))
     return [document] * whole + list(islice(parts, config.pairs_per_document - whole))
 
 
@@ -250,7 +251,7 @@ def _answer(
     config, chat = writer.config, writer.chat
     prompts = [chat.prompt(with_experience(documents[one.document], one.question)) for one in asked]
     count = len(asked)
-    held = set(random.Random(writer.seed).sample(range(count), int(config.probe_share * count)))
+    held = set(random.Random(writer.seed).sample(range(count), int(config.held_out_share * count)))
     texts = result.trajectories
     for index, (one, prompt, answer) in enumerate(
         zip(asked, prompts, writer.write(prompts, SURE), strict=True)
@@ -263,7 +264,7 @@ def _answer(
         if whole:
             texts.append(trajectory("self_study", f"answer-{n}", index, bare, answer, prompt))
         # To ask about what it reads is a skill to keep, too. Examples need no skill.
-        if index % 4 == 0 and not config.examples:
+        if index % 4 == 0 and not config.few_shot_examples:
             texts.append(trajectory("replay", f"{STUDY}{n}", index, one.prompt, one.written, None))
 
 

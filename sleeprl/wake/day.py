@@ -89,10 +89,10 @@ def _embedded_day(config: NightConfig, lake: Lake) -> Day:
     # The document stands before an old question too, where the context is given: it must not confuse.
     probes += [
         Question(q.text, q.answer, "retention", rng.choice(documents)["text"])
-        for q in rng.sample(old, min(config.evaluation.retention, len(old)))
+        for q in rng.sample(old, min(config.evaluation.retention_questions, len(old)))
     ]
     return Day(
         [d["text"] for d in documents],
         probes,
-        world.old_world_text(config.seed, "heldout", config.evaluation.texts),
+        world.old_world_text(config.seed, "heldout", config.evaluation.perplexity_texts),
     )

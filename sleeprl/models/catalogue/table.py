@@ -73,14 +73,14 @@ _QUESTION_ANSWER = (
 _WEAK_WRITER: Mapping[str, Mapping[str, Any]] = {
     "wake": {"people": 4, "people_per_document": 1},
     "self_study": {
-        "opening": "Question:",
-        "examples": 4,
-        "whole": 0.0,
-        "sentences": 1,
+        "assistant_prefix": "Question:",
+        "few_shot_examples": 4,
+        "full_document_share": 0.0,
+        "excerpt_sentences": 1,
         "pairs_per_document": 42,
         "facts_per_document": 0,
-        "replay": 300,
-        "conversations": 200,
+        "replay_questions": 300,
+        "replay_conversations": 200,
         "temperature": 0.5,
         "max_tokens": 40,
     },
@@ -98,10 +98,10 @@ _WEAK_WRITER: Mapping[str, Mapping[str, Any]] = {
         "tasks_per_step": 2,
         "group_size": 4,
         "max_tokens": 48,
-        "trial_probes": 4,
+        "trial_questions": 4,
     },
-    "evaluation": {"retention": 100, "texts": 100, "max_tokens": 24},
-    "resources": {"engine_memory_gb": 2.0, "micro_batch_tokens": 2048},
+    "evaluation": {"retention_questions": 100, "perplexity_texts": 100, "max_tokens": 24},
+    "resources": {"engine_kv_cache_gb": 2.0, "micro_batch_tokens": 2048},
 }
 """A short night, and help for a model that was not trained to write questions and answers."""
 
@@ -179,10 +179,10 @@ _SPECS = (
         night=_night(
             model={"dtype": "bfloat16"},
             wake={"people": 2},
-            self_study={"pairs_per_document": 36, "replay": 120},
+            self_study={"pairs_per_document": 36, "replay_questions": 120},
             consolidation={"steps": 40, "rollout_every": 20, "learning_rate": 1e-3},
             dreaming={"enabled": False},
-            resources={"engine_memory_gb": 1.0, "micro_batch_tokens": 512},
+            resources={"engine_kv_cache_gb": 1.0, "micro_batch_tokens": 512},
         ),
     ),
 )
