@@ -52,7 +52,7 @@ from sleeprl.memory.checkpoint import all_tensors, widen
 from sleeprl.models.resolve import EMBEDDED
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
-from sleeprl.trainer.trainer import TrainerOptions
+from sleeprl.trainer.options import TrainerOptions
 from sleeprl.weight_sync.base import TransportConfig
 from sleeprl.weight_sync.verification import Canary, UpdateReceipt
 

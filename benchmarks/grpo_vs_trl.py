@@ -131,8 +131,9 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
     from sleeprl.rollout.engine_pool import EnginePool, PendingResults
     from sleeprl.text.chat import ChatFormatter
     from sleeprl.trainer.batching import TrainingExample
+    from sleeprl.trainer.options import TrainerOptions
     from sleeprl.trainer.publish import publish
-    from sleeprl.trainer.trainer import Trainer, TrainerOptions
+    from sleeprl.trainer.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as scratch, cluster(ResourcesConfig()):
         widen(model_for(full, scratch), Path(scratch) / "model", 1, 64, "float32")

@@ -48,9 +48,10 @@ from sleeprl.memory.slots import Slots
 from sleeprl.models.catalogue import CATALOGUE, fetch
 from sleeprl.models.resolve import EMBEDDED
 from sleeprl.trainer.batching import TrainingExample, make_loss_batch
+from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.packing import padded
 from sleeprl.trainer.response_model import ResponseModel
-from sleeprl.trainer.trainer import Trainer, TrainerOptions
+from sleeprl.trainer.trainer import Trainer
 from sleeprl.utils.machine import available_cpus
 
 PARTS = {"dream": LossWeights(pg=1.0)}

@@ -52,7 +52,7 @@ from sleeprl.rollout.engine import EngineOptions, SamplingParams
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
-from sleeprl.trainer.trainer import TrainerOptions
+from sleeprl.trainer.options import TrainerOptions
 from sleeprl.utils.machine import available_cpus
 from sleeprl.worlds.people import documents, fresh_people, questions
 

@@ -326,7 +326,7 @@ def whole(directory: Path, **changes: Any) -> Trainer:
 
 def pulled(directory: Path, notes: Notes) -> None:
     learner = whole(directory)
-    learner.anchor(texts(5), STRENGTH)
+    learner.add_ewc_penalty(texts(5), STRENGTH)
     prefix = f"{dist.get_world_size()}-"
     for step in (1, 2, 3):
         notes.numbers[f"pulled, step-{step}"] = learner.step(texts(step), CE, LOSS)
@@ -352,7 +352,7 @@ def taught_by_the_past(directory: Path, notes: Notes) -> None:
 def a_grown_model_is_not_anchored(directory: Path, notes: Notes) -> None:
     learner = Trainer(options(directory))
     with pytest.raises(ValueError, match="slot=None"):
-        learner.anchor(texts(5), STRENGTH)
+        learner.add_ewc_penalty(texts(5), STRENGTH)
     notes.numbers["refused"] = True
 
 

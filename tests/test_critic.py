@@ -47,7 +47,7 @@ def judged(learner: Trainer, worth: float) -> list[TrainingExample]:
 
 def learn_worth(directory: Path, notes: Notes) -> None:
     learner = Trainer(options(directory, critic=True, learning_rate=0.05, weight_decay=0.0))
-    born = learner.expert()
+    born = learner.gather_expert()
     notes.numbers["at birth"] = learner.values(texts())
     told = [learner.step(judged(learner, 2.0), PARTS, LOSS) for _ in range(STEPS)]
     notes.numbers["told"] = told
@@ -55,13 +55,13 @@ def learn_worth(directory: Path, notes: Notes) -> None:
     notes.numbers["lengths"] = [len(row.response_ids) for row in texts()]
     notes.numbers["policy moved"] = max(
         float((a - b).abs().max())
-        for a, b in zip(learner.expert().values(), born.values(), strict=True)
+        for a, b in zip(learner.gather_expert().values(), born.values(), strict=True)
     )
     notes.numbers["exported"] = sorted(name for name, _ in learner.export())
-    state = learner.state()
+    state = learner.state_dict()
     notes.numbers["critic in the state"] = [n for n in state if n.endswith("critic.weight")]
     again = Trainer(options(directory, critic=True, learning_rate=0.05, weight_decay=0.0))
-    again.load_state(state)
+    again.load_state_dict(state)
     notes.numbers["resumed"] = again.values(texts())
     again.set_expert(born)
     plain = Trainer(options(directory))

@@ -45,7 +45,7 @@ from sleeprl.plugins import PluginError, create
 from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import STUDY_QA, format_qa, with_experience
-from sleeprl.trainer.trainer import TrainerOptions
+from sleeprl.trainer.options import TrainerOptions
 
 TASKS = [Task(f"t{i}", i, f"message {i}", (("Who?", f"Ann{i}"),)) for i in range(5)]
 

@@ -96,10 +96,10 @@ def test_what_is_heard(wide: Path) -> None:
 def quiet_steps(directory: Path, notes: Notes) -> None:
     """Three steps with and without the penalty."""
     for name, parts in (("quiet", QUIET), ("loud", PARTS)):
-        learner = Trainer(options(directory, routed=True))
+        learner = Trainer(options(directory, gated_expert=True))
         told = [learner.step(rows(number), parts, LOSS) for number in range(8)]
         notes.numbers[name] = told
-        notes.tensors(f"{name}-{learner.world}", learner.expert())
+        notes.tensors(f"{name}-{learner.world}", learner.gather_expert())
 
 
 def test_the_gate_learns_to_close_at_any_world_size(wide: Path, tmp_path: Path) -> None:

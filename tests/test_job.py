@@ -83,7 +83,7 @@ def two_nodes() -> Iterator[tuple[Any, Callable[[], None]]]:
 def job(directory: Path, name: str) -> Any:
     from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
     from sleeprl.consolidation.train_loop import Job
-    from sleeprl.trainer.trainer import TrainerOptions
+    from sleeprl.trainer.options import TrainerOptions
 
     return Job(
         method="seeding",

@@ -39,8 +39,9 @@ from sleeprl.memory.slots import LOW_RANK, Slots
 from sleeprl.trainer import batching as batches
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.deepspeed_config import deepspeed_config, gather_by_layer
+from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.publish import publish
-from sleeprl.trainer.trainer import Trainer, TrainerOptions
+from sleeprl.trainer.trainer import Trainer
 from sleeprl.weight_sync.verification import UpdateReceipt
 
 SLOTS = Slots(96, 8, 3)
@@ -122,21 +123,21 @@ def first_steps(directory: Path, notes: Notes) -> None:
     learner = Trainer(options(directory))
     seen = notes.numbers
     batch = rows(1)
-    notes.tensors("born", learner.expert())
+    notes.tensors("born", learner.gather_expert())
     seen["at birth"] = learner.logprobs(batch)
     seen["at birth, smaller"] = learner.logprobs(batch, smaller=True)
     seen["step-1"] = learner.step(batch, PARTS, LOSS)
-    notes.tensors("expert-1", learner.expert())
+    notes.tensors("expert-1", learner.gather_expert())
     seen["step-2"] = learner.step(rows(2), PARTS, LOSS)
-    notes.tensors("state-2", learner.state())
-    notes.tensors("expert-2", learner.expert())
+    notes.tensors("state-2", learner.state_dict())
+    notes.tensors("expert-2", learner.gather_expert())
     notes.tensors("export-2", dict(learner.export()))
     seen["after two"] = learner.logprobs(batch)
     seen["after two, smaller"] = learner.logprobs(batch, smaller=True)
-    canary = learner.canary(list(range(20, 50)))
+    canary = learner.make_canary(list(range(20, 50)))
     seen["canary"] = (canary.token_ids, canary.logprobs, canary.fresh)
     seen["step-3"] = learner.step(rows(3), PARTS, LOSS)
-    notes.tensors("state-3", learner.state())
+    notes.tensors("state-3", learner.state_dict())
     seen["step-4"] = learner.step(rows(4), PARTS, LOSS)
 
 
@@ -146,51 +147,51 @@ def one_text(directory: Path, notes: Notes) -> None:
     sys.addaudithook(lambda what, of: started.append(of[0]) if what == "subprocess.Popen" else None)
     notes.numbers["one text"] = learner.step(rows(1)[:1], PARTS, LOSS)
     notes.numbers["started by a step"] = list(started)
-    notes.tensors("expert-one-text", learner.expert())
+    notes.tensors("expert-one-text", learner.gather_expert())
 
 
 def micro_batches(directory: Path, notes: Notes) -> None:
     other = Trainer(options(directory, micro_batch_tokens=40))
     notes.numbers["small micro-batches"] = other.step(rows(1), PARTS, LOSS)
-    notes.tensors("expert-1-micro", other.expert())
+    notes.tensors("expert-1-micro", other.gather_expert())
 
 
 def resuming(directory: Path, notes: Notes) -> None:
     seen = notes.numbers
     resumed = Trainer(options(directory, seed=8))
-    notes.tensors("born-8", resumed.expert())
-    resumed.load_state(load_file(directory / "state-2.safetensors"))
+    notes.tensors("born-8", resumed.gather_expert())
+    resumed.load_state_dict(load_file(directory / "state-2.safetensors"))
     seen["resumed"] = resumed.steps
     seen["resumed, after two"] = resumed.logprobs(rows(1))
     seen["resumed, step-3"] = resumed.step(rows(3), PARTS, LOSS)
-    notes.tensors("state-3-resumed", resumed.state())
+    notes.tensors("state-3-resumed", resumed.state_dict())
 
 
 def resuming_after_a_step(directory: Path, notes: Notes) -> None:
     resumed = Trainer(options(directory, seed=8))
     resumed.step(rows(4), PARTS, LOSS)
-    resumed.load_state(load_file(directory / "state-2.safetensors"))
+    resumed.load_state_dict(load_file(directory / "state-2.safetensors"))
     resumed.step(rows(3), PARTS, LOSS)
-    notes.tensors("state-3-warm", resumed.state())
+    notes.tensors("state-3-warm", resumed.state_dict())
 
 
 def state_before_the_first_step(directory: Path, notes: Notes) -> None:
     learner = Trainer(options(directory))
-    state = learner.state()
+    state = learner.state_dict()
     fresh = Trainer(options(directory, seed=8))
-    fresh.load_state(state)
+    fresh.load_state_dict(state)
     notes.numbers["restarted"] = fresh.steps
     fresh.step(rows(1), PARTS, LOSS)
-    notes.tensors("expert-1-restarted", fresh.expert())
+    notes.tensors("expert-1-restarted", fresh.gather_expert())
 
 
 def placing(directory: Path, notes: Notes) -> None:
     placed = Trainer(options(directory, seed=9))
     placed.set_expert(load_file(directory / "expert-2.safetensors"))
     notes.numbers["placed"] = placed.logprobs(rows(1))
-    notes.tensors("expert-placed", placed.expert())
+    notes.tensors("expert-placed", placed.gather_expert())
     placed.step(rows(2), PARTS, LOSS)
-    notes.tensors("expert-placed-1", placed.expert())
+    notes.tensors("expert-placed-1", placed.gather_expert())
 
 
 def bfloat16(directory: Path, notes: Notes) -> None:
@@ -198,13 +199,13 @@ def bfloat16(directory: Path, notes: Notes) -> None:
     notes.numbers["half sums in"] = str(half.optimizer.gradient_accumulation_dtype)
     half.step(rows(1), PARTS, LOSS)
     half.step(rows(2), PARTS, LOSS)
-    state = half.state()
+    state = half.state_dict()
     half.step(rows(3), PARTS, LOSS)
-    notes.tensors("half-3", half.state())
+    notes.tensors("half-3", half.state_dict())
     again = Trainer(options(directory, dtype="bfloat16", seed=8))
-    again.load_state(state)
+    again.load_state_dict(state)
     again.step(rows(3), PARTS, LOSS)
-    notes.tensors("half-3-resumed", again.state())
+    notes.tensors("half-3-resumed", again.state_dict())
 
 
 def offloading(directory: Path, notes: Notes) -> None:
@@ -215,22 +216,22 @@ def offloading(directory: Path, notes: Notes) -> None:
         notes.numbers[f"offload {what}"] = (stage.offload_optimizer, stage.offload_param)
         notes.numbers[f"offload {what}, step-1"] = learner.step(rows(1), PARTS, LOSS)
         learner.step(rows(2), PARTS, LOSS)
-        notes.tensors(f"offload-{what}-2", learner.state())
+        notes.tensors(f"offload-{what}-2", learner.state_dict())
         again = Trainer(options(directory, seed=8, offload=what))
-        again.load_state(load_file(directory / f"offload-{what}-2.safetensors"))
+        again.load_state_dict(load_file(directory / f"offload-{what}-2.safetensors"))
         again.step(rows(3), PARTS, LOSS)
-        notes.tensors(f"offload-{what}-3", again.state())
+        notes.tensors(f"offload-{what}-3", again.state_dict())
 
 
 def every_parameter(directory: Path, notes: Notes) -> None:
     whole = Trainer(options(directory, checkpoint=str(directory / "grown"), slot=None))
     ids = list(range(20, 50))
-    notes.numbers["full, canaries"] = [whole.canary(ids)]
+    notes.numbers["full, canaries"] = [whole.make_canary(ids)]
     notes.tensors("full-export-0", dict(whole.export()))
     notes.numbers["full, step-1"] = whole.step(texts(1), CE, LOSS)
     notes.tensors("full-export-1", dict(whole.export()))
     notes.numbers["full, after one"] = whole.logprobs(texts(1))
-    notes.numbers["full, canaries"] += [whole.canary(ids), whole.canary(ids[:9])]
+    notes.numbers["full, canaries"] += [whole.make_canary(ids), whole.make_canary(ids[:9])]
 
 
 def low_rank(directory: Path, notes: Notes) -> None:
@@ -246,7 +247,7 @@ def nothing_to_learn_from(directory: Path, notes: Notes) -> None:
     learner.step(rows(1), PARTS, LOSS)
     notes.numbers["nothing"] = learner.step([], PARTS, LOSS)
     learner.step(rows(2), PARTS, LOSS)
-    notes.tensors("expert-nothing", learner.expert())
+    notes.tensors("expert-nothing", learner.gather_expert())
 
 
 def remembering(directory: Path, notes: Notes) -> None:
@@ -262,7 +263,7 @@ def remembering(directory: Path, notes: Notes) -> None:
         notes.numbers[f"{name}, asked"] = len(asked)
         notes.numbers[f"{name}, second"] = learner.step(batch, PARTS, LOSS)
         notes.numbers[f"{name}, asked again"] = len(asked) - notes.numbers[f"{name}, asked"]
-        notes.tensors(f"expert-{name}", learner.expert())
+        notes.tensors(f"expert-{name}", learner.gather_expert())
 
 
 # --- what two ranks do --------------------------------------------------------------
@@ -271,38 +272,38 @@ def remembering(directory: Path, notes: Notes) -> None:
 def two_first_steps(directory: Path, notes: Notes) -> None:
     seen = notes.numbers
     learner = Trainer(options(directory))
-    notes.tensors("two-born", learner.expert())
+    notes.tensors("two-born", learner.gather_expert())
     seen["step-1"] = learner.step(rows(1), PARTS, LOSS)
-    notes.tensors("two-expert-1", learner.expert())
+    notes.tensors("two-expert-1", learner.gather_expert())
     seen["step-2"] = learner.step(rows(2), PARTS, LOSS)
-    notes.tensors("two-state-2", learner.state())
+    notes.tensors("two-state-2", learner.state_dict())
     notes.tensors("two-export-2", dict(learner.export()))
     seen["after two"] = learner.logprobs(rows(1))
     seen["after two, smaller"] = learner.logprobs(rows(1), smaller=True)
     seen["step-3"] = learner.step(rows(3), PARTS, LOSS)
-    notes.tensors("two-state-3", learner.state())
+    notes.tensors("two-state-3", learner.state_dict())
 
 
 def two_resuming(directory: Path, notes: Notes) -> None:
     dist.barrier()  # rank 0 has written the state
     resumed = Trainer(options(directory, seed=8))
-    resumed.load_state(load_file(directory / "two-state-2.safetensors"))
+    resumed.load_state_dict(load_file(directory / "two-state-2.safetensors"))
     resumed.step(rows(3), PARTS, LOSS)
-    notes.tensors("two-state-3-resumed", resumed.state())
+    notes.tensors("two-state-3-resumed", resumed.state_dict())
 
 
 def moving(directory: Path, notes: Notes) -> None:
     moved = Trainer(options(directory, seed=8))
-    moved.load_state(load_file(directory / "state-2.safetensors"))  # of one rank
+    moved.load_state_dict(load_file(directory / "state-2.safetensors"))  # of one rank
     notes.numbers["moved, step-3"] = moved.step(rows(3), PARTS, LOSS)
-    notes.tensors("two-state-3-moved", moved.state())
+    notes.tensors("two-state-3-moved", moved.state_dict())
 
 
 def uneven(directory: Path, notes: Notes) -> None:
     """One text for two ranks: one of them has nothing to do but to take part."""
     learner = Trainer(options(directory))
     notes.numbers["uneven"] = learner.step(rows(1)[:1], PARTS, LOSS)
-    notes.tensors("two-uneven", learner.expert())
+    notes.tensors("two-uneven", learner.gather_expert())
 
 
 def two_remembering(directory: Path, notes: Notes) -> None:
@@ -317,7 +318,7 @@ def two_remembering(directory: Path, notes: Notes) -> None:
             0
         ]
         learner.step([*longest, mine[0]], PARTS, LOSS)
-        notes.tensors(f"two-expert-{name}", learner.expert())
+        notes.tensors(f"two-expert-{name}", learner.gather_expert())
 
 
 class Drains:

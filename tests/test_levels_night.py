@@ -296,7 +296,13 @@ def hand_on(directory: Path, notes: Any) -> None:
         place = directory / name
         checkpoint = place / "with-1"
         learner = Trainer(
-            replace(options(directory), checkpoint=str(checkpoint), slot=2, held=(0, 1), keeps=True)
+            replace(
+                options(directory),
+                checkpoint=str(checkpoint),
+                slot=2,
+                teacher_only_slots=(0, 1),
+                keep_sender_slots=True,
+            )
         )
         texts = [replace(row, teacher_prompt_ids=None) for row in rows(1)]
         seen = notes.numbers
@@ -306,9 +312,9 @@ def hand_on(directory: Path, notes: Any) -> None:
             learner.step(texts, PARTS, LOSS)
         seen[name, "after, smaller"] = learner.logprobs(texts, smaller=True)
         seen[name, "after"] = learner.logprobs(texts)
-        notes.tensors(f"{name}-expert", learner.expert())
+        notes.tensors(f"{name}-expert", learner.gather_expert())
         notes.tensors(f"{name}-export", dict(learner.export()))
-        learner.settle()
+        learner.finalise()
         seen[name, "kept"] = learner.logprobs(texts)
         notes.tensors(f"{name}-kept", dict(learner.export()))
 
@@ -401,8 +407,10 @@ def test_dreaming_goes_on_with_what_a_level_kept(
     tonight = made.expert(0)
     tonight.mkdir(parents=True)
     save_file(trained(growth_of(made.slots(0)), full, 0, seed=0), tonight / EXPERT)
-    assert made.learner(1, 1e-3, 4).held == (0,)  # the teacher's alone while it is handed on
-    assert made.dreamer().held == ((0,) if reset else ())
+    assert made.learner(1, 1e-3, 4).teacher_only_slots == (
+        0,
+    )  # the teacher's alone while it is handed on
+    assert made.dreamer().teacher_only_slots == ((0,) if reset else ())
 
 
 @pytest.mark.parametrize("name", sorted(BUILTIN["growth"]))
@@ -435,7 +443,7 @@ def test_the_baseline_trains_all_of_a_low_rank_model(tiny_model: Path, tmp_path:
     full = grown(tiny_model, tmp_path / "grown", LOW_RANK, (2,), (0,))
     made = selves(tmp_path, full, "memory.growth=low_rank", "memory.levels=[{period: 2, slots: 2}]")
     options = made.learner(None, 1e-3, 5)
-    assert options.slot is None and options.held == ()
+    assert options.slot is None and options.teacher_only_slots == ()
     growth_of(made.slots(0)).export(made.before(0), tmp_path / "plain")
     texts = [TrainingExample([20, 21], list(range(22, 50)), "")]
     same = expected(Path(options.checkpoint), texts)
@@ -457,7 +465,7 @@ def test_a_step_that_was_trained_is_found_again(tiny_model: Path, tmp_path: Path
     again = ModelStages(made.run, "float32")
     assert again.next == 1
     options = again.learner(again.next, 1e-3, 5)
-    assert (options.slot, options.held) == (1, (0,))
+    assert (options.slot, options.teacher_only_slots) == (1, (0,))
     assert Path(options.checkpoint) == (made.run.dir / "smaller-self-1").resolve()
     assert slots_of(Path(options.checkpoint)).used == (0,)
     assert again.expert() == made.run.dir / "dreaming"  # dreams have the last word

@@ -195,10 +195,12 @@ def remember(directory: Path, notes: Notes) -> None:
     learner, other = (Trainer(options(directory)) for _ in range(2))
     for loss in (SUPPORTS["teacher"], SUPPORTS["full"]):
         learner.step(named, PARTS, loss)
-    kept = learner.taught()
+    kept = learner.smaller_self.cache.state_dict()
     for _ in range(2):  # the files of two ranks that met the same texts
-        other.load_taught({name: tensor.clone() for name, tensor in kept.items()})
-    again = other.taught()
+        other.smaller_self.cache.load_state_dict(
+            {name: tensor.clone() for name, tensor in kept.items()}
+        )
+    again = other.smaller_self.cache.state_dict()
     assert kept.keys() == again.keys() and len(kept) == 3 * len(named)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
     other.step(named, PARTS, SUPPORTS["teacher"])

@@ -23,7 +23,7 @@ from sleeprl.memory.checkpoint import widen
 from sleeprl.models.resolve import EMBEDDED
 from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
-from sleeprl.trainer.trainer import TrainerOptions
+from sleeprl.trainer.options import TrainerOptions
 from sleeprl.worlds.people import documents, fresh_people
 
 STEPS = 12

@@ -37,7 +37,7 @@ from sleeprl.rollout.torch_engine import TorchEngine
 from sleeprl.self_study.sampler import build_qa_prompt
 from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
-from sleeprl.trainer.trainer import TrainerOptions
+from sleeprl.trainer.options import TrainerOptions
 
 STEPS = 20
 DOCUMENTS = ["Ann lives in Oslo.", "Bob has a cat.", "Eve sings."]

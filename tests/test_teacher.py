@@ -49,8 +49,8 @@ def both_ways(directory: Path, notes: Notes) -> None:
             notes.numbers[name, support] = [
                 learner.step(named(n), TAUGHT, loss)["loss"] for n in (1, 2)
             ]
-            notes.tensors(f"{name}-{support}-taught", learner.taught())
-            notes.tensors(f"{name}-{support}-expert", learner.expert())
+            notes.tensors(f"{name}-{support}-taught", learner.smaller_self.cache.state_dict())
+            notes.tensors(f"{name}-{support}-expert", learner.gather_expert())
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_learner import Notes, launch, options, write_checkpoints
 
 from sleeprl.memory.checkpoint import WEIGHTS
-from sleeprl.trainer.gather import gathered
+from sleeprl.trainer.gather import gather_whole
 from sleeprl.trainer.trainer import Trainer
 
 LIMIT = 60_000  # bytes of one gather; the model has 600,000
@@ -68,7 +68,7 @@ def exporting(directory: Path, notes: Notes) -> None:
     try:
         alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
         most, shapes = 0, {}
-        for name, tensor in gathered(named, LIMIT):
+        for name, tensor in gather_whole(named, LIMIT):
             alive.add(tensor)
             most = max(most, sum(t.numel() * t.element_size() for t in alive))
             shapes[name] = list(tensor.shape)
@@ -76,10 +76,10 @@ def exporting(directory: Path, notes: Notes) -> None:
         seen["gathers"], seen["most"], seen["shapes"] = list(gathers), most, shapes
         seen["threads"] = threads == {threading.get_ident()}
         gathers.clear()
-        kept = dict(gathered(named, LIMIT))
+        kept = dict(gather_whole(named, LIMIT))
         seen["left"] = [n for n, p in named if p.numel() != seen["numel"][n]]
         gathers.clear()
-        seen["of no interest"] = len(list(gathered(named, LIMIT, keep=False)))
+        seen["of no interest"] = len(list(gather_whole(named, LIMIT, keep=False)))
         seen["of no interest, gathers"] = len(gathers)
     finally:
         deepspeed.zero.GatheredParameters = of_deepspeed

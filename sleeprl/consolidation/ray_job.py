@@ -101,7 +101,9 @@ def run(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(MetricsQueue).options(num_cpus=0, scheduling_strategy=here).remote()
     options = job.learner
-    teachers = launch_teachers(resources, options.checkpoint, options.held, options.dtype)
+    teachers = launch_teachers(
+        resources, options.checkpoint, options.teacher_only_slots, options.dtype
+    )
     workers: dict[str, float] = {"CPU": resources.learner_cpus}
     if resources.learner_gpus:
         workers["GPU"] = resources.learner_gpus

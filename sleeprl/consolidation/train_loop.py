@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import pyarrow.compute as pc
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from sleeprl.cluster.actor_group import ActorGroup
 from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
@@ -35,12 +34,14 @@ from sleeprl.rollout.engine import Completion
 from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool, PendingResults
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.batching import TrainingExample
+from sleeprl.trainer.checkpoint import TrainerCheckpoint
+from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.publish import publish, save_trained
 from sleeprl.trainer.teacher import Teachers
-from sleeprl.trainer.trainer import Trainer, TrainerOptions
+from sleeprl.trainer.trainer import Trainer
 
 KIND = "trajectories"
-STATE, POSITION, TAUGHT = "learner.safetensors", "position.json", "taught-{rank}.safetensors"
+POSITION = "position.json"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class _Worker:
         )
         if method.anchored:
             own = random.Random(f"{job.seed}-fisher").sample(self.feed.own, len(self.feed.own))
-            self.learner.anchor(own[: job.fixed.fisher_texts], job.fixed.ewc)
+            self.learner.add_ewc_penalty(own[: job.fixed.fisher_texts], job.fixed.ewc)
         self.chat = ChatFormatter(job.learner.checkpoint)
         self.judge = make_judge(config.judge, config.judge_options, self.learner, self.chat)
         self.pending: tuple[list[imitation.Continuation], PendingResults] | None = None
@@ -229,17 +230,18 @@ class _Worker:
 
     def _checkpoint(self, step: int) -> None:
         self._to_the_lake()  # first: a job that goes on from here does not see them again
-        state = self.learner.state()
+        state = self.learner.state_dict()
         with _scratch() as directory:
+            checkpoint = TrainerCheckpoint(directory)
             if self.rank == 0:
-                save_file(state, directory / STATE)
+                checkpoint.save_state(state)
                 position = {
                     "tokens": self.tokens,
                     "version": self.fleet.version,
                     "student_rows": [asdict(r) for r in self.student_rows],
                 }
                 (directory / POSITION).write_text(json.dumps(position))
-            save_file(self.learner.taught(), directory / TAUGHT.format(rank=self.rank))
+            checkpoint.save_teacher_cache(self.learner)
             self.shell.keep(step, directory)
         self.saved = step
 
@@ -247,12 +249,7 @@ class _Worker:
         with self.shell.kept() as directory:
             if directory is None:
                 return
-            self.learner.load_state(load_file(directory / STATE))
-            mine = directory / TAUGHT.format(rank=self.rank)
-            others = sorted(set(directory.glob(TAUGHT.format(rank="*"))) - {mine})
-            # Its own alone, as in an unbroken run; what others were told only for a new rank.
-            for path in [mine] if mine.is_file() else others:
-                self.learner.load_taught(load_file(path))
+            TrainerCheckpoint(directory).restore(self.learner)
             position = json.loads((directory / POSITION).read_text())
         self.tokens = position["tokens"]
         self.fleet.version = max(self.fleet.version, position["version"])
@@ -264,7 +261,7 @@ class _Worker:
             drawn, pending = self.pending
             self._note(drawn, pending.wait(), None)
         self._to_the_lake()
-        self.learner.settle()
+        self.learner.finalise()
         publish(self.learner, self.fleet, self.job.canary)
         if self.job.output:
             save_trained(self.learner, Path(self.job.output), self.job.canary)

@@ -31,7 +31,7 @@ from sleeprl.self_study.sampler import build_qa_prompt
 from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import STUDY_QA, with_experience
-from sleeprl.trainer.trainer import TrainerOptions
+from sleeprl.trainer.options import TrainerOptions
 
 
 def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> list[Task]:
@@ -121,7 +121,8 @@ def spawn_scorers_and_rewards(
     dreaming, resources = config.dreaming, config.resources
     scorers = spawn_unreserved(
         LearningGainScorer, learner.checkpoint, learner.seed, dreaming.trial_learning_rate,
-        dreaming.trial_questions, 1, learner.held, learner.wake, bool(resources.scorer_gpus),
+        dreaming.trial_questions, 1, learner.teacher_only_slots, learner.wake_gradients_path,
+        bool(resources.scorer_gpus),
         count=resources.scorers, gpus=resources.scorer_gpus,
     )  # fmt: skip
     rewards = spawn_unreserved(

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import ray
 import torch.distributed as dist
 from ray.exceptions import ObjectLostError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sleeprl.algorithms.ppo import PPO
 from sleeprl.cluster.actor_group import ActorGroup, RemoteActor
@@ -44,11 +44,12 @@ from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import parse_qa
 from sleeprl.trainer.batching import TrainingExample
+from sleeprl.trainer.checkpoint import TrainerCheckpoint
+from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.publish import publish, save_trained
-from sleeprl.trainer.trainer import Trainer, TrainerOptions
+from sleeprl.trainer.trainer import Trainer
 from sleeprl.utils.files import atomic_directory
 
-STATE, TAUGHT = "learner.safetensors", "taught-{rank}.safetensors"
 DREAM, LEARN, HOLD = "dream", "learn", "hold"
 
 
@@ -97,7 +98,7 @@ class DreamTrainer(RemoteActor):
         self.learner = Trainer(replace(self.job.learner, critic=critic))
         self.learner.set_expert(load_file(Path(self.job.expert) / EXPERT))
         if state is not None:
-            self._restore(Path(state))
+            TrainerCheckpoint(Path(state)).restore(self.learner)
         self.chat = ChatFormatter(self.job.learner.checkpoint)
         texts = Lake(self.job.lake).read("trajectories")
         self.replay = from_batch(texts.filter(pc.field("purpose") == "replay"))
@@ -132,7 +133,8 @@ class DreamTrainer(RemoteActor):
             self.fleet.disconnect()
             self.fleet = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
         self.fleet.version = self.job.first_version - 1 + self.learner.steps
-        expert = self.learner.expert()  # collective, and what follows may fail on rank 0 alone
+        # Collective, so first: what follows may fail on rank 0 alone.
+        expert = self.learner.gather_expert()
         with Watchdog(WAITS, self.job.stall_seconds):
             metrics: dict[str, Any] = publish(self.learner, self.fleet, self.job.canary)
         if self.rank == 0:
@@ -223,24 +225,17 @@ class DreamTrainer(RemoteActor):
         groups: references of those under way, by ``NUMBER-STAGE``, to be kept beside it. outdated:
         of dreams that were written anew, for the lake alone.
         """
-        state = self.learner.state()
+        state = self.learner.state_dict()
         if self.rank == 0:
             with atomic_directory(directory, overwrite=True) as target:
-                save_file(state, target / STATE)
+                TrainerCheckpoint(target).save_state(state)
                 for name, ref in groups.items():
                     for batch in _there([ref]):  # if not, it will be written again
                         write_group(target, name, batch)
             told = [self.table, *map(pa.Table.from_batches, ([b] for b in _there(outdated)))]
             Lake(self.job.lake).append(pa.concat_tables(told), "trajectories")
         dist.barrier()  # the directory is there
-        save_file(self.learner.taught(), Path(directory) / TAUGHT.format(rank=self.rank))
-
-    def _restore(self, directory: Path) -> None:
-        self.learner.load_state(load_file(directory / STATE))
-        mine = directory / TAUGHT.format(rank=self.rank)
-        # Its own alone, as in an unbroken run; what others were told only for a new rank.
-        for path in [mine] if mine.is_file() else sorted(directory.glob(TAUGHT.format(rank="*"))):
-            self.learner.load_taught(load_file(path))
+        TrainerCheckpoint(Path(directory)).save_teacher_cache(self.learner)
 
     def finish(self, output: str) -> dict[str, Any]:
         save_trained(self.learner, Path(output), self.job.canary)

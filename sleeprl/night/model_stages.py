@@ -30,8 +30,8 @@ from sleeprl.night.run_dir import RunDirectory
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.text.chat import ChatFormatter
+from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.publish import publish_from_gpu
-from sleeprl.trainer.trainer import TrainerOptions
 from sleeprl.utils.files import atomic_directory, atomic_path
 from sleeprl.weight_sync.base import BETWEEN_GPUS
 from sleeprl.weight_sync.verification import Canary
@@ -51,8 +51,8 @@ def learner_options(
     return TrainerOptions(
         checkpoint=str(checkpoint.resolve()),
         slot=step.slot if step else None,
-        held=step.held if step else (),
-        keeps=step is not None and step.held != step.reset,
+        teacher_only_slots=step.held if step else (),
+        keep_sender_slots=step is not None and step.held != step.reset,
         dtype=dtype,
         seed=config.seed,
         learning_rate=rate,
@@ -66,7 +66,7 @@ def learner_options(
         offload=resources.offload,
         # Room for the longest row: a document, a question and an answer.
         micro_batch_tokens=max(resources.micro_batch_tokens, config.model.max_length + 64),
-        routed=step is not None and seeding.expert_gate > 0,
+        gated_expert=step is not None and seeding.expert_gate > 0,
     )
 
 
@@ -216,7 +216,7 @@ class ModelStages:
         step, before = self.transfer(index), self.before(index)
         options = learner_options(self.config, before, step, self.dtype, rate, steps)
         if self.applies_wake(index) and self.accumulated:
-            return replace(options, wake=str(self.accumulated.resolve()))
+            return replace(options, wake_gradients_path=str(self.accumulated.resolve()))
         return options
 
     def dreamer(self) -> TrainerOptions:
@@ -224,8 +224,13 @@ class ModelStages:
         dreaming = self.config.dreaming
         learner = self.learner(self.last, dreaming.learning_rate, dreaming.steps)
         # A gate of its own is part of the expert by now; what a level keeps is on again.
-        held = self.transfer(self.last).reset
-        return replace(learner, held=held, keeps=False, grad_clip=dreaming.grad_clip, routed=False)
+        return replace(
+            learner,
+            teacher_only_slots=self.transfer(self.last).reset,
+            keep_sender_slots=False,
+            grad_clip=dreaming.grad_clip,
+            gated_expert=False,
+        )
 
     def larger(self, index: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """The night's outcome, as tensors for an engine that holds ``before(last)``; or, with the

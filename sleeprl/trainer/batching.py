@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sleeprl.data.padding import token_budget_batches
-from sleeprl.losses.combined import LossBatch
+from sleeprl.losses.combined import LossBatch, LossWeights, token_counts
+from sleeprl.trainer.packing import Inputs, inputs
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,22 @@ def micro_batches(
     found = token_budget_batches([length(row) for row in rows], max_tokens, ranks=ranks)
     mine = [[rows[index] for index in batch] or [PADDING_EXAMPLE] for batch in found[rank::ranks]]
     return mine or [[PADDING_EXAMPLE]]
+
+
+def count_tokens(rows: Sequence[TrainingExample], parts: Mapping[str, LossWeights]) -> Tensor:
+    """Return what the means of each part are over, see ``token_counts``; rows: the whole batch."""
+    return token_counts(
+        parts,
+        [row.part for row in rows],
+        [len(row.response_ids) for row in rows],
+        [row.advantage for row in rows],
+    )
+
+
+def student_inputs(rows: Sequence[TrainingExample], device: torch.device) -> Inputs:
+    """Return what a ``ResponseModel`` reads of the rows with the student's prompts."""
+    responses = [row.response_ids for row in rows]
+    return inputs([row.prompt_ids for row in rows], responses, device)
 
 
 def make_loss_batch(

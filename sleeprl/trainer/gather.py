@@ -1,4 +1,4 @@
-"""Whole parameters out of a ZeRO-3 partition, a bounded number of bytes at a time."""
+"""Gather whole parameters from a ZeRO-3 partition, a bounded number of bytes at a time."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sleeprl.trainer.state import trained_parameters
 from sleeprl.weight_sync.base import NamedTensor, split
 
 GATHER_BYTES = 64 << 20
 
 
-def gathered(
-    parameters: Iterable[tuple[str, Any]],
-    limit: int = GATHER_BYTES,
-    *,
-    keep: bool = True,
-) -> Iterator[NamedTensor]:
-    """The parameters, whole, on the CPU, in copies of their own. Collective: all ranks iterate.
+def gather_trained(module: nn.Module, *, keep: bool = True) -> Iterator[NamedTensor]:
+    """Yield the trained parameters of a module but for a critic's, see ``gather_whole``."""
+    return gather_whole(trained_parameters(module, critic=False).items(), keep=keep)
 
-    Those of one gather have at most ``limit`` bytes together (or are one that is larger), by
-    ``ds_numel``: a partitioned parameter says that it has no elements and no shape. keep:
-    whether this rank wants them; where it does not, it takes part in the gathers and yields nothing.
+
+def gather_whole(
+    parameters: Iterable[tuple[str, Any]], limit: int = GATHER_BYTES, *, keep: bool = True
+) -> Iterator[NamedTensor]:
+    """Yield parameters, whole, on the CPU, in copies of their own. Collective: all ranks iterate.
+
+    Args:
+        parameters: Partitioned parameters by name.
+        limit: Most bytes of one gather, by ``ds_numel``; a partitioned parameter itself says that
+            it has no elements and no shape. A larger one is gathered alone.
+        keep: Whether this rank wants them. Without it, it takes part and yields nothing.
     """
     for group in split(parameters, limit):
         yield from _gather(group, keep)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,11 +31,12 @@ def publish(learner: Trainer, fleet: EnginePool, canary: list[int]) -> dict[str,
     end verified; empty but on rank 0. Raises StuckTransport, which leaves the other ranks in a
     gather: the run has to end.
     """
-    expected = learner.canary(canary)
-    learner.release()  # engines that slept wake up now
+    expected = learner.make_canary(canary)
+    if learner.options.gpu and learner.options.colocated:
+        torch.cuda.empty_cache()  # engines that slept wake up now
     tensors = learner.export()
     if learner.rank != 0:
-        learner.meet()
+        learner.long_barrier()
         for _ in tensors:  # the gathers are collective
             pass
         return {}
@@ -42,7 +44,7 @@ def publish(learner: Trainer, fleet: EnginePool, canary: list[int]) -> dict[str,
         try:
             update = fleet.begin()
         finally:
-            learner.meet()  # no gather has begun that others would hold for as long as engines drain
+            learner.long_barrier()  # no gather has begun that others would hold for as long as engines drain
         certificates = fleet.send(update, tensors, expected)
     except StuckTransport:
         tensors = iter(())  # a gather beside the collective that hangs would hang as well
@@ -87,8 +89,8 @@ def save_trained(learner: Trainer, directory: Path, canary: list[int]) -> None:
     It is the expert alone, or of a model that was trained in full what it exports.
     """
     grown = learner.options.slot is not None
-    tensors = learner.expert() if grown else dict(learner.export())
-    expected = learner.canary(canary)
+    tensors = learner.gather_expert() if grown else dict(learner.export())
+    expected = learner.make_canary(canary)
     if learner.rank == 0:
         expected.save(directory / CANARY)
         with atomic_path(directory / (EXPERT if grown else WEIGHTS)) as path:
