@@ -283,7 +283,6 @@ class Pipeline:
         self.broken |= mendable
 
     def _mend(self) -> None:
-        """Restart who died; then all have the learner's weights."""
         if self.mender.mend(self.position) and self.step:  # its groups are still here
             self.counts.move("learning", "queued", self.counts.learning)
             for number, (stage, batch) in self.held.items():
@@ -298,5 +297,4 @@ class Pipeline:
         busy = {n: g.outstanding > 0 for n, g in of.items()} | {"learner": bool(self.step)}
         busy["engine"] &= not (self.colocated and self.step)
         for name, whom, what, kind in self.counts.idle(busy):
-            wrote = of[whom].wrote if whom else list
-            WAITS.now(name, whom, what=what, kind=kind, wrote=wrote)
+            WAITS.now(name, whom, what=what, kind=kind, wrote=of[whom].wrote if whom else list)

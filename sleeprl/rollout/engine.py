@@ -201,7 +201,6 @@ class BaseEngine(AsyncRemoteActor):
         self._verified = 0
         """The version of the last update that ended verified."""
         self._failed: list[int] = []
-        """What that was, whenever an update did not."""
         self._reached: Canary | None = None
         """Of the last update that is known to have moved the scores to where the sender's are."""
         self._settled = asyncio.Event()
@@ -215,7 +214,6 @@ class BaseEngine(AsyncRemoteActor):
         raise NotImplementedError
 
     def _so_far(self, uid: str) -> Completion:
-        """What ``_one`` of this uid would return by now."""
         raise NotImplementedError
 
     async def _score(self, sequence: list[int]) -> list[float]:
@@ -228,7 +226,6 @@ class BaseEngine(AsyncRemoteActor):
         raise NotImplementedError
 
     async def _commit(self) -> None:
-        """Put what was loaded to use as ``self._version``."""
         raise NotImplementedError
 
     async def _resume(self, *, ending: bool) -> None:
