@@ -126,8 +126,8 @@ install_cpu() {
 }
 
 install_cuda() {
-    say "the CUDA set: .[gpu,dev] as pinned in requirements/gpu.txt (8 GB, minutes, the first time)"
-    pip -c requirements/gpu.txt -e '.[gpu,dev]' || failed "could not install the CUDA set" "the CPU set works on any machine: ACCELERATOR=cpu make night"
+    say "the CUDA set: .[gpu,dev,docs] as pinned in requirements/gpu.txt (8 GB, minutes, the first time)"
+    pip -c requirements/gpu.txt -e '.[gpu,dev,docs]' || failed "could not install the CUDA set" "the CPU set works on any machine: ACCELERATOR=cpu make night"
 }
 
 compile_bytecode() {

@@ -18,7 +18,7 @@ echo 'setuptools>=78.1.1,<81' >$work/gpu.in
 resolve() { # set, python version, then more arguments; into build/lock/SET.txt
     local set=$1 python=$2
     shift 2
-    $work/venv/bin/uv pip compile pyproject.toml "$work/$set.in" --extra "$set" --extra dev --quiet --no-header --no-annotate \
+    $work/venv/bin/uv pip compile pyproject.toml "$work/$set.in" --extra "$set" --extra dev --extra docs --quiet --no-header --no-annotate \
         --python-version "$python" --python-platform x86_64-manylinux_2_34 --output-file "$work/$set.txt" "$@"
 }
 
@@ -39,6 +39,6 @@ done
     sed -E 's/^((intel-|triton).*)$/\1 ; platform_machine == "x86_64"/' $work/cpu.txt
 } >requirements/cpu.txt
 {
-    echo '# Constraints for the CUDA set: pip install -c requirements/gpu.txt -e ".[gpu,dev]". Written by make lock.'
+    echo '# Constraints for the CUDA set: pip install -c requirements/gpu.txt -e ".[gpu,dev,docs]". Written by make lock.'
     cat $work/gpu.txt
 } >requirements/gpu.txt
