@@ -262,9 +262,7 @@ class Pipeline:
         get them gets no work."""
         sent: dict[str, Any] = self.learner.call("publish", engines=self.engines.actors)[0]
         self.engines.updated(sent.pop("verified"))
-        silent = len(
-            self.engines.health.having(HealthState.DEAD)
-        )  # no work for it, whatever it got
+        silent = len(self.engines.health.having(HealthState.DEAD))  # gets no work in any case
         if stale := max(sent.pop("stale_engines", 0), silent):
             told = f"{stale:.0f} did not end the update verified"
             raise ActorFailure("engines", Failure(FailureKind.INFRA, told))
