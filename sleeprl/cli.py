@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
+from rich.text import Text
 
 from sleeprl import __version__
 from sleeprl.config.schema import ConfigError, NightConfig
+from sleeprl.reporting.terminal import make_console, plan_panel
 
 app = typer.Typer(
     help="sleepRL: let a language model sleep on what it met, and wake up knowing it.",
@@ -25,8 +26,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True)
+console = make_console()
+errors = make_console(stderr=True)
 
 Words = Annotated[
     list[str] | None,
@@ -90,7 +91,7 @@ def night(
     if resume is None:  # a wrong model is told, and one downloaded, before anything starts
         check_model(settings, find_model(settings))
     from sleeprl.night.orchestrator import run_night
-    from sleeprl.reporting.progress import before_after_table
+    from sleeprl.reporting.summary_table import night_result
 
     # A scheduler's TERM is an interruption like Ctrl-C, also where a shell has disabled that.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -99,22 +100,15 @@ def night(
         summary = run_night(settings)
     except KeyboardInterrupt:
         errors.print(
-            f"\nStopped. Nothing is lost; finish with: [bold]sleeprl night --resume {settings.run_dir}[/]"
+            "\nStopped. Nothing is lost; finish with: "
+            f"[bold]sleeprl night --resume {escape(str(settings.run_dir))}[/]",
+            highlight=False,
+            soft_wrap=True,
         )
         raise typer.Exit(130) from None
-    console.print(before_after_table(summary))
-    console.print(f"Report: {settings.run_dir / 'report.html'}")
-    if summary["generation"]:
-        console.print(f"Generation: {Path(settings.generations) / summary['generation']}")
-    else:
-        gate = summary["gate"]
-        console.print(f"No generation: {gate['refused']}", markup=False)
-        for lost in gate["forgotten"][:5]:
-            console.print(
-                f"  lost: {lost['question']} {lost['before']} -> {lost['after']}", markup=False
-            )
-        if gate["forgotten"]:
-            console.print(f"All {len(gate['forgotten'])} of what was lost: the report")
+    console.print(
+        night_result(summary, settings.run_dir, Path(settings.generations)), highlight=False
+    )
 
 
 @app.command()
@@ -140,14 +134,17 @@ def wake(
     from sleeprl.wake.ingest import ingest
 
     report = ingest(inputs, Lake(lake), skip_bad=skip_bad)
-    console.print(f"{report.added} recorded, {report.duplicates} known before, in {lake}")
+    console.print(
+        f"{report.added} recorded, {report.duplicates} known before, in {lake}", markup=False
+    )
     for problem in [*report.bad, *(f"ignored: {file}" for file in report.ignored)]:
         errors.print(problem, style="yellow", markup=False)
     if ask:
         from sleeprl.wake.answer import answer
 
         for question, said in zip(ask, answer(Lake(lake), ask, model), strict=True):
-            console.print(f"[bold]{question}[/]\n{said}")
+            console.print(Text(question, style="bold"))
+            console.print(Text(said))
 
 
 Run = Annotated[Path, typer.Argument(help="Directory of a run.", exists=True, file_okay=False)]
@@ -158,7 +155,7 @@ def report(run: Run) -> None:
     """Write the HTML report of a run again."""
     from sleeprl.reporting.report import write_report
 
-    console.print(str(write_report(run)))
+    console.print(str(write_report(run)), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -177,10 +174,10 @@ def inspect(
     [bold]sleeprl inspect runs/night --purpose dream[/]
     [bold]sleeprl inspect runs/night --uid dream-0-3[/]      log-probability and version of each token
     """
-    from sleeprl.reporting import inspection
+    from sleeprl.reporting.inspection import inspect_run
 
-    shown = inspection.inspect(run, purpose=purpose, task=task, uid=uid, limit=limit)
-    console.print(shown, highlight=False)
+    view = inspect_run(run, purpose=purpose, task=task, uid=uid, limit=limit)
+    console.print(view, highlight=False)
 
 
 @app.command()
@@ -198,7 +195,7 @@ def replay(
     """
     from sleeprl.night.replay import replay as again
 
-    console.print(again(run, engines_only=engines_only), highlight=False)
+    console.print(again(run, engines_only=engines_only), highlight=False, markup=False)
 
 
 Root = Annotated[
@@ -219,9 +216,10 @@ def lineage(root: Root = Path("generations")) -> None:
     enough for [bold]sleeprl diff[/], [bold]sleeprl rollback[/] and [bold]model.name=[/].
     """
     from sleeprl.lineage import LineageStore
-    from sleeprl.reporting.lineage_tree import tree
+    from sleeprl.reporting.lineage_tree import lineage_tree
 
-    console.print(tree(LineageStore(root)), soft_wrap=True)
+    # In a file, one line for each generation.
+    console.print(lineage_tree(LineageStore(root)), soft_wrap=not console.is_terminal)
 
 
 @app.command()
@@ -253,10 +251,10 @@ def diff(a: Generation, b: Generation, root: Root = Path("generations")) -> None
     [bold]sleeprl diff 3f2a91c0 HEAD[/]
     """
     from sleeprl.lineage import LineageStore
-    from sleeprl.reporting.lineage_diff import diff as compare
-    from sleeprl.reporting.lineage_tree import difference
+    from sleeprl.reporting.lineage_diff import diff_generations
+    from sleeprl.reporting.lineage_tree import diff_view
 
-    console.print(difference(compare(LineageStore(root), a, b)))
+    console.print(diff_view(diff_generations(LineageStore(root), a, b)), highlight=False)
 
 
 @app.command()
@@ -268,28 +266,9 @@ def models() -> None:
 
     [bold]sleeprl night model.name=smollm2-135m[/]
     """
-    from rich.table import Table
+    from sleeprl.reporting.model_list import model_list
 
-    from sleeprl.models.catalogue import CATALOGUE, cached
-
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("name", "parameters", "download", "on disk", "licence", "cached"):
-        right = name in ("parameters", "download", "on disk")
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    table.add_row("embedded", "3 M", "-", "-", "Apache-2.0", "yes")
-    for spec in CATALOGUE.values():
-        table.add_row(
-            spec.name,
-            f"{spec.parameters:,.0f} M",
-            f"{spec.download:,.0f} MB",
-            f"{spec.disk:,.0f} MB",
-            spec.licence,
-            "yes" if cached(spec) else "no",
-        )
-    console.print(table)
-    console.print("\n[bold]embedded[/]: sleepRL's own; knows its made-up world and nothing else")
-    for spec in CATALOGUE.values():
-        console.print(f"[bold]{spec.name}[/]: {spec.title}; {spec.note}", highlight=False)
+    console.print(model_list(), highlight=False)
 
 
 @app.command()
@@ -340,16 +319,20 @@ def _plan(settings: NightConfig) -> Panel:
     from sleeprl.utils.machine import available_cpus
 
     r = settings.resources
-    lines = [
-        f"run directory   {settings.run_dir}",
-        f"ray             {r.address or f'local, {r.cpus or available_cpus()} cores'}",
-        f"engines         {r.engines} x ({r.engine_cpus} cores, {r.engine_gpus:g} GPUs)",
-        f"learner         {r.learner_workers} x ({r.learner_cpus} cores, {r.learner_gpus:g} GPUs), ZeRO-3",
-        f"beside them     {r.scorers} x scorer ({r.scorer_gpus:g} GPUs), {r.reward_workers} x reward,"
-        " curriculum (no core reserved)",
-        *describe_levels(settings),
-    ]
-    return Panel("\n".join(lines), title="plan", expand=False)
+    learner = f"{r.learner_workers} x ({r.learner_cpus} cores, {r.learner_gpus:g} GPUs), ZeRO-3"
+    beside = (
+        f"{r.scorers} x scorer ({r.scorer_gpus:g} GPUs), {r.reward_workers} x reward, curriculum"
+    )
+    return plan_panel(
+        [
+            ("run directory", str(settings.run_dir)),
+            ("ray", r.address or f"local, {r.cpus or available_cpus()} cores"),
+            ("engines", f"{r.engines} x ({r.engine_cpus} cores, {r.engine_gpus:g} GPUs)"),
+            ("learner", learner),
+            ("beside them", f"{beside} (no core reserved)"),
+            *describe_levels(settings),
+        ]
+    )
 
 
 def main() -> None:

@@ -46,8 +46,8 @@ from sleeprl.losses.ewc import diagonal_fisher, ewc_gradient, ewc_penalty
 from sleeprl.memory.checkpoint import scatter_columns
 from sleeprl.memory.gated_mlp import load_training_form
 from sleeprl.night.orchestrator import phases
-from sleeprl.reporting.progress import before_after_table
 from sleeprl.reporting.report import write_report
+from sleeprl.reporting.summary_table import BeforeAfterTable
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.trainer import Trainer
 
@@ -485,13 +485,13 @@ def test_the_tables_have_a_row_for_each_baseline(tmp_path: Path) -> None:
         "baselines": {"fine_tuning": tuned, "ewc": anchored, "grpo": None},
     }  # fmt: skip
     console = Console(width=90, record=True, file=io.StringIO())
-    console.print(before_after_table(told))
-    lines = [line for line in console.export_text().splitlines() if " % (" in line]
+    console.print(BeforeAfterTable(told))
+    lines = [line for line in console.export_text().splitlines() if " (" in line]
     labels = ["Before", "Plain fine-tuning", "EWC, self-study", "After the night"]
     assert [line.strip().startswith(label) for line, label in zip(lines, labels, strict=True)] == (
         [True] * 4
     )
-    assert "42 % (33-52)" in lines[2]
+    assert "42 (33-52)" in lines[2]
     (tmp_path / "summary.json").write_text(json.dumps(told))
     html = write_report(tmp_path).read_text()
     table = html[html.index("<tbody>") : html.index("</tbody>")]

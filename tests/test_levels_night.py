@@ -186,10 +186,10 @@ def test_the_clock_goes_on_from_the_generation(generations: LineageStore) -> Non
     assert manifest is not None and manifest.id == generations.head()
     assert schedule.clock_of(config, manifest).now == 2
     assert schedule.clock_of(config, None).now == 0
-    lines = "\n".join(schedule.describe_levels(config))
-    assert "level 1         0 of 2 slots used; every 2 nights, next at 4 (now 2)" in lines
-    assert "level 2         1 of 2 slots used; the slowest: keeps what it has" in lines
-    assert "context into slot 0 of level 1" in lines
+    lines = dict(schedule.describe_levels(config))
+    assert lines["level 1"] == "0 of 2 slots used; every 2 nights, next at 4 (now 2)"
+    assert lines["level 2"].startswith("1 of 2 slots used; the slowest: keeps what it has")
+    assert "context into slot 0 of level 1" in lines["this night"]
     assert schedule.parent(cfg.load(None, [f"generations={generations.root}"])) is None
 
 
@@ -198,7 +198,7 @@ def test_what_is_not_known_before_the_day_is_said(generations: LineageStore) -> 
         None,
         ["memory.unit=tokens", "memory.levels=[{period: 90, slots: 2},{period: 900, slots: 10}]"],
     )
-    assert "known after the wake" in schedule.describe_levels(config)[-1]
+    assert "known after the wake" in schedule.describe_levels(config)[-1][1]
 
 
 def test_another_unit_or_layout_than_the_generations_is_refused(generations: LineageStore) -> None:

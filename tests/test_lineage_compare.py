@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,7 +21,8 @@ from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, mlp_tensors, widen, write_grown
 from sleeprl.memory.growth import growth_named
 from sleeprl.memory.slots import Slots
-from sleeprl.reporting.lineage_diff import diff
+from sleeprl.reporting.lineage_diff import diff_generations
+from sleeprl.reporting.lineage_tree import diff_view, lineage_tree
 
 Command = Callable[..., tuple[int, str, str]]
 FIGURES = {
@@ -88,7 +91,7 @@ def test_a_night_of_low_rank_growth_changes_the_ranks_of_its_slot(
         night = Manifest(f"night-{slot}", "tiny", parent=parent, slots=vars(slots.filled(slot)))
         parent = store.commit(write, night)
         checkpoint, slots = store.path(parent), slots.filled(slot)
-    weights = diff(store, *(m.id for m in store.list())).weights
+    weights = diff_generations(store, *(m.id for m in store.list())).weights
     changed = {key for key, change in weights.parts.items() if change.changed}
     parts = [f"mlp.{p}_proj.lora_{f}" for p in ("gate", "up", "down") for f in "AB"]
     assert changed == {("slot 1", part) for part in parts}
@@ -97,7 +100,7 @@ def test_a_night_of_low_rank_growth_changes_the_ranks_of_its_slot(
 
 def test_a_night_of_growth_changes_its_slot_and_nothing_else(store: LineageStore) -> None:
     first, second = (m.id for m in store.list())
-    found = diff(store, first[:6], "HEAD")
+    found = diff_generations(store, first[:6], "HEAD")
     assert (found.a.id, found.b.id) == (first, second)
     assert (list(found.emptied), list(found.filled)) == ([], [1])
     changed = {key: c for key, c in found.weights.parts.items() if c.changed}
@@ -107,14 +110,14 @@ def test_a_night_of_growth_changes_its_slot_and_nothing_else(store: LineageStore
     assert found.weights.parts["base", "self_attn.q_proj"].tensors == 2
     assert ("slot 2", "mlp.up_proj") not in found.weights.parts, "empty in both"
     assert (found.weights.only_a, found.weights.only_b) == ([], [])
-    assert found.config == {"seed": (0, 1)}
+    assert found.settings == {"seed": (0, 1)}
     assert found.figures["after", "recall"][0] is None
     assert found.figures["after", "recall"][1].value == 0.8
 
 
 def test_backwards_the_slot_is_emptied(store: LineageStore) -> None:
     first, second = (m.id for m in store.list())
-    found = diff(store, second, first)
+    found = diff_generations(store, second, first)
     assert (list(found.emptied), list(found.filled)) == ([1], [])
     assert found.weights.parts["slot 1", "mlp.down_proj"].relative == pytest.approx(1.0)
 
@@ -131,7 +134,7 @@ def test_the_relative_norm_is_that_of_the_tensors(store: LineageStore, tmp_path:
     slots = vars(Slots.load(store.path("HEAD")))
     a = other.commit(store.path("HEAD"), Manifest("a", "tiny", slots=slots))
     b = other.commit(lambda d: save_file(tensors, d / WEIGHTS), Manifest("b", "tiny", slots=slots))
-    found = diff(other, a, b).weights
+    found = diff_generations(other, a, b).weights
     assert (found.only_a, found.only_b) == (["lm_head.weight"], ["new.weight"])
     assert {key for key, c in found.parts.items() if c.changed} == {("base", "self_attn.q_proj")}
     part = found.parts["base", "self_attn.q_proj"]
@@ -150,7 +153,7 @@ def test_a_wider_model_differs_by_nothing_but_zeros(tiny_model: Path, tmp_path: 
         lambda d: widen(tiny_model, d / "x", 2, 8, "float32") and _up(d / "x", d),
         Manifest("wide", "tiny"),
     )
-    found = diff(other, one, two).weights
+    found = diff_generations(other, one, two).weights
     assert not any(change.changed for change in found.parts.values())
     assert len(found.parts) == 12 and not found.only_a and not found.only_b
 
@@ -162,9 +165,9 @@ def _up(source: Path, target: Path) -> None:
 
 
 def test_a_generation_with_itself(store: LineageStore) -> None:
-    found = diff(store, "HEAD", "HEAD")
+    found = diff_generations(store, "HEAD", "HEAD")
     assert not any(change.changed for change in found.weights.parts.values())
-    assert not found.config and not found.filled and not found.emptied
+    assert not found.settings and not found.filled and not found.emptied
 
 
 @pytest.fixture
@@ -196,12 +199,54 @@ def test_the_commands(store: LineageStore, sleeprl: Command) -> None:
     code, out, _ = sleeprl("diff", first[:8], "HEAD", *root)
     assert code == 0
     assert "filled 1" in out and "new (was zero)" in out
-    assert "seed" in out and "80.0 % (74-85)" in out
+    assert "seed" in out and "80.0 (74-85)" in out
     assert "self_attn" not in out, "what is the same is not listed"
     code, out, _ = sleeprl("rollback", first[:8], *root)
     assert code == 0 and first in out and second[:8] in out
     assert store.head() == first
     assert sleeprl("rollback", second, *root)[0] == 0 and store.head() == second
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_tree_and_differences_are_whole_at_any_width(tmp_path: Path, width: int) -> None:
+    store = LineageStore(tmp_path / "[red]")
+    figures = {
+        state: {"recall": 1.0, "two_hop": 1.0, "retention": 1.0, "perplexity": 1234.5,
+                "n": {"recall": 280, "two_hop": 120, "retention": 300}}
+        for state in ("before", "before_with_context", "fine_tuned", "after")
+    }  # fmt: skip
+    slots = {"used": [0, 1], "count": 12}
+    name = "a-long-name-" * 6
+    tensor = "self_attention.a_very_long_name_of_a_projection_that_somebody_chose.lora_A"
+    parent = None
+    for number in range(4):
+        place = tmp_path / str(number)
+        place.mkdir()
+        save_file({f"model.layers.0.{tensor}.weight": torch.full((2, 2), float(number))},
+                  place / WEIGHTS)  # fmt: skip
+        parent = store.commit(
+            place,
+            Manifest(str(number), "[i]base", parent=parent, figures=figures, slots=slots,
+                     config={"name": f"[bold]{name}{number}", "seed": number}, note="a note in [brackets]"),
+        )  # fmt: skip
+    ids = [manifest.id for manifest in store.list()]
+    views = (lineage_tree(store), diff_view(diff_generations(store, ids[1], ids[2])))
+    console = Console(width=width, record=True, file=io.StringIO())
+    for view in views:
+        console.print(view)
+    text = console.export_text()
+    assert all(cell_len(line) <= width for line in text.splitlines()) and "…" not in text
+    assert text.count("a note in [brackets]") == 4 and "from [i]base" in text
+    assert text.count("retention 100 % → 100 %") == 4, "a figure stays in one piece"
+    assert text.count("two-hop %") == 4 and text.count(" difference") == 1
+    flat = "".join(text.split())
+    assert width < 200 or f"[bold]{name}2" in text
+    assert "(99-100)" in flat and flat.count("1,234") == 8
+    if width == 200:
+        assert tensor in text
+    piped = Console(width=width, record=True, file=io.StringIO())
+    piped.print(lineage_tree(store), soft_wrap=True)
+    assert len(piped.export_text().splitlines()) == 5, "in a file, a line for each generation"
 
 
 @pytest.mark.parametrize("command", ["diff", "rollback"])

@@ -15,15 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
 
 from sleeprl.cluster.waits import Waits, Watchdog
+from sleeprl.consolidation.methods import METHODS
 from sleeprl.reporting import charts
 from sleeprl.reporting.charts import Series
 from sleeprl.reporting.metrics_log import MetricsLog, read_metrics
-from sleeprl.reporting.progress import NightProgress, before_after_table
-from sleeprl.reporting.report import phase_curves, spreads, write_report
-from sleeprl.reporting.summary_view import duration, figure, headline, short, wilson_interval
+from sleeprl.reporting.progress import NightProgress
+from sleeprl.reporting.report import collect_curves, collect_distributions, write_report
+from sleeprl.reporting.summary_table import BeforeAfterTable, night_result
+from sleeprl.reporting.summary_view import (
+    format_duration,
+    format_headline,
+    format_number,
+    read_figure,
+    wilson_interval,
+)
 
 
 class Clock:
@@ -476,26 +485,86 @@ def test_on_a_terminal_prints_and_logs_of_others_appear_whole(
     lines = out.getvalue().splitlines()
     assert any(line.endswith("printed by someone") for line in lines)
     assert any(line.endswith("logged by someone") for line in lines)
-    final = "\n".join(lines[-3:])
-    assert "0:04 / 0:06 left" in final
-    assert "loss 0.5" in final
-    assert "resumed" in final
+    shown = out.getvalue()
+    assert "4/10  0:06 left  loss 0.5" in shown
+    assert any("Dreaming" in line and line.endswith("resumed") for line in lines)
+
+
+def rendered(renderable: RenderableType, width: int = 80) -> list[str]:
+    """The lines that a terminal of this width shows; none is wider."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(renderable)
+    lines = console.export_text().splitlines()
+    assert all(cell_len(line) <= width for line in lines)
+    return lines
+
+
+def words(lines: list[str]) -> str:
+    """The same as one line, so that it does not matter where lines were wrapped."""
+    return " ".join(" ".join(lines).split())
 
 
 def test_the_terminal_table_has_the_figures_and_their_intervals() -> None:
-    out = io.StringIO()
     summary = night()
     del summary["fine_tuned"]
     summary["after"]["two_hop"] = None
-    Console(file=out, width=80).print(before_after_table(summary))
-    lines = out.getvalue().splitlines()
-    rows = [line for line in lines if " % (" in line]
-    assert len(rows) == 3
-    assert "After the night" in rows[2]
-    assert "91 % (86-94)" in rows[2]
-    assert "97 % (95-98)" in rows[2]
-    assert "3.47" in rows[2]
-    assert "180 / - / 400" in lines[-1]
+    lines = rendered(BeforeAfterTable(summary))
+    rows = [line.split("  ") for line in lines if " (" in line]
+    assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
+        ["Before", "3 (2-7)", "2 (0-9)", "98 (96-99)", "3.41"],
+        ["Before, text in prompt", "99 (96-100)", "85 (74-92)", "-", "3.41"],
+        ["After the night", "91 (86-94)", "-", "97 (95-98)", "3.47"],
+    ]
+    assert lines[-1].endswith("questions: recall 180, retention 400")
+
+
+def every_baseline() -> dict[str, Any]:
+    """A night with every method beside it, and figures that take as much room as any."""
+    summary = night()
+    summary["baselines"] = {
+        name: {"title": method.title, **block(1, 0.999, 1, 1_234_567.0)}
+        for name, method in METHODS.items()
+    }
+    summary["baselines"]["[red]"] = {"title": "[red] a title in brackets", **block(1, 1, 1, 3.0)}
+    return summary
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_table_is_whole_with_all_baselines(width: int) -> None:
+    summary = every_baseline()
+    lines = rendered(BeforeAfterTable(summary), width)
+    text = words(lines)
+    assert "…" not in text and text.count("[red]") == 1
+    methods = [name for name in METHODS if name != "fine_tuning"]
+    assert text.count("1.2e6") == len(methods)
+    if width >= 80:
+        (row,) = [line for line in lines if "Fine-tuning, self-study" in line]
+        figures = row.split("Fine-tuning, self-study")[1].split("  ")
+        assert [each.strip() for each in figures if each.strip()] == [
+            "100 (98-100)",
+            "100 (94-100)",
+            "100 (99-100)",
+            "1.2e6",
+        ]
+    else:
+        assert text.count("(98-100)") == len(methods) + 1, "intervals stand below their rates"
+    for name in ("Recall %", "Two-hop %", "Retention %", "Perplexity"):
+        assert name in text
+
+
+def test_the_end_of_a_night_says_where_everything_is() -> None:
+    place = Path("runs") / ("[red]" + "a-long-name-" * 9)
+    summary = night()
+    told = "".join(rendered(night_result(summary, place, Path("generations"))))
+    assert f"Report: {place / 'report.html'}" in told
+    assert "Generation: generations/g0001" in told
+    summary["generation"] = None
+    lost = [{"question": "Who is [bold]Ann[/]?", "before": "A", "after": "B"}] * 7
+    summary["gate"] |= {"refused": "retention fell", "forgotten": lost}
+    lines = rendered(night_result(summary, place, Path("generations")))
+    assert "No generation: retention fell" in lines
+    assert lines.count("  lost: Who is [bold]Ann[/]? A → B") == 5
+    assert lines[-1] == "All 7 of what was lost: the report"
 
 
 # --- figures -----------------------------------------------------------------------
@@ -523,30 +592,38 @@ def test_what_is_no_proportion_has_no_interval(successes: int, n: int) -> None:
 
 
 def test_a_figure_without_its_n_has_no_interval() -> None:
-    assert figure({"after": {"recall": 0.5}}, "after", "recall").interval is None  # type: ignore[union-attr]
-    assert figure({"after": {"recall": None}}, "after", "recall") is None
-    assert figure({}, "after", "recall") is None
+    assert read_figure({"after": {"recall": 0.5}}, "after", "recall").interval is None  # type: ignore[union-attr]
+    assert read_figure({"after": {"recall": None}}, "after", "recall") is None
+    assert read_figure({}, "after", "recall") is None
 
 
 def test_headline() -> None:
     summary = night()
-    assert headline(summary) == (
+    assert format_headline(summary) == (
         "Slept on 20 new people: recall 3 % → 91 %, retention 97.8 % → 97.0 %; gate passed."
     )
     summary["gate"]["tolerance"] = None
-    assert headline(summary).endswith("; gate passed on the perplexity alone.")
+    assert format_headline(summary).endswith("; gate passed on the perplexity alone.")
     summary["gate"]["passed"] = False
     del summary["slept_on"], summary["before"]
-    assert headline(summary) == (
+    assert format_headline(summary) == (
         "One night: recall 91.1 %, retention 97.0 %; gate refused it, rolled back."
     )
-    assert headline({}) == "This night is not finished."
+    assert format_headline({}) == "This night is not finished."
 
 
 def test_numbers_are_short_and_durations_have_units() -> None:
     values = [0, 0.12345, 12345.6, 3e-5, -2.5e9, 1.0, 999.7]
-    assert [short(v) for v in values] == ["0", "0.123", "12,346", "3.0e-5", "-2.5e9", "1", "1,000"]
-    told = [duration(s) for s in (0.416, 12.34, 59.97, 185, 3599.7, 3725)]
+    assert [format_number(v) for v in values] == [
+        "0",
+        "0.123",
+        "12,346",
+        "3.0e-5",
+        "-2.5e9",
+        "1",
+        "1,000",
+    ]
+    told = [format_duration(s) for s in (0.416, 12.34, 59.97, 185, 3599.7, 3725)]
     assert told == ["0.42 s", "12.3 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "1 h 02 min"]
 
 
@@ -554,14 +631,14 @@ def test_numbers_are_short_and_durations_have_units() -> None:
 
 
 def test_ticks_are_round_and_within() -> None:
-    assert charts.ticks(0, 1, 4) == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
-    assert charts.ticks(0.751, 0.99, 5) == pytest.approx([0.8, 0.85, 0.9, 0.95])
-    assert charts.ticks(3, 3, 4) == [3]
+    assert charts.round_ticks(0, 1, 4) == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+    assert charts.round_ticks(0.751, 0.99, 5) == pytest.approx([0.8, 0.85, 0.9, 0.95])
+    assert charts.round_ticks(3, 3, 4) == [3]
 
 
 def test_thinning_keeps_ends_and_mean() -> None:
     points = [(float(i), float(i % 7)) for i in range(5001)]
-    thinned = charts.thin(points)
+    thinned = charts.thin_points(points)
     assert len(thinned) <= charts.MAX_POINTS
     assert (thinned[0], thinned[-1]) == (points[0], points[-1])
     assert [x for x, _ in thinned] == sorted({x for x, _ in thinned})
@@ -569,7 +646,7 @@ def test_thinning_keeps_ends_and_mean() -> None:
 
 
 def test_a_curve_breaks_where_a_value_was_not_finite() -> None:
-    svg = charts.curve(Series("loss", [0, 1, 2, 3, 4], [1, 2, None, 4, 3]), large=True)
+    svg = charts.draw_curve(Series("loss", [0, 1, 2, 3, 4], [1, 2, None, 4, 3]), large=True)
     assert svg.count('<path class="line"') == 2
     assert "from 1 at step 0 to 3 at step 4, lowest 1, highest 4" in svg
 
@@ -582,7 +659,7 @@ def test_curves_take_the_last_value_of_a_repeated_step() -> None:
         {"phase": "p", "step": 0, "loss": 1.0, "other": 2.0},
         {"phase": "p", "step": 2, "loss": 3.0},
     ]
-    (phase,) = phase_curves(rows)
+    (phase,) = collect_curves(rows)
     (loss,) = phase.large
     assert loss.series == Series("loss", [0, 1, 2], [1.0, None, 3.0])
     assert (loss.last, loss.not_finite) == (3.0, 1)
@@ -591,7 +668,7 @@ def test_curves_take_the_last_value_of_a_repeated_step() -> None:
 
 def test_the_report_has_every_figure_of_the_night(run_dir: Path) -> None:
     text = page_of(run_dir).text
-    assert headline(night()) in text
+    assert format_headline(night()) in text
     for cell in (
         "91.1 % 86.0\u201394.5 n = 180",  # recall after
         "51.7 % 39.3\u201363.8 n = 60",  # two-hop after
@@ -611,7 +688,7 @@ def test_the_report_has_every_figure_of_the_night(run_dir: Path) -> None:
 
 
 def test_important_curves_are_large_and_the_others_folded(run_dir: Path) -> None:
-    consolidation, dreaming = phase_curves(read_metrics(run_dir / "metrics.jsonl"))
+    consolidation, dreaming = collect_curves(read_metrics(run_dir / "metrics.jsonl"))
     names = [c.series.name for c in consolidation.large]
     assert names == ["loss", "divergence", "imitation_reward", "retention_probe"]
     assert [c.series.name for c in dreaming.large] == ["policy_loss", "dream_reward"]
@@ -668,7 +745,7 @@ def test_histograms_of_staleness_age_and_lag(run_dir: Path) -> None:
         for step, tokens in enumerate(({"0": 30}, {"0": 10, "2": 60}), start=1):
             log.write("dreaming", step, staleness_tokens=tokens, age_seconds=[0.5, 6.0],
                       publish_lag_seconds=0.25)  # fmt: skip
-    found = spreads(read_metrics(run_dir / "metrics.jsonl"))
+    found = collect_distributions(read_metrics(run_dir / "metrics.jsonl"))
     assert [spread.name.partition(":")[0] for spread in found] == [
         "staleness",
         "age",
@@ -676,7 +753,9 @@ def test_histograms_of_staleness_age_and_lag(run_dir: Path) -> None:
     ]
     assert [spread.middle for spread in found] == ["mean 1.2", "median 3.2 s", "median 0.25 s"]
     assert "<desc>0: 40.0 %; 2: 60.0 %</desc>" in found[0].svg and found[0].svg.count("<rect") == 3
-    assert sum(n for _, n in charts.bins([0.5, 6.0, 0.5, 6.0])) == 4 and charts.bins([0.0])[0] == (
+    assert sum(n for _, n in charts.make_bins([0.5, 6.0, 0.5, 6.0])) == 4 and charts.make_bins(
+        [0.0]
+    )[0] == (
         "0",
         1,
     )
@@ -688,7 +767,7 @@ def test_a_step_that_was_done_again_is_in_the_histograms_once(run_dir: Path) -> 
         for step, tokens, age in ((1, {"0": 10}, 1.0), (2, {"0": 50}, 9.0), (2, {"-1": 30}, 3.0)):
             log.write("dreaming", step, staleness_tokens=tokens, age_seconds=[age],
                       publish_lag_seconds=age)  # fmt: skip
-    staleness, age, lag = spreads(read_metrics(run_dir / "metrics.jsonl"))
+    staleness, age, lag = collect_distributions(read_metrics(run_dir / "metrics.jsonl"))
     # Its learner had died, and the engines were an update ahead of the one in its place.
     assert "<desc>-1: 75.0 %; 0: 25.0 %</desc>" in staleness.svg
     assert (staleness.middle, age.middle, lag.middle) == (

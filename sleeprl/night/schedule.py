@@ -89,8 +89,12 @@ def describe_step(step: Step) -> str:
     return text if step.reset else f"{text}, which keeps them"
 
 
-def describe_levels(config: NightConfig) -> list[str]:
-    """The levels and what is due this night, one line each, as far as it is known beforehand."""
+def describe_levels(config: NightConfig) -> list[tuple[str, str]]:
+    """Describe each level, and what is due this night as far as it is known beforehand.
+
+    Returns:
+        Name and description of each.
+    """
     manifest = parent(config)
     clock, unit = clock_of(config, manifest), config.memory.unit
     named = LineageStore(config.generations).path(manifest.id) if manifest else config.model.name
@@ -103,11 +107,11 @@ def describe_levels(config: NightConfig) -> list[str]:
         if number == slots.levels:
             sleeps = f"the slowest: keeps what it has; when_full={config.memory.when_full}"
         used = f"{len(slots.used_in(number))} of {level.slots} slots used"
-        lines.append(f"{f'level {number}':16}{used}; {sleeps}")
+        lines.append((f"level {number}", f"{used}; {sleeps}"))
     if unit in ("tokens", "episodes"):
         return [
             *lines,
-            f"this night      adds the day's {unit}; what is due is known after the wake",
+            ("this night", f"adds the day's {unit}; what is due is known after the wake"),
         ]
     steps = steps_of(config, slots, clock.advance(elapsed_units(config, ())))
-    return [*lines, f"this night      {'; '.join(map(describe_step, steps))}"]
+    return [*lines, ("this night", "; ".join(map(describe_step, steps)))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from sleeprl.reporting.summary_view import Figure, percent, short
+from sleeprl.reporting.summary_view import Figure, format_number, format_percent
 
 MAX_POINTS = 400  # per curve; more is averaged, a page must stay light
 _Point = tuple[float, float]
@@ -16,7 +16,7 @@ _Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
-class State:
+class ModelState:
     """One model on the recall-retention map. ``key`` is also its CSS class."""
 
     key: str
@@ -57,7 +57,7 @@ class _Axes:
         return _interpolate(y, self.y, (self.bottom, self.top))
 
 
-def tradeoff(states: Sequence[State], floor: float | None = None) -> Markup:
+def draw_tradeoff(states: Sequence[ModelState], floor: float | None = None) -> Markup:
     """Recall (x) against retention (y), each state with its 95 % intervals.
 
     ``floor``: the lowest retention that the gate lets pass. A state without
@@ -71,7 +71,9 @@ def tradeoff(states: Sequence[State], floor: float | None = None) -> Markup:
     ys = (max(0.0, low - margin), min(1.0, high + margin))
     axes = _Axes((-0.03, 1.03), ys, left=54, top=30, right=446, bottom=370)
     taken: list[_Box] = []
-    parts = [*_grid(axes, x_ticks=[0, 0.25, 0.5, 0.75, 1.0], y_ticks=ticks(*ys, count=5))]
+    parts = [
+        *_draw_grid(axes, x_ticks=[0, 0.25, 0.5, 0.75, 1.0], y_ticks=round_ticks(*ys, count=5))
+    ]
     if floor is not None:
         y, middle = axes.py(floor), (axes.left + axes.right) / 2
         taken.append((middle - 96, y + 4, middle + 96, y + 20))
@@ -79,25 +81,25 @@ def tradeoff(states: Sequence[State], floor: float | None = None) -> Markup:
             f'<rect class="refused" x="{axes.left}" y="{y:.1f}" width="{axes.right - axes.left}" '
             f'height="{max(0.0, axes.bottom - y):.1f}"/>'
             f'<text class="faint" x="{middle}" y="{y + 16:.1f}" text-anchor="middle">'
-            f"the gate refuses below {percent(floor)}</text>"
+            f"the gate refuses below {format_percent(floor)}</text>"
         )
-    parts += _night_arrow(axes, states, taken)
-    parts += [_state_marks(axes, state) for state in states]
-    parts += _labels(axes, states, taken)
+    parts += _draw_arrow(axes, states, taken)
+    parts += [_draw_state(axes, state) for state in states]
+    parts += _draw_labels(axes, states, taken)
     parts.append(
         f'<text class="axis" x="{(axes.left + axes.right) / 2}" y="406" text-anchor="middle">'
         "recall of what was new →</text>"
         '<text class="axis" x="4" y="15">↑ retention of what was known</text>'
     )
     told = "; ".join(
-        f"{s.label}: recall {percent(s.recall.value)}"
-        + (f", retention {percent(s.retention.value)}" if s.retention else "")
+        f"{s.label}: recall {format_percent(s.recall.value)}"
+        + (f", retention {format_percent(s.retention.value)}" if s.retention else "")
         for s in states
     )
-    return _svg(460, 410, "Recall against retention", told, parts)
+    return _make_svg(460, 410, "Recall against retention", told, parts)
 
 
-def curve(series: Series, *, large: bool) -> Markup:
+def draw_curve(series: Series, *, large: bool) -> Markup:
     """One metric over the steps: every value faint, and the moving mean where there are many."""
     points = series.finite
     (first_step, first), (last_step, last) = points[0], points[-1]
@@ -108,31 +110,31 @@ def curve(series: Series, *, large: bool) -> Markup:
     width, height = (420, 190) if large else (230, 120)
     xs = (first_step, last_step if last_step > first_step else first_step + 1)
     axes = _Axes(xs, ys, left=52, top=8, right=width - 12, bottom=height - 24)
-    y_ticks = ticks(low, high, count=4 if large else 3)
-    parts = [*_grid(axes, x_ticks=[xs[0], xs[1]], y_ticks=y_ticks, rates=False)]
-    window = _window(series)
-    runs = _runs(series)
+    y_ticks = round_ticks(low, high, count=4 if large else 3)
+    parts = [*_draw_grid(axes, x_ticks=[xs[0], xs[1]], y_ticks=y_ticks, rates=False)]
+    window = _mean_window(series)
+    runs = _finite_runs(series)
     faint = "raw" if window > 1 else "line"
-    parts += [_path(axes, thin(run), faint) for run in runs]
+    parts += [_draw_path(axes, thin_points(run), faint) for run in runs]
     if window > 1:
-        parts += [_path(axes, thin(_moving_mean(run, window)), "line") for run in runs]
+        parts += [_draw_path(axes, thin_points(_moving_mean(run, window)), "line") for run in runs]
     if len(points) <= 12:
         parts += [
             f'<circle class="dot" cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" r="3"/>'
             for x, y in points
         ]
     told = (
-        f"from {short(first)} at step {short(first_step)} to {short(last)} at step "
-        f"{short(last_step)}, lowest {short(low)}, highest {short(high)}"
+        f"from {format_number(first)} at step {format_number(first_step)} to {format_number(last)} at step "
+        f"{format_number(last_step)}, lowest {format_number(low)}, highest {format_number(high)}"
     )
-    return _svg(width, height, series.name, told, parts)
+    return _make_svg(width, height, series.name, told, parts)
 
 
-def histogram(name: str, bars: Sequence[tuple[str, float]]) -> Markup:
+def draw_histogram(name: str, bars: Sequence[tuple[str, float]]) -> Markup:
     """How much falls into each bin; ``bars`` are labels, in order, with non-negative counts."""
     highest, total = max(count for _, count in bars), sum(count for _, count in bars)
     axes = _Axes((0, len(bars)), (0, 1.06 * highest), left=52, top=8, right=408, bottom=166)
-    parts = _grid(axes, x_ticks=[], y_ticks=ticks(0, highest, count=4), rates=False)
+    parts = _draw_grid(axes, x_ticks=[], y_ticks=round_ticks(0, highest, count=4), rates=False)
     every = math.ceil(len(bars) / 6)  # so many labels have room
     for index, (label, count) in enumerate(bars):
         left, right, top = axes.px(index + 0.06), axes.px(index + 0.94), axes.py(count)
@@ -145,20 +147,20 @@ def histogram(name: str, bars: Sequence[tuple[str, float]]) -> Markup:
                 f'<text class="tick" x="{axes.px(index + 0.5):.1f}" y="{axes.bottom + 17}" '
                 f'text-anchor="middle">{escape(label)}</text>'
             )
-    told = "; ".join(f"{label}: {percent(count / total)}" for label, count in bars if count)
-    return _svg(420, 190, name, told, parts)
+    told = "; ".join(f"{label}: {format_percent(count / total)}" for label, count in bars if count)
+    return _make_svg(420, 190, name, told, parts)
 
 
-def bins(values: Sequence[float], count: int = 12) -> list[tuple[str, float]]:
+def make_bins(values: Sequence[float], count: int = 12) -> list[tuple[str, float]]:
     """``values`` in equal bins from 0 to the highest; the label is where a bin begins."""
     width = max(values) / count or 1.0
     found = [0] * count
     for value in values:
         found[min(count - 1, int(value / width))] += 1
-    return [(short(index * width), n) for index, n in enumerate(found)]
+    return [(format_number(index * width), n) for index, n in enumerate(found)]
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
+def round_ticks(low: float, high: float, count: int) -> list[float]:
     """About ``count`` round numbers within [low, high]."""
     if high <= low:
         return [low]
@@ -169,17 +171,17 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def thin(points: Sequence[_Point]) -> list[_Point]:
+def thin_points(points: Sequence[_Point]) -> list[_Point]:
     """At most ``MAX_POINTS`` points: neighbours are averaged, the two ends kept."""
     if len(points) <= MAX_POINTS:
         return list(points)
     size = math.ceil((len(points) - 2) / (MAX_POINTS - 2))
     inner = [points[i : i + size] for i in range(1, len(points) - 1, size)]
     inner[-1] = [point for point in inner[-1] if point is not points[-1]]
-    return [points[0], *(_mean(chunk) for chunk in inner if chunk), points[-1]]
+    return [points[0], *(_mean_point(chunk) for chunk in inner if chunk), points[-1]]
 
 
-def _window(series: Series) -> int:
+def _mean_window(series: Series) -> int:
     count = len(series.finite)
     return max(1, count // 25) if count > 50 else 1
 
@@ -193,11 +195,11 @@ def _moving_mean(points: Sequence[_Point], window: int) -> list[_Point]:
     return means
 
 
-def _mean(points: Sequence[_Point]) -> _Point:
+def _mean_point(points: Sequence[_Point]) -> _Point:
     return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
 
 
-def _runs(series: Series) -> list[list[_Point]]:
+def _finite_runs(series: Series) -> list[list[_Point]]:
     """The stretches between values that were not finite: there the line breaks."""
     runs: list[list[_Point]] = [[]]
     for step, value in zip(series.steps, series.values, strict=True):
@@ -208,16 +210,16 @@ def _runs(series: Series) -> list[list[_Point]]:
     return [run for run in runs if run]
 
 
-def _path(axes: _Axes, points: Sequence[_Point], css: str) -> str:
+def _draw_path(axes: _Axes, points: Sequence[_Point], css: str) -> str:
     data = "L".join(f"{axes.px(x):.1f} {axes.py(y):.1f}" for x, y in points)
     return f'<path class="{css}" d="M{data}"/>'
 
 
-def _grid(
+def _draw_grid(
     axes: _Axes, x_ticks: Sequence[float], y_ticks: Sequence[float], rates: bool = True
 ) -> list[str]:
     lines = []
-    for tick, text in zip(y_ticks, _tick_texts(y_ticks, rates), strict=True):
+    for tick, text in zip(y_ticks, _format_ticks(y_ticks, rates), strict=True):
         y = axes.py(tick)
         lines.append(
             f'<line class="grid" x1="{axes.left}" x2="{axes.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -227,7 +229,7 @@ def _grid(
     for tick in x_ticks:
         x, last = axes.px(tick), tick == x_ticks[-1]
         anchor = "middle" if rates else "end" if last else "start"
-        text = percent(tick, 0) if rates else f"{'step ' if last else ''}{tick:,.0f}"
+        text = format_percent(tick, 0) if rates else f"{'step ' if last else ''}{tick:,.0f}"
         lines.append(
             f'<text class="tick" x="{x:.1f}" y="{axes.bottom + 17}" '
             f'text-anchor="{anchor}">{text}</text>'
@@ -235,17 +237,17 @@ def _grid(
     return lines
 
 
-def _tick_texts(values: Sequence[float], rates: bool) -> list[str]:
+def _format_ticks(values: Sequence[float], rates: bool) -> list[str]:
     """As many digits as tell the ticks apart without rounding any."""
     scale, unit = (100.0, " %") if rates else (1.0, "")
     shown = [value * scale for value in values]
     for digits in range(5):
         if all(abs(value - round(value, digits)) < 1e-9 * max(map(abs, shown)) for value in shown):
             return [f"{value:,.{digits}f}{unit}" for value in shown]
-    return [short(value) + unit for value in shown]
+    return [format_number(value) + unit for value in shown]
 
 
-def _night_arrow(axes: _Axes, states: Sequence[State], taken: list[_Box]) -> list[str]:
+def _draw_arrow(axes: _Axes, states: Sequence[ModelState], taken: list[_Box]) -> list[str]:
     """What the night did: from before to after, stopping short of both marks.
 
     Adds the places that it crosses to ``taken``.
@@ -269,7 +271,7 @@ def _night_arrow(axes: _Axes, states: Sequence[State], taken: list[_Box]) -> lis
     return [f'<path class="night" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}{head}"/>']
 
 
-def _state_marks(axes: _Axes, state: State) -> str:
+def _draw_state(axes: _Axes, state: ModelState) -> str:
     x = axes.px(state.recall.value)
     if state.retention is None:
         return (
@@ -283,10 +285,10 @@ def _state_marks(axes: _Axes, state: State) -> str:
     if state.retention.interval:
         low, high = map(axes.py, state.retention.interval)
         bars += f'<line class="bar" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
-    return f'<g class="{state.key}">{bars}{_shape(state.key, x, y)}</g>'
+    return f'<g class="{state.key}">{bars}{_draw_mark(state.key, x, y)}</g>'
 
 
-def _shape(key: str, x: float, y: float) -> str:
+def _draw_mark(key: str, x: float, y: float) -> str:
     """A different shape for each state, so that colour is never needed to tell them apart."""
     outlines = {
         "before_with_context": [(0, -11), (11, 0), (0, 11), (-11, 0)],
@@ -299,7 +301,7 @@ def _shape(key: str, x: float, y: float) -> str:
     return f'<polygon class="mark" points="{outline}"/>'
 
 
-def _labels(axes: _Axes, states: Sequence[State], taken: Sequence[_Box]) -> list[str]:
+def _draw_labels(axes: _Axes, states: Sequence[ModelState], taken: Sequence[_Box]) -> list[str]:
     """Each state's name next to its mark, where least is in the way."""
     middle = (axes.top + axes.bottom) / 2
     marks = [
@@ -325,8 +327,8 @@ def _labels(axes: _Axes, states: Sequence[State], taken: Sequence[_Box]) -> list
             for x0, anchor in ((x + 13, "start"), (x - 13, "end"), (x, "middle"))
         ]
         boxes = {place: _text_box(*place, width) for place in places}
-        inside = [place for place in places if _inside(boxes[place], axes)] or places
-        place = min(inside, key=lambda p: sum(_overlap(boxes[p], other) for other in taken))
+        inside = [place for place in places if _is_inside(boxes[place], axes)] or places
+        place = min(inside, key=lambda p: sum(_overlap_area(boxes[p], other) for other in taken))
         taken.append(boxes[place])
         x0, y0, anchor = place
         texts.append(
@@ -341,7 +343,7 @@ def _text_box(x: float, y: float, anchor: str, width: float) -> _Box:
     return left, y - 12, left + width, y + 4
 
 
-def _inside(box: _Box, axes: _Axes) -> bool:
+def _is_inside(box: _Box, axes: _Axes) -> bool:
     return (
         box[0] >= axes.left
         and box[2] <= axes.right + 10
@@ -350,7 +352,7 @@ def _inside(box: _Box, axes: _Axes) -> bool:
     )
 
 
-def _overlap(a: _Box, b: _Box) -> float:
+def _overlap_area(a: _Box, b: _Box) -> float:
     """Area shared by two boxes, in square pixels."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
@@ -360,7 +362,7 @@ def _interpolate(value: float, source: _Point, target: _Point) -> float:
     return target[0] + share * (target[1] - target[0])
 
 
-def _svg(width: int, height: int, name: str, told: str, parts: Sequence[str]) -> Markup:
+def _make_svg(width: int, height: int, name: str, told: str, parts: Sequence[str]) -> Markup:
     """``name`` and ``told`` are what a screen reader says instead of the picture."""
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" role="img" '

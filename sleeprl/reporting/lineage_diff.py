@@ -1,4 +1,4 @@
-"""What changed between two generations: parameters, slots, figures, settings. Reads, decides nothing."""
+"""Compares two generations: parameters, slots, figures and settings."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ from typing import TYPE_CHECKING, Any
 
 from sleeprl.config.aliases import rename_old_keys
 from sleeprl.lineage.store import LineageStore, Manifest
-from sleeprl.reporting.summary_view import RATES, STATES, Figure, figure
+from sleeprl.reporting.summary_view import RATES, STATES, Figure, read_figure
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BASE = "base"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
-# Dimension of a gated MLP's projection along which its hidden units lie.
-_UNITS = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}
-# What ``memory.lowrank`` writes beside a base, whose import takes torch's seconds.
-_ADAPTER, _RANKS = "adapter", {"lora_A": 0, "lora_B": 1}
+_UNIT_DIMENSIONS = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}
+"""Dimension of a gated MLP's projection along which its hidden units lie."""
+_ADAPTER = "adapter"
+"""Directory that ``memory.low_rank`` writes beside a base. Importing it would take torch's seconds."""
+_RANK_DIMENSIONS = {"lora_A": 0, "lora_B": 1}
+"""Dimension of an adapter's factor along which its ranks lie."""
 
 
 @dataclass
 class Change:
-    """Tensors of one kind in two models, taken together: ``b`` against ``a``."""
+    """Sums up how tensors of one kind differ from model ``a`` to model ``b``."""
 
     tensors: int = 0
     changed: int = 0
     squared_difference: float = 0.0
+    """||b - a||^2."""
     squared_norm: float = 0.0
-    """Of ``a``'s."""
+    """||a||^2."""
 
     @property
     def relative(self) -> float:
-        """||b - a|| / ||a||: 0 when nothing changed, infinite for what was zero before."""
+        """||b - a|| / ||a||: 0 where nothing changed, infinite where ``a`` is zero."""
         if self.squared_difference == 0:
             return 0.0
         if self.squared_norm == 0:
@@ -53,15 +56,17 @@ class Change:
 
 
 @dataclass
-class Weights:
-    """The parameters of two checkpoints, grouped."""
+class WeightChanges:
+    """How the parameters of two checkpoints differ, by part and by layer."""
 
     parts: dict[tuple[str, str], Change] = field(default_factory=dict)
     """(where, part), such as ``("base", "self_attn.q_proj")`` or ``("slot 2", "mlp.up_proj")``."""
     layers: dict[int, Change] = field(default_factory=dict)
-    """Decoder layer -> all its tensors together."""
+    """Number of a decoder layer, and all its tensors taken together."""
     only_a: list[str] = field(default_factory=list)
+    """Names of the tensors that ``b`` does not have."""
     only_b: list[str] = field(default_factory=list)
+    """Names of the tensors that ``a`` does not have."""
 
     def add(self, where: str, part: str, layer: int | None, difference: float, norm: float) -> None:
         self.parts.setdefault((where, part), Change()).add(difference, norm)
@@ -71,53 +76,70 @@ class Weights:
 
 @dataclass(frozen=True)
 class Diff:
-    """Generation ``b`` seen from generation ``a``."""
+    """What differs from generation ``a`` to generation ``b``."""
 
     a: Manifest
     b: Manifest
-    weights: Weights
+    weights: WeightChanges
     emptied: Sequence[int]
-    """Slots that hold an expert in a only."""
+    """Slots that hold an expert in ``a`` only."""
     filled: Sequence[int]
-    """Slots that hold an expert in b only."""
+    """Slots that hold an expert in ``b`` only."""
     figures: Mapping[tuple[str, str], tuple[Figure | None, Figure | None]]
     """(state, figure), such as ``("after", "recall")``, where either generation has it."""
-    config: Mapping[str, tuple[Any, Any]]
-    """Dotted keys whose values differ; None where a key is missing."""
+    settings: Mapping[str, tuple[Any, Any]]
+    """Values by dotted key, where they differ; None where a key is missing."""
 
 
-def diff(store: LineageStore, a: str, b: str) -> Diff:
-    """Compare two generations of ``store``, each given by id, unique prefix or HEAD.
+def diff_generations(store: LineageStore, a: str, b: str) -> Diff:
+    """Compare two generations.
 
-    Reads both checkpoints tensor by tensor, so memory holds one pair of tensors at a
-    time. Raises LineageError for a generation that is not there.
+    Memory holds one pair of tensors at a time.
+
+    Args:
+        store: The generations.
+        a: Id, unique prefix of an id, or HEAD.
+        b: The same of the other generation.
+
+    Raises:
+        LineageError: There is no such generation.
     """
-    one, two = store.get(a), store.get(b)
-    used_a, used_b = set(one.slots.get("used", ())), set(two.slots.get("used", ()))
+    first, second = store.get(a), store.get(b)
+    used_a, used_b = set(first.slots.get("used", ())), set(second.slots.get("used", ()))
     return Diff(
-        a=one,
-        b=two,
-        weights=compare_weights(store.path(one.id), store.path(two.id), one.slots, two.slots),
+        a=first,
+        b=second,
+        weights=compare_weights(
+            store.path(first.id), store.path(second.id), first.slots, second.slots
+        ),
         emptied=sorted(used_a - used_b),
         filled=sorted(used_b - used_a),
-        figures=compare_figures(one.figures, two.figures),
-        config=compare_config(rename_old_keys(one.config)[0], rename_old_keys(two.config)[0]),
+        figures=compare_figures(first.figures, second.figures),
+        settings=compare_settings(
+            rename_old_keys(first.config)[0], rename_old_keys(second.config)[0]
+        ),
     )
 
 
 def compare_weights(
     a: Path, b: Path, slots_a: Mapping[str, Any], slots_b: Mapping[str, Any]
-) -> Weights:
-    """All safetensors of two checkpoint directories, and of the adapters in them.
+) -> WeightChanges:
+    """Compare all safetensors of two checkpoint directories, and of the adapters in them.
 
-    The MLPs, or an adapter's ranks, are split into the base and the slots where both have the
-    same layout of them. A tensor that is larger on one side is compared as if the other were padded
-    with zeros: that is what widening does.
+    MLPs, or an adapter's ranks, are split into the base and the slots where both checkpoints have the
+    same layout. A tensor that is larger on one side is compared as if the other were padded with
+    zeros, because that is what widening does.
+
+    Args:
+        a: Directory of a checkpoint.
+        b: Directory of the other.
+        slots_a: Slots in the manifest of ``a``.
+        slots_b: Slots in the manifest of ``b``.
     """
     from safetensors import safe_open
 
-    layout = _layout(slots_a, slots_b)
-    found = Weights()
+    layout = _shared_layout(slots_a, slots_b)
+    found = WeightChanges()
     with ExitStack() as stack:
 
         def tensors(directory: Path) -> dict[str, Any]:
@@ -132,11 +154,11 @@ def compare_weights(
         found.only_a = sorted(in_a.keys() - in_b.keys())
         found.only_b = sorted(in_b.keys() - in_a.keys())
         for name in sorted(in_a.keys() & in_b.keys()):
-            layer, part = _place(name)
+            layer, part = _split_name(name)
             one, two = in_a[name].get_tensor(name), in_b[name].get_tensor(name)
-            for where, left, right in _pieces(part, one, two, layout):
-                difference, norm = _squares(left, right)
-                if where == BASE or difference or norm:  # else a slot that is empty in both
+            for where, left, right in _split_slots(part, one, two, layout):
+                difference, norm = _squared_norms(left, right)
+                if where == BASE or difference or norm:  # a slot that is empty in both is left out
                     found.add(where, part, layer, difference, norm)
     return found
 
@@ -144,43 +166,47 @@ def compare_weights(
 def compare_figures(
     a: Mapping[str, Any], b: Mapping[str, Any]
 ) -> dict[tuple[str, str], tuple[Figure | None, Figure | None]]:
-    """The figures of every state of a night that either summary has."""
+    """Return the figures of every state of a night that either summary has."""
     pairs = {
-        (state, name): (figure(a, state, name), figure(b, state, name))
+        (state, name): (read_figure(a, state, name), read_figure(b, state, name))
         for state in STATES
         for name in (*RATES, "perplexity")
     }
     return {key: pair for key, pair in pairs.items() if pair != (None, None)}
 
 
-def compare_config(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    one, two = dict(_flat(a)), dict(_flat(b))
-    keys = sorted(one.keys() | two.keys())
-    return {k: (one.get(k), two.get(k)) for k in keys if one.get(k) != two.get(k)}
+def compare_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, by dotted key."""
+    first, second = dict(_flatten(a)), dict(_flatten(b))
+    keys = sorted(first.keys() | second.keys())
+    return {k: (first.get(k), second.get(k)) for k in keys if first.get(k) != second.get(k)}
 
 
-def _place(name: str) -> tuple[int | None, str]:
-    """``model.layers.3.mlp.up_proj.weight`` is (3, ``mlp.up_proj``)."""
+def _split_name(name: str) -> tuple[int | None, str]:
+    """Split a tensor's name: ``model.layers.3.mlp.up_proj.weight`` gives (3, ``mlp.up_proj``)."""
     inside = _LAYER.search(name)
     layer, rest = (int(inside[1]), inside[2]) if inside else (None, name.removeprefix("model."))
     return layer, rest.removesuffix(".weight")
 
 
-def _layout(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Base width and slot width, if both manifests agree on them."""
+def _shared_layout(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return base width and slot width, or None where the manifests do not agree on them."""
     if a.get("base_width") != b.get("base_width") or a.get("width") != b.get("width"):
         return None
     return (int(a["base_width"]), int(a["width"])) if "base_width" in a and "width" in a else None
 
 
-def _pieces(
+def _split_slots(
     part: str, a: Tensor, b: Tensor, layout: tuple[int, int] | None
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The tensor whole, or cut along an MLP's units or an adapter's ranks: the base, then each slot."""
-    dim = _RANKS.get(part.rpartition(".")[2])
+    """Yield the base and then each slot of a pair of tensors, or the pair whole where it has no slots.
+
+    An MLP is cut along its hidden units, an adapter along its ranks.
+    """
+    dim = _RANK_DIMENSIONS.get(part.rpartition(".")[2])
     # A low-rank model has no base width: its slots are ranks of the adapter, and its MLPs are whole.
     if dim is None and layout is not None and layout[0]:
-        dim = _UNITS.get(part)
+        dim = _UNIT_DIMENSIONS.get(part)
     if layout is None or dim is None or a.dim() != 2 or b.dim() != 2:
         yield BASE, a, b
         return
@@ -196,8 +222,8 @@ def _pieces(
         yield (BASE if number == 0 else f"slot {number - 1}"), pair[0], pair[1]
 
 
-def _squares(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """||b - a||^2 and ||a||^2 in float32 and more."""
+def _squared_norms(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Return ||b - a||^2 and ||a||^2, computed in float32 or wider."""
     import torch
 
     a, b = a.float(), b.float()
@@ -205,11 +231,11 @@ def _squares(a: Tensor, b: Tensor) -> tuple[float, float]:
     if torch.equal(a, b):
         return 0.0, norm
     if a.shape != b.shape:
-        a, b = _padded(a, b)
+        a, b = _pad_to_match(a, b)
     return float(torch.linalg.vector_norm(b - a)) ** 2, norm
 
 
-def _padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _pad_to_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.dim() != b.dim():
         a, b = a.flatten(), b.flatten()
     shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
@@ -222,9 +248,9 @@ def _padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return pad(a), pad(b)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one line per step of a phase, append-only, readable while it grows."""
+"""Writes and reads ``metrics.jsonl``: one line per step of a phase, readable while it grows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Append ``{"time", "phase", "step", **metrics}`` lines to one file.
+    """Appends ``{"time", "phase", "step", **metrics}`` lines to one file.
 
-    Every call of ``write`` is one ``write(2)`` of one whole line, so a reader or a
-    kill sees whole lines, with at most the last one torn. Opening the log repairs
-    such a line, which is how a resumed run goes on in the same file. One writer at
-    a time.
+    ``time`` is in seconds since the epoch. NaN and infinity are not JSON: they are written as null,
+    and their names are listed under ``not_finite``.
 
-    ``time`` is in seconds since the epoch. NaN and infinity are not JSON: they are
-    written as null and their names are listed under ``not_finite``.
+    Guarantees:
+        * Every call of ``write`` is one ``write(2)`` of one whole line, so that a reader sees whole
+          lines, with at most the last one torn by a kill.
+        * Opening the log repairs a torn line, so that a resumed run goes on in the same file.
+
+    One process writes at a time.
     """
 
     def __init__(self, path: str | Path, clock: Callable[[], float] = time.time) -> None:
@@ -35,16 +37,23 @@ class MetricsLog:
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, phase: str, step: int, **metrics: Any) -> None:
-        """Record the metrics of one step; values are numbers, text, or lists and dicts of them.
+        """Record the metrics of one step.
 
-        NumPy and torch scalars are converted. Raises ``ValueError`` for a metric
-        named ``time`` or ``not_finite`` and ``TypeError`` for what JSON cannot hold.
+        Args:
+            phase: Phase of the night.
+            step: Step of the phase.
+            metrics: Numbers, text, or lists and dicts of them. NumPy and torch scalars are converted.
+
+        Raises:
+            ValueError: A metric is named ``time`` or ``not_finite``.
+            TypeError: JSON cannot hold a value.
+            OSError: The line could not be written whole.
         """
         if taken := _RESERVED & metrics.keys():
             raise ValueError(f"metric names {sorted(taken)} are taken by the log itself")
         not_finite: list[str] = []
         row = {"time": self._clock(), "phase": phase, "step": step}
-        row |= {name: _plain(value, name, not_finite) for name, value in metrics.items()}
+        row |= {name: _to_json(value, name, not_finite) for name, value in metrics.items()}
         if not_finite:
             row["not_finite"] = not_finite
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
@@ -52,6 +61,7 @@ class MetricsLog:
             raise OSError(f"{self.path}: a metrics line was cut short; is the disk full?")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -67,10 +77,10 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file, in order; an absent file has none.
+    """Return all whole lines of a metrics file, in order; an absent file has none.
 
-    A torn last line is normal (a kill, or a writer at work) and is left out without
-    a word. A broken line elsewhere is left out with a warning.
+    A torn last line is normal, after a kill or beside a writer, and is left out silently. A broken
+    line elsewhere is left out with a warning.
     """
     path = Path(path)
     if not path.exists():
@@ -108,15 +118,15 @@ def _repair_last_line(path: Path) -> None:
             file.write(b"\n")
 
 
-def _plain(value: Any, name: str, not_finite: list[str]) -> Any:
-    """``value`` as JSON can hold it; names of NaN and infinity are added to ``not_finite``."""
-    if callable(getattr(value, "item", None)):  # a scalar of NumPy or torch
+def _to_json(value: Any, name: str, not_finite: list[str]) -> Any:
+    """Return ``value`` as JSON can hold it, and add the names of NaN and infinity to ``not_finite``."""
+    if callable(getattr(value, "item", None)):  # NumPy's and torch's scalars have it
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         not_finite.append(name)
         return None
     if isinstance(value, Mapping):
-        return {key: _plain(part, f"{name}.{key}", not_finite) for key, part in value.items()}
+        return {key: _to_json(part, f"{name}.{key}", not_finite) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part, f"{name}[{i}]", not_finite) for i, part in enumerate(value)]
+        return [_to_json(part, f"{name}[{i}]", not_finite) for i, part in enumerate(value)]
     return value

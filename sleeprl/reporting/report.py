@@ -14,26 +14,26 @@ from markupsafe import Markup
 
 from sleeprl.cluster.waits import WAIT_KINDS
 from sleeprl.reporting import charts
-from sleeprl.reporting.charts import Series, State
+from sleeprl.reporting.charts import ModelState, Series
 from sleeprl.reporting.metrics_log import read_metrics
 from sleeprl.reporting.summary_view import (
     RATES,
     STATES,
     Summary,
-    comparison,
-    duration,
-    figure,
-    headline,
-    measured,
-    percent,
-    short,
-    title,
+    format_comparison,
+    format_duration,
+    format_headline,
+    format_number,
+    format_percent,
+    humanize_key,
+    measured_states,
+    read_figure,
 )
 from sleeprl.utils.files import write_text_atomic
 
 # Parts of metric names that a reader wants to see first, the most wanted first.
 IMPORTANT = ("loss", "diverg", "jsd", "reward", "recall", "retention", "accuracy", "perplexity")
-MOST_LARGE = 6  # large charts per phase
+MAX_LARGE = 6  # large charts per phase
 _NOT_METRICS = frozenset({"time", "phase", "step", "not_finite"})
 
 
@@ -48,7 +48,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Distribution:
     """A distribution over a whole phase with its picture."""
 
     name: str
@@ -91,7 +91,7 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise NotADirectoryError(f"{run_dir} is not a run directory")
-    summary: Summary = json.loads(_text(run_dir / "summary.json") or "{}")
+    summary: Summary = json.loads(_read_text(run_dir / "summary.json") or "{}")
     rows = read_metrics(run_dir / "metrics.jsonl")
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -100,32 +100,36 @@ def write_report(run_dir: str | Path) -> Path:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    templates.filters |= {"duration": duration, "short": short, "title": title}
+    templates.filters |= {
+        "duration": format_duration,
+        "short": format_number,
+        "title": humanize_key,
+    }
     page = templates.get_template("report.html.j2").render(
         name=summary.get("name") or run_dir.resolve().name,
-        facts=_facts(summary),
-        headline=headline(summary),
-        comparison=comparison(summary),
+        facts=_collect_facts(summary),
+        headline=format_headline(summary),
+        comparison=format_comparison(summary),
         gate=summary.get("gate") or {},
         generation=summary.get("generation"),
-        tradeoff=_tradeoff(summary),
-        table=_table(summary),
+        tradeoff=_draw_tradeoff(summary),
+        table=_table_rows(summary),
         rate_names=RATES,
-        phases=phase_curves(rows),
-        spreads=spreads(rows),
-        timeline=_timeline(summary.get("seconds") or {}),
-        idle=_idle(summary.get("idle") or {}),
+        phases=collect_curves(rows),
+        spreads=collect_distributions(rows),
+        timeline=_timeline_bars(summary.get("seconds") or {}),
+        idle=_idle_rows(summary.get("idle") or {}),
         wait_kinds=WAIT_KINDS,
         samples=summary.get("samples") or [],
-        environment=_flat(summary.get("environment") or {}),
-        config=_text(run_dir / "config.yaml"),
+        environment=_flatten(summary.get("environment") or {}),
+        config=_read_text(run_dir / "config.yaml"),
     )
     path = run_dir / "report.html"
     write_text_atomic(path, page)
     return path
 
 
-def phase_curves(rows: Sequence[Mapping[str, Any]]) -> list[PhaseCurves]:
+def collect_curves(rows: Sequence[Mapping[str, Any]]) -> list[PhaseCurves]:
     """Every numeric metric of every phase, phases and metrics in order of appearance.
 
     When a resumed run has recorded a step again, its last value counts.
@@ -138,10 +142,10 @@ def phase_curves(rows: Sequence[Mapping[str, Any]]) -> list[PhaseCurves]:
             numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
             if name not in _NOT_METRICS and (numeric or name in lost):
                 of_phase.setdefault(name, {})[row.get("step", 0)] = value
-    return [_phase(key, metrics) for key, metrics in values.items() if metrics]
+    return [_make_phase(key, metrics) for key, metrics in values.items() if metrics]
 
 
-def spreads(rows: Sequence[Mapping[str, Any]]) -> list[Spread]:
+def collect_distributions(rows: Sequence[Mapping[str, Any]]) -> list[Distribution]:
     """How old dreams were when they were learned from: in updates by token, in seconds by group; and
     how long after an update the engines had its weights. Only what a run has recorded.
 
@@ -149,29 +153,33 @@ def spreads(rows: Sequence[Mapping[str, Any]]) -> list[Spread]:
     engines had when it was written.
     """
     updates: dict[int, float] = {}
-    for tokens_by_age in _told(rows, "staleness_tokens"):
+    for tokens_by_age in _last_values(rows, "staleness_tokens"):
         for age, tokens in tokens_by_age.items():
             updates[int(age)] = updates.get(int(age), 0) + tokens
-    ages = [age for of_groups in _told(rows, "age_seconds") for age in of_groups]
-    lags = _told(rows, "publish_lag_seconds")
+    ages = [age for of_groups in _last_values(rows, "age_seconds") for age in of_groups]
+    lags = _last_values(rows, "publish_lag_seconds")
     found = []
     if updates:
         every_age = range(min(0, *updates), max(0, *updates) + 1)
         bars = [(str(age), updates.get(age, 0)) for age in every_age]
         mean = sum(age * n for age, n in updates.items()) / max(1, sum(updates.values()))
         name = "staleness: tokens by age in updates"
-        found.append(Spread(name, f"mean {short(mean)}", charts.histogram(name, bars)))
+        found.append(
+            Distribution(name, f"mean {format_number(mean)}", charts.draw_histogram(name, bars))
+        )
     for name, values in (
         ("age: groups by seconds from written to learned", ages),
         ("publish lag: updates by seconds until engines had them", lags),
     ):
         if values:
-            told = f"median {duration(median(values))}"
-            found.append(Spread(name, told, charts.histogram(name, charts.bins(values))))
+            told = f"median {format_duration(median(values))}"
+            found.append(
+                Distribution(name, told, charts.draw_histogram(name, charts.make_bins(values)))
+            )
     return found
 
 
-def _told(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+def _last_values(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
     """A value of each step: the last, where a resumed run has recorded the step again."""
     found = {
         (row.get("phase"), row.get("step")): row[name] for row in rows if row.get(name) is not None
@@ -179,83 +187,87 @@ def _told(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
     return list(found.values())
 
 
-def _phase(key: str, metrics: Mapping[str, Mapping[float, float | None]]) -> PhaseCurves:
+def _make_phase(key: str, metrics: Mapping[str, Mapping[float, float | None]]) -> PhaseCurves:
     all_series = []
     for name, by_step in metrics.items():
         steps = sorted(by_step)
         all_series.append(Series(name, steps, [by_step[step] for step in steps]))
     moving = [s for s in all_series if len({value for _, value in s.finite}) > 1]
     still = [s for s in all_series if s not in moving]
-    large = sorted((s for s in moving if _rank(s.name) < len(IMPORTANT)), key=_by_rank)[:MOST_LARGE]
+    large = sorted((s for s in moving if _importance(s.name) < len(IMPORTANT)), key=_by_rank)[
+        :MAX_LARGE
+    ]
     return PhaseCurves(
         key,
-        large=[_curve(s, charts.curve(s, large=True)) for s in large],
-        small=[_curve(s, charts.curve(s, large=False)) for s in moving if s not in large],
-        constant=[_curve(s, None) for s in still],
+        large=[_make_curve(s, charts.draw_curve(s, large=True)) for s in large],
+        small=[_make_curve(s, charts.draw_curve(s, large=False)) for s in moving if s not in large],
+        constant=[_make_curve(s, None) for s in still],
     )
 
 
-def _rank(name: str) -> int:
+def _importance(name: str) -> int:
     return next((i for i, part in enumerate(IMPORTANT) if part in name.lower()), len(IMPORTANT))
 
 
 def _by_rank(series: Series) -> int:
-    return _rank(series.name)
+    return _importance(series.name)
 
 
-def _curve(series: Series, svg: Markup | None) -> Curve:
+def _make_curve(series: Series, svg: Markup | None) -> Curve:
     finite = series.finite
     last = finite[-1][1] if finite else float("nan")
     return Curve(series, last, len(series.values) - len(finite), svg)
 
 
-def _tradeoff(summary: Summary) -> Markup | None:
+def _draw_tradeoff(summary: Summary) -> Markup | None:
     states = [
-        State(key, label, recall, figure(summary, key, "retention"))
+        ModelState(key, label, recall, read_figure(summary, key, "retention"))
         for key, label in STATES.items()
-        if (recall := figure(summary, key, "recall"))
+        if (recall := read_figure(summary, key, "recall"))
     ]
     gate = summary.get("gate") or {}
     floor = None
     if gate.get("retention_before") is not None and gate.get("tolerance") is not None:
         floor = gate["retention_before"] - gate["tolerance"]
-    return charts.tradeoff(states, floor) if states else None
+    return charts.draw_tradeoff(states, floor) if states else None
 
 
-def _table(summary: Summary) -> list[dict[str, Any]]:
+def _table_rows(summary: Summary) -> list[dict[str, Any]]:
     """Rows of the before/after table: the figures of each state that was measured."""
     return [
         {
             "key": key,
             "label": label,
-            "cost": _cost(where[key]),
-            "rates": {name: figure(where, key, name) for name in RATES},
-            "perplexity": figure(where, key, "perplexity"),
+            "cost": _format_cost(where[key]),
+            "rates": {name: read_figure(where, key, name) for name in RATES},
+            "perplexity": read_figure(where, key, "perplexity"),
         }
-        for key, label, where in measured(summary)
+        for key, label, where in measured_states(summary)
     ]
 
 
-def _cost(block: Mapping[str, Any]) -> str:
+def _format_cost(block: Mapping[str, Any]) -> str:
     """What a baseline took, in words; '' for a state of the night itself."""
     told = [f"{block['tokens']:,} tokens"] if block.get("tokens") else []
-    told += [duration(block["seconds"])] if block.get("seconds") else []
+    told += [format_duration(block["seconds"])] if block.get("seconds") else []
     return ", ".join(told)
 
 
-def _timeline(seconds: Mapping[str, float | None]) -> list[Bar]:
+def _timeline_bars(seconds: Mapping[str, float | None]) -> list[Bar]:
     """The phases one after the other, in the order in which they are listed."""
     known = {key: s for key, s in seconds.items() if s is not None}
     total = sum(known.values())
     bars, began = [], 0.0
     for key, length in known.items():
         if total > 0:
-            bars.append(Bar(title(key), "phase", 100 * began / total, 100 * length / total, length))
+            bars.append(
+                Bar(humanize_key(key), "phase", 100 * began / total, 100 * length / total, length)
+            )
         began += length
     return bars
 
 
-def _idle(idle: Mapping[str, Mapping[str, float]]) -> list[IdleRow]:
+def _idle_rows(idle: Mapping[str, Mapping[str, float]]) -> list[IdleRow]:
     """Idle seconds by actor, the bars on one scale: the idlest actor fills its row."""
     longest = max((sum(kinds.values()) for kinds in idle.values()), default=0.0)
     rows = []
@@ -270,29 +282,29 @@ def _idle(idle: Mapping[str, Mapping[str, float]]) -> list[IdleRow]:
     return rows
 
 
-def _facts(summary: Summary) -> list[tuple[str, str]]:
+def _collect_facts(summary: Summary) -> list[tuple[str, str]]:
     """The small print under the title."""
     facts = [
         (name, str(summary[name])) for name in ("model", "seed") if summary.get(name) is not None
     ]
     covered = (summary.get("self_study") or {}).get("replay_coverage")
     if covered is not None:
-        facts.append(("replay covers", f"{percent(covered, 0)} of what it says freely"))
+        facts.append(("replay covers", f"{format_percent(covered, 0)} of what it says freely"))
     seconds = summary.get("seconds") or {}
     total = summary.get("wall_seconds") or sum(s for s in seconds.values() if s)
-    return [*facts, ("time", duration(total))] if total else facts
+    return [*facts, ("time", format_duration(total))] if total else facts
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as ('a.b', 'value') lines."""
     lines: list[tuple[str, str]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            lines += _flat(value, f"{prefix}{key}.")
+            lines += _flatten(value, f"{prefix}{key}.")
         else:
             lines.append((f"{prefix}{key}", str(value)))
     return lines
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""

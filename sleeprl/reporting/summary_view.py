@@ -1,6 +1,6 @@
-"""The figures of a night as a person reads them: intervals, units, one sentence.
+"""Formats the figures of a night for a reader: intervals, units, one sentence.
 
-Read from ``summary.json``, of which any part may still be missing.
+Everything is read from ``summary.json``, of which any part may still be missing.
 """
 
 from __future__ import annotations
@@ -12,20 +12,33 @@ from typing import Any
 
 Summary = Mapping[str, Any]
 
-# key in summary.json -> the name a reader sees
 STATES = {
     "before": "Before",
     "before_with_context": "Before, text in prompt",
     "fine_tuned": "Plain fine-tuning",
     "after": "After the night",
 }
-_PICTURED = "fine_tuning"  # the baseline whose figures are `fine_tuned` too
+"""Names of the measured states, by their key in ``summary.json``, in the order of a table."""
+_FINE_TUNING = "fine_tuning"
+"""The baseline whose figures are in ``summary.json`` as ``fine_tuned`` too."""
 RATES = {"recall": "Recall", "two_hop": "Two-hop", "retention": "Retention"}
+"""Names of the figures that are shares of right answers, by their key."""
 _Z95 = 1.959963984540054
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion; ``n`` > 0 independent trials."""
+    """Return the 95 % Wilson score interval of a proportion.
+
+    Args:
+        successes: How many of the trials succeeded.
+        n: Number of independent trials, above 0.
+
+    Returns:
+        Lower and upper end, each in [0, 1].
+
+    Raises:
+        ValueError: The two numbers are no proportion.
+    """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n} trials is not a proportion")
     p, z2 = successes / n, _Z95**2
@@ -36,15 +49,17 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value, how many trials it rests on, and its 95 % interval (None: no n)."""
+    """A measured value."""
 
     value: float
     n: int | None = None
+    """Number of trials it rests on; None where that is not recorded."""
     interval: tuple[float, float] | None = None
+    """95 % interval of a rate whose ``n`` is known."""
 
 
-def figure(summary: Summary, state: str, name: str) -> Figure | None:
-    """One figure of one state; None when it was not measured. Rates get an interval."""
+def read_figure(summary: Summary, state: str, name: str) -> Figure | None:
+    """Return one figure of one state, or None where it was not measured. Rates get an interval."""
     block = summary.get(state) or {}
     value, n = block.get(name), (block.get("n") or {}).get(name)
     if value is None:
@@ -56,26 +71,30 @@ def figure(summary: Summary, state: str, name: str) -> Figure | None:
     return Figure(value, n, wilson_interval(round(value * n), n))
 
 
-def measured(summary: Summary) -> list[tuple[str, str, Summary]]:
-    """Every state with figures, in the order of a table: its key, the name a reader sees, and
-    where ``figure`` finds it. The baselines stand before the state after the night."""
+def measured_states(summary: Summary) -> list[tuple[str, str, Summary]]:
+    """Return every state with figures, the baselines before the state after the night.
+
+    Returns:
+        Key, name for a reader, and the block in which ``read_figure`` finds the key.
+    """
     states = [(key, label, summary) for key, label in STATES.items() if summary.get(key)]
     baselines = summary.get("baselines") or {}
     others = [
-        (key, block.get("title") or title(key), baselines)
+        (key, block.get("title") or humanize_key(key), baselines)
         for key, block in baselines.items()
-        if block and key != _PICTURED
+        if block and key != _FINE_TUNING
     ]
     last = len(states) - bool(summary.get("after"))
     return [*states[:last], *others, *states[last:]]
 
 
-def percent(rate: float, digits: int = 1) -> str:
+def format_percent(rate: float, digits: int = 1) -> str:
+    """Format a share as '97.8 %'."""
     return f"{100 * rate:.{digits}f} %"
 
 
-def short(value: float) -> str:
-    """A number in at most about six characters."""
+def format_number(value: float) -> str:
+    """Format a number in about six characters or fewer."""
     if value == 0:
         return "0"
     if not 1e-3 <= abs(value) < 1e6:
@@ -84,8 +103,8 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
-def duration(seconds: float) -> str:
-    """'0.42 s', '12.3 s', '3 min 05 s', '1 h 02 min'."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as '0.42 s', '12.3 s', '3 min 05 s' or '1 h 02 min'."""
     if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -94,55 +113,57 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def title(key: str) -> str:
-    """'self_study' -> 'Self study'."""
+def humanize_key(key: str) -> str:
+    """Turn the key 'self_study' into 'Self study'."""
     return key.replace("_", " ").capitalize()
 
 
-def headline(summary: Summary) -> str:
-    """The night in one sentence, of whatever has been measured.
+def format_headline(summary: Summary) -> str:
+    """Describe the night in one sentence, from what has been measured.
 
-    ``slept_on`` in the summary ('20 new people') says what the experience was.
+    ``slept_on`` in the summary, such as '20 new people', says what the experience was.
     """
     if not summary:
         return "This night is not finished."
     subject = f"Slept on {summary['slept_on']}" if summary.get("slept_on") else "One night"
-    parts = [_change(summary, "recall"), _change(summary, "retention")]
-    told = ", ".join(part for part in parts if part) or "no morning figures yet"
-    return f"{subject}: {told}{_verdict(summary)}."
+    parts = [_format_change(summary, "recall"), _format_change(summary, "retention")]
+    changes = ", ".join(part for part in parts if part) or "no morning figures yet"
+    return f"{subject}: {changes}{_format_verdict(summary)}."
 
 
-def comparison(summary: Summary) -> str:
-    """What the figures are to be held against, in one sentence; '' when not measured."""
+def format_comparison(summary: Summary) -> str:
+    """Describe what to compare the figures with, in one sentence; '' where it was not measured."""
     parts = []
-    if context := figure(summary, "before_with_context", "recall"):
-        parts.append(f"with the text in its prompt the same model recalls {percent(context.value)}")
-    tuned = [
-        f"{RATES[name].lower()} {percent(found.value)}"
+    if context := read_figure(summary, "before_with_context", "recall"):
+        parts.append(
+            f"with the text in its prompt the same model recalls {format_percent(context.value)}"
+        )
+    reached = [
+        f"{RATES[name].lower()} {format_percent(found.value)}"
         for name in ("recall", "retention")
-        if (found := figure(summary, "fine_tuned", name))
+        if (found := read_figure(summary, "fine_tuned", name))
     ]
-    if tuned:
-        parts.append(f"plain fine-tuning on the same experience reaches {', '.join(tuned)}")
+    if reached:
+        parts.append(f"plain fine-tuning on the same experience reaches {', '.join(reached)}")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-def _change(summary: Summary, name: str) -> str:
-    before, after = figure(summary, "before", name), figure(summary, "after", name)
+def _format_change(summary: Summary, name: str) -> str:
+    before, after = read_figure(summary, "before", name), read_figure(summary, "after", name)
     if after is None:
-        return f"{name} {percent(before.value)} before" if before else ""
+        return f"{name} {format_percent(before.value)} before" if before else ""
     if before is None:
-        return f"{name} {percent(after.value)}"
+        return f"{name} {format_percent(after.value)}"
     digits = 0 if abs(after.value - before.value) >= 0.02 else 1
-    return f"{name} {percent(before.value, digits)} → {percent(after.value, digits)}"
+    return f"{name} {format_percent(before.value, digits)} → {format_percent(after.value, digits)}"
 
 
-def _verdict(summary: Summary) -> str:
+def _format_verdict(summary: Summary) -> str:
     gate = summary.get("gate") or {}
     if "passed" not in gate:
         return ""
     if not gate["passed"]:
         return "; gate refused it, rolled back"
-    alone = gate.get("tolerance", 0.0) is None
-    return "; gate passed on the perplexity alone" if alone else "; gate passed"
+    perplexity_only = gate.get("tolerance", 0.0) is None
+    return "; gate passed on the perplexity alone" if perplexity_only else "; gate passed"

@@ -1,0 +1,120 @@
+"""The morning's figures for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from sleeprl.reporting.summary_view import (
+    RATES,
+    Figure,
+    Summary,
+    format_number,
+    measured_states,
+    read_figure,
+)
+from sleeprl.reporting.terminal import Flow
+
+_LOST_SHOWN = 5
+_LABEL_WIDTH = 16
+"""Columns that the name of a state needs; longer ones are wrapped."""
+
+
+@dataclass(frozen=True)
+class BeforeAfterTable:
+    """Rates in percent with 95 % Wilson intervals, and the perplexity, of every measured state.
+
+    An interval stands beside its rate or, on a narrow terminal, below it. No figure is cut off.
+    """
+
+    summary: Summary
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._table(" ")
+        numbers = Measurement.get(console, options.update(width=1000), table).maximum
+        labels = max(
+            (Text(label).cell_len for _, label, _ in measured_states(self.summary)), default=0
+        )
+        spare = options.max_width - (numbers - labels)
+        yield table if spare >= min(labels, _LABEL_WIDTH) else self._table("\n")
+        yield Flow.of(["95 % intervals", self._questions()], "dim italic")
+
+    def _table(self, before_interval: str) -> Table:
+        table = Table(
+            title="Before and after the night",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 0, 0, 1),
+        )
+        table.add_column("", overflow="fold")
+        for name in [*(f"{name} %" for name in RATES.values()), "Perplexity"]:
+            table.add_column(name, justify="right", no_wrap=True)
+        for state, label, block in measured_states(self.summary):
+            rates = [_rate(read_figure(block, state, name), before_interval) for name in RATES]
+            perplexity = read_figure(block, state, "perplexity")
+            cells = [*rates, format_number(perplexity.value) if perplexity else "-"]
+            style = "bold" if state == "after" else ""
+            table.add_row(Text(label), *cells, style=style)
+        return table
+
+    def _questions(self) -> str:
+        """Return how many questions were asked of the last state, by rate."""
+        states = measured_states(self.summary)
+        if not states:
+            return ""
+        state, _, block = states[-1]
+        asked = {title: read_figure(block, state, name) for name, title in RATES.items()}
+        counts = [
+            f"{title.lower()} {found.n}" for title, found in asked.items() if found and found.n
+        ]
+        return f"questions: {', '.join(counts)}" if counts else ""
+
+
+def night_result(summary: Summary, run_dir: Path, generations: Path) -> RenderableType:
+    """Return what a night prints at its end: figures, report, and generation or what was lost.
+
+    Args:
+        summary: The run's ``summary.json``.
+        run_dir: Directory of the run.
+        generations: Directory of the generations.
+    """
+    parts: list[RenderableType] = [
+        BeforeAfterTable(summary),
+        Text(),
+        Text(f"Report: {run_dir / 'report.html'}", overflow="fold"),
+    ]
+    if summary["generation"]:
+        parts.append(Text(f"Generation: {generations / summary['generation']}", overflow="fold"))
+        return Group(*parts)
+    return Group(*parts, *_refusal(summary["gate"]))
+
+
+def _refusal(gate: Mapping[str, Any]) -> list[Text]:
+    lines = [Text(f"No generation: {gate['refused']}")]
+    lost = gate["forgotten"]
+    lines += [
+        Text(f"  lost: {each['question']} {each['before']} → {each['after']}")
+        for each in lost[:_LOST_SHOWN]
+    ]
+    if lost:
+        lines.append(Text(f"All {len(lost)} of what was lost: the report"))
+    return lines
+
+
+def _rate(found: Figure | None, before_interval: str) -> str:
+    if found is None:
+        return "-"
+    value = f"{100 * found.value:.0f}"
+    if found.interval is None:
+        return value
+    low, high = found.interval
+    return f"{value}{before_interval}({100 * low:.0f}-{100 * high:.0f})"

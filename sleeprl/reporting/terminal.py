@@ -1,0 +1,80 @@
+"""What every command prints with: the console, and pieces that stay whole on narrow terminals.
+
+Texts of users and models are data. Everything here takes them as ``Text`` or plain ``str`` without
+markup, so a run named ``[red]`` is printed as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+GAP = "  "
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Create the console of a command.
+
+    It draws live displays only where a person can watch one: on a terminal that moves its cursor,
+    and not in a CI job. Rich leaves out escape codes where the output is no terminal, unless
+    FORCE_COLOR asks for them; a live display would be unreadable there even so.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    watched = stream.isatty() and os.environ.get("CI", "").lower() in ("", "0", "false")
+    return Console(stderr=stderr, force_interactive=None if watched else False)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Items on as many lines as they need. A line breaks between items, not inside one.
+
+    Where lines must not wrap, as in a file, all items stand on one line.
+    """
+
+    items: Sequence[Text]
+
+    @classmethod
+    def of(cls, items: Iterable[str | Text], style: str = "") -> Flow:
+        """Take the items that are not empty; ``style`` is for those without a style of their own."""
+        texts = (item if isinstance(item, Text) else Text(item, style) for item in items)
+        return cls([text for text in texts if text.plain])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        lines: list[Text] = []
+        for item in self.items:
+            fits = lines and lines[-1].cell_len + len(GAP) + item.cell_len <= width
+            if lines and (fits or options.no_wrap):
+                lines[-1] = Text.assemble(lines[-1], GAP, item)
+            else:
+                lines.append(item.copy())
+        for line in lines:
+            line.overflow = None if options.no_wrap else "fold"
+            yield line
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        if not self.items:
+            return Measurement(0, 0)
+        words = (word for item in self.items for word in item.plain.split())
+        least = max((cell_len(word) for word in words), default=0)
+        most = sum(item.cell_len for item in self.items) + len(GAP) * (len(self.items) - 1)
+        return Measurement(min(least, options.max_width), min(most, options.max_width))
+
+
+def plan_panel(lines: Iterable[tuple[str, str]]) -> Panel:
+    """Return the plan of a night: names on the left, what they stand for on the right."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in lines:
+        table.add_row(Text(name), Text(text))
+    return Panel(table, title="plan", expand=False)
