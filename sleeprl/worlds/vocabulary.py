@@ -2,7 +2,7 @@
 
 No value is a word of another list and no value contains another one, so that
 an answer can be graded, and a sentence parsed, by the value alone
-(``tests/test_worlds.py`` keeps it so).
+(``tests/unit/worlds/test_worlds.py`` keeps it so).
 """
 
 from __future__ import annotations
