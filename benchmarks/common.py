@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 
 from sleeprl.evaluation.statistics import interval
-from sleeprl.night.gate import environment
 from sleeprl.utils.files import write_json_atomic
+from sleeprl.utils.machine import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -63,7 +63,7 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
 
 def save(name: str, result: dict[str, Any], output: Path | None = None) -> None:
     """``NAME.json`` in ``benchmarks/results``, or in ``output``, with command, machine, versions."""
-    whole = {"command": command(), **result, "environment": environment()}
+    whole = {"command": command(), **result, "environment": describe_environment()}
     write_json_atomic((output or RESULTS) / f"{name}.json", whole)
 
 

@@ -47,11 +47,11 @@ from sleeprl.cluster.runtime import cluster
 from sleeprl.config import loader as cfg
 from sleeprl.config.schema import NightConfig
 from sleeprl.consolidation.methods import METHODS, PASSAGE, REPLAY
-from sleeprl.consolidation.ray_job import budgeted
+from sleeprl.consolidation.ray_job import limit_to_budget
 from sleeprl.consolidation.train_loop import Job, learn
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import to_batch
-from sleeprl.evaluation.measure import ask, perplexity
+from sleeprl.evaluation.measure import ask, measure_perplexity
 from sleeprl.evaluation.questions import Question, grade
 from sleeprl.evaluation.statistics import trade_off
 from sleeprl.memory.checkpoint import EXPERT, WEIGHTS, all_tensors, mlp_tensors
@@ -59,15 +59,15 @@ from sleeprl.memory.growth import growth_named, update
 from sleeprl.memory.slots import Slots
 from sleeprl.memory.transfer import Transfer
 from sleeprl.models.resolve import find_model
-from sleeprl.night.gate import environment
-from sleeprl.night.model_stages import learner_options
+from sleeprl.night.model_stages import build_trainer_options
 from sleeprl.night.schedule import new_slots, steps_of
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
-from sleeprl.self_study import question_bank as notebook
+from sleeprl.self_study import question_bank
 from sleeprl.self_study.study import Study, study, write_rehearsal
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.utils.files import atomic_directory, locked, write_json_atomic
+from sleeprl.utils.machine import describe_environment
 from sleeprl.worlds import people as world
 
 TUNING = RESULTS / "continual-tuning.json"
@@ -199,7 +199,7 @@ def chain(
             learnt |= {"seconds": time.perf_counter() - began, "parameters": parameters(after)}
         seen = examine(lab, lived, night, with_context=method == IN_CONTEXT)
         record["nights"].append({**seen, **learnt})
-        record["environment"] = environment()
+        record["environment"] = describe_environment()
         write_json_atomic(place, record)
         shutil.rmtree(before, ignore_errors=True)
         line = f"recall so far {fmean(seen['recall']):.1%}, retention {seen['retention']:.1%}"
@@ -221,17 +221,17 @@ def learn_day(
     scratch = after.with_name("scratch")
     shutil.rmtree(scratch, ignore_errors=True)
     steps = transfers(config, before, night) if METHODS[method].grows else [None]
-    kept = notebook.load(before)
+    kept = question_bank.load(before)
     told = {"tokens": 0, "steps": 0}
     for number, step in enumerate(steps):
         if reads == (PASSAGE,):
             written = Study([])
         elif step is None or step.teacher_has_context:
-            written = study(lab.fleet, chat, documents, wanted, seed, longest, notebook=kept)
-            kept = written.notebook
+            written = study(lab.fleet, chat, documents, wanted, seed, longest, question_bank=kept)
+            kept = written.question_bank
         else:
             written = write_rehearsal(
-                lab.fleet, chat, wanted, seed + number, longest, notebook=kept
+                lab.fleet, chat, wanted, seed + number, longest, question_bank=kept
             )
         place = scratch / str(number)
         Lake(place / "lake").append(to_batch(written.trajectories), "trajectories")
@@ -239,7 +239,8 @@ def learn_day(
         job = Job(
             method=method,
             learner=replace(
-                learner_options(config, before, step, "float32", rate, seeding.steps), seed=seed
+                build_trainer_options(config, before, step, "float32", rate, seeding.steps),
+                seed=seed,
             ),
             config=seeding,
             fixed=config.fixed_capacity,
@@ -252,7 +253,7 @@ def learn_day(
         )
         shell = InProcess()
         tokens = TOKENS if lab.variant in WHOLE else TOKENS // len(steps)
-        learn(budgeted(job, tokens), lab.fleet.group.actors, shell)
+        learn(limit_to_budget(job, tokens), lab.fleet.group.actors, shell)
         gc.collect()
         lab.fleet.version = shell.end["version"]
         told = {name: told[name] + shell.end[key] for name, key in TOLD.items()}
@@ -266,7 +267,7 @@ def learn_day(
                 shutil.copytree(before, directory, dirs_exist_ok=True)
                 tensors = {**load_file(before / WEIGHTS), **load_file(place / WEIGHTS)}
                 save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-            notebook.save(kept, directory)
+            question_bank.save(kept, directory)
         before = target
     shutil.rmtree(scratch)
     return told
@@ -320,9 +321,9 @@ def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[st
         "two_hop": [share("two_hop", day) for day in past],
         "reading": fmean(grade(read, asked)),
         "retention": share("retention", old),
-        "perplexity": perplexity(lab.fleet, lab.chat, lived.texts, lab.config.model.max_length - 1)[
-            0
-        ],
+        "perplexity": measure_perplexity(
+            lab.fleet, lab.chat, lived.texts, lab.config.model.max_length - 1
+        )[0],
     }
 
 

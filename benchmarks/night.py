@@ -28,11 +28,13 @@ from rich.table import Table
 from sleeprl.cluster.runtime import cluster
 from sleeprl.config import loader as cfg
 from sleeprl.evaluation.statistics import interval, paired, trade_off
-from sleeprl.night.gate import environment
-from sleeprl.night.orchestrator import Night, phases, run_night
+from sleeprl.night.context import Night
+from sleeprl.night.orchestrator import run_evening, run_night
+from sleeprl.night.phases import phases_of, rows_of, run_baseline
 from sleeprl.night.run_dir import RunDirectory
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.utils.files import write_json_atomic
+from sleeprl.utils.machine import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 LEARNERS = ("fine_tuning_pairs", "replay")
@@ -92,7 +94,7 @@ def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict
         "gate_passed": sum(s["gate"]["passed"] for s in summaries),
         "wall_seconds": interval([s["wall_seconds"] for s in summaries]),
         "nights": summaries,
-        "environment": environment(),
+        "environment": describe_environment(),
     }
 
 
@@ -111,19 +113,18 @@ def tune_baseline(
             ]
             small = ["self_study.pairs_per_document=2", "self_study.facts_per_document=0"]
             config = cfg.load(None, [*words, *places, *small])
-            with NightProgress(phases(config)) as progress, cluster(config.resources):
+            with NightProgress(rows_of(phases_of(config))) as progress, cluster(config.resources):
                 night = Night(RunDirectory(config, progress))
-                night.evening()
+                run_evening(night)
                 results = night.run.state["results"]
                 results["consolidation"] = {"tokens": tokens}
                 for rate in rates:
                     config.fixed_capacity.learning_rate = rate
-                    figures = night.baseline("fine_tuning")["figures"]
+                    figures = run_baseline(night, "fine_tuning")["figures"]
                     before = results["before"]["before"]
                     rows.append({"seed": seed, "rate": rate, **figures, "before": before})
                     rows[-1]["trade_off"] = traded(figures, before)
-                assert night.fleet is not None
-                night.fleet.shutdown()
+                night.stop_engines()
     means = {rate: fmean(r["trade_off"] for r in rows if r["rate"] == rate) for rate in rates}
     best = max(means, key=means.__getitem__)
     return {

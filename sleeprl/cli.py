@@ -193,9 +193,10 @@ def replay(
     [bold]sleeprl replay runs/night[/]                   the learner alone, on the recorded dreams
     [bold]sleeprl replay runs/night --engines-only[/]    the engines alone, on the recorded tasks
     """
-    from sleeprl.night.replay import replay as again
+    from sleeprl.night.replay import replay as replay_run
 
-    console.print(again(run, engines_only=engines_only), highlight=False, markup=False)
+    found = replay_run(run, engines_only=engines_only)
+    console.print(found.describe(), highlight=False, markup=False)
 
 
 Root = Annotated[
@@ -288,6 +289,7 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
 
 def _look(settings: NightConfig) -> None:
     """Read what a night would: the inputs, the questions, the model. Nothing is fetched."""
+    from sleeprl.evaluation.metrics import metrics_of
     from sleeprl.evaluation.questions import read_questions
     from sleeprl.models.resolve import check_model, local_model
     from sleeprl.wake.ingest import read_experience
@@ -297,7 +299,8 @@ def _look(settings: NightConfig) -> None:
     if inputs and "-" not in inputs and not sum(1 for _ in read_experience(inputs)):
         raise ConfigError(f"wake.inputs={inputs} hold no experience; there is nothing to sleep on")
     if settings.evaluation.questions is not None:
-        read_questions(Path(settings.evaluation.questions))
+        kinds = [metric.key for metric in metrics_of(settings)]
+        read_questions(Path(settings.evaluation.questions), kinds)
     if model is not None:
         check_model(settings, model)
 

@@ -43,6 +43,8 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "ppo": "sleeprl.algorithms.ppo.PPO",
         "rest_em": "sleeprl.algorithms.rest_em.RestEM",
     },
+    "metric": {},
+    "phase": {},
     "growth": {
         "gated_mlp": "sleeprl.memory.growth.GatedMLPGrowth",
         "low_rank": "sleeprl.memory.low_rank.LowRankGrowth",

@@ -30,10 +30,11 @@ from sleeprl.cluster.runtime import cluster
 from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.config.validation import check_plugins
-from sleeprl.evaluation.questions import Day
 from sleeprl.models.catalogue import CATALOGUE
 from sleeprl.models.resolve import check_model, find_model
-from sleeprl.night.orchestrator import PHASES, Night
+from sleeprl.night.context import Night
+from sleeprl.night.orchestrator import run_evening
+from sleeprl.night.phases import PHASES, rows_of, run_transfer
 from sleeprl.night.run_dir import CONFIG, STATE, RunDirectory
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.rollout.engine_pool import EnginePool
@@ -101,7 +102,7 @@ def refuse_other(config: NightConfig, described: dict[str, Any]) -> None:
 
 
 def quiet() -> NightProgress:
-    return NightProgress(PHASES, Console(file=open(os.devnull, "w")))
+    return NightProgress(rows_of(PHASES), Console(file=open(os.devnull, "w")))
 
 
 def trial(
@@ -117,8 +118,7 @@ def trial(
             target.symlink_to(source)
         else:
             shutil.copy(source, target)
-    night = Night(RunDirectory(config, quiet()))
-    night.attach(Day.load(config.run_dir / "day.json"), fleet)
+    night = Night(RunDirectory(config, quiet()), engines=fleet)
     before = night.run.result("before")["before"]
 
     def report(step: int) -> None:
@@ -127,7 +127,7 @@ def trial(
             value = score(figures, before, config.gate.max_retention_drop)
             tune.report({"score": value, "step": step, **figures})
 
-    night.transfer(0, report)
+    run_transfer(night, 0, report)
 
 
 def search(path: Path, words: list[str], console: Console) -> Path:
@@ -147,18 +147,18 @@ def search(path: Path, words: list[str], console: Console) -> Path:
     # The driver of a trial only waits; it gets a core of its own that is not there.
     cores = config.resources.cpus or available_cpus()
     config.resources.cpus = cores + 1
-    with NightProgress(PHASES, console) as progress:
+    with NightProgress(rows_of(PHASES), console) as progress:
         run = RunDirectory(config, progress)
         with cluster(config.resources, state_api=True):
             night = Night(run)
-            night.evening()
+            run_evening(night)
             results = tune.Tuner(
                 tune.with_resources(
                     tune.with_parameters(
                         trial,
                         settings=cfg.to_dict(config),
                         evening=str(run.dir.resolve()),
-                        fleet=night.fleet,
+                        fleet=night.engines,
                         every=int(spec["report_every"]),
                     ),
                     {"CPU": 1},
@@ -182,8 +182,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
                     name="search", storage_path=str((run.dir / "tune").resolve()), verbose=0
                 ),
             ).fit()
-            assert night.fleet is not None
-            night.fleet.shutdown()
+            night.stop_engines()
         run.close()
     rows = [{"config": r.config, **(r.metrics or {})} for r in results]
     write_json_atomic(run.dir / "trials.json", rows)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.util import placement_group as ray_placement_group
+from ray.util.placement_group import placement_group
+from ray.util.placement_group import remove_placement_group as ray_remove_placement_group
 
 from sleeprl.cluster.waits import WAITS, Watchdog, to_stderr
 from sleeprl.config.schema import ConfigError, ResourcesConfig
@@ -72,6 +73,23 @@ def _asks_its_own_ray() -> None:
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
+def _start_ray(resources: ResourcesConfig, state_api: bool) -> None:
+    """Start a local Ray, or join the cluster at ``resources.address``."""
+    if resources.address is not None:
+        ray.init(address=resources.address, log_to_driver=False, logging_level="error")
+        return
+    # Threads that spin while they wait would take the core from whoever has work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ray.init(
+        address="local",  # also where RAY_ADDRESS names a cluster: joining one is asked for
+        num_cpus=resources.cpus or available_cpus(),
+        include_dashboard=state_api,
+        log_to_driver=False,
+        logging_level="error",
+        runtime_env={"worker_process_setup_hook": _asks_its_own_ray} if state_api else None,
+    )
+
+
 @contextmanager
 def cluster(
     resources: ResourcesConfig,
@@ -88,19 +106,8 @@ def cluster(
     Raises ResourceError where a local one would lack GPUs, or nodes have no room for the learner.
     """
     require_gpus(resources)
-    if resources.address is None:
-        # Threads that spin while they wait would take the core from whoever has work.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        ray.init(
-            address="local",  # also where RAY_ADDRESS names a cluster: joining one is asked for
-            num_cpus=resources.cpus or available_cpus(),
-            include_dashboard=state_api,
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env={"worker_process_setup_hook": _asks_its_own_ray} if state_api else None,
-        )
-    else:
-        ray.init(address=resources.address, log_to_driver=False, logging_level="error")
+    with WAITS.on("Ray", what="ray.init", kind="start"):
+        _start_ray(resources, state_api)
     try:
         require_learners(resources)
         with Watchdog(WAITS, resources.stall_seconds, on_stall):
@@ -120,11 +127,11 @@ def create_placement_group(
     needs = {name: float(n) for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
     if not needs or not count:
         return None
-    group = ray_placement_group.placement_group([needs] * count, strategy=strategy)
+    group = placement_group([needs] * count, strategy=strategy)
     if group.wait(patience):
         return group
     free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
-    ray_placement_group.remove_placement_group(group)
+    ray_remove_placement_group(group)
     raise ResourceError(
         f"no room within {patience:.0f} s for {count} engine(s) of {needs} each ({strategy}): free are "
         f"{free}; lower resources.engines, engine_cpus or engine_gpus, or add machines"
@@ -134,4 +141,4 @@ def create_placement_group(
 def remove_placement_group(group: Any | None) -> None:
     """Give back what ``create_placement_group`` reserved. Actors that are still there are killed."""
     if group is not None:
-        ray_placement_group.remove_placement_group(group)
+        ray_remove_placement_group(group)

@@ -81,6 +81,7 @@ class Waits:
         self._looked: set[Wait] = set()
         self._settled_at: dict[str, float] = {}
         self._idle: dict[str, dict[WaitKind, float]] = defaultdict(lambda: defaultdict(float))
+        self._totals: dict[WaitKind, float] = defaultdict(float)
 
     @contextmanager
     def on(
@@ -145,6 +146,13 @@ class Waits:
                 self._settle(waiter)
             return {waiter: {str(k): s for k, s in of.items()} for waiter, of in self._idle.items()}
 
+    def total(self, kind: WaitKind) -> float:
+        """Idle seconds of one kind so far, of all waiters together, whatever ``lap`` has told."""
+        with self._lock:
+            for waiter in self._open:
+                self._settle(waiter)
+            return self._totals[kind]
+
     def lap(self) -> dict[str, dict[str, float]]:
         """Idle seconds since the last lap, as ``idle`` tells them, which then begins anew."""
         found = self.idle()
@@ -156,7 +164,9 @@ class Waits:
         """Credit the time since the last call to the oldest open wait; returns now (s)."""
         now = self.clock()
         if self._open[waiter]:
-            self._idle[waiter][self._open[waiter][0].kind] += now - self._settled_at[waiter]
+            kind, passed = self._open[waiter][0].kind, now - self._settled_at[waiter]
+            self._idle[waiter][kind] += passed
+            self._totals[kind] += passed
         self._settled_at[waiter] = now
         return now
 

@@ -89,6 +89,9 @@ class EvaluationConfig:
     """JSONL of ``{question, answer, kind?, experience?}`` about ``wake.inputs``. kind: ``recall`` (if
     none is given), ``two_hop``, or ``retention`` of what was known before. experience: the document
     that answers the question, for the self that may read it."""
+    metrics: list[str] = field(default_factory=list)
+    """Metrics of the headline table beside the built-in ones: dotted paths of functions that return a
+    ``Metric``."""
     retention_questions: int = 300
     """How many questions on what was known before the night are asked."""
     perplexity_texts: int = 100
@@ -415,6 +418,8 @@ class NightConfig:
     consolidation: ConsolidationConfig = field(default_factory=ConsolidationConfig)
     baselines: list[str] = field(default_factory=lambda: ["fine_tuning"])
     """Methods to train and measure beside Sleep, on the same day and as many tokens."""
+    phases: list[str] = field(default_factory=list)
+    """Phases of the night beside the built-in ones: dotted paths of functions that return a ``Phase``."""
     fixed_capacity: FixedCapacityConfig = field(default_factory=FixedCapacityConfig)
     dreaming: DreamingConfig = field(default_factory=DreamingConfig)
     gate: GateConfig = field(default_factory=GateConfig)

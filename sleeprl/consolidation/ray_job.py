@@ -29,7 +29,7 @@ from sleeprl.trainer.teacher import launch_teachers
 OnMetrics = Callable[[dict[str, Any]], None]
 
 
-def budgeted(job: Job, tokens: int) -> Job:
+def limit_to_budget(job: Job, tokens: int) -> Job:
     """The same job for as many trained tokens: it gets the steps that its method needs for them,
     and stops at the budget where its texts turn out longer."""
     steps = max(1, math.ceil(tokens / feed(job).tokens_per_step()))

@@ -23,7 +23,9 @@ from sleeprl.utils.files import atomic_path
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
-SCHEMAS = {"trajectories": TRAJECTORY_SCHEMA, "experience": EXPERIENCE_SCHEMA}
+TRAJECTORIES, EXPERIENCE = "trajectories", "experience"
+"""The kinds of tables."""
+SCHEMAS = {TRAJECTORIES: TRAJECTORY_SCHEMA, EXPERIENCE: EXPERIENCE_SCHEMA}
 
 
 class LakeError(ValueError):

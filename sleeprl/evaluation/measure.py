@@ -1,199 +1,284 @@
-"""The four figures of a model in one state, measured on the engine."""
+"""What a model knows in one state, asked of the engines that hold it."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sleeprl.config.schema import EvaluationConfig
-from sleeprl.data.lake import Lake
+from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import Trajectory, to_batch
 from sleeprl.evaluation.questions import (
-    KINDS,
+    RETENTION,
     Day,
     Question,
+    extract_answer,
     first_sentence,
     grade,
     is_whole,
-    told_by,
 )
+from sleeprl.evaluation.statistics import perplexity
 from sleeprl.rollout.engine import Completion, SamplingParams
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_FACT, with_experience
 from sleeprl.utils.files import write_text_atomic
 
+SAMPLED = 0.5
+"""Temperature at which it is asked whether a model says the same each time."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The figures of one state, and every answer that they rest on."""
+
+    figures: dict[str, Any]
+    """The share of right answers by metric, None where nothing was asked; ``perplexity`` of the held-out
+    texts; and below ``n`` the number of questions, and of tokens."""
+    questions: list[Question]
+    prompts: list[list[int]]
+    completions: list[Completion]
+    answers: list[str]
+    right: list[bool]
+
+    def save(self, path: Path, lake: Lake) -> None:
+        """Write every answer as one JSON line, and append it to the lake as a trajectory, whose reward
+        is 1 where it is right."""
+        if self.completions:
+            lake.append(to_batch(self._trajectories(path.stem)), TRAJECTORIES)
+        rows = [
+            {"kind": q.kind, "question": q.question, "gold": q.answer, "answer": a, "right": ok}
+            for q, a, ok in zip(self.questions, self.answers, self.right, strict=True)
+        ]
+        path.parent.mkdir(exist_ok=True)
+        write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _trajectories(self, state: str) -> list[Trajectory]:
+        whole = zip(self.questions, self.prompts, self.completions, self.right, strict=True)
+        return [
+            Trajectory(
+                uid=f"eval-{state}-{number}",
+                task_id=f"{state}-{question.kind}",
+                attempt=0,
+                purpose="eval",
+                prompt_ids=prompt,
+                response_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                versions=completion.versions,
+                finish_reason=completion.finish_reason,
+                reward=float(right),
+                meta=json.dumps({"gold": question.answer}),
+            )
+            for number, (question, prompt, completion, right) in enumerate(whole)
+        ]
+
+
+def measure(
+    engines: EnginePool,
+    chat: ChatFormatter,
+    day: Day,
+    metrics: Sequence[str],
+    *,
+    with_context: bool,
+    max_tokens: int,
+    max_length: int,
+) -> Measurement:
+    """Ask the engines all questions of the day, and measure the perplexity of its held-out texts.
+
+    Seven parameters: three say what is asked of whom, four how.
+
+    Args:
+        engines: They hold the model.
+        chat: Its chat format.
+        day: The questions and the texts.
+        metrics: Keys of the metrics, in the order of the figures.
+        with_context: Whether the document of a question stands before it.
+        max_tokens: The longest answer.
+        max_length: The longest sequence the engines take, in tokens.
+    """
+    prompts = build_prompts(chat, day.probes, with_context)
+    completions = engines.generate(prompts, [SamplingParams(max_tokens, 0.0)] * len(prompts))
+    answers = [chat.decode(completion.token_ids) for completion in completions]
+    right = grade(answers, day.probes)
+    figures: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    for key in metrics:
+        marks = [ok for ok, q in zip(right, day.probes, strict=True) if q.kind == key]
+        figures[key] = sum(marks) / len(marks) if marks else None
+        counts[key] = len(marks)
+    figures["perplexity"], counts["perplexity"] = measure_perplexity(
+        engines, chat, day.texts, max_length - 1, day.answering
+    )
+    figures["n"] = counts
+    return Measurement(figures, day.probes, prompts, completions, answers, right)
+
 
 def ask(
-    fleet: EnginePool,
+    engines: EnginePool,
     chat: ChatFormatter,
-    probes: Sequence[Question],
+    questions: Sequence[Question],
     *,
     with_context: bool,
     max_tokens: int,
     seed: int | None = None,
 ) -> list[str]:
-    """Greedy answers, or with a seed those of temperature 0.5. With context, the probe's document
-    stands before its question."""
-    prompts, heat = prompts_of(chat, probes, with_context), 0.0 if seed is None else 0.5
-    sampling = [SamplingParams(max_tokens, heat, seed)] * len(prompts)
-    return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
+    """Return an answer to each question.
+
+    Args:
+        engines: They hold the model.
+        chat: Its chat format.
+        questions: What is asked.
+        with_context: Whether the document of a question stands before it.
+        max_tokens: The longest answer.
+        seed: Of answers that are sampled; None answers greedily.
+    """
+    prompts = build_prompts(chat, questions, with_context)
+    sampling = SamplingParams(max_tokens, 0.0 if seed is None else SAMPLED, seed)
+    completions = engines.generate(prompts, [sampling] * len(prompts))
+    return [chat.decode(completion.token_ids) for completion in completions]
 
 
-def prompts_of(
-    chat: ChatFormatter, probes: Sequence[Question], with_context: bool
+def build_prompts(
+    chat: ChatFormatter, questions: Sequence[Question], with_context: bool
 ) -> list[list[int]]:
+    """Return the token ids of each question as a prompt, if wanted behind its document."""
     return [
         chat.prompt(
-            with_experience(p.experience, p.question)
-            if with_context and p.experience
-            else p.question
+            with_experience(q.experience, q.question)
+            if with_context and q.experience
+            else q.question
         )
-        for p in probes
+        for q in questions
     ]
 
 
-def perplexity(
-    fleet: EnginePool, chat: ChatFormatter, texts: Sequence[str], longest: int, answering: str = ""
+def measure_perplexity(
+    engines: EnginePool,
+    chat: ChatFormatter,
+    texts: Sequence[str],
+    longest: int,
+    answering: str = "",
 ) -> tuple[float | None, int]:
-    """Per token over all texts, and the number of tokens.
+    """Measure the perplexity per token over all texts.
 
-    answering: the message that they are answers to, which is no part of it. With it a text is cut
-    to ``longest`` tokens; a chat model has hardly seen a text that stands alone.
+    Args:
+        engines: They hold the model.
+        chat: Its chat format.
+        texts: What is read.
+        longest: Where a text is cut off, in tokens, with the message before it.
+        answering: The message that the texts answer, which does not count itself: a chat model has
+            hardly seen a text that stands alone.
+
+    Returns:
+        The perplexity, None where no token could be scored, and the number of tokens.
     """
     prompt = chat.prompt(answering) if answering else []
-    start = max(0, len(prompt) - 1)  # the first token of all is given nothing to go by
+    start = max(0, len(prompt) - 1)  # the first token of all has nothing before it
     sequences = [[*prompt, *chat.text(text)][:longest] for text in texts]
     sequences = [ids for ids in sequences if len(ids) > start + 1]
     if not sequences:
         return None, 0
-    logprobs = [value for values in fleet.logprobs(sequences) for value in values[start:]]
-    return math.exp(-sum(logprobs) / len(logprobs)), len(logprobs)
+    logprobs = [value for values in engines.logprobs(sequences) for value in values[start:]]
+    return perplexity(-sum(logprobs), len(logprobs)), len(logprobs)
 
 
-def measure(
-    fleet: EnginePool, chat: ChatFormatter, day: Day, *, with_context: bool, max_tokens: int, max_length: int,
-    record: Path | None = None, lake: Lake | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """``recall``, ``two_hop``, ``retention`` (shares), ``perplexity``, and ``n`` of each.
+def list_forgotten(before: Path, after: Path) -> list[dict[str, str]]:
+    """List old knowledge that is lost: what ``before`` has right and ``after`` does not.
 
-    record: where every answer is written, one JSON line for each probe, in their order. lake: to
-    which they are then appended, as trajectories with its name; a right one has the reward 1.
+    Args:
+        before, after: Files of ``Measurement.save``.
+
+    Returns:
+        ``question``, and the answers ``before`` and ``after``, in their order.
     """
-    probes = day.probes
-    prompts = prompts_of(chat, probes, with_context)
-    wrote = fleet.generate(prompts, [SamplingParams(max_tokens, 0.0)] * len(prompts))
-    answers = [chat.decode(completion.token_ids) for completion in wrote]
-    right = grade(answers, probes)
-    if record is not None:
-        if lake is not None and wrote:
-            whole = enumerate(zip(probes, prompts, wrote, right, strict=True))
-            answered = [_trajectory(record.stem, number, *each) for number, each in whole]
-            lake.append(to_batch(answered), "trajectories")
-        rows = [
-            {"kind": p.kind, "question": p.question, "gold": p.answer, "answer": a, "right": ok}
-            for p, a, ok in zip(probes, answers, right, strict=True)
-        ]
-        record.parent.mkdir(exist_ok=True)
-        write_text_atomic(record, "".join(json.dumps(row) + "\n" for row in rows))
-    figures: dict[str, Any] = {}
-    counts: dict[str, int] = {}
-    for kind in KINDS:
-        marks = [ok for ok, probe in zip(right, probes, strict=True) if probe.kind == kind]
-        figures[kind] = sum(marks) / len(marks) if marks else None
-        counts[kind] = len(marks)
-    figures["perplexity"], counts["perplexity"] = perplexity(
-        fleet, chat, day.texts, max_length - 1, day.answering
-    )
-    return {**figures, "n": counts}
-
-
-def _trajectory(
-    state: str, number: int, probe: Question, prompt: list[int], wrote: Completion, right: bool
-) -> Trajectory:
-    return Trajectory(
-        uid=f"eval-{state}-{number}",
-        task_id=f"{state}-{probe.kind}",
-        attempt=0,
-        purpose="eval",
-        prompt_ids=prompt,
-        response_ids=wrote.token_ids,
-        logprobs=wrote.logprobs,
-        versions=wrote.versions,
-        finish_reason=wrote.finish_reason,
-        reward=float(right),
-        meta=json.dumps({"gold": probe.answer}),
-    )
-
-
-def forgotten(before: Path, after: Path) -> list[dict[str, str]]:
-    """Old knowledge that is lost: what ``before`` has right and ``after`` does not.
-
-    Both are records of ``measure``. Returns question, before and after, in their order.
-    """
-    told = [
+    rows = [
         [json.loads(line) for line in path.read_text().splitlines()] for path in (before, after)
     ]
     return [
         {"question": old["question"], "before": old["answer"], "after": new["answer"]}
-        for old, new in zip(*told, strict=True)
-        if old["kind"] == "retention" and old["right"] and not new["right"]
+        for old, new in zip(*rows, strict=True)
+        if old["kind"] == RETENTION and old["right"] and not new["right"]
     ]
 
 
-def own_retention(
+def ask_own_questions(
     day: Day,
     questions: Sequence[str],
-    fleet: EnginePool,
+    engines: EnginePool,
     chat: ChatFormatter,
     config: EvaluationConfig,
 ) -> Day:
-    """The day with a retention probe that needs no labels, in the place of one that it had.
+    """Return the day with questions on retention that need no labels, in the place of its own.
 
-    questions: what the smaller self asked freely, none of it trained on. It answers them again,
-    greedily, and twice with chance; what it says each time, in its first sentence and beside what
-    the question says, is what it knows, and is asked in the morning.
+    The smaller self answers what it asked freely, greedily and twice sampled. What it says each time,
+    in its first sentence and beside what the question says, is what it knows.
+
+    Args:
+        day: Its other questions stay.
+        questions: What the smaller self asked freely; nothing is trained on them.
+        engines: They hold the smaller self.
+        chat: Its chat format.
+        config: How many questions there may be, and how long an answer.
     """
-    asked = [Question(q, "", "retention") for q in dict.fromkeys(questions)][
+    drafts = [Question(q, "", RETENTION) for q in dict.fromkeys(questions)][
         : config.retention_questions
     ]
-    greedy, *others = (
-        ask(fleet, chat, asked, with_context=False, max_tokens=config.max_tokens, seed=seed)
+    greedy, *sampled = (
+        ask(engines, chat, drafts, with_context=False, max_tokens=config.max_tokens, seed=seed)
         for seed in (None, 1, 2)
     )
     golds = [first_sentence(answer) for answer in greedy]
     # Cut off in the middle of its sentence an answer is none.
     cut = [len(chat.text(gold)) >= config.max_tokens - 1 and not is_whole(gold) for gold in golds]
-    probes = [
-        Question(p.question, "" if ends else told_by(gold, p.question), p.kind)
-        for p, gold, ends in zip(asked, golds, cut, strict=True)
+    labelled = [
+        replace(q, answer="" if ends else extract_answer(gold, q.question))
+        for q, gold, ends in zip(drafts, golds, cut, strict=True)
     ]
-    sure = [all(marks) for marks in zip(*(grade(other, probes) for other in others), strict=True)]
-    probes = [probe for probe, kept in zip(probes, sure, strict=True) if kept]
-    told = [probe for probe in day.probes if probe.kind != "retention"]
-    return replace(day, probes=[*told, *probes])
+    sure = [all(marks) for marks in zip(*(grade(each, labelled) for each in sampled), strict=True)]
+    known = [question for question, same in zip(labelled, sure, strict=True) if same]
+    others = [question for question in day.probes if question.kind != RETENTION]
+    return replace(day, probes=[*others, *known])
 
 
-def own_texts(
+def write_own_texts(
     day: Day,
     stated: Sequence[str],
-    fleet: EnginePool,
+    engines: EnginePool,
     chat: ChatFormatter,
     config: EvaluationConfig,
 ) -> Day:
-    """The day with texts for the perplexity, in the place of those that it had.
+    """Return the day with texts for the perplexity that the smaller self wrote, in the place of its own.
 
-    stated: facts that the smaller self stated freely, none of them trained on. Where they are too
-    few it writes more, as long as an answer and as they come, for of a weak writer little is
-    whole. At temperature 1 the rise of log perplexity over the night estimates how many nats per
-    token the larger self is away from the smaller one (forward KL).
+    Where those it stated are too few it writes more, as long as an answer, whole or not: of a weak
+    writer little is whole. At temperature 1 the rise of log perplexity over the night estimates how
+    many nats per token the larger self is away from the smaller one (forward KL).
+
+    Args:
+        day: Its questions stay.
+        stated: Facts that the smaller self stated freely; nothing is trained on them.
+        engines: They hold the smaller self.
+        chat: Its chat format.
+        config: How many texts there must be.
     """
     missing = max(0, config.perplexity_texts - len(stated))
     sampling = [SamplingParams(config.max_tokens, 1.0, seed) for seed in range(missing)]
-    written = fleet.generate([chat.prompt(FREE_FACT)] * missing, sampling)
+    written = engines.generate([chat.prompt(FREE_FACT)] * missing, sampling)
     more = [text for c in written if (text := chat.decode(c.token_ids))]
     return replace(day, texts=[*stated, *more][: config.perplexity_texts], answering=FREE_FACT)
+
+
+def describe_figures(result: Mapping[str, Any]) -> str:
+    """Describe recall and retention of each state in a result, for the progress display."""
+    states = []
+    for state, figures in result.items():
+        if isinstance(figures, dict):
+            shares = [
+                f"{key} {figures[key]:.0%}"
+                for key in ("recall", RETENTION)
+                if figures.get(key) is not None
+            ]
+            states.append("with the text: " * state.endswith("with_context") + ", ".join(shares))
+    return "; ".join(states)

@@ -1,4 +1,4 @@
-"""What may be said of figures over seeds: intervals, a paired test, and the trade-off of two aims."""
+"""What may be said of figures: intervals, perplexity, a paired test, and the trade-off of two aims."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from statistics import fmean, stdev
 
+_Z95 = 1.959963984540054
 # scipy.stats takes longer to import than torch: the functions do that, most actors need none.
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (Student's t); infinite for fewer than two values."""
+    """Return the mean and the half-width of its 95 % interval (Student's t), infinite for fewer than two."""
     if len(values) < 2:
         return fmean(values), math.inf
     from scipy import stats
@@ -20,8 +21,28 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), float(half)
 
 
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion.
+
+    Args:
+        successes: Of the trials.
+        n: Independent trials, at least 1.
+    """
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"{successes} successes of {n} trials is not a proportion")
+    p, z2 = successes / n, _Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def perplexity(nats: float, tokens: int) -> float:
+    """Return the perplexity per token of texts whose negative log-probabilities add up to ``nats``."""
+    return math.exp(nats / tokens)
+
+
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference, half-width of its 95 % interval, and the two-sided p of a paired t-test.
+    """Return mean difference, half-width of its 95 % interval, and the two-sided p of a paired t-test.
 
     Entry i of both is the same seed. p is NaN for fewer than two pairs, and where all differ by the
     same: chance cannot be told from so few without spread.
@@ -38,7 +59,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
 
 
 def coverage(drawn: Iterable[Hashable], known: Collection[Hashable] = ()) -> float | None:
-    """How likely the next draw is one that was drawn before: 1 - singletons / draws (Good 1953).
+    """Estimate how likely the next draw is one that was drawn before: 1 - singletons / draws (Good 1953).
 
     Of draws with repetition from an unknown distribution; None without draws. known: what else
     counts as drawn, from elsewhere.
@@ -49,6 +70,6 @@ def coverage(drawn: Iterable[Hashable], known: Collection[Hashable] = ()) -> flo
 
 
 def trade_off(recall: float, retention: float, retention_before: float) -> float:
-    """Harmonic mean of recall and of retention as a share of what it was before, in [0, 1]."""
+    """Return the harmonic mean of recall and of retention as a share of what it was before, in [0, 1]."""
     kept = min(1.0, retention / retention_before)
     return 2 * recall * kept / (recall + kept) if recall + kept else 0.0

@@ -23,7 +23,7 @@ WAKE = "wake.gradients"
 """What was learned in wake and waits, in safetensors format; not so named, because engines load
 every ``*.safetensors`` of a directory as weights."""
 QUESTIONS = "questions.json"
-"""What the model has asked itself (``consolidation.notebook``)."""
+"""What the model has asked itself (``self_study.question_bank``)."""
 
 
 def widen(

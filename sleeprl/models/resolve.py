@@ -11,7 +11,7 @@ from sleeprl.lineage import LineageError, LineageStore
 from sleeprl.models.catalogue import CATALOGUE, cached, fetch
 from sleeprl.text.chat import ChatFormatter
 
-EMBEDDED = Path(__file__).parent / "worlds" / "embedded"
+EMBEDDED = Path(__file__).parents[1] / "worlds" / "embedded"
 
 
 def find_model(config: NightConfig) -> Path:

@@ -37,7 +37,7 @@ from sleeprl.weight_sync.base import BETWEEN_GPUS
 from sleeprl.weight_sync.verification import Canary
 
 
-def learner_options(
+def build_trainer_options(
     config: NightConfig,
     checkpoint: Path,
     step: Transfer | None,
@@ -45,8 +45,16 @@ def learner_options(
     rate: float,
     steps: int,
 ) -> TrainerOptions:
-    """What a night's settings say of a learner that starts from ``checkpoint``; without a transfer
-    it trains every parameter."""
+    """Build the options of a trainer from a night's settings.
+
+    Args:
+        config: The settings.
+        checkpoint: What it starts from.
+        step: What it trains a slot for; None trains every parameter.
+        dtype: Of the frozen parameters.
+        rate: The highest learning rate.
+        steps: Updates in all.
+    """
     seeding, resources = config.consolidation, config.resources
     return TrainerOptions(
         checkpoint=str(checkpoint.resolve()),
@@ -71,7 +79,10 @@ def learner_options(
 
 
 class ModelStages:
-    """The checkpoints of one run. Steps are counted from 0; there is a model before each."""
+    """The checkpoints of one run, and the engines that hold them.
+
+    Steps of the plan are counted from 0; there is a model before each.
+    """
 
     def __init__(self, run: RunDirectory, dtype: str) -> None:
         self.run, self.config, self.dtype = run, run.config, dtype
@@ -81,8 +92,9 @@ class ModelStages:
     def plan(self, documents: Sequence[str]) -> dict[str, Any]:
         """Write the model as the night begins, and decide the night's steps.
 
-        Returns ``parent`` (a generation), ``clock`` (its state after this night),
-        ``steps``, and ``told``: the steps as a reader sees them.
+        Returns:
+            ``parent``, a generation; ``clock``, its state after this night; ``steps``; and ``told``,
+            the steps as a reader sees them.
         """
         config, manifest = self.config, schedule.parent(self.config)
         source = find_model(config)
@@ -105,76 +117,82 @@ class ModelStages:
 
     @property
     def steps(self) -> list[Step]:
+        """The steps of the plan."""
         return [from_dict(step) for step in self.run.result("plan")["steps"]]
 
     @property
-    def merge(self) -> bool:
+    def has_merge(self) -> bool:
         """Whether a step makes the base take a slot in, and so maybe wider."""
         return any(isinstance(step, Merge) for step in self.steps)
 
     @property
-    def last(self) -> int:
+    def last_step(self) -> int:
         """The last step. It is a transfer; dreaming goes on with its expert."""
         return len(self.steps) - 1
 
     @property
-    def from_context(self) -> int:
+    def context_step(self) -> int:
         """The step that brings the day into the weights; every night has one."""
-        return next(i for i in range(len(self.steps)) if self.key(i) == "consolidation")
+        return next(i for i in range(len(self.steps)) if self.step_key(i) == "consolidation")
 
     def transfer(self, index: int) -> Transfer:
+        """Return a step that is a transfer."""
         step = self.steps[index]
         assert isinstance(step, Transfer)
         return step
 
-    def key(self, index: int) -> str:
-        """Name of a step's phase, of its job, and of the directory of its expert."""
+    def step_key(self, index: int) -> str:
+        """Return the name of a step's phase, of its job, and of the directory of its expert."""
         step = self.steps[index]
         from_context = isinstance(step, Transfer) and step.teacher_has_context
         return "consolidation" if from_context else f"levels-{index}"
 
     @property
-    def next(self) -> int:
+    def next_step(self) -> int:
         """The step that is to be done, or the last, whose expert is worked on to the end."""
-        done = sum(self.run.done(self.key(index)) for index in range(len(self.steps)))
-        return min(done, self.last)
+        done = sum(self.run.is_done(self.step_key(index)) for index in range(len(self.steps)))
+        return min(done, self.last_step)
 
     # --- checkpoints --------------------------------------------------------------
 
-    def before(self, index: int) -> Path:
-        """The smaller self of step ``index``: the model after all steps before it."""
+    def checkpoint_before(self, index: int) -> Path:
+        """Return the smaller self of a step, the model after all steps before it; written if need be."""
         target = self._directory(index)
         if not target.is_dir():
-            source, step = self.before(index - 1), self.steps[index - 1]
+            source, step = self.checkpoint_before(index - 1), self.steps[index - 1]
             merged = isinstance(step, Merge)
-            expert = None if merged else load_file(self.expert(index - 1) / EXPERT)
+            expert = None if merged else load_file(self.expert_directory(index - 1) / EXPERT)
             with atomic_directory(target) as directory:
-                slots, wake = self.slots(index - 1), self.wake(index - 1)
+                slots, wake = self.slots_before(index - 1), self.wake_gradients(index - 1)
                 update(source, directory, slots, step, expert, wake)
         return target
 
     @property
-    def accumulated(self) -> Path | None:
+    def accumulated_gradients(self) -> Path | None:
         """File of what was learned in wake and not applied yet: tonight's, or as the night began."""
         for directory in (self.run.dir, self._directory(0)):
             if (directory / WAKE).is_file():
                 return directory / WAKE
         return None
 
-    def applies_wake(self, index: int) -> bool:
-        """Whether the step hands level 1 on: only then is what it learned in wake applied."""
+    def applies_wake_gradients(self, index: int) -> bool:
+        """Decide whether the step hands level 1 on: only then is what it learned in wake applied."""
         step = self.steps[index]
         return isinstance(step, Transfer) and (step.sender, step.receiver) == (1, 2)
 
-    def wake(self, index: int) -> dict[str, Tensor] | None:
-        """What the update of a step subtracts from the base, if anything."""
-        if not self.applies_wake(index) or self.accumulated is None:
+    def wake_gradients(self, index: int) -> dict[str, Tensor] | None:
+        """Return what the update of a step subtracts from the base, if anything."""
+        if not self.applies_wake_gradients(index) or self.accumulated_gradients is None:
             return None
-        return load_file(self.accumulated)
+        return load_file(self.accumulated_gradients)
 
-    def learn_in_wake(self, documents: Sequence[str]) -> dict[str, Any]:
-        """Equation (2): the day's gradients are added to what waits for level 1's boundary."""
-        config, resources, before = self.config, self.config.resources, self.before(0).resolve()
+    def accumulate_wake_gradients(self, documents: Sequence[str]) -> dict[str, Any]:
+        """Add the day's gradients to those that wait for level 1's boundary (equation 2)."""
+        config, resources, before = (
+            self.config,
+            self.config.resources,
+            self.checkpoint_before(0).resolve(),
+        )
         chat, waiting = ChatFormatter(before), before / WAKE
         task = ray.remote(wake_gradient).options(
             num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus
@@ -188,76 +206,83 @@ class ModelStages:
         )
         with atomic_path(self.run.dir / WAKE) as path:
             save_file(ray.get(total), path)
-        due = any(map(self.applies_wake, range(len(self.steps))))
+        due = any(map(self.applies_wake_gradients, range(len(self.steps))))
         return {"applied": due, "told": "applied tonight" if due else "kept for level 1's boundary"}
 
-    def slots(self, index: int) -> Slots:
-        """The layout of ``before(index)``."""
-        slots = Slots.load(self.before(index))
+    def slots_before(self, index: int) -> Slots:
+        """Return the layout of ``checkpoint_before(index)``."""
+        slots = Slots.load(self.checkpoint_before(index))
         assert slots is not None
         return slots
 
-    def expert(self, index: int | None = None) -> Path:
-        """Where a step's expert is; by default the night's last word, which dreaming may have."""
+    def expert_directory(self, index: int | None = None) -> Path:
+        """Return where a step's expert is; by default the night's last one, maybe trained by dreaming."""
         if index is None and self.config.dreaming.enabled:
             return self.run.dir / "dreaming"
-        return self.run.dir / self.key(self.last if index is None else index)
+        return self.run.dir / self.step_key(self.last_step if index is None else index)
 
-    def lake(self, index: int | None) -> Lake:
-        """The texts that a transfer learns from: the night's, or between levels its own."""
+    def lake_of(self, index: int | None) -> Lake:
+        """Return the texts that a transfer learns from: the night's, or between levels its own."""
         if index is None or self.transfer(index).teacher_has_context:
             return Lake(self.run.dir / "lake")
-        return Lake(self.expert(index) / "lake")
+        return Lake(self.expert_directory(index) / "lake")
 
-    def learner(self, index: int | None, rate: float, steps: int) -> TrainerOptions:
-        """For a transfer; None trains every parameter of the model as the night began."""
+    def trainer_options(self, index: int | None, rate: float, steps: int) -> TrainerOptions:
+        """Build the options for a transfer; None trains every parameter of the model as the night began."""
         if index is None:
-            return learner_options(self.config, self.dense(), None, self.dtype, rate, steps)
-        step, before = self.transfer(index), self.before(index)
-        options = learner_options(self.config, before, step, self.dtype, rate, steps)
-        if self.applies_wake(index) and self.accumulated:
-            return replace(options, wake_gradients_path=str(self.accumulated.resolve()))
+            return build_trainer_options(
+                self.config, self.dense_checkpoint(), None, self.dtype, rate, steps
+            )
+        step, before = self.transfer(index), self.checkpoint_before(index)
+        options = build_trainer_options(self.config, before, step, self.dtype, rate, steps)
+        if self.applies_wake_gradients(index) and self.accumulated_gradients:
+            return replace(options, wake_gradients_path=str(self.accumulated_gradients.resolve()))
         return options
 
-    def dreamer(self) -> TrainerOptions:
-        """For dreaming, which goes on with the expert of the last transfer."""
+    def dreaming_options(self) -> TrainerOptions:
+        """Build the options for dreaming, which goes on with the expert of the last transfer."""
         dreaming = self.config.dreaming
-        learner = self.learner(self.last, dreaming.learning_rate, dreaming.steps)
+        options = self.trainer_options(self.last_step, dreaming.learning_rate, dreaming.steps)
         # A gate of its own is part of the expert by now; what a level keeps is on again.
         return replace(
-            learner,
-            teacher_only_slots=self.transfer(self.last).reset,
+            options,
+            teacher_only_slots=self.transfer(self.last_step).reset,
             keep_sender_slots=False,
             grad_clip=dreaming.grad_clip,
             gated_expert=False,
         )
 
-    def larger(self, index: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The night's outcome, as tensors for an engine that holds ``before(last)``; or, with the
-        last index, what it was before dreaming."""
-        slots, step = self.slots(self.last), self.transfer(self.last)
-        expert = load_file(self.expert(index) / EXPERT)
+    def grown_tensors(self, index: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the night's outcome, as tensors for an engine that holds the last smaller self.
+
+        Args:
+            index: The last step, for what it was before dreaming.
+        """
+        slots, step = self.slots_before(self.last_step), self.transfer(self.last_step)
+        expert = load_file(self.expert_directory(index) / EXPERT)
         return growth_of(slots).fold(
-            self.before(self.last),
+            self.checkpoint_before(self.last_step),
             slots,
             step.slot,
             expert,
             reset=step.reset,
-            wake=self.wake(self.last),
+            wake=self.wake_gradients(self.last_step),
         )
 
-    def dense(self) -> Path:
-        """The model as the night began, for a baseline that trains every parameter.
+    def dense_checkpoint(self) -> Path:
+        """Return the model as the night began, for a baseline that trains every parameter.
 
         Of a low-rank model a copy with its slots merged, and no room for more.
         """
-        if self.slots(0).growth != LOW_RANK:
-            return self.before(0)
+        if self.slots_before(0).growth != LOW_RANK:
+            return self.checkpoint_before(0)
         target = self.run.dir / "dense"
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=self.run.dir) as scratch:
-                growth_of(self.slots(0)).export(self.before(0), Path(scratch) / "plain")
-                widen(Path(scratch) / "plain", target, 0, self.slots(0).width, self.dtype)
+                growth_of(self.slots_before(0)).export(
+                    self.checkpoint_before(0), Path(scratch) / "plain"
+                )
+                widen(Path(scratch) / "plain", target, 0, self.slots_before(0).width, self.dtype)
         return target
 
     def _directory(self, index: int) -> Path:
@@ -265,11 +290,11 @@ class ModelStages:
 
     # --- engines ------------------------------------------------------------------
 
-    def launch(self, index: int) -> EnginePool:
-        """Start engines that hold ``before(index)``."""
-        resources, checkpoint = self.config.resources, self.before(index)
+    def launch_engines(self, index: int) -> EnginePool:
+        """Start engines that hold ``checkpoint_before(index)``, and wait until all can generate."""
+        resources, checkpoint = self.config.resources, self.checkpoint_before(index)
         options = EngineOptions.of(self.config, str(checkpoint.resolve()), self.dtype)
-        fleet = EnginePool.launch(
+        engines = EnginePool.launch(
             resources.engines,
             options,
             resources.engine_cpus,
@@ -277,15 +302,18 @@ class ModelStages:
             resources.engine,
         )
         if rest := engine_extra_tensors(checkpoint):
-            self.send(fleet, rest)
-        return fleet
+            self.publish_tensors(engines, rest)
+        return engines
 
-    def send(
-        self, fleet: EnginePool, tensors: Iterable[tuple[str, Tensor]], canary: Canary | None = None
+    def publish_tensors(
+        self,
+        engines: EnginePool,
+        tensors: Iterable[tuple[str, Tensor]],
+        canary: Canary | None = None,
     ) -> None:
-        """Weights that no learner holds, to all engines."""
+        """Send weights that no trainer holds to all engines."""
         resources = self.config.resources
         if resources.transport in BETWEEN_GPUS:
-            publish_from_gpu(fleet, tensors, canary, resources.learner_gpus)
+            publish_from_gpu(engines, tensors, canary, resources.learner_gpus)
         else:
-            fleet.publish(tensors, canary)
+            engines.publish(tensors, canary)

@@ -1,10 +1,10 @@
-"""``sleeprl replay``: a run's dreaming again, with the learner alone or with the engines alone."""
+"""``sleeprl replay``: a run's dreaming again, with the trainer alone or with the engines alone."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import ray
 from sleeprl.cluster.actor_group import ActorGroup, RemoteActor
 from sleeprl.cluster.runtime import cluster
 from sleeprl.config.schema import ConfigError, NightConfig
-from sleeprl.data.lake import Lake
+from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 from sleeprl.dreaming.launch import (
     learner_job,
@@ -26,10 +26,10 @@ from sleeprl.dreaming.launch import (
 from sleeprl.dreaming.recovery import start_ranks
 from sleeprl.dreaming.trainer_actor import DreamTrainer, DreamTrainerJob
 from sleeprl.dreaming.types import Task, request
-from sleeprl.evaluation.questions import Day
 from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.night import run_dir as runs
-from sleeprl.night.orchestrator import Night
+from sleeprl.night.context import STUDY, Night
+from sleeprl.night.run_dir import LAKE
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.self_study.sampler import build_qa_prompt
@@ -38,80 +38,171 @@ from sleeprl.trainer.publish import CANARY
 from sleeprl.utils.files import sha256_file
 from sleeprl.weight_sync.verification import Canary
 
-KIND = "trajectories"
-
 
 class Recorder(RemoteActor):
     """Reads and writes lakes for the driver, which moves references."""
 
-    def updates(self, lake: str, rows: int) -> list[Any]:
-        """What each update has learned from, ``rows`` dreams, in that order; by reference."""
-        table = Lake(lake).read(KIND)
+    def read_updates(self, lake: str, rows: int) -> list[Any]:
+        """Return what each update has learned from, ``rows`` dreams, in that order; by reference."""
+        table = Lake(lake).read(TRAJECTORIES)
         dreams = table.filter(pc.equal(table.column("purpose"), "dream")).combine_chunks()
         return [ray.put(batch) for batch in dreams.to_batches(max_chunksize=rows)]
 
     def append(self, lake: str, batches: Sequence[Any]) -> None:
-        Lake(lake).append(ray.get(list(batches)), KIND)
+        """Append batches, given by reference, to a lake."""
+        Lake(lake).append(ray.get(list(batches)), TRAJECTORIES)
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """groups: of dreams. work: updates, or tokens."""
+class ReplayResult:
+    """What came of dreaming again, with one half of the pipeline."""
 
     groups: int
+    """Groups of dreams."""
     work: int
+    """Updates of the trainer alone, or tokens of the engines alone."""
     seconds: float
+    output: Path
+    """Directory of the expert, or of the lake, that was written."""
+    expert: str = ""
+    """SHA-256 of the expert that the trainer alone ended with; empty for the engines alone."""
+    same_expert: bool = False
+    """Whether that is the run's expert, to the bit."""
+
+    def describe(self) -> str:
+        """Describe it in one line."""
+        if not self.expert:
+            return (
+                f"engines alone: {self.groups} groups, {self.work} tokens, "
+                f"{self.work / self.seconds:,.0f} tokens/s with their scores; in {self.output / LAKE}"
+            )
+        same = "the run's, to the bit" if self.same_expert else "NOT the run's"
+        return (
+            f"learner alone: {self.work} updates on {self.groups} groups, "
+            f"{self.seconds / self.work:.2f} s each; the expert {self.expert[:8]} is {same}"
+        )
 
 
-def learner_alone(config: NightConfig, job: DreamTrainerJob, output: Path) -> Replayed:
-    """Learn from what is recorded in the job's lake; the expert is in ``output`` at the end."""
+def replay(directory: Path, *, engines_only: bool = False) -> ReplayResult:
+    """Do a run's dreaming again: the trainer alone on the recorded dreams, or the engines alone.
+
+    Args:
+        directory: The run; what is written goes into ``replay`` in it.
+        engines_only: Write and score the same groups, and train nothing.
+
+    Raises:
+        ConfigError: The run has no updates of dreaming.
+    """
+    config = runs.resume(directory)
+    position = DreamingCheckpoint.load((config.run_dir / "dreaming-state").resolve())
+    if not position.version:
+        raise ConfigError(f"{directory} has no updates of dreaming to replay")
+    run = runs.RunDirectory(config, NightProgress([]))
+    try:
+        with cluster(config.resources):
+            night, output = Night(run), run.dir / "replay"
+            expert = night.stages.expert_directory(night.stages.last_step)
+            job = learner_job(
+                config, night.stages.dreaming_options(), expert, run.dir, night.canary,
+                position.first_version,
+            )  # fmt: skip
+            if engines_only:
+                return replay_engines(night, job, position.admitted[: position.done], output)
+            return replay_trainer(config, job, output, run.dir / "dreaming")
+    finally:
+        run.close()
+
+
+def replay_trainer(
+    config: NightConfig, job: DreamTrainerJob, output: Path, original: Path
+) -> ReplayResult:
+    """Learn from what is recorded in the job's lake.
+
+    Args:
+        config: The settings of the run.
+        job: What the trainer of the run was given.
+        output: Where the expert goes.
+        original: Directory of the run's own expert, to compare with.
+    """
     resources, dreaming = config.resources, config.dreaming
     actor = ray.remote(DreamTrainer).options(
         num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus
     )
     world = resources.learner_workers
-    learner = ActorGroup("learner", [actor.remote(job, rank, world) for rank in range(world)])
-    recorder = _recorder()
+    trainer = ActorGroup("learner", [actor.remote(job, rank, world) for rank in range(world)])
+    recorder = _start_recorder()
     try:
-        start_ranks(learner, DreamingCheckpoint(output))
+        start_ranks(trainer, DreamingCheckpoint(output))
         rows = dreaming.tasks_per_step * dreaming.group_size
-        updates = recorder.call("updates", lake=job.lake, rows=rows)[0]
+        updates = recorder.call("read_updates", lake=job.lake, rows=rows)[0]
         began = time.monotonic()
         for batch in updates:
-            learner.call("step", batches=[batch])
+            trainer.call("step", batches=[batch])
         seconds = time.monotonic() - began
-        learner.call("finish", output=str(output.resolve()))
-        return Replayed(len(updates) * dreaming.tasks_per_step, len(updates), seconds)
+        trainer.call("finish", output=str(output.resolve()))
     finally:
-        learner.kill()
+        trainer.kill()
         recorder.kill()
+    theirs, ours = (sha256_file(place / EXPERT) for place in (original, output))
+    groups = len(updates) * dreaming.tasks_per_step
+    return ReplayResult(groups, len(updates), seconds, output, ours, ours == theirs)
 
 
-def engines_alone(
+def replay_engines(
+    night: Night, job: DreamTrainerJob, admitted: Sequence[str], output: Path
+) -> ReplayResult:
+    """Write and score the admitted groups with the weights that dreaming began with.
+
+    Every failure is raised: nothing is restarted.
+
+    Args:
+        night: The run, whose engines are started and stopped.
+        job: What the trainer of the run was given.
+        admitted: Ids of the tasks of the groups, in their order.
+        output: Where the lake of what is written goes.
+    """
+    config, stages, last = night.config, night.stages, night.stages.last_step
+    pool = night.start_engines(last)
+    try:
+        canary = Canary.load(stages.expert_directory(last) / CANARY)
+        stages.publish_tensors(pool, stages.grown_tensors(last), canary)
+        probes = load_probes(night.run.dir / STUDY)
+        tasks = {task.id: task for task in make_tasks(night.day.documents, probes, config.seed)}
+
+        def build_prompt(message: str) -> list[int]:
+            return build_qa_prompt(night.chat, config.self_study, message)
+
+        requests = [
+            request(config.dreaming, config.seed, number, tasks[task], build_prompt)
+            for number, task in enumerate(admitted)
+        ]
+        return _generate_and_score(config, pool, job, tasks, requests, output)
+    finally:
+        night.stop_engines()
+
+
+def _generate_and_score(
     config: NightConfig,
-    fleet: EnginePool,
+    pool: EnginePool,
     job: DreamTrainerJob,
     tasks: Mapping[str, Task],
-    admitted: Sequence[str],
-    prompt: Callable[[str], list[int]],
+    requests: Sequence[Mapping[str, Any]],
     output: Path,
-) -> Replayed:
-    """Write and score the admitted groups with the weights that the engines have now. The batches
-    go to the lake in ``output``. DATA and INFRA failures alike are raised."""
-    engines = set_in_flight_limit(fleet.group, config.dreaming)
+) -> ReplayResult:
+    """Three stages side by side, each as full as its actors take: generate, score, reward."""
+    engines = set_in_flight_limit(pool.group, config.dreaming)
     scorers, rewards = spawn_scorers_and_rewards(config, job.learner)
-    recorder, began, tokens = _recorder(), time.monotonic(), 0
-    to_ask = deque(enumerate(admitted))
+    recorder, began, tokens = _start_recorder(), time.monotonic(), 0
+    to_generate = deque(enumerate(requests))
     to_score, to_reward = deque[tuple[str, Any]](), deque[tuple[str, Any]]()
     done: dict[int, Any] = {}
     try:
-        while len(done) < len(admitted):
-            while to_ask:
-                number, task = to_ask[0]
-                asked = request(config.dreaming, config.seed, number, tasks[task], prompt)
-                if not engines.submit("rollout", str(number), **asked):
+        while len(done) < len(requests):
+            while to_generate:
+                number, arguments = to_generate[0]
+                if not engines.submit("rollout", str(number), **arguments):
                     break
-                to_ask.popleft()
+                to_generate.popleft()
             for result in engines.ended_or_raise():
                 tokens += result.value["tokens"]
                 to_score.append((result.tag, result.value["batch"]))
@@ -124,53 +215,12 @@ def engines_alone(
             to_reward += [(r.tag, r.value["batch"]) for r in scorers.ended_or_raise()]
             done |= {int(r.tag): r.value["batch"] for r in rewards.ended_or_raise(0.01)}
         seconds = time.monotonic() - began
-        recorder.call("append", lake=str(output / "lake"), batches=[done[n] for n in sorted(done)])
-        return Replayed(len(done), tokens, seconds)
+        recorder.call("append", lake=str(output / LAKE), batches=[done[n] for n in sorted(done)])
+        return ReplayResult(len(done), tokens, seconds, output)
     finally:
         for each in (scorers, rewards, recorder):
             each.kill()
 
 
-def replay(directory: Path, *, engines_only: bool = False) -> str:
-    """Replay the run in a directory, and say what came of it."""
-    config = runs.resume(directory)
-    position = DreamingCheckpoint.load((config.run_dir / "dreaming-state").resolve())
-    if not position.version:
-        raise ConfigError(f"{directory} has no updates of dreaming to replay")
-    output = config.run_dir / "replay"
-    run = runs.RunDirectory(config, NightProgress([]))
-    with cluster(config.resources):
-        night, day = Night(run), Day.load(run.dir / "day.json")
-        selves, index = night.selves, night.selves.last
-        fleet = selves.launch(index) if engines_only else EnginePool(ActorGroup("engine", []))
-        night.attach(day, fleet)
-        born = selves.expert(index)
-        job = learner_job(
-            config, selves.dreamer(), born, run.dir, night.canary, position.first_version
-        )
-        if engines_only:
-            selves.send(fleet, selves.larger(index), Canary.load(born / CANARY))
-            tasks = make_tasks(day.documents, load_probes(run.dir / "study.json"), config.seed)
-            found = engines_alone(
-                config, fleet, job, {task.id: task for task in tasks}, position.admitted[: position.done],
-                lambda message: build_qa_prompt(night.chat, config.self_study, message), output,
-            )  # fmt: skip
-            fleet.shutdown()
-        else:
-            found = learner_alone(config, job, output)
-    run.close()
-    if engines_only:
-        return (
-            f"engines alone: {found.groups} groups, {found.work} tokens, "
-            f"{found.work / found.seconds:,.0f} tokens/s with their scores; in {output / 'lake'}"
-        )
-    ends = [sha256_file(place / EXPERT) for place in (run.dir / "dreaming", output)]
-    same = "the run's, to the bit" if ends[0] == ends[1] else "NOT the run's"
-    return (
-        f"learner alone: {found.work} updates on {found.groups} groups, "
-        f"{found.seconds / found.work:.2f} s each; the expert {ends[1][:8]} is {same}"
-    )
-
-
-def _recorder() -> ActorGroup:
+def _start_recorder() -> ActorGroup:
     return ActorGroup("recorder", [ray.remote(Recorder).options(num_cpus=0).remote()])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sleeprl.cluster.waits import WAITS
 from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.reporting.metrics_log import MetricsLog
@@ -21,15 +22,19 @@ from sleeprl.utils.files import write_json_atomic, write_text_atomic
 
 T = TypeVar("T")
 CONFIG, STATE, SUMMARY, METRICS = "config.yaml", "state.json", "summary.json", "metrics.jsonl"
-ANSWERS = "answers"
+LAKE, ANSWERS = "lake", "answers"
+"""Directories of what the engines wrote: all of it as trajectories, and the answers by state."""
 
 
 class RunDirectory:
-    """Phases of one night with their results, timings, metrics and progress. ``state["id"]`` is this
-    night's alone: another may have its directory one day. ``state["wall_seconds"]`` is of all attempts,
-    each up to the last phase that it finished.
+    """Phases of one night with their results, timings, metrics and progress.
 
-    A key may have parts, ``levels-2-texts``: its first part names the line that shows it.
+    ``state`` is what ``state.json`` holds:
+
+    - ``id``: of this night alone; another may have its directory one day.
+    - ``results``, ``seconds``: by the key of each finished phase.
+    - ``wall_seconds``: of all attempts, each up to the last phase that it finished.
+    - ``starting_seconds``: those in which the night only waited for processes to start.
     """
 
     def __init__(self, config: NightConfig, progress: NightProgress) -> None:
@@ -39,59 +44,73 @@ class RunDirectory:
         write_text_atomic(self.dir / CONFIG, cfg.to_yaml(config))
         self.metrics = MetricsLog(self.dir / METRICS)
         self.state: dict[str, Any] = {"id": uuid.uuid4().hex, "results": {}, "seconds": {}}
-        self.state["wall_seconds"] = 0.0
+        self.state |= {"wall_seconds": 0.0, "starting_seconds": 0.0}
         if (self.dir / STATE).is_file():
             self.state |= json.loads((self.dir / STATE).read_text())
         self._began = time.monotonic() - self.state["wall_seconds"]
+        self._row = ""
+        self._starting = self.state["starting_seconds"] - WAITS.total("start")
 
-    def done(self, key: str) -> bool:
+    def is_done(self, key: str) -> bool:
+        """Whether the result of a phase is recorded."""
         return key in self.state["results"]
 
     def result(self, key: str) -> Any:
+        """The recorded result of a phase; None where there is none."""
         return self.state["results"].get(key)
 
-    def phase(self, key: str, work: Callable[[], T], note: Callable[[T], str] = lambda _: "") -> T:
-        """Do ``work`` and record its result (plain JSON), or return what is recorded."""
-        if self.done(key):
-            self.progress.skip(_line(key), "done before")
+    def run_once(
+        self, key: str, work: Callable[[], T], note: Callable[[T], str], row: str = ""
+    ) -> T:
+        """Do the work of a phase and record its result, or return what is recorded.
+
+        Args:
+            key: Name of the result.
+            work: Returns plain JSON.
+            note: What came of it, for the progress display.
+            row: Key of the row that shows it, if that is another.
+        """
+        if self.is_done(key):
+            self.progress.skip(row or key, "done before")
             return self.result(key)
-        result, seconds = self._do(key, work)
+        result, seconds = self._run(row or key, work)
         self.state["results"][key] = result
         self.state["seconds"][key] = seconds
         self._save()
-        self.progress.finish(_line(key), note(result))
+        self.progress.finish(row or key, note(result))
         return result
 
-    def attempt(self, key: str, work: Callable[[], T], note: Callable[[T], str]) -> T:
-        """Do ``work`` whatever is recorded: what each attempt needs. Its seconds add up."""
-        result, seconds = self._do(key, work)
+    def run_always(
+        self, key: str, work: Callable[[], T], note: Callable[[T], str], row: str = ""
+    ) -> T:
+        """Do ``work`` whatever is recorded, since each attempt needs it. Its seconds add up."""
+        result, seconds = self._run(row or key, work)
         before = self.state["seconds"].get(key, 0.0)
         self.state["seconds"][key] = round(before + seconds, 2)
         self._save()
-        self.progress.finish(_line(key), note(result))
+        self.progress.finish(row or key, note(result))
         return result
 
-    def _do(self, key: str, work: Callable[[], T]) -> tuple[T, float]:
-        began = time.monotonic()
-        self.progress.start(_line(key))
+    def _run(self, row: str, work: Callable[[], T]) -> tuple[T, float]:
+        """Do it, and say how many seconds it took."""
+        began, self._row = time.monotonic(), row
+        self.progress.start(row)
         return work(), round(time.monotonic() - began, 2)
 
     def _save(self) -> None:
         self.state["wall_seconds"] = round(time.monotonic() - self._began, 2)
+        self.state["starting_seconds"] = round(self._starting + WAITS.total("start"), 2)
         write_json_atomic(self.dir / STATE, self.state)
 
-    def log(self, phase: str, step: int, metrics: dict[str, float], total: int, *show: str) -> None:
-        """One step's metrics into the file and the bar; ``show`` names those beside the bar."""
-        self.metrics.write(phase, step, **metrics)
-        shown = {name.rsplit("/", 1)[-1]: metrics[name] for name in show if name in metrics}
-        self.progress.update(_line(phase), completed=step, total=total, **shown)
+    def log(self, key: str, step: int, metrics: dict[str, float], total: int, *shown: str) -> None:
+        """Write one step's metrics into the file, and those named ``shown`` beside the bar."""
+        self.metrics.write(key, step, **metrics)
+        beside = {name.rsplit("/", 1)[-1]: metrics[name] for name in shown if name in metrics}
+        self.progress.update(self._row or key, completed=step, total=total, **beside)
 
     def close(self) -> None:
+        """Close the file of metrics."""
         self.metrics.close()
-
-
-def _line(key: str) -> str:
-    return key.partition("-")[0]
 
 
 def refuse_existing(config: NightConfig) -> None:

@@ -17,7 +17,6 @@ from sleeprl.reporting import charts
 from sleeprl.reporting.charts import ModelState, Series
 from sleeprl.reporting.metrics_log import read_metrics
 from sleeprl.reporting.summary_view import (
-    RATES,
     STATES,
     Summary,
     format_comparison,
@@ -28,6 +27,7 @@ from sleeprl.reporting.summary_view import (
     humanize_key,
     measured_states,
     read_figure,
+    read_rates,
 )
 from sleeprl.utils.files import write_text_atomic
 
@@ -114,7 +114,7 @@ def write_report(run_dir: str | Path) -> Path:
         generation=summary.get("generation"),
         tradeoff=_draw_tradeoff(summary),
         table=_table_rows(summary),
-        rate_names=RATES,
+        rate_names=read_rates(summary),
         phases=collect_curves(rows),
         spreads=collect_distributions(rows),
         timeline=_timeline_bars(summary.get("seconds") or {}),
@@ -239,7 +239,7 @@ def _table_rows(summary: Summary) -> list[dict[str, Any]]:
             "key": key,
             "label": label,
             "cost": _format_cost(where[key]),
-            "rates": {name: read_figure(where, key, name) for name in RATES},
+            "rates": {name: read_figure(where, key, name) for name in read_rates(summary)},
             "perplexity": read_figure(where, key, "perplexity"),
         }
         for key, label, where in measured_states(summary)
@@ -255,7 +255,7 @@ def _format_cost(block: Mapping[str, Any]) -> str:
 
 def _timeline_bars(seconds: Mapping[str, float | None]) -> list[Bar]:
     """The phases one after the other, in the order in which they are listed."""
-    known = {key: s for key, s in seconds.items() if s is not None}
+    known = {key: s for key, s in seconds.items() if s is not None and key != "starting"}
     total = sum(known.values())
     bars, began = [], 0.0
     for key, length in known.items():
@@ -292,7 +292,11 @@ def _collect_facts(summary: Summary) -> list[tuple[str, str]]:
         facts.append(("replay covers", f"{format_percent(covered, 0)} of what it says freely"))
     seconds = summary.get("seconds") or {}
     total = summary.get("wall_seconds") or sum(s for s in seconds.values() if s)
-    return [*facts, ("time", format_duration(total))] if total else facts
+    if not total:
+        return facts
+    starting = seconds.get("starting")
+    share = f", {format_percent(starting / total, 0)} of it starting processes" if starting else ""
+    return [*facts, ("time", format_duration(total) + share)]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -14,12 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from sleeprl.reporting.summary_view import (
-    RATES,
     Figure,
     Summary,
+    format_duration,
     format_number,
+    format_percent,
     measured_states,
     read_figure,
+    read_rates,
 )
 from sleeprl.reporting.terminal import Flow
 
@@ -56,10 +58,11 @@ class BeforeAfterTable:
             padding=(0, 0, 0, 1),
         )
         table.add_column("", overflow="fold")
-        for name in [*(f"{name} %" for name in RATES.values()), "Perplexity"]:
+        names = read_rates(self.summary)
+        for name in [*(f"{name} %" for name in names.values()), "Perplexity"]:
             table.add_column(name, justify="right", no_wrap=True)
         for state, label, block in measured_states(self.summary):
-            rates = [_rate(read_figure(block, state, name), before_interval) for name in RATES]
+            rates = [_rate(read_figure(block, state, name), before_interval) for name in names]
             perplexity = read_figure(block, state, "perplexity")
             cells = [*rates, format_number(perplexity.value) if perplexity else "-"]
             style = "bold" if state == "after" else ""
@@ -72,7 +75,10 @@ class BeforeAfterTable:
         if not states:
             return ""
         state, _, block = states[-1]
-        asked = {title: read_figure(block, state, name) for name, title in RATES.items()}
+        asked = {
+            title: read_figure(block, state, name)
+            for name, title in read_rates(self.summary).items()
+        }
         counts = [
             f"{title.lower()} {found.n}" for title, found in asked.items() if found and found.n
         ]
@@ -90,12 +96,22 @@ def night_result(summary: Summary, run_dir: Path, generations: Path) -> Renderab
     parts: list[RenderableType] = [
         BeforeAfterTable(summary),
         Text(),
+        Text(_describe_time(summary)),
         Text(f"Report: {run_dir / 'report.html'}", overflow="fold"),
     ]
     if summary["generation"]:
         parts.append(Text(f"Generation: {generations / summary['generation']}", overflow="fold"))
         return Group(*parts)
     return Group(*parts, *_refusal(summary["gate"]))
+
+
+def _describe_time(summary: Summary) -> str:
+    """Return how long the night took, and how much of it only waited for processes to start."""
+    wall, starting = summary["wall_seconds"], summary["seconds"]["starting"]
+    return (
+        f"Time: {format_duration(wall)}, {format_duration(starting)} of it "
+        f"({format_percent(starting / wall, 0)}) starting processes"
+    )
 
 
 def _refusal(gate: Mapping[str, Any]) -> list[Text]:

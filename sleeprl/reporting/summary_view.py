@@ -5,10 +5,12 @@ Everything is read from ``summary.json``, of which any part may still be missing
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from sleeprl.evaluation.metrics import METRICS
+from sleeprl.evaluation.statistics import wilson_interval
 
 Summary = Mapping[str, Any]
 
@@ -21,30 +23,13 @@ STATES = {
 """Names of the measured states, by their key in ``summary.json``, in the order of a table."""
 _FINE_TUNING = "fine_tuning"
 """The baseline whose figures are in ``summary.json`` as ``fine_tuned`` too."""
-RATES = {"recall": "Recall", "two_hop": "Two-hop", "retention": "Retention"}
-"""Names of the figures that are shares of right answers, by their key."""
-_Z95 = 1.959963984540054
+RATES = {metric.key: metric.label for metric in METRICS}
+"""Names of the shares of right answers that every night measures, by their key."""
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion.
-
-    Args:
-        successes: How many of the trials succeeded.
-        n: Number of independent trials, above 0.
-
-    Returns:
-        Lower and upper end, each in [0, 1].
-
-    Raises:
-        ValueError: The two numbers are no proportion.
-    """
-    if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"{successes} successes of {n} trials is not a proportion")
-    p, z2 = successes / n, _Z95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def read_rates(summary: Summary) -> dict[str, str]:
+    """Return names of all shares that a night measured, by their key: plug-ins have theirs."""
+    return dict(summary.get("metrics") or RATES)
 
 
 @dataclass(frozen=True)
@@ -66,7 +51,7 @@ def read_figure(summary: Summary, state: str, name: str) -> Figure | None:
         return None
     if not n:
         return Figure(value)
-    if name not in RATES:
+    if name == "perplexity":
         return Figure(value, n)
     return Figure(value, n, wilson_interval(round(value * n), n))
 

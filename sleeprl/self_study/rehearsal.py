@@ -47,7 +47,7 @@ class RehearsalSet:
 
 
 def ask_freely(
-    writer: TextSampler, count: int, hold_out: float = 0.0, again: Sequence[str] = ()
+    sampler: TextSampler, count: int, hold_out: float = 0.0, again: Sequence[str] = ()
 ) -> RehearsalSet:
     """Free questions, each answered again on its own, and every fourth pair as it was written.
 
@@ -57,22 +57,22 @@ def ask_freely(
     again: questions of earlier nights. At most ``2 * count`` of them are answered, in place of at
     most half of ``count``, and of all that is answered one for each fact is rehearsed.
     """
-    prompt, again = build_qa_prompt(writer.chat, writer.config, FREE_QA), again[: 2 * count]
-    drafts = writer.write([prompt] * max(count // 2, count - len(again)), WIDE)
-    pairs = [(n, draft, p[0]) for n, draft in enumerate(drafts) if (p := writer.parsed(draft))]
+    prompt, again = build_qa_prompt(sampler.chat, sampler.config, FREE_QA), again[: 2 * count]
+    drafts = sampler.generate([prompt] * max(count // 2, count - len(again)), WIDE)
+    pairs = [(n, draft, p[0]) for n, draft in enumerate(drafts) if (p := sampler.parse_pair(draft))]
     # The same question twice would teach nothing more; another one keeps more of the old.
     questions = list(dict.fromkeys(question for _, _, question in pairs))
-    held = writer.hold_out(questions, hold_out)
+    held = sampler.hold_out(questions, hold_out)
     rows = [
         trajectory("replay", "pair", n, prompt, draft, None)
         for n, draft, question in pairs
         # Whom examples help has no skill to keep, and its prompts are long.
-        if n % 4 == 0 and question not in held and not writer.config.few_shot_examples
+        if n % 4 == 0 and question not in held and not sampler.config.few_shot_examples
     ]
     asked = [q for q in dict.fromkeys([*questions, *again]) if q not in held]
-    answered = _answered(writer, "replay", "answer", asked)
+    answered = _answered(sampler, "replay", "answer", asked)
     if again:
-        said = writer.chat.decode
+        said = sampler.chat.decode
         told = [(said(text.prompt_ids), said(text.response_ids)) for text in answered]
         answered = [answered[place] for place in one_of_each_fact(told)]
     kept_out = [question for question in questions if question in held]
@@ -93,26 +93,26 @@ def one_of_each_fact(pairs: Sequence[tuple[str, str]]) -> list[int]:
 
 
 def sample_facts(
-    writer: TextSampler, purpose: Purpose, count: int, hold_out: float = 0.0
+    sampler: TextSampler, purpose: Purpose, count: int, hold_out: float = 0.0
 ) -> RehearsalSet:
     """Facts that it states freely, and a question about each with its own answer to it.
 
     A statement that the answer does not bear out was a slip, and is not rehearsed.
     """
-    chat, prompt = writer.chat, writer.chat.prompt(FREE_FACT)
+    chat, prompt = sampler.chat, sampler.chat.prompt(FREE_FACT)
     stated = {
         chat.decode(fact.token_ids): fact
-        for fact in reversed(writer.write([prompt] * count, WIDE))
+        for fact in reversed(sampler.generate([prompt] * count, WIDE))
         if fact.finish_reason == "stop"
     }
-    held = writer.hold_out(list(stated), hold_out)
+    held = sampler.hold_out(list(stated), hold_out)
     facts = [fact for fact in stated if fact not in held]
-    drafts = writer.write(
-        [build_qa_prompt(chat, writer.config, with_experience(fact, STUDY_QA)) for fact in facts]
+    drafts = sampler.generate(
+        [build_qa_prompt(chat, sampler.config, with_experience(fact, STUDY_QA)) for fact in facts]
     )
-    about = {fact: p for fact, d in zip(facts, drafts, strict=True) if (p := writer.parsed(d))}
+    about = {fact: p for fact, d in zip(facts, drafts, strict=True) if (p := sampler.parse_pair(d))}
     rows = _answered(
-        writer, purpose, "recalled-answer", [question for question, _ in about.values()]
+        sampler, purpose, "recalled-answer", [question for question, _ in about.values()]
     )
     said = {tuple(row.prompt_ids): chat.decode(row.response_ids) for row in rows}
     for index, (fact, (question, answer)) in enumerate(about.items()):
@@ -122,7 +122,7 @@ def sample_facts(
     return RehearsalSet(rows, sorted(held))
 
 
-def sample_conversations(writer: TextSampler, count: int, hold_out: float = 0.0) -> RehearsalSet:
+def sample_conversations(sampler: TextSampler, count: int, hold_out: float = 0.0) -> RehearsalSet:
     """Messages that it writes in the user's place, with its answers (Magpie, 2406.08464).
 
     A message is the first line of what is written. Answers count also where they are cut off: the
@@ -130,16 +130,16 @@ def sample_conversations(writer: TextSampler, count: int, hold_out: float = 0.0)
     """
     if not count:
         return RehearsalSet([], [])
-    chat = writer.chat
-    drafts = writer.write([chat.turn()] * count, WIDE)
+    chat = sampler.chat
+    drafts = sampler.generate([chat.turn()] * count, WIDE)
     lines = [chat.decode(draft.token_ids).partition("\n")[0].strip() for draft in drafts]
-    messages = [line for line in dict.fromkeys(lines) if line and writer.has_room(line)]
-    held = writer.hold_out(messages, hold_out)
+    messages = [line for line in dict.fromkeys(lines) if line and sampler.has_room(line)]
+    held = sampler.hold_out(messages, hold_out)
     prompts = [chat.prompt(message) for message in messages if message not in held]
     rows = [
         trajectory("replay", "conversation", index, prompt, answer, None)
         for index, (prompt, answer) in enumerate(
-            zip(prompts, writer.write(prompts, SURE), strict=True)
+            zip(prompts, sampler.generate(prompts, SURE), strict=True)
         )
         if answer.token_ids
     ]
@@ -147,7 +147,7 @@ def sample_conversations(writer: TextSampler, count: int, hold_out: float = 0.0)
 
 
 def sample_near_questions(
-    writer: TextSampler, documents: Sequence[str], asked: Sequence[GeneratedQuestion], count: int
+    sampler: TextSampler, documents: Sequence[str], asked: Sequence[GeneratedQuestion], count: int
 ) -> list[Trajectory]:
     """What is spoiled first: questions that begin as tonight's do, and turn elsewhere.
 
@@ -158,26 +158,26 @@ def sample_near_questions(
     """
     if not (asked and count):
         return []
-    chat = writer.chat
-    start, mark = writer.begin(FREE_QA), len(chat.text(QUESTION_MARK))
-    rng = random.Random(f"{writer.seed}-neighbours")
+    chat = sampler.chat
+    start, mark = sampler.qa_prefix(FREE_QA), len(chat.text(QUESTION_MARK))
+    rng = random.Random(f"{sampler.seed}-neighbours")
     begun: list[tuple[int, list[int]]] = []
     for one in islice(cycle(rng.sample(asked, len(asked))), count):
-        own = [1e-6 + nats for nats in one.surprise[mark:]]
+        own = [1e-6 + nats for nats in one.nll[mark:]]
         cut = rng.choices(range(len(own)), own)[0]
         begun.append((one.document, one.ids[: mark + cut]))
-    drafts = writer.write([[*start, *beginning] for _, beginning in begun], WIDE)
+    drafts = sampler.generate([[*start, *beginning] for _, beginning in begun], WIDE)
     mine = {one.question for one in asked}
     found: dict[str, int] = {}
     for (n, beginning), draft in zip(begun, drafts, strict=True):
         pair = parse_qa(chat.decode([*beginning, *draft.token_ids]))
         if draft.finish_reason != "stop" or pair is None or pair[0] in mine:
             continue
-        if writer.can_answer(documents[n], pair[0]):
+        if sampler.can_answer(documents[n], pair[0]):
             found.setdefault(pair[0], n)
-    rows = _answered(writer, "replay", "neighbour", list(found))
+    rows = _answered(sampler, "replay", "neighbour", list(found))
     said = {tuple(row.prompt_ids): row for row in rows}
-    told = writer.write(
+    told = sampler.generate(
         [chat.prompt(with_experience(documents[n], question)) for question, n in found.items()],
         SURE,
     )
@@ -189,14 +189,14 @@ def sample_near_questions(
 
 
 def _answered(
-    writer: TextSampler, purpose: Purpose, task: str, questions: Sequence[str]
+    sampler: TextSampler, purpose: Purpose, task: str, questions: Sequence[str]
 ) -> list[Trajectory]:
     """Each question once, with its own answer."""
-    prompts = [writer.chat.prompt(question) for question in dict.fromkeys(questions)]
+    prompts = [sampler.chat.prompt(question) for question in dict.fromkeys(questions)]
     return [
         trajectory(purpose, task, index, prompt, answer, None)
         for index, (prompt, answer) in enumerate(
-            zip(prompts, writer.write(prompts, SURE), strict=True)
+            zip(prompts, sampler.generate(prompts, SURE), strict=True)
         )
         if answer.finish_reason == "stop"
     ]

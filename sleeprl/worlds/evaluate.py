@@ -26,7 +26,7 @@ from sleeprl.worlds.checker import (
     parse_question,
     parse_statement,
 )
-from sleeprl.worlds.model import perplexity, respond
+from sleeprl.worlds.model import measure_perplexity, respond
 from sleeprl.worlds.people import (
     Person,
     Question,
@@ -60,7 +60,9 @@ class Examiner:
             "reads": self.reads(),
             "writes": self.writes(),
             "writes_freely": self.writes_freely(),
-            "perplexity": round(perplexity(self.model, self.tokenizer, old_world_text()), 3),
+            "perplexity": round(
+                measure_perplexity(self.model, self.tokenizer, old_world_text()), 3
+            ),
             "n": self.n,
         }
         self.model.train(was_training)

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sleeprl.config.schema import SelfStudyConfig
+from sleeprl.evaluation.statistics import perplexity
 
 TEMPERATURE = SelfStudyConfig().temperature
 
@@ -65,13 +66,13 @@ def respond(
 
 
 @torch.inference_mode()
-def perplexity(
+def measure_perplexity(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     texts: Sequence[str],
     batch: int = 64,
 ) -> float:
-    """Of plain texts, per token, the first token of each text not counted."""
+    """Measure the perplexity of plain texts per token, the first token of each text not counted."""
     total, count = 0.0, 0
     for start in range(0, len(texts), batch):
         inputs = tokenizer(
@@ -82,4 +83,4 @@ def perplexity(
         kept = inputs["attention_mask"][:, 1:].bool()
         nats = torch.nn.functional.cross_entropy(logits[kept], inputs["input_ids"][:, 1:][kept])
         total, count = total + nats.item() * int(kept.sum()), count + int(kept.sum())
-    return float(torch.tensor(total / count).exp())
+    return perplexity(total, count)

@@ -19,7 +19,7 @@ from sleeprl.data.trajectory import from_batch
 from sleeprl.lineage import LineageStore
 from sleeprl.memory.slots import Slots
 from sleeprl.memory.transfer import Transfer, from_dict
-from sleeprl.night.gate import commit
+from sleeprl.night.gate import commit_generation
 from sleeprl.night.model_stages import ModelStages
 from sleeprl.night.run_dir import RunDirectory
 from sleeprl.reporting.progress import NightProgress
@@ -61,7 +61,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory in which one small night was run, with two learner workers."""
     place = tmp_path_factory.mktemp("night")
     two = ["resources.learner_workers=2", "resources.cpus=3", "consolidation.judge=teacher"]
-    done = sleeprl("night", "name=first", *two, *SMALL, cwd=place)
+    own = [
+        "phases=[examples.my_phase.purposes]",
+        "evaluation.metrics=[examples.my_metric.continued]",
+    ]
+    done = sleeprl("night", "name=first", *two, *own, *SMALL, cwd=place)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
     return place
 
@@ -80,8 +84,22 @@ def test_the_night_teaches_and_is_measured(place: Path) -> None:
     assert told["after"]["recall"] > told["before"]["recall"] + 0.2
     assert told["after"]["n"]["recall"] == 4 * 7 * 2
     phases = {"wake", "prepare", "self_study", "consolidation", "dreaming", "after"}
-    assert set(told["seconds"]) >= phases
-    assert told["wall_seconds"] > sum(told["seconds"].values())
+    seconds = told["seconds"]
+    assert set(seconds) >= phases
+    starting = seconds.pop("starting")
+    assert told["wall_seconds"] > sum(seconds.values()) > starting > seconds["prepare"] / 2
+
+
+def test_a_phase_and_a_metric_of_ones_own_are_in_the_summary(place: Path) -> None:
+    told = summary(place)
+    assert told["purposes"]["self_study"] == told["self_study"]["new"]
+    assert told["purposes"]["replay"] == told["self_study"]["replay"]
+    assert list(told["seconds"])[3:6] == ["self_study", "purposes", "before"]
+    assert told["metrics"]["continued"] == "Continued"
+    documents = json.loads((place / "runs" / "first" / "day.json").read_text())["documents"]
+    assert told["after"]["n"]["continued"] == len(documents)
+    assert 0 <= told["before"]["continued"] <= 1
+    assert "Continued" in (place / "runs" / "first" / "report.html").read_text()
 
 
 def test_the_run_directory_is_complete(place: Path) -> None:
@@ -164,7 +182,7 @@ def test_a_refused_gate_commits_nothing(place: Path) -> None:
     old = next(row for row in answers if row["kind"] == "retention" and row["right"])
     old |= {"answer": "cheese", "right": False}
     (run.dir / "answers/after.jsonl").write_text("\n".join(map(json.dumps, answers)))
-    verdict = commit(run, ModelStages(run, "float32"))
+    verdict = commit_generation(run, ModelStages(run, "float32"))
     run.close()
     assert verdict["generation"] is None and "rolled back" in verdict["verdict"]
     lost = {row["question"]: row["after"] for row in verdict["gate"]["forgotten"]}

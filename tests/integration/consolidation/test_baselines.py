@@ -24,7 +24,7 @@ from sleeprl.config.schema import ConfigError, ConsolidationConfig, FixedCapacit
 from sleeprl.consolidation import student_rollouts as imitation
 from sleeprl.consolidation.data_mix import DataMix, trained_tokens
 from sleeprl.consolidation.methods import METHODS, NEW, PASSAGE, REPLAY, STUDENT
-from sleeprl.consolidation.ray_job import budgeted
+from sleeprl.consolidation.ray_job import limit_to_budget
 from sleeprl.consolidation.train_loop import Job
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import Trajectory, to_batch
@@ -32,7 +32,7 @@ from sleeprl.losses.combined import LossWeights
 from sleeprl.losses.ewc import diagonal_fisher, ewc_gradient, ewc_penalty
 from sleeprl.memory.checkpoint import scatter_columns
 from sleeprl.memory.gated_mlp import load_training_form
-from sleeprl.night.orchestrator import phases
+from sleeprl.night.phases import phases_of
 from sleeprl.reporting.report import write_report
 from sleeprl.reporting.summary_table import BeforeAfterTable
 from sleeprl.trainer.batching import TrainingExample
@@ -260,7 +260,7 @@ def test_the_steps_are_what_the_budget_buys(
         name, options(place, warmup=10), DEFAULT, FixedCapacityConfig(), 3, str(place), "", [1], 1,
         PASSAGES,
     )  # fmt: skip
-    bought = budgeted(job, budget)
+    bought = limit_to_budget(job, budget)
     steps, per_step = bought.learner.total_steps, feed(name).tokens_per_step()
     assert bought.tokens == budget
     assert steps * per_step >= budget > (steps - 1) * per_step
@@ -467,9 +467,9 @@ def test_a_wrong_baseline_is_named_with_the_nearest(word: str, told: str) -> Non
 
 def test_each_baseline_is_a_phase_before_the_gate() -> None:
     default = cfg.load(None, ["resources.cpus=2"])
-    assert [key for key, _ in phases(default)][-3:] == ["after", "fine_tuning", "commit"]
+    assert [phase.key for phase in phases_of(default)][-3:] == ["after", "fine_tuning", "commit"]
     two = cfg.load(None, ["baselines=[ewc,grpo]", "resources.cpus=2"])
-    keys = [key for key, _ in phases(two)]
+    keys = [phase.key for phase in phases_of(two)]
     assert keys[-4:] == ["after", "ewc", "grpo", "commit"] and "fine_tuning" not in keys
 
 

@@ -39,7 +39,7 @@ from sleeprl.night.model_stages import ModelStages
 from sleeprl.night.run_dir import RunDirectory
 from sleeprl.plugins import BUILTIN
 from sleeprl.reporting.progress import NightProgress
-from sleeprl.self_study import question_bank as notebook
+from sleeprl.self_study import question_bank
 from sleeprl.self_study.study import write_rehearsal
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_FACT, FREE_QA, STUDY_QA, format_qa
@@ -403,14 +403,14 @@ def test_dreaming_goes_on_with_what_a_level_kept(
         tmp_path, full, f"memory.reset={str(reset).lower()}",
         "memory.levels=[{period: 1, slots: 2}, {period: 2, slots: 2}]",
     )  # fmt: skip
-    assert made.last == 1 and made.transfer(1).sender == 1
-    tonight = made.expert(0)
+    assert made.last_step == 1 and made.transfer(1).sender == 1
+    tonight = made.expert_directory(0)
     tonight.mkdir(parents=True)
-    save_file(trained(growth_of(made.slots(0)), full, 0, seed=0), tonight / EXPERT)
-    assert made.learner(1, 1e-3, 4).teacher_only_slots == (
+    save_file(trained(growth_of(made.slots_before(0)), full, 0, seed=0), tonight / EXPERT)
+    assert made.trainer_options(1, 1e-3, 4).teacher_only_slots == (
         0,
     )  # the teacher's alone while it is handed on
-    assert made.dreamer().teacher_only_slots == ((0,) if reset else ())
+    assert made.dreaming_options().teacher_only_slots == ((0,) if reset else ())
 
 
 @pytest.mark.parametrize("name", sorted(BUILTIN["growth"]))
@@ -425,11 +425,11 @@ def test_an_engine_starts_with_the_model_before_a_step(
         tmp_path, full, f"memory.growth={name}", "memory.when_full=merge",
         "memory.levels=[{period: 2, slots: 2}]",
     )  # fmt: skip
-    assert made.steps[0] == Merge(0) and made.transfer(1).slot == 0 and made.last == 1
-    assert made.next == 0
-    wider = made.slots(1).total_width - made.slots(0).total_width
+    assert made.steps[0] == Merge(0) and made.transfer(1).slot == 0 and made.last_step == 1
+    assert made.next_step == 0
+    wider = made.slots_before(1).total_width - made.slots_before(0).total_width
     assert wider == (WIDTH if name == GATED_MLP else 0)
-    growth_of(made.slots(0)).export(made.before(0), tmp_path / "plain")
+    growth_of(made.slots_before(0)).export(made.checkpoint_before(0), tmp_path / "plain")
     ids = list(range(20, 60))
     (right,) = expected(tmp_path / "plain", [TrainingExample(ids[:1], ids[1:], "")])
     with cluster(made.config.resources):
@@ -442,9 +442,9 @@ def test_an_engine_starts_with_the_model_before_a_step(
 def test_the_baseline_trains_all_of_a_low_rank_model(tiny_model: Path, tmp_path: Path) -> None:
     full = grown(tiny_model, tmp_path / "grown", LOW_RANK, (2,), (0,))
     made = selves(tmp_path, full, "memory.growth=low_rank", "memory.levels=[{period: 2, slots: 2}]")
-    options = made.learner(None, 1e-3, 5)
+    options = made.trainer_options(None, 1e-3, 5)
     assert options.slot is None and options.teacher_only_slots == ()
-    growth_of(made.slots(0)).export(made.before(0), tmp_path / "plain")
+    growth_of(made.slots_before(0)).export(made.checkpoint_before(0), tmp_path / "plain")
     texts = [TrainingExample([20, 21], list(range(22, 50)), "")]
     same = expected(Path(options.checkpoint), texts)
     assert same[0] == pytest.approx(expected(tmp_path / "plain", texts)[0], abs=1e-4)
@@ -456,21 +456,21 @@ def test_a_step_that_was_trained_is_found_again(tiny_model: Path, tmp_path: Path
     """What a killed night does: the model before a step, from what the steps before it left."""
     words = ["memory.levels=[{period: 1, slots: 1}, {period: 2, slots: 2}]"]
     made = selves(tmp_path, tiny_model, *words)
-    assert [made.key(0), made.key(1)] == ["consolidation", "levels-1"]
-    assert made.lake(0).directory == made.run.dir / "lake" != made.lake(1).directory
-    expert = trained(growth_of(made.slots(0)), made.before(0), 0, seed=3)
-    made.expert(0).mkdir()
-    save_file(expert, made.expert(0) / EXPERT)
-    made.run.phase("consolidation", lambda: {"steps": 1})
+    assert [made.step_key(0), made.step_key(1)] == ["consolidation", "levels-1"]
+    assert made.lake_of(0).directory == made.run.dir / "lake" != made.lake_of(1).directory
+    expert = trained(growth_of(made.slots_before(0)), made.checkpoint_before(0), 0, seed=3)
+    made.expert_directory(0).mkdir()
+    save_file(expert, made.expert_directory(0) / EXPERT)
+    made.run.run_once("consolidation", lambda: {"steps": 1}, lambda _: "")
     again = ModelStages(made.run, "float32")
-    assert again.next == 1
-    options = again.learner(again.next, 1e-3, 5)
+    assert again.next_step == 1
+    options = again.trainer_options(again.next_step, 1e-3, 5)
     assert (options.slot, options.teacher_only_slots) == (1, (0,))
     assert Path(options.checkpoint) == (made.run.dir / "smaller-self-1").resolve()
     assert slots_of(Path(options.checkpoint)).used == (0,)
-    assert again.expert() == made.run.dir / "dreaming"  # dreams have the last word
+    assert again.expert_directory() == made.run.dir / "dreaming"  # dreams have the last word
     made.config.dreaming.enabled = False
-    assert again.expert() == made.run.dir / "levels-1"
+    assert again.expert_directory() == made.run.dir / "levels-1"
 
 
 # --- whole nights -----------------------------------------------------------------
@@ -592,7 +592,7 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
     assert recall(two, second_day) > 0.15
 
     # What was asked is kept with the generations, and asked again.
-    earlier, later = (set(notebook.load(generation)) for generation in (one, two))
+    earlier, later = (set(question_bank.load(generation)) for generation in (one, two))
     asked = {
         tuple(text.prompt_ids)
         for text in from_batch(Lake(run / "lake").read("trajectories"))

@@ -26,7 +26,7 @@ from sleeprl.config.schema import (
     keys,
     meanings,
 )
-from sleeprl.evaluation.questions import KINDS
+from sleeprl.evaluation.metrics import METRICS
 from sleeprl.models.catalogue import CATALOGUE, Spec
 from tests.support.paths import ROOT
 
@@ -184,7 +184,9 @@ def test_every_setting_is_explained() -> None:
     assert list(told) == list(keys()) and all(told.values())
     for key, choices in validation._CHOICES.items():
         assert all(choice in told[key] for choice in choices), key
-    assert all(word in told["evaluation.questions"] for word in (*KINDS, "experience"))
+    assert all(
+        word in told["evaluation.questions"] for word in (*(m.key for m in METRICS), "experience")
+    )
     assert "HEAD" in told["model.name"] and "sleeprl models" in told["model.name"]
 
 

@@ -13,21 +13,30 @@ from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, EvaluationConfig
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import from_batch
-from sleeprl.evaluation.measure import ask, forgotten, measure, own_retention, own_texts, perplexity
+from sleeprl.evaluation.measure import (
+    ask,
+    ask_own_questions,
+    list_forgotten,
+    measure,
+    measure_perplexity,
+    write_own_texts,
+)
+from sleeprl.evaluation.metrics import METRICS
 from sleeprl.evaluation.questions import (
-    KINDS,
     Day,
     Question,
+    extract_answer,
     grade,
     is_correct,
     read_questions,
-    told_by,
 )
 from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.rollout.engine import Completion, SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_FACT
 from sleeprl.wake.day import build_day
+
+KINDS = [metric.key for metric in METRICS]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +96,7 @@ def test_read_questions(tmp_path: Path) -> None:
         "",
         {"question": "Who?", "answer": "Zoë", "kind": "retention", "experience": "a text"},
     )
-    assert read_questions(path) == [
+    assert read_questions(path, KINDS) == [
         Question("Where?", "Oslo", "recall"),
         Question("Who?", "Zoë", "retention", "a text"),
     ]
@@ -106,12 +115,14 @@ def test_read_questions(tmp_path: Path) -> None:
 def test_a_bad_question_is_named_by_file_and_line(tmp_path: Path, row: object, words: str) -> None:
     path = write(tmp_path / "q.jsonl", {"question": "Where?", "answer": "Oslo"}, row)
     with pytest.raises(ValueError, match=r"q\.jsonl:2") as caught:
-        read_questions(path)
+        read_questions(path, KINDS)
     assert words in str(caught.value)
 
 
 def test_an_answer_that_is_a_number_can_be_graded(tmp_path: Path) -> None:
-    probes = read_questions(write(tmp_path / "q.jsonl", {"question": "When?", "answer": 1987}))
+    probes = read_questions(
+        write(tmp_path / "q.jsonl", {"question": "When?", "answer": 1987}), KINDS
+    )
     assert grade(["in 1987"], probes) == [True]
 
 
@@ -180,7 +191,9 @@ def test_the_context_stands_before_the_question_only_where_it_is_asked_for(
     with_context = ask(fleet, chat, DAY.probes, with_context=True, max_tokens=9)  # type: ignore[arg-type]
     assert with_context == ["Oslo", "yes", "Paris"]
     assert {(s.temperature, s.max_tokens) for s in fleet.sampling} == {(0.0, 9)}
-    figures = measure(fleet, chat, DAY, with_context=False, max_tokens=9, max_length=64)  # type: ignore[arg-type]
+    figures = measure(
+        fleet, chat, DAY, KINDS, with_context=False, max_tokens=9, max_length=64,
+    ).figures  # type: ignore[arg-type]  # fmt: skip
     # "abc" has two scored tokens of probability 1/2 and 1/3; single letters have none.
     assert figures == {
         "recall": 0.5,
@@ -197,10 +210,10 @@ def test_what_was_lost_is_old_knowledge_that_was_right(tmp_path: Path, chat: Cha
     day = Day([], probes)
     for name, said in (("before", "yes yes yes no"), ("after", "no no yes yes")):
         fleet = Script(chat, dict(zip("abcd", said.split(), strict=True)))
-        measure(
-            fleet, chat, day, with_context=False, max_tokens=9, max_length=64,
-            record=tmp_path / "answers" / f"{name}.jsonl", lake=Lake(tmp_path / "lake"),
+        measured = measure(
+            fleet, chat, day, KINDS, with_context=False, max_tokens=9, max_length=64,
         )  # type: ignore[arg-type]  # fmt: skip
+        measured.save(tmp_path / "answers" / f"{name}.jsonl", Lake(tmp_path / "lake"))
     rows = from_batch(Lake(tmp_path / "lake").read("trajectories"))
     assert [(t.uid, t.task_id, t.reward) for t in rows[3:5]] == [
         ("eval-before-3", "before-retention", 0.0),
@@ -208,7 +221,7 @@ def test_what_was_lost_is_old_knowledge_that_was_right(tmp_path: Path, chat: Cha
     ]
     assert {t.purpose for t in rows} == {"eval"} and len(rows) == 8
     assert chat.decode(rows[0].response_ids) == "yes" and rows[0].prompt_ids == chat.prompt("a")
-    lost = forgotten(tmp_path / "answers/before.jsonl", tmp_path / "answers/after.jsonl")
+    lost = list_forgotten(tmp_path / "answers/before.jsonl", tmp_path / "answers/after.jsonl")
     assert lost == [{"question": "a", "before": "yes", "after": "no"}]
 
 
@@ -242,13 +255,13 @@ def test_a_model_that_goes_on_talking_is_graded_by_its_first_sentence() -> None:
 def test_an_answer_is_what_it_says_beside_its_question(
     answer: str, question: str, told: str
 ) -> None:
-    assert told_by(answer, question) == told
+    assert extract_answer(answer, question) == told
     assert not answer or is_correct(answer, told, question=question)
 
 
 def test_an_answer_in_other_words_is_not_forgotten() -> None:
     question = "What planet is the closest to Earth?"
-    gold = told_by("The closest planet to Earth is Mercury.", question)
+    gold = extract_answer("The closest planet to Earth is Mercury.", question)
     probes = [Question(question, gold, "retention")] * 2
     said = ["The planet closest to Earth is Mercury.", "The planet closest to Earth is Venus."]
     assert grade(said, probes) == [True, False]
@@ -280,7 +293,7 @@ def test_what_is_known_is_what_is_said_each_time(chat: ChatFormatter) -> None:
         },
     )
     asked, config = ["sure", "guess", "sure", "silent", "late"], EvaluationConfig()
-    day = own_retention(DAY, asked, fleet, chat, config)  # type: ignore[arg-type]
+    day = ask_own_questions(DAY, asked, fleet, chat, config)  # type: ignore[arg-type]
     told = [probe for probe in DAY.probes if probe.kind != "retention"]
     assert day.probes == [*told, Question("sure", "Paris", "retention")]
     assert day.texts == DAY.texts
@@ -307,30 +320,30 @@ def test_texts_of_ones_own_are_stated_and_written_until_they_are_enough(
 ) -> None:
     """What is cut off counts, for it is only read; what is empty does not."""
     fleet, config = Talker(chat), EvaluationConfig(perplexity_texts=5, max_tokens=7)
-    day = own_texts(DAY, ["a", "b"], fleet, chat, config)  # type: ignore[arg-type]
+    day = write_own_texts(DAY, ["a", "b"], fleet, chat, config)  # type: ignore[arg-type]
     assert day.texts == ["a", "b", "It is 0.", "It is 2."] and day.probes == DAY.probes
     assert day.answering == FREE_FACT and DAY.answering == ""
     assert {(s.max_tokens, s.temperature) for _, s in fleet.asked} == {(7, 1.0)}
     assert {message for message, _ in fleet.asked} == {FREE_FACT}
-    enough = own_texts(DAY, list("abcdefg"), fleet, chat, config)  # type: ignore[arg-type]
+    enough = write_own_texts(DAY, list("abcdefg"), fleet, chat, config)  # type: ignore[arg-type]
     assert enough.texts == list("abcde") and len(fleet.asked) == 3
 
 
 def test_perplexity_is_per_token_over_all_texts(chat: ChatFormatter) -> None:
     fleet = Script(chat, {})
-    value, count = perplexity(fleet, chat, ["ab", "abcd"], 64)  # type: ignore[arg-type]
+    value, count = measure_perplexity(fleet, chat, ["ab", "abcd"], 64)  # type: ignore[arg-type]
     assert count == 4
     assert value == pytest.approx((2 * 2 * 3 * 4) ** 0.25)
-    assert perplexity(fleet, chat, ["abcd"], 3)[1] == 2  # type: ignore[arg-type]
-    assert perplexity(fleet, chat, ["a", ""], 64) == (None, 0)  # type: ignore[arg-type]
+    assert measure_perplexity(fleet, chat, ["abcd"], 3)[1] == 2  # type: ignore[arg-type]
+    assert measure_perplexity(fleet, chat, ["a", ""], 64) == (None, 0)  # type: ignore[arg-type]
 
 
 def test_perplexity_of_answers_is_of_what_stands_behind_the_message(chat: ChatFormatter) -> None:
     fleet, start = Script(chat, {}), len(chat.prompt("tell me"))
-    value, count = perplexity(fleet, chat, ["ab", "a", ""], 64, "tell me")  # type: ignore[arg-type]
+    value, count = measure_perplexity(fleet, chat, ["ab", "a", ""], 64, "tell me")  # type: ignore[arg-type]
     told = [1 + start + place for place in (0, 1, 0)]
     assert count == 3 and value == pytest.approx(math.prod(told) ** (1 / 3))
-    cut = perplexity(fleet, chat, ["ab"], start + 1, "tell me")  # type: ignore[arg-type]
+    cut = measure_perplexity(fleet, chat, ["ab"], start + 1, "tell me")  # type: ignore[arg-type]
     assert cut == (pytest.approx(told[0]), 1)
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, GateConfig
-from sleeprl.night.gate import FEW, environment, gate
-from sleeprl.utils.machine import available_cpus
+from sleeprl.night.gate import MIN_QUESTIONS, check_gate
+from sleeprl.utils.machine import available_cpus, describe_environment
 
 CONFIG = GateConfig(max_retention_drop=0.02, max_perplexity_ratio=1.25)
 
@@ -53,20 +53,21 @@ def test_what_was_known_must_hold(
     after: tuple[float | None, float | None],
     refused: list[str],
 ) -> None:
-    told = gate(figures(*before), figures(*after), CONFIG)
+    told = check_gate(figures(*before), figures(*after), CONFIG)
     assert told["passed"] == (not refused)
     assert all(reason in told["refused"] for reason in refused)
     assert told["refused"].count(";") == max(0, len(refused) - 1) + (before == (None, None))
 
 
 @pytest.mark.parametrize(
-    ("asked", "perplexity", "passed"), [(FEW, 40.0, False), (FEW - 1, 40.0, True), (2, None, False)]
+    ("asked", "perplexity", "passed"),
+    [(MIN_QUESTIONS, 40.0, False), (MIN_QUESTIONS - 1, 40.0, True), (2, None, False)],
 )
 def test_one_slip_in_few_questions_undoes_no_night(
     asked: int, perplexity: float | None, passed: bool
 ) -> None:
     """Where the texts say that nothing else moved; without any the few are all there is."""
-    told = gate(figures(1.0, perplexity, asked), figures(0.9, perplexity, asked), CONFIG)
+    told = check_gate(figures(1.0, perplexity, asked), figures(0.9, perplexity, asked), CONFIG)
     assert told["passed"] is passed and told["lost"] == pytest.approx(0.1)
     assert told["tolerance"] == (None if passed else CONFIG.max_retention_drop)
 
@@ -82,7 +83,7 @@ def test_each_measure_can_refuse_alone(
         pairs = [(known, kept)] * retention or [(None, None)]
         more = [(before, after)] * perplexity or [(None, None)]
         old, new = (figures(a, b) for a, b in zip(*pairs, *more, strict=True))
-        return bool(gate(old, new, CONFIG)["passed"])
+        return bool(check_gate(old, new, CONFIG)["passed"])
 
     assert passed(True, True) == (passed(True, False) and passed(False, True))
 
@@ -96,4 +97,4 @@ def test_a_figure_says_on_what_machine_it_was_measured() -> None:
     told = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.+)", told.read_text() if told.is_file() else "")
     expected = [platform.machine(), *models[:1], f"{available_cpus()} cores"]
-    assert environment()["machine"] == ", ".join(expected)
+    assert describe_environment()["machine"] == ", ".join(expected)

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-import sleeprl.night.orchestrator as night_module
 from sleeprl.config import loader as cfg
+from sleeprl.config.schema import ConfigError
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import Trajectory, from_batch
-from sleeprl.dreaming import launch as phase
+from sleeprl.dreaming import launch
 from sleeprl.evaluation.questions import Day, Question
-from sleeprl.night.orchestrator import Night
+from sleeprl.night import phases
+from sleeprl.night.phases import PHASES, phases_of, rehearse_level, study_day
 from sleeprl.night.run_dir import RunDirectory
-from sleeprl.self_study import question_bank as notebook
+from sleeprl.self_study import question_bank
 from sleeprl.self_study.study import Study
 
 
@@ -43,19 +44,19 @@ def a_night(tmp_path: Path) -> Any:
     before, run = tmp_path / "before", tmp_path / "run"
     before.mkdir()
     run.mkdir()
-    selves = SimpleNamespace(
-        from_context=1,
-        before=lambda index: before,
-        lake=lambda index: Lake(tmp_path / f"lake-{index}"),
+    stages = SimpleNamespace(
+        context_step=1,
+        checkpoint_before=lambda index: before,
+        lake_of=lambda index: Lake(tmp_path / f"lake-{index}"),
     )
     return SimpleNamespace(
         config=cfg.load(None, ["dreaming.enabled=false"]),
-        selves=selves,
+        stages=stages,
         run=SimpleNamespace(dir=run, result=lambda key: {"wake": MET}[key]),
         lake=Lake(run / "lake"),
         chat=None,
         day=Day(["a text"], [Question("a question", "an answer", "retention")]),
-        _engines=lambda: None,
+        engines=None,
     )
 
 
@@ -64,19 +65,20 @@ def test_a_level_that_hands_on_is_asked_about_what_is_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int, asked: str
 ) -> None:
     """Tonight's slot is in a level that hands on after the day's transfer, not before it."""
-    self = a_night(tmp_path)
-    notebook.save(["of old"], self.selves.before(0))
-    notebook.save(["of tonight"], self.run.dir)
+    night = a_night(tmp_path)
+    question_bank.save(["of old"], night.stages.checkpoint_before(0))
+    question_bank.save(["of tonight"], night.run.dir)
     given: list[list[str]] = []
 
-    def rehearse(*_: Any, notebook: list[str]) -> Study:
-        given.append(notebook)
+    def rehearse(*_: Any, question_bank: list[str]) -> Study:
+        given.append(question_bank)
         return Study([text("t")])
 
-    monkeypatch.setattr(night_module, "rehearse", rehearse)
-    assert Night.recollect(self, index) == {"new": 1, "replay": 0}
+    monkeypatch.setattr(phases, "write_rehearsal", rehearse)
+    assert rehearse_level(night, index) == {"new": 1, "replay": 0}
     assert given == [[asked]]
-    assert [row.uid for row in from_batch(self.selves.lake(index).read("trajectories"))] == ["t"]
+    rows = from_batch(night.stages.lake_of(index).read("trajectories"))
+    assert [row.uid for row in rows] == ["t"]
 
 
 def test_self_study_after_a_kill_leaves_no_text_of_the_first_attempt(
@@ -84,9 +86,11 @@ def test_self_study_after_a_kill_leaves_no_text_of_the_first_attempt(
 ) -> None:
     """Killed between the lake and the end of the phase, it samples again, and holds out others:
     what was trained on at first may be a probe now."""
-    self = a_night(tmp_path)
-    attempts = iter([Study([text("a"), text("b")], notebook=["q"]), Study([text("b"), text("c")])])
-    monkeypatch.setattr(night_module, "study", lambda *_, **__: next(attempts))
+    night = a_night(tmp_path)
+    attempts = iter(
+        [Study([text("a"), text("b")], question_bank=["q"]), Study([text("b"), text("c")])]
+    )
+    monkeypatch.setattr(phases, "study", lambda *_, **__: next(attempts))
 
     def killed(study: Study, path: Path) -> None:
         raise KeyboardInterrupt
@@ -94,9 +98,9 @@ def test_self_study_after_a_kill_leaves_no_text_of_the_first_attempt(
     with monkeypatch.context() as at_first:
         at_first.setattr(Study, "save", killed)
         with pytest.raises(KeyboardInterrupt):
-            Night.self_study(self)
-    Night.self_study(self)
-    uids = [row.uid for row in from_batch(self.lake.read("trajectories"))]
+            study_day(night)
+    study_day(night)
+    uids = [row.uid for row in from_batch(night.lake.read("trajectories"))]
     assert sorted(uids) == ["b", "c"]
 
 
@@ -104,32 +108,31 @@ def test_a_day_without_old_questions_is_asked_its_own_after_a_kill_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first attempt has put its own into the day: nothing that they ask may be trained on."""
-    self, held = a_night(tmp_path), []
-    self.run.result = lambda key: {"wake": {"retention": 0, "texts": 0}}[key]
+    night, held = a_night(tmp_path), []
+    night.run.result = lambda key: {"wake": {"retention": 0, "texts": 0}}[key]
 
     def study(*_: Any, hold_out: float, **__: Any) -> Study:
         held.append(hold_out)
         return Study([text("a")])
 
-    monkeypatch.setattr(night_module, "study", study)
-    monkeypatch.setattr(night_module.figures, "own_retention", asked)
-    monkeypatch.setattr(night_module.figures, "own_texts", stated)
-    Night.self_study(self)
+    monkeypatch.setattr(phases, "study", study)
+    monkeypatch.setattr(phases, "ask_own_questions", asked)
+    monkeypatch.setattr(phases, "write_own_texts", stated)
+    study_day(night)
     assert held == [0.25]
-    assert Day.load(self.run.dir / "day.json") == replace(self.day, probes=[], texts=["a fact"])
+    assert Day.load(night.run.dir / "day.json") == replace(night.day, probes=[], texts=["a fact"])
 
 
 def test_ones_own_old_questions_stay_where_the_day_has_no_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    self = a_night(tmp_path)
-    self.run.result = lambda key: {"wake": {"retention": 1, "texts": 0}}[key]
-    monkeypatch.setattr(night_module, "study", lambda *_, **__: Study([text("a")]))
-    monkeypatch.setattr(night_module.figures, "own_retention", asked)
-    monkeypatch.setattr(night_module.figures, "own_texts", stated)
-    asks = self.day.probes
-    Night.self_study(self)
-    assert Day.load(self.run.dir / "day.json") == replace(self.day, probes=asks, texts=["a fact"])
+    night = a_night(tmp_path)
+    night.run.result = lambda key: {"wake": {"retention": 1, "texts": 0}}[key]
+    monkeypatch.setattr(phases, "study", lambda *_, **__: Study([text("a")]))
+    monkeypatch.setattr(phases, "ask_own_questions", asked)
+    monkeypatch.setattr(phases, "write_own_texts", stated)
+    study_day(night)
+    assert Day.load(night.run.dir / "day.json") == replace(night.day, texts=["a fact"])
 
 
 def test_dreaming_hands_its_actors_whole_paths(
@@ -146,16 +149,38 @@ def test_dreaming_hands_its_actors_whole_paths(
         asked.append(path)
         raise Found
 
-    monkeypatch.setattr(phase.Position, "load", load)
-    monkeypatch.setattr(phase, "make_tasks", lambda *_: ["a task"])
+    monkeypatch.setattr(launch.DreamingCheckpoint, "load", load)
+    monkeypatch.setattr(launch, "make_tasks", lambda *_: ["a task"])
     fleet: Any = SimpleNamespace(version=3)
     nothing: Any = None
     with pytest.raises(Found):
-        phase.run_dreaming(
+        launch.run_dreaming(
             cfg.load(None, []), fleet, nothing, Path("expert"), nothing, [], [], Path("runs/n"),
             [], print, nothing,
         )  # fmt: skip
     assert asked == [tmp_path / "runs/n/dreaming-state"]
+
+
+def test_a_phase_of_ones_own_stands_where_it_says() -> None:
+    names = ["phases=[examples.my_phase.purposes]"]
+    keys = [phase.key for phase in phases_of(cfg.load(None, names))]
+    assert keys[keys.index("self_study") + 1] == "purposes"
+    assert [key for key in keys if key != "purposes"] == [
+        phase.key for phase in phases_of(cfg.load(None, []))
+    ]
+    with pytest.raises(ConfigError, match="'purposes' of another phase"):
+        phases_of(
+            cfg.load(None, ["phases=[examples.my_phase.purposes,examples.my_phase.purposes]"])
+        )
+
+
+def test_a_phase_after_one_that_the_night_does_not_have_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost = replace(PHASES[0], key="lost", after="wake_learning")
+    monkeypatch.setattr(phases, "create", lambda *_: lost)
+    with pytest.raises(ConfigError, match="after 'wake_learning', which this night does not have"):
+        phases_of(cfg.load(None, ["phases=[lost]"]))
 
 
 def test_what_each_attempt_does_adds_up_and_a_finished_phase_is_not_done_again(
@@ -167,8 +192,8 @@ def test_what_each_attempt_does_adds_up_and_a_finished_phase_is_not_done_again(
             **dict.fromkeys(("start", "finish", "skip"), lambda *_: None)
         )
         run = RunDirectory(cfg.load(None, [f"runs={tmp_path}", "name=cut"]), progress)
-        run.attempt("prepare", lambda: time.sleep(0.05) or done.append("prepare"), lambda _: "")
-        assert run.phase("wake", lambda: done.append("wake") or 7) == 7
+        run.run_always("prepare", lambda: time.sleep(0.05) or done.append("prepare"), lambda _: "")
+        assert run.run_once("wake", lambda: done.append("wake") or 7, lambda _: "") == 7
         run.close()
     assert done == ["prepare", "wake", "prepare"]
     assert run.state["seconds"]["prepare"] >= 0.1

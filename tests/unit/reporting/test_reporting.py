@@ -20,6 +20,7 @@ from rich.console import Console, RenderableType
 
 from sleeprl.cluster.waits import Waits, Watchdog
 from sleeprl.consolidation.methods import METHODS
+from sleeprl.evaluation.statistics import wilson_interval
 from sleeprl.reporting import charts
 from sleeprl.reporting.charts import Series
 from sleeprl.reporting.metrics_log import MetricsLog, read_metrics
@@ -31,7 +32,6 @@ from sleeprl.reporting.summary_view import (
     format_headline,
     format_number,
     read_figure,
-    wilson_interval,
 )
 
 

@@ -62,12 +62,13 @@ class Search:
         monkeypatch.setattr(self.module, "cluster", lambda *_, **__: nullcontext())
         monkeypatch.setattr(self.module, "find_model", lambda _: EMBEDDED)
         monkeypatch.setattr(self.module, "Night", self.night)
+        monkeypatch.setattr(self.module, "run_evening", self.evening)
 
     def night(self, run: Any) -> SimpleNamespace:
-        def evening() -> None:
-            self.evenings += 1
+        return SimpleNamespace(engines=None, stop_engines=lambda: None)
 
-        return SimpleNamespace(evening=evening, fleet=SimpleNamespace(shutdown=lambda: None))
+    def evening(self, _: Any) -> None:
+        self.evenings += 1
 
     def fit(self) -> Any:
         best = SimpleNamespace(config=CHOICE, metrics={"score": 1.0})

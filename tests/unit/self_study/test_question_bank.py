@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleeprl.self_study import question_bank as notebook
+from sleeprl.self_study import question_bank
 from sleeprl.self_study.question_bank import rotate
 
 questions = st.lists(st.sampled_from("abcdefghij"), unique=True)
@@ -38,6 +38,6 @@ def test_every_question_is_asked_in_its_turn() -> None:
 
 
 def test_it_is_read_back_and_a_model_that_never_slept_has_none(tmp_path: Path) -> None:
-    assert notebook.load(tmp_path) == []
-    notebook.save(["Where does Ann live?"], tmp_path)
-    assert notebook.load(tmp_path) == ["Where does Ann live?"]
+    assert question_bank.load(tmp_path) == []
+    question_bank.save(["Where does Ann live?"], tmp_path)
+    assert question_bank.load(tmp_path) == ["Where does Ann live?"]

@@ -274,13 +274,13 @@ def test_what_leaves_no_room_for_an_answer_is_not_asked(chat: ChatFormatter) -> 
 
 def test_neighbours_are_of_every_document(chat: ChatFormatter) -> None:
     fleet = Script(chat, author)
-    writer = TextSampler(fleet, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
+    sampler = TextSampler(fleet, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
     drafts = [replace(ANN, document=n, question=f"{w} {i}?")
               for n, w in enumerate(("Ann", "Bob")) for i in range(20)]  # fmt: skip
     ids = [chat.text(f"Question: {draft.question}") for draft in drafts]
-    asked = [replace(d, ids=own, surprise=[1.0] * len(own)) for d, own in zip(drafts, ids)]
+    asked = [replace(d, ids=own, nll=[1.0] * len(own)) for d, own in zip(drafts, ids)]
     sample_near_questions(
-        writer, DOCUMENTS, asked, 10
+        sampler, DOCUMENTS, asked, 10
     )  # fewer than the first document has questions
     for document in DOCUMENTS:
         assert any(chat.decode(prompt).startswith(document) for prompt in fleet.prompts)
@@ -340,11 +340,11 @@ def test_what_was_asked_on_earlier_nights_is_asked_again(chat: ChatFormatter) ->
         chat.decode(t.prompt_ids) for t in first.trajectories if t.task_id.startswith("answer-")
     }
     free = {chat.decode(t.prompt_ids) for t in first.trajectories if t.task_id == "answer"}
-    assert set(first.notebook[: len(tonight)]) == tonight  # the least settled before the rest
-    assert set(first.notebook[len(tonight) :]) == free
+    assert set(first.question_bank[: len(tonight)]) == tonight  # the least settled before the rest
+    assert set(first.question_bank[len(tonight) :]) == free
     known = [*sorted(tonight)[:3], *(f"long ago {n}?" for n in range(150))]
     fleet = Script(chat, author)
-    second = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, notebook=known)  # type: ignore[arg-type]
+    second = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, question_bank=known)  # type: ignore[arg-type]
     assert fleet.asked[FREE_QA] == CONFIG.replay_questions // 2
     rehearsed = [chat.decode(t.prompt_ids) for t in second.trajectories if t.task_id == "answer"]
     assert len(set(rehearsed)) == len(rehearsed)
@@ -355,9 +355,9 @@ def test_what_was_asked_on_earlier_nights_is_asked_again(chat: ChatFormatter) ->
     assert {q for q in rehearsed if "long ago" in q} == set(asked)
     # Of what is asked about the day, the answer before it was read is not to be kept.
     assert not set(known[:3]) & set(rehearsed)
-    mine = len(second.notebook) - len(waits) - len(rehearsed)
-    assert second.notebook[mine : mine + len(waits)] == waits
-    assert second.notebook[mine + len(waits) :] == rehearsed
+    mine = len(second.question_bank) - len(waits) - len(rehearsed)
+    assert second.question_bank[mine : mine + len(waits)] == waits
+    assert second.question_bank[mine + len(waits) :] == rehearsed
     none = study(
         Script(chat, author),
         chat,
@@ -366,9 +366,9 @@ def test_what_was_asked_on_earlier_nights_is_asked_again(chat: ChatFormatter) ->
         0,
         512,  # type: ignore[arg-type]
     )
-    assert none.notebook == []
+    assert none.question_bank == []
     fleet = Script(chat, author)  # a few in the notebook stand in for a few
-    study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, notebook=known[-9:])  # type: ignore[arg-type]
+    study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, question_bank=known[-9:])  # type: ignore[arg-type]
     assert fleet.asked[FREE_QA] == CONFIG.replay_questions - 9
 
 
@@ -400,10 +400,10 @@ def test_the_same_fact_of_earlier_nights_is_not_rehearsed_twice(chat: ChatFormat
         return ("Oslo", "stop") if message in known else author(message, number)
 
     fleet = Script(chat, lives)
-    found = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, notebook=known)  # type: ignore[arg-type]
+    found = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, question_bank=known)  # type: ignore[arg-type]
     asked = [chat.decode(t.prompt_ids) for t in found.trajectories if t.task_id == "answer"]
     assert [q for q in asked if q in known] == known[: len(HOMES)]
-    assert set(known) <= set(found.notebook)  # they had their turn
+    assert set(known) <= set(found.question_bank)  # they had their turn
 
 
 def test_answers_are_sure_and_questions_are_not(chat: ChatFormatter) -> None:
@@ -532,14 +532,14 @@ def test_neighbours_begin_as_tonights_questions_do_and_need_no_document(
     fleet = Script(chat, wanders)
     config = replace(CONFIG, assistant_prefix="Question:")
     for settings in (CONFIG, config):
-        writer = TextSampler(fleet, chat, settings, 0, 512)  # type: ignore[arg-type]
-        asked = _about(writer, DOCUMENTS, [ANN]).values()
-        rows = sample_near_questions(writer, DOCUMENTS, list(asked), 40)
+        sampler = TextSampler(fleet, chat, settings, 0, 512)  # type: ignore[arg-type]
+        asked = _about(sampler, DOCUMENTS, [ANN]).values()
+        rows = sample_near_questions(sampler, DOCUMENTS, list(asked), 40)
         found = {chat.decode(row.prompt_ids) for row in rows}
         assert found and "Where does Ann live?" not in found
         assert all(row.teacher_prompt_ids is None for row in rows)
         assert {chat.decode(row.response_ids) for row in rows} == {"as ever"}
-        assert sample_near_questions(writer, DOCUMENTS, [], 40) == []
+        assert sample_near_questions(sampler, DOCUMENTS, [], 40) == []
 
 
 def test_a_question_is_cut_off_where_it_would_have_gone_on_otherwise(chat: ChatFormatter) -> None:
@@ -560,10 +560,10 @@ def test_a_question_is_cut_off_where_it_would_have_gone_on_otherwise(chat: ChatF
             begun.append(message.split("Question:")[1])
         return "lex live?\nAnswer: Rome", "stop"
 
-    writer = TextSampler(Sudden(chat, wanders), chat, CONFIG, 0, 512)  # type: ignore[arg-type]
+    sampler = TextSampler(Sudden(chat, wanders), chat, CONFIG, 0, 512)  # type: ignore[arg-type]
     ids = chat.text("Question: Where does Ann live?")
-    (surprise,) = writer.surprise([writer.begin(FREE_QA)], [ids])
-    rows = sample_near_questions(writer, DOCUMENTS, [replace(ANN, ids=ids, surprise=surprise)], 20)
+    (surprise,) = sampler.token_nll([sampler.qa_prefix(FREE_QA)], [ids])
+    rows = sample_near_questions(sampler, DOCUMENTS, [replace(ANN, ids=ids, nll=surprise)], 20)
     assert len(begun) == 20 and set(begun) == {" Where does A"}
     assert [chat.decode(row.prompt_ids) for row in rows] == ["Where does Alex live?"]
 

@@ -1,0 +1,63 @@
+"""The metrics of the headline table: shares of questions answered right.
+
+A metric is a row of ``METRICS``, or a plug-in of kind "metric" that returns such a row
+(``examples/my_metric.py``). The report and the terminal show whatever rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from sleeprl.config.schema import ConfigError, NightConfig
+from sleeprl.evaluation.questions import Day, Question
+from sleeprl.plugins import create
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of the headline table."""
+
+    key: str
+    """``kind`` of its questions, and its name in ``summary.json``."""
+    label: str
+    """What a reader sees above the column."""
+    questions: Callable[[Sequence[str], int], Sequence[Question]] | None = None
+    """Makes its questions from the day's documents and the night's seed. None: they come with the
+    day, from the embedded world or the file ``evaluation.questions``."""
+
+
+METRICS = (
+    Metric("recall", "Recall"),
+    Metric("two_hop", "Two-hop"),
+    Metric("retention", "Retention"),
+)
+"""What every night measures: the day, the day joined with what was known, and what was known before."""
+
+
+def metrics_of(config: NightConfig) -> tuple[Metric, ...]:
+    """List the metrics of a night: ``METRICS`` and the plug-ins of ``evaluation.metrics``.
+
+    Raises:
+        ConfigError: Two metrics have the same key.
+    """
+    plugins: list[Metric] = [create(name, "metric", {}) for name in config.evaluation.metrics]
+    metrics = (*METRICS, *plugins)
+    keys = [metric.key for metric in metrics]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(
+                f"evaluation.metrics: more than one metric has the key {key!r}; rename one"
+            )
+    return metrics
+
+
+def add_questions(day: Day, metrics: Sequence[Metric], seed: int) -> Day:
+    """Return the day with the questions of those metrics that make their own."""
+    own = [
+        replace(question, kind=metric.key)
+        for metric in metrics
+        if metric.questions is not None
+        for question in metric.questions(day.documents, seed)
+    ]
+    return replace(day, probes=[*day.probes, *own])

@@ -1,0 +1,158 @@
+"""What the phases of one night share: its run, its model, its engines and how they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from sleeprl.config.schema import NightConfig
+from sleeprl.consolidation import ray_job
+from sleeprl.consolidation.methods import METHODS
+from sleeprl.consolidation.train_loop import Job
+from sleeprl.evaluation.measure import measure
+from sleeprl.evaluation.metrics import metrics_of
+from sleeprl.evaluation.questions import Day
+from sleeprl.models.resolve import device_dtype
+from sleeprl.night.model_stages import ModelStages
+from sleeprl.night.run_dir import ANSWERS, RunDirectory
+from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.text.chat import ChatFormatter
+
+OnStep = Callable[[int], None]
+DAY, STUDY, TRAIN = "day.json", "study.json", "train"
+"""Files of a run that one phase writes and others read, and the directory of Ray Train's jobs."""
+
+
+class Night:
+    """One night: what its phases read, and the few things that several of them do.
+
+    All that a phase hands to another is on disk, so a night that goes on after a crash reads the same.
+    """
+
+    def __init__(self, run: RunDirectory, engines: EnginePool | None = None) -> None:
+        """Args:
+        run: The directory of the night and the results of its phases so far.
+        engines: Running engines that hold the smaller self; by default ``start_engines`` starts them.
+        """
+        self.run = run
+        self.config: NightConfig = run.config
+        self.stages = ModelStages(run, device_dtype(run.config.model.dtype, run.config.resources))
+        self.lake = self.stages.lake_of(None)
+        self._engines = engines
+
+    # --- the day ------------------------------------------------------------------
+
+    @property
+    def day(self) -> Day:
+        """The documents, questions and held-out texts of the night, as they stand now."""
+        return Day.load(self.run.dir / DAY)
+
+    @cached_property
+    def chat(self) -> ChatFormatter:
+        """The chat format of the model; no step of a night changes it."""
+        return ChatFormatter(self.stages.checkpoint_before(0))
+
+    @cached_property
+    def canary(self) -> list[int]:
+        """Token ids that trainer and engines both score after each update of the weights."""
+        length = min(64, self.config.model.max_length // 2)
+        return self.chat.prompt(self.day.documents[0])[:length]
+
+    # --- engines ------------------------------------------------------------------
+
+    @property
+    def engines(self) -> EnginePool:
+        """The running engines."""
+        if self._engines is None:
+            raise RuntimeError("no engines are running; the phase `prepare` starts them")
+        return self._engines
+
+    def start_engines(self, step: int) -> EnginePool:
+        """Start engines that hold the smaller self of a step of the plan."""
+        self._engines = self.stages.launch_engines(step)
+        return self._engines
+
+    def stop_engines(self) -> None:
+        """End the engines, if there are any."""
+        engines, self._engines = self._engines, None
+        if engines is not None:
+            engines.shutdown()
+
+    def restart_engines(self, step: int) -> None:
+        """Replace the engines by new ones for another step, whose model may be wider or narrower."""
+        self.stop_engines()
+        self.start_engines(step)
+
+    def measure(self, state: str, *, with_context: bool = False) -> dict[str, Any]:
+        """Measure what the engines hold; every answer goes to ``answers/STATE.jsonl``.
+
+        Args:
+            state: Name of what they hold, such as ``after``.
+            with_context: Whether the document of a question stands before it.
+
+        Returns:
+            The figures by metric, with the number of questions below ``n``.
+        """
+        measurement = measure(
+            self.engines,
+            self.chat,
+            self.day,
+            [metric.key for metric in metrics_of(self.config)],
+            with_context=with_context,
+            max_tokens=self.config.evaluation.max_tokens,
+            max_length=self.config.model.max_length,
+        )
+        measurement.save(self.run.dir / ANSWERS / f"{state}.jsonl", self.lake)
+        return measurement.figures
+
+    # --- training -----------------------------------------------------------------
+
+    def training_job(self, method: str, step: int | None, output: str = "") -> Job:
+        """Describe a training job.
+
+        Args:
+            method: A name in ``METHODS``.
+            step: The step of the plan it does; None trains every parameter of the model as the
+                night began.
+            output: Directory of the trained expert; empty for a baseline, of which only the
+                figures stay.
+        """
+        config, longest = self.config, self.config.model.max_length
+        rate = METHODS[method].learning_rate(method, config.consolidation, config.fixed_capacity)
+        return Job(
+            method=method,
+            learner=self.stages.trainer_options(step, rate, config.consolidation.steps),
+            config=config.consolidation,
+            fixed=config.fixed_capacity,
+            seed=config.seed,
+            lake=str(self.stages.lake_of(step).directory.resolve()),
+            output=output,
+            canary=self.canary,
+            first_version=self.engines.version + 1,
+            passages=[self.chat.text(text)[:longest] for text in self.day.documents],
+        )
+
+    def train(
+        self, job: Job, key: str, shown: tuple[str, ...], on_step: OnStep | None = None
+    ) -> dict[str, Any]:
+        """Run a training job to its end, on from its last checkpoint.
+
+        Args:
+            job: What ``training_job`` describes.
+            key: Key of the phase, and name of the job in the run's directory.
+            shown: Metrics beside the progress bar.
+            on_step: Called with the number of each step that is done.
+
+        Returns:
+            ``step``, ``tokens``, ``version``, and which engines are ``verified`` at it.
+        """
+
+        def on_metrics(record: dict[str, Any]) -> None:
+            step = int(record.pop("step"))
+            self.run.log(key, step, record, job.learner.total_steps, *shown)
+            if on_step is not None:
+                on_step(step)
+
+        place = self.run.dir / TRAIN
+        return ray_job.run(job, self.engines, self.config.resources, place, key, on_metrics)

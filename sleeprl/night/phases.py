@@ -1,0 +1,371 @@
+"""The phases of a night: one table, in the order in which they happen.
+
+A phase is a row of ``PHASES`` and a function that takes the ``Night`` and returns plain JSON; what
+is large it leaves on disk. A plug-in of kind "phase" returns such a row (``examples/my_phase.py``).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sleeprl.config.schema import ConfigError, NightConfig
+from sleeprl.consolidation.methods import METHODS
+from sleeprl.consolidation.ray_job import limit_to_budget
+from sleeprl.data.lake import TRAJECTORIES
+from sleeprl.data.trajectory import to_batch
+from sleeprl.dreaming.launch import make_tasks, run_dreaming
+from sleeprl.evaluation.measure import ask_own_questions, describe_figures, write_own_texts
+from sleeprl.memory.checkpoint import all_tensors
+from sleeprl.memory.transfer import Merge
+from sleeprl.night.context import DAY, STUDY, TRAIN, Night, OnStep
+from sleeprl.night.gate import commit_generation
+from sleeprl.plugins import create
+from sleeprl.self_study import question_bank
+from sleeprl.self_study.study import describe_study, load_probes, study, write_rehearsal
+from sleeprl.trainer.publish import CANARY
+from sleeprl.wake.day import build_day
+from sleeprl.weight_sync.verification import Canary
+
+Result = dict[str, Any]
+OWN_SHARE = 0.25
+"""Share of the free questions and facts that is held out where the model is asked its own."""
+
+
+def _always(config: NightConfig) -> bool:
+    return True
+
+
+def _no_reason(night: Night) -> str:
+    return ""
+
+
+def _no_note(result: Result) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One row of the table: a part of the night that is shown, timed, recorded and not done twice."""
+
+    key: str
+    """Name of its result in ``state.json`` and of its time in ``summary.json``."""
+    title: str
+    """What the progress display calls it."""
+    run: Callable[[Night], Result]
+    """Does the work; returns plain JSON."""
+    note: Callable[[Result], str] = _no_note
+    """What came of it, in a few words for the progress display."""
+    enabled: Callable[[NightConfig], bool] = _always
+    """Whether such a night has the phase at all."""
+    skip_reason: Callable[[Night], str] = _no_reason
+    """Why it is not run this time; empty where it is run."""
+    every_attempt: bool = False
+    """Run it also when a resumed night did it before, and add up its seconds."""
+    after: str = ""
+    """Of a plug-in: key of the phase it follows; empty: the last one before the gate."""
+    summary_key: str = ""
+    """Name of its result in ``summary.json``; empty: it is not there."""
+    row: str = ""
+    """Key of the row that shows it, where it has none of its own."""
+    expand: Callable[[Night], Sequence[Phase]] | None = None
+    """The phases to run in its place, where only the night's plan tells which."""
+
+    @property
+    def display_key(self) -> str:
+        """Key of the row that shows it."""
+        return self.row or self.key
+
+
+# --- evening ----------------------------------------------------------------------
+
+
+def meet_day(night: Night) -> Result:
+    """Record the day into the lake, and write down what will be asked about it."""
+    day = build_day(night.config, night.lake)
+    day.save(night.run.dir / DAY)
+    return day.counts()
+
+
+def plan_levels(night: Night) -> Result:
+    """Decide which memory levels sleep tonight, and write the model as the night begins."""
+    return night.stages.plan(night.day.documents)
+
+
+def learn_in_wake(night: Night) -> Result:
+    """Add the day's gradients to those that wait for level 1."""
+    return night.stages.accumulate_wake_gradients(night.day.documents)
+
+
+def prepare_engines(night: Night) -> Result:
+    """Start the engines with the model that the next step needs."""
+    return {"engines": len(night.start_engines(night.stages.next_step).group)}
+
+
+def study_day(night: Night) -> Result:
+    """Let the smaller self write what the larger one learns from."""
+    config, known = night.config, night.run.result("wake")
+    written = study(
+        night.engines,
+        night.chat,
+        night.day.documents,
+        config.self_study,
+        config.seed,
+        config.model.max_length,
+        hold_out=0.0 if known["retention"] else OWN_SHARE,
+        question_bank=question_bank.load(night.stages.checkpoint_before(0)),
+        on_written=lambda count: night.run.progress.update("self_study", texts=count),
+    )
+    night.lake.rewrite(to_batch(written.trajectories), TRAJECTORIES)
+    written.save(night.run.dir / STUDY)
+    question_bank.save(written.question_bank, night.run.dir)
+    day, asked_with = night.day, (night.engines, night.chat, config.evaluation)
+    if not known["retention"]:
+        day = ask_own_questions(day, written.held_questions, *asked_with)
+    if not known["texts"]:
+        day = write_own_texts(day, written.held_facts, *asked_with)
+    day.save(night.run.dir / DAY)
+    if config.dreaming.enabled:  # raises now, and not after consolidation
+        make_tasks(day.documents, written.probes, config.seed)
+    purposes = [text.purpose for text in written.trajectories]
+    return {
+        "new": purposes.count("self_study"),
+        "replay": purposes.count("replay"),
+        "probes": len(written.probes),
+        "written": written.written,
+        "malformed": written.malformed,
+        "replay_coverage": written.coverage,
+    }
+
+
+def measure_before(night: Night) -> Result:
+    """Measure the smaller self, without the day in its prompt and with it."""
+    return {
+        "before": night.measure("before"),
+        "before_with_context": night.measure("before_with_context", with_context=True),
+    }
+
+
+# --- the steps of the plan ----------------------------------------------------------
+
+
+def plan_phases(night: Night) -> list[Phase]:
+    """List a phase for each step of the plan, and one before it that writes its texts, unless the
+    day is the text."""
+    phases = []
+    for index, step in enumerate(night.stages.steps):
+        key = night.stages.step_key(index)
+        row = "consolidation" if key == "consolidation" else "levels"
+        if isinstance(step, Merge):
+            phases.append(Phase(key, "", partial(merge_slot, step=index), _exact, row=row))
+            continue
+        if not step.teacher_has_context:
+            texts = partial(rehearse_level, step=index)
+            phases.append(Phase(f"{key}-texts", "", texts, _count_texts, row=row))
+        phases.append(Phase(key, "", partial(run_transfer, step=index), _count_steps, row=row))
+    return phases
+
+
+def merge_slot(night: Night, step: int) -> Result:
+    """Make a slot part of the base. Nothing is trained; but the base may have become wider, which a
+    running engine cannot."""
+    night.restart_engines(step + 1)
+    return {"width": night.stages.slots_before(step + 1).base_width}
+
+
+def rehearse_level(night: Night, step: int) -> Result:
+    """Write what the smaller self of a transfer between levels says of itself; also of tonight, where
+    it has slept on it."""
+    config, stages = night.config, night.stages
+    learned = step > stages.context_step
+    written = write_rehearsal(
+        night.engines,
+        night.chat,
+        config.self_study,
+        config.seed + step,
+        config.model.max_length,
+        question_bank=question_bank.load(night.run.dir if learned else stages.checkpoint_before(0)),
+    )
+    stages.lake_of(step).rewrite(to_batch(written.trajectories), TRAJECTORIES)
+    new = sum(text.purpose == "self_study" for text in written.trajectories)
+    return {"new": new, "replay": len(written.trajectories) - new}
+
+
+def run_transfer(night: Night, step: int, on_step: OnStep | None = None) -> Result:
+    """Train the new slot of a step: the smaller self teaches the larger one."""
+    key = night.stages.step_key(step)
+    job = night.training_job("seeding", step, str((night.run.dir / key).resolve()))
+    shown = ("loss", "new/kl", "replay/kl", "imitation_reward_new")
+    end = night.train(job, key, shown, on_step)
+    return {"steps": end["step"], "tokens": end["tokens"]}
+
+
+def dream(night: Night) -> Result:
+    """Train the last slot further, by RL on what the model dreams."""
+    run, stages = night.run, night.stages
+    steps, shown = night.config.dreaming.steps, ("reward", "gap", "staleness")
+    return run_dreaming(
+        night.config,
+        night.engines,
+        stages.dreaming_options(),
+        stages.expert_directory(stages.last_step),
+        night.chat,
+        night.day.documents,
+        load_probes(run.dir / STUDY),
+        run.dir,
+        night.canary,
+        run.progress.warn,
+        lambda step, metrics: run.log("dreaming", step, metrics, steps, *shown),
+    )
+
+
+# --- morning ----------------------------------------------------------------------
+
+
+def measure_after(night: Night) -> Result:
+    """Measure the larger self."""
+    canary = Canary.load(night.stages.expert_directory() / CANARY)
+    night.stages.publish_tensors(night.engines, night.stages.grown_tensors(), canary)
+    return {"after": night.measure("after")}
+
+
+def run_baseline(night: Night, name: str) -> Result:
+    """Train another method on the same day and as many tokens, and keep only its figures."""
+    stages = night.stages
+    step = stages.context_step if METHODS[name].grows else None
+    if stages.has_merge:  # then the engines are wider than what this method starts from
+        night.restart_engines(step or 0)
+    budget = night.run.result("consolidation")["tokens"]
+    job = limit_to_budget(night.training_job(name, step), budget)
+    end = night.train(job, name, ("loss", "imitation_reward"))
+    figures = night.measure(name)
+    if not stages.has_merge:
+        stages.publish_tensors(night.engines, all_tensors(stages.dense_checkpoint()))
+    shutil.rmtree(night.run.dir / TRAIN / name, ignore_errors=True)
+    return {"figures": figures, "steps": end["step"], "tokens": end["tokens"]}
+
+
+def commit(night: Night) -> Result:
+    """End the engines, and keep the grown model as a generation if it passes the gate."""
+    night.stop_engines()
+    return commit_generation(night.run, night.stages)
+
+
+# --- notes --------------------------------------------------------------------------
+
+
+def _exact(result: Result) -> str:
+    return "exact"
+
+
+def _count_texts(result: Result) -> str:
+    return f"{result['new']} texts"
+
+
+def _count_steps(result: Result) -> str:
+    return f"{result['steps']} steps"
+
+
+def _no_level_due(night: Night) -> str:
+    return "no level is due" if len(night.stages.steps) == 1 else ""
+
+
+def _not_dreaming(night: Night) -> str:
+    return "" if night.config.dreaming.enabled else "dreaming.enabled=false"
+
+
+def _committed(night: Night) -> str:
+    return "done before" if night.run.is_done("commit") else ""
+
+
+def _not_run(night: Night) -> Result:
+    raise RuntimeError("this row only shows what other phases do")
+
+
+# --- the table ----------------------------------------------------------------------
+
+PHASES = (
+    Phase("wake", "Wake: meet the day", meet_day, lambda r: f"{r['documents']} documents"),
+    Phase(
+        "plan", "Clock: which levels sleep", plan_levels, lambda r: "; ".join(r["told"]),
+        summary_key="memory",
+    ),
+    Phase(
+        "wake_learning", "Wake: learn in passing", learn_in_wake, lambda r: r["told"],
+        enabled=lambda config: config.wake.learning_rate > 0,
+    ),
+    Phase(
+        "prepare", "Start the engines", prepare_engines, lambda r: f"{r['engines']} running",
+        every_attempt=True, skip_reason=_committed,
+    ),
+    Phase(
+        "self_study", "Self-study: write the lessons", study_day, describe_study,
+        summary_key="self_study",
+    ),
+    Phase("before", "Evening: what is known", measure_before, describe_figures),
+    Phase("consolidation", "Consolidate: grow and distil", _not_run, expand=plan_phases),
+    Phase(
+        "levels", "Levels: make room, hand on", _not_run, expand=lambda night: (),
+        skip_reason=_no_level_due,
+    ),
+    Phase(
+        "dreaming", "Dream: write, reward, learn", dream, lambda r: f"{r['dreams']} dreams",
+        skip_reason=_not_dreaming,
+    ),
+    Phase("after", "Morning: what is known now", measure_after, describe_figures),
+    Phase("commit", "Gate and commit", commit, lambda r: r["verdict"]),
+)  # fmt: skip
+"""What every night has; ``phases_of`` puts baselines and plug-ins among them."""
+LAST_OF_EVENING = "before"
+"""Key of the last phase before the model changes."""
+
+
+def phases_of(config: NightConfig) -> list[Phase]:
+    """List a night's phases in order: those of ``PHASES`` that it has, its baselines, its plug-ins.
+
+    Raises:
+        ConfigError: A plug-in has the key of another phase, or follows one that there is not.
+    """
+    *phases, gate = [phase for phase in PHASES if phase.enabled(config)]
+    for name in config.baselines:
+        title = f"Baseline: {METHODS[name].title}"
+        phases.append(Phase(name, title, partial(run_baseline, name=name), describe_figures))
+    phases.append(gate)
+    for name in config.phases:
+        plugin: Phase = create(name, "phase", {})
+        if plugin.enabled(config):
+            phases.insert(_place_of(plugin, phases, name), plugin)
+    return phases
+
+
+def _place_of(plugin: Phase, phases: Sequence[Phase], name: str) -> int:
+    """Where a plug-in belongs among the phases; several at one place keep their order."""
+    keys = [phase.key for phase in phases]
+    if plugin.key in keys:
+        raise ConfigError(
+            f"phases: {name!r} has the key {plugin.key!r} of another phase; rename it"
+        )
+    if not plugin.after:
+        return keys.index("commit")
+    if plugin.after not in keys:
+        raise ConfigError(
+            f"phases: {name!r} comes after {plugin.after!r}, which this night does not have; "
+            f"its phases are {', '.join(keys)}"
+        )
+    place = keys.index(plugin.after) + 1
+    while place < len(phases) and phases[place].after == plugin.after:
+        place += 1
+    return place
+
+
+def rows_of(phases: Sequence[Phase]) -> list[tuple[str, str]]:
+    """Key and title of each row of the progress display."""
+    return [(phase.key, phase.title) for phase in phases]
+
+
+def results_for_summary(phases: Sequence[Phase], result: Callable[[str], Any]) -> Mapping[str, Any]:
+    """Collect the results that go into ``summary.json``, by their name there."""
+    return {phase.summary_key: result(phase.key) for phase in phases if phase.summary_key}
