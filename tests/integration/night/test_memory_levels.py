@@ -383,7 +383,7 @@ def selves(place: Path, model: Path, *words: str) -> ModelStages:
     )  # fmt: skip
     run = RunDirectory(config, NightProgress([("plan", "Plan"), ("consolidation", "Consolidate")]))
     made = ModelStages(run, "float32")
-    run.phase("plan", lambda: made.plan(["one document"]))
+    run.run_once("plan", lambda: made.plan(["one document"]), lambda _: "")
     return made
 
 
