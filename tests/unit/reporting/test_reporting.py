@@ -554,9 +554,11 @@ def test_the_table_is_whole_with_all_baselines(width: int) -> None:
 
 def test_the_end_of_a_night_says_where_everything_is() -> None:
     place = Path("runs") / ("[red]" + "a-long-name-" * 9)
-    summary = night()
+    summary = night() | {"wall_seconds": 200.0}
+    summary["seconds"]["starting"] = 30.0
     told = "".join(rendered(night_result(summary, place, Path("generations"))))
     assert f"Report: {place / 'report.html'}" in told
+    assert "Time: 3 min 20 s, 30.0 s of it (15 %) starting processes" in told
     assert "Generation: generations/g0001" in told
     summary["generation"] = None
     lost = [{"question": "Who is [bold]Ann[/]?", "before": "A", "after": "B"}] * 7
