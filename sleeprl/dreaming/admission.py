@@ -10,62 +10,83 @@ from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 
 
 def order_groups(
-    numbers: Iterable[int], equal: Collection[int], size: int, redraws: int
+    numbers: Iterable[int], uninformative: Collection[int], size: int, max_redraws: int
 ) -> tuple[list[int], list[int]]:
-    """Groups in the order in which they are learned, ``size`` an update, and those set aside.
+    """Order groups for learning, and set aside those that teach nothing.
 
-    equal: groups known to teach nothing. Each is set aside, for one with a later number, until
-    that was done ``redraws`` times for the update. One more that is known to be equal never
-    makes the line longer, up to any number: nobody in it has to wait longer than before. And it
-    does not matter in which order they came to be known.
+    A group that is known to teach nothing is set aside for one with a later number, at most
+    ``max_redraws`` times an update. One more such group never makes the order of learning longer up
+    to any number, so no group waits longer than before; and it does not matter in which order the
+    groups came to be known.
+
+    Args:
+        numbers: groups in order of admission.
+        uninformative: groups that are known to teach nothing.
+        size: groups of an update.
+        max_redraws: groups that may be set aside for one update.
+
+    Returns:
+        The groups in order of learning, ``size`` an update; and those that are set aside.
     """
-    line: list[int] = []
-    aside: list[int] = []
-    left = redraws
+    learned: list[int] = []
+    redrawn: list[int] = []
+    left = max_redraws
     for number in numbers:
-        if number in equal and left:
-            aside.append(number)
+        if number in uninformative and left:
+            redrawn.append(number)
             left -= 1
             continue
-        line.append(number)
-        if len(line) % size == 0:
-            left = redraws
-    return line, aside
+        learned.append(number)
+        if len(learned) % size == 0:
+            left = max_redraws
+    return learned, redrawn
 
 
 @dataclass
 class AdmissionQueue:
-    """All groups that were admitted and are not done. size: groups an update learns. redraws:
-    groups that may be set aside for one. equal: those that were found to teach nothing."""
+    """All groups that are admitted and not finished, in order of learning."""
 
-    position: DreamingCheckpoint
+    checkpoint: DreamingCheckpoint
+    """Where the numbers and the count of updates are kept."""
     size: int
-    staleness: int
-    redraws: int
-    equal: set[int] = field(default_factory=set)
+    """Groups of an update."""
+    max_staleness: int
+    """Updates by which a token's policy may trail the trainer's."""
+    max_redraws: int
+    """Groups that may be set aside for one update."""
+    uninformative: set[int] = field(default_factory=set)
+    """Groups that are known to teach nothing."""
 
-    def next(self) -> tuple[list[int], list[int]]:
-        """Of the next update: the groups that it learns, fewer where they are not yet admitted, and
-        those set aside for them."""
-        line, aside = self._whole()
-        last = line[: self.size][-1:]
-        return line[: self.size], [number for number in aside if number < (last or [0])[0]]
+    def next_step(self) -> tuple[list[int], list[int]]:
+        """Return the groups of the next update, fewer where some are not yet admitted, and those that
+        are set aside for them."""
+        learned, redrawn = self._order()
+        last = learned[: self.size][-1:]
+        return learned[: self.size], [number for number in redrawn if number < (last or [0])[0]]
 
-    def update(self, number: int) -> int:
-        """The update, from 0, that learns a group, as far as is known now; never a later one."""
-        return self.position.version + bisect_left(self._whole()[0], number) // self.size
+    def step_of(self, number: int) -> int:
+        """Return the update, from 0, that learns a group; what becomes known later only makes it
+        earlier."""
+        return self.checkpoint.version + bisect_left(self._order()[0], number) // self.size
 
-    def since(self, number: int) -> int:
-        """The oldest policy version whose tokens may be learned from in the update that learns the
-        group. Admission sees to it that none is older, unless an engine missed an update, or a run
-        goes on with a smaller ``staleness``."""
-        return self.update(number) + self.position.first_version - self.staleness
+    def min_version(self, number: int) -> int:
+        """Return the oldest policy version whose tokens the update of a group may learn from.
 
-    def too_old(self, number: int, newest: int | None) -> bool:
-        """Whether there is nothing to learn from in one of its dreams. newest: the version that wrote
-        the last token of the dream in which it is least."""
-        return newest is not None and newest < self.since(number)
+        Admission keeps younger what engines write; unless an engine missed an update, or a run goes
+        on with a smaller ``max_staleness``.
+        """
+        return self.step_of(number) + self.checkpoint.first_version - self.max_staleness
 
-    def _whole(self) -> tuple[list[int], list[int]]:
-        there = range(self.position.done, len(self.position.admitted))
-        return order_groups(there, self.equal, self.size, self.redraws)
+    def is_too_old(self, number: int, oldest_last_version: int | None) -> bool:
+        """Tell whether one of a group's dreams has no token that may be learned from.
+
+        Args:
+            number: the group.
+            oldest_last_version: the version of each dream's last token, the least of them; None
+                where nothing is written.
+        """
+        return oldest_last_version is not None and oldest_last_version < self.min_version(number)
+
+    def _order(self) -> tuple[list[int], list[int]]:
+        unfinished = range(self.checkpoint.num_finished, len(self.checkpoint.task_ids))
+        return order_groups(unfinished, self.uninformative, self.size, self.max_redraws)

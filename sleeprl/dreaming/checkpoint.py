@@ -1,4 +1,4 @@
-"""How far a phase of dreaming has come, on disk: what a killed run goes on from."""
+"""How far a phase of dreaming has come, on disk: what a killed run continues from."""
 
 from __future__ import annotations
 
@@ -13,61 +13,90 @@ import pyarrow as pa
 from sleeprl.utils.files import write_json_atomic
 
 POSITION = "position.json"
+_KEYS = {
+    "version": "version",
+    "admitted": "task_ids",
+    "done": "num_finished",
+    "curriculum": "curriculum_state",
+    "first_version": "first_version",
+}
+"""The keys of ``POSITION``, and the fields that they hold."""
 
 
 @dataclass
 class DreamingCheckpoint:
-    """In ``directory``. version: updates done. admitted: the task of each group, by its number.
-    done: how many of them, from 0 on, were learned or set aside for one that was. curriculum: its
-    state. first_version: the policy version that the engines had before the first update.
+    """The decisions of the driver so far, in ``directory``.
 
-    In ``checkpoint`` are the learner's state of this version, and a file for each group that was
-    under way (``groups``).
+    ``version_dir`` holds the trainer's state of the same version, and a file for each group that was
+    under way then (``group_files``).
     """
 
     directory: Path
     version: int = 0
-    admitted: list[str] = field(default_factory=list)
-    done: int = 0
-    curriculum: dict[str, Any] | None = None
+    """Updates that are finished."""
+    task_ids: list[str] = field(default_factory=list)
+    """The task of each admitted group, by the group's number."""
+    num_finished: int = 0
+    """How many groups, from number 0 on, were learned or set aside for one that was."""
+    curriculum_state: dict[str, Any] | None = None
+    """What the curriculum's ``state_dict`` returned."""
     first_version: int = 1
+    """The policy version that the engines had before the first update."""
 
     @property
-    def checkpoint(self) -> Path:
-        return self.at(self.version)
+    def version_dir(self) -> Path:
+        """The directory of the trainer's state and of the groups under way."""
+        return self.version_path(self.version)
 
-    def at(self, version: int) -> Path:
+    def version_path(self, version: int) -> Path:
+        """Return the directory of any version."""
         return self.directory / f"version-{version}"
 
-    def groups(self) -> dict[int, tuple[str, Path]]:
-        """Stage and file of each group that was under way, by its number."""
+    def group_files(self) -> dict[int, tuple[str, Path]]:
+        """Return the stage and the file of each group that was under way, by its number."""
         found = {}
-        for path in self.checkpoint.glob("*.arrow"):
+        for path in self.version_dir.glob("*.arrow"):
             number, _, stage = path.stem.partition("-")
             found[int(number)] = (stage, path)
         return dict(sorted(found.items()))
 
     def save(self) -> None:
-        """Whole or not at all; what earlier versions left is removed afterwards."""
-        names = ("version", "admitted", "done", "curriculum", "first_version")
-        write_json_atomic(self.directory / POSITION, {name: getattr(self, name) for name in names})
-        for old in set(self.directory.glob("version-*")) - {self.checkpoint}:
+        """Write all of it or nothing; then remove the directories of earlier versions."""
+        values = {key: getattr(self, name) for key, name in _KEYS.items()}
+        write_json_atomic(self.directory / POSITION, values)
+        for old in set(self.directory.glob("version-*")) - {self.version_dir}:
             shutil.rmtree(old)
 
     @classmethod
     def load(cls, directory: Path, first_version: int = 1) -> DreamingCheckpoint:
-        """The position that was kept, or the beginning with that policy version."""
+        """Read the checkpoint in a directory.
+
+        Args:
+            directory: where it was saved.
+            first_version: the policy version of the engines, for a phase that has not begun.
+
+        Returns:
+            The checkpoint, or a new one where there is none.
+        """
         if not (directory / POSITION).is_file():
             return cls(directory, first_version=first_version)
-        return cls(directory, **json.loads((directory / POSITION).read_text()))
+        values = json.loads((directory / POSITION).read_text())
+        return cls(directory, **{_KEYS[key]: value for key, value in values.items()})
 
 
 def write_group(directory: Path, name: str, batch: pa.RecordBatch) -> None:
-    """name: ``NUMBER-STAGE``. For whoever writes the checkpoint; the driver never has a batch."""
+    """Write the batch of a group; actors call it, since the driver never has a batch.
+
+    Args:
+        directory: a version's directory.
+        name: ``NUMBER-STAGE``.
+        batch: its dreams.
+    """
     with pa.ipc.new_file(directory / f"{name}.arrow", batch.schema) as file:
         file.write_batch(batch)
 
 
 def read_group(path: str) -> pa.RecordBatch:
+    """Read back what ``write_group`` wrote."""
     with pa.ipc.open_file(pa.memory_map(path)) as file:
         return file.get_batch(0)

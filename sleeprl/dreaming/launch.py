@@ -17,8 +17,10 @@ from sleeprl.cluster.waits import WAITS
 from sleeprl.config.schema import ConfigError, DreamingConfig, NightConfig
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import from_batch
+from sleeprl.dreaming.admission import AdmissionQueue
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 from sleeprl.dreaming.curricula import CurriculumActor
+from sleeprl.dreaming.messages import PublishResult
 from sleeprl.dreaming.pipeline import OnStep, Pipeline
 from sleeprl.dreaming.recovery import RecoveryManager, start_ranks
 from sleeprl.dreaming.reward_actor import RewardActor
@@ -70,12 +72,12 @@ class Actors:
         engines work that are verified to have them."""
         self.curriculum.call("ping")
         self.rewards.call("ping")
-        if position.curriculum is not None:
-            self.curriculum.call("load_state_dict", state=position.curriculum)
+        if position.curriculum_state is not None:
+            self.curriculum.call("load_state_dict", state=position.curriculum_state)
         start_ranks(self.learners, position)
-        first = self.learners.call("publish", engines=engines.actors)[0]
-        self.scorers.call("set_expert", expert=ray.get(first["expert"]))
-        engines.updated(first["verified"])
+        first: PublishResult = self.learners.call("publish", engines=engines.actors)[0]
+        self.scorers.call("set_expert", expert=first.expert)
+        engines.updated(first.verified)
 
     @property
     def groups(self) -> tuple[ActorGroup, ...]:
@@ -188,10 +190,15 @@ def assemble(
         rewards=actors.rewards,
         curriculum=actors.curriculum,
         learner=actors.learners,
-        asks=lambda message: build_qa_prompt(chat, config.self_study, message),
+        build_prompt=lambda message: build_qa_prompt(chat, config.self_study, message),
         seed=config.seed,
-        position=position,
-        mender=RecoveryManager(
+        queue=AdmissionQueue(
+            position,
+            config.dreaming.tasks_per_step,
+            config.dreaming.max_staleness,
+            rounds * config.dreaming.tasks_per_step,
+        ),
+        recovery=RecoveryManager(
             engines,
             actors.learners,
             actors.new_engine,
@@ -200,7 +207,6 @@ def assemble(
             on_restart,
         ),
         colocated=config.resources.layout == "colocated",
-        redraws=rounds * config.dreaming.tasks_per_step,
     )
 
 
@@ -240,11 +246,11 @@ def run_dreaming(
         pipeline.run(on_step)
         idle = WAITS.lap()
         last = actors.learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]
-        fleet.version = last["version"]
+        fleet.version = last
     finally:
         actors.kill()
     return {
-        "dreams": pipeline.counts.learned * dreaming.group_size,
+        "dreams": pipeline.store.counts.learned * dreaming.group_size,
         "idle": idle,
         "samples": _samples(run_dir, chat),
     }

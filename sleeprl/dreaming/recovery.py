@@ -1,5 +1,5 @@
-"""Restarting what died while dreaming: engines one by one, learner workers all together. An engine
-that is there, but did not end an update verified, is sent the weights again."""
+"""Restarts what died while dreaming: engines one by one, trainer ranks all together. An engine that
+lives, but did not end an update verified, is sent the weights again."""
 
 from __future__ import annotations
 
@@ -15,24 +15,36 @@ from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 
 @dataclass
 class RecoveryManager:
-    """new_engine, new_learner: start the actor of an index, without waiting for it. limit: how
-    often somebody may be restarted. on_restart: is told who is, and why.
+    """Decides what a failure is, and restarts who died.
 
-    Only INFRA is mended. A restarted engine gets no work before it ends an update verified.
+    Only retryable failures are recovered from. A restarted engine gets no work before it ends an
+    update verified.
     """
 
     engines: ActorGroup
     learner: ActorGroup
     new_engine: Callable[[int], Any]
+    """Starts the engine of an index, without waiting for it."""
     new_learner: Callable[[int], Any]
+    """Starts the trainer actor of a rank, without waiting for it."""
     limit: int
+    """How often something may be restarted."""
     on_restart: Callable[[str], None]
-    done: int = 0
+    """Receives a message for each restart: what, and why."""
+    num_recoveries: int = 0
+    """Restarts so far; actors that die together count once."""
     dead: dict[str, list[int]] = field(default_factory=dict)
+    """Indices of the dead actors of each group, from ``classify`` to ``recover``."""
 
-    def diagnose(self, failure: ActorFailure) -> bool:
-        """Whether an engine or a learner worker is dead, or an engine stale; raises what cannot be
-        mended."""
+    def classify(self, failure: ActorFailure) -> bool:
+        """Find out what a failure left behind.
+
+        Returns:
+            Whether an engine or a trainer rank is dead, or an engine stale.
+
+        Raises:
+            ActorFailure: it is not retryable, or there were too many.
+        """
         if failure.failure.kind is FailureKind.DATA:
             raise failure
         self.dead = {group.name: group.dead() for group in (self.engines, self.learner)}
@@ -40,36 +52,41 @@ class RecoveryManager:
         died = [f"{name}-{index}" for name, found in self.dead.items() for index in found]
         if not (died or stale):
             return False
-        if self.done >= self.limit:
+        if self.num_recoveries >= self.limit:
             raise failure
-        self.done += 1
+        self.num_recoveries += 1
         what = "died and will be restarted" if died else "is stale and gets the weights again"
         self.on_restart(
             f"{' and '.join(died or stale)} {what} "
-            f"({self.done} of resources.max_failures={self.limit}): {failure.failure.message}"
+            f"({self.num_recoveries} of resources.max_failures={self.limit}): "
+            f"{failure.failure.message}"
         )
         return True
 
-    def mend(self, position: DreamingCheckpoint) -> bool:
-        """Restart who is dead. True where the learner went back to the position."""
+    def recover(self, checkpoint: DreamingCheckpoint) -> bool:
+        """Restart the dead.
+
+        Returns:
+            Whether the trainer went back to the checkpoint.
+        """
         dead, self.dead = self.dead, {}
-        engines, learners = (dead.get(group.name, []) for group in (self.engines, self.learner))
+        engines, ranks = (dead.get(group.name, []) for group in (self.engines, self.learner))
         for index in engines:
             self.engines.replace(index, self.new_engine(index))
         if engines:
             self.engines.start(engines)
-        if learners:  # the others wait for it in a collective that will never end
-            ranks = self.learner.present
-            for index in ranks:
+        if ranks:  # the other ranks wait for the dead one in a collective that will never end
+            everyone = self.learner.present
+            for index in everyone:
                 self.learner.replace(index, self.new_learner(index))
-            start_ranks(self.learner, position)
-            self.learner.started(ranks)
-            self.learner.updated(ranks)  # to the position's
-        return bool(learners)
+            start_ranks(self.learner, checkpoint)
+            self.learner.started(everyone)
+            self.learner.updated(everyone)  # to the checkpoint's version
+        return bool(ranks)
 
 
-def start_ranks(learner: ActorGroup, position: DreamingCheckpoint) -> None:
-    """Let new learner workers find each other and go on from a position."""
+def start_ranks(learner: ActorGroup, checkpoint: DreamingCheckpoint) -> None:
+    """Connect new trainer ranks, and let them continue from a checkpoint."""
     address = learner.call("rendezvous")[0]
-    state = str(position.checkpoint) if position.version else None
+    state = str(checkpoint.version_dir) if checkpoint.version else None
     learner.call("start", address=address, state=state)

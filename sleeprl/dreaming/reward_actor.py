@@ -13,6 +13,7 @@ from sleeprl.algorithms.base import Algorithm
 from sleeprl.cluster.actor_group import RemoteActor
 from sleeprl.data.trajectory import FLOAT32_MAX, from_batch, newest, with_rewards
 from sleeprl.dreaming.checkpoint import read_group
+from sleeprl.dreaming.messages import LoadedGroup, RewardResult
 from sleeprl.dreaming.reward_process import RewardProcess
 from sleeprl.dreaming.types import Dream, Task, scores
 from sleeprl.text.chat import ChatFormatter
@@ -39,7 +40,7 @@ class RewardActor(RemoteActor):
         self.chat = ChatFormatter(model)
         self.reward = RewardProcess(name, options, deadline, FLOAT32_MAX)
 
-    def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> RewardResult:
         """``batch``: a reference to the batch with ``reward`` or ``unscored`` in every row; and
         whether its rewards are ``equal``, which leaves the algorithm without a gradient."""
         rewards: list[float | None] = []
@@ -58,19 +59,19 @@ class RewardActor(RemoteActor):
             rewards.append(reward)
             reasons.append(reason)
         judged = with_rewards(batch, rewards, reasons)
-        return {"batch": ray.put(judged), "equal": self._equal(judged)}
+        return RewardResult(ray.put(judged), self._is_informative(judged))
 
-    def load(self, paths: Sequence[str]) -> list[dict[str, Any]]:
+    def load(self, paths: Sequence[str]) -> list[LoadedGroup]:
         """Groups that a position kept: ``batch`` (a reference), its ``newest`` version, and
         ``equal`` as ``score`` says it."""
         batches = [read_group(path) for path in paths]
         return [
-            {"batch": ray.put(batch), "newest": newest(batch), "equal": self._equal(batch)}
+            LoadedGroup(ray.put(batch), newest(batch), self._is_informative(batch))
             for batch in batches
         ]
 
-    def _equal(self, batch: pa.RecordBatch) -> bool:
+    def _is_informative(self, batch: pa.RecordBatch) -> bool:
         if self.algorithm is None:
-            return False
-        # As it is for the learner: after the algorithm's own shaping, and rounded by the batch.
-        return not any(self.algorithm.advantages(scores(from_batch(batch), self.limit)))
+            return True
+        # As the trainer sees it: after the algorithm's own shaping, and rounded by the batch.
+        return any(self.algorithm.advantages(scores(from_batch(batch), self.limit)))

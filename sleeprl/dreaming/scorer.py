@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -21,6 +20,7 @@ from torch import Tensor
 from sleeprl.cluster.actor_group import RemoteActor
 from sleeprl.data.padding import pad_batch
 from sleeprl.data.trajectory import from_batch, with_column, with_ref_logprobs
+from sleeprl.dreaming.messages import ScoreResult
 from sleeprl.dreaming.types import Task
 from sleeprl.memory.checkpoint import expert_tensors
 from sleeprl.memory.gated_mlp import smaller_self
@@ -64,7 +64,7 @@ class LearningGainScorer(RemoteActor):
             for name, tensor in expert.items():
                 own[name].copy_(tensor)
 
-    def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> ScoreResult:
         """``batch``: a reference to the batch with ``ref_logprobs``, and in ``meta`` ``gain``
         and ``gap`` (nats per token).
 
@@ -85,7 +85,9 @@ class LearningGainScorer(RemoteActor):
             pair = parse_qa(self.chat.decode(t.response_ids)) if t.finish_reason == "stop" else None
             gain = self._trial(pair, probes) - known if pair and probes else None
             metas.append(json.dumps({**json.loads(t.meta), "gain": gain, "gap": -known}))
-        return {"batch": ray.put(with_column(with_ref_logprobs(batch, references), "meta", metas))}
+        return ScoreResult(
+            ray.put(with_column(with_ref_logprobs(batch, references), "meta", metas))
+        )
 
     def _trial(self, pair: tuple[str, str], probes: Sequence[tuple[list[int], list[int]]]) -> float:
         (logprobs,) = self._logprobs(self._rows([pair]))

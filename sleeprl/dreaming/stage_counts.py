@@ -1,4 +1,4 @@
-"""Where the groups of dreams are, and how old they get."""
+"""How many groups of dreams are in each stage, and how old they get."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from sleeprl.cluster.waits import WaitKind
 
 @dataclass
 class StageCounts:
-    """Groups of dreams by where they are. Kept by the moves, at each of which it is asserted that
-    the group was there; at every turn it is held against where the groups are in fact."""
+    """Groups of dreams by stage, kept by the transitions alone.
+
+    Each transition asserts that the group was in the stage it leaves; ``check`` compares the counts
+    with where the groups are.
+    """
 
     admitted: int = 0
+    """Groups that have a number and need no engine again."""
     generating: int = 0
     scoring: int = 0
     rewarding: int = 0
@@ -23,10 +27,19 @@ class StageCounts:
     learning: int = 0
     learned: int = 0
     redrawn: int = 0
-    """Set aside, since another group was drawn in their place."""
+    """Groups that were set aside because another group was drawn in their place."""
 
     def move(self, source: str, target: str, groups: int = 1) -> None:
-        """From ``admitted``, which is no place, groups come; to it those that are lost go back."""
+        """Move groups from one stage to another.
+
+        Args:
+            source: the stage that they leave; ``admitted`` for groups that no stage has yet.
+            target: the stage that they enter; ``admitted`` for groups that have to be written again.
+            groups: how many.
+
+        Raises:
+            AssertionError: ``source`` has fewer groups.
+        """
         if source == "admitted":
             self.admitted += groups
         else:
@@ -38,56 +51,74 @@ class StageCounts:
         else:
             setattr(self, target, getattr(self, target) + groups)
 
-    def check(self, admitted: int, generating: int, held: Iterable[str]) -> None:
-        """admitted: groups that have a number and need not be written again. generating: calls of
-        the engines. held: the stage of each group whose batch is there. Raises AssertionError where
-        a group was lost or doubled."""
+    def check(self, admitted: int, generating: int, stages: Iterable[str]) -> None:
+        """Compare the counts with where the groups are.
+
+        Args:
+            admitted: groups that have a number and need no engine again.
+            generating: calls to engines that have not ended.
+            stages: the stage of each group that is past its engine and not finished.
+
+        Raises:
+            AssertionError: a group was lost or doubled.
+        """
         found = Counter({"generating": generating})
-        found.update(held)
-        stages = ("generating", "scoring", "rewarding", "queued", "learning")
-        moved = {stage: getattr(self, stage) for stage in stages}
-        same = all(moved[stage] == found[stage] for stage in stages)
-        assert same and admitted == self.admitted == found.total() + self.learned + self.redrawn, (
+        found.update(stages)
+        names = ("generating", "scoring", "rewarding", "queued", "learning")
+        same = all(getattr(self, name) == found[name] for name in names)
+        total = found.total() + self.learned + self.redrawn
+        assert same and admitted == self.admitted == total, (
             f"a group of dreams was lost or doubled: {self}; but {admitted} are admitted, {found}"
         )
 
     def idle(self, busy: Mapping[str, bool]) -> Iterator[tuple[str, str | None, str, WaitKind]]:
-        """Each actor with whom it waits for (None: it is busy), for what, and the kind of wait."""
-        stages = (("reward", self.rewarding), ("scorer", self.scoring))
-        holder, groups = next(((n, g) for n, g in stages if g), ("engine", self.generating))
+        """Say for each kind of actor what it waits for.
+
+        Args:
+            busy: whether an actor of each name has work.
+
+        Yields:
+            Its name, the name of the actors that it waits for (None: it has work), what it waits
+            for, and the kind of wait.
+        """
+        behind = (("reward", self.rewarding), ("scorer", self.scoring))
+        holder, groups = next(((n, g) for n, g in behind if g), ("engine", self.generating))
         waits: tuple[tuple[str, str, str, WaitKind], ...] = (
             ("engine", "learner", "room for a group, or its turn", "gate"),
             ("scorer", "engine", "dreams", "data"),
             ("reward", "scorer", "scored dreams", "data"),
             ("learner", holder, f"{groups} groups there", "data"),
         )
-        for name, whom, what, kind in waits:
-            yield name, None if busy[name] else whom, what, kind
+        for name, source, what, kind in waits:
+            yield name, None if busy[name] else source, what, kind
 
 
 @dataclass
 class GroupLatency:
-    """Seconds from the end of a group's writing to the update that learns it, and from the end of
-    an update to the moment in which all engines have its weights: the publish lag."""
+    """Seconds from the end of a group's generation to the update that learns it, and from the end of
+    an update to the moment when all engines have its weights (the publish lag)."""
 
     clock: Callable[[], float] = time.monotonic
-    last: list[float] = field(default_factory=list)
-    _written: dict[int, float] = field(default_factory=dict)
-    _updated: float | None = None
+    """Seconds."""
+    last_ages: list[float] = field(default_factory=list)
+    """Age of each group of the last update when that update began, in seconds."""
+    _generated: dict[int, float] = field(default_factory=dict)
+    _step_ended: float | None = None
 
-    def seen(self, number: int) -> None:
-        """A group has come out of a stage; the first time it was written."""
-        self._written.setdefault(number, self.clock())
+    def mark_generated(self, number: int) -> None:
+        """Record that a group has left a stage; the first time it was generated."""
+        self._generated.setdefault(number, self.clock())
 
-    def learning(self, numbers: Iterable[int]) -> None:
-        """An update begins on these groups; ``last`` is how old they are."""
+    def start_step(self, numbers: Iterable[int]) -> None:
+        """Record that an update begins on these groups, and how old they are."""
         now = self.clock()
-        self.last = [now - self._written.pop(n) for n in numbers if n in self._written]
+        self.last_ages = [now - self._generated.pop(n) for n in numbers if n in self._generated]
 
-    def updated(self) -> None:
-        """An update has ended; said again before its ``lag`` was asked for, the first counts."""
-        self._updated = self.clock() if self._updated is None else self._updated
+    def end_step(self) -> None:
+        """Record that an update has ended; repeated before ``publish_lag``, the first time counts."""
+        self._step_ended = self.clock() if self._step_ended is None else self._step_ended
 
-    def lag(self) -> float:
-        began, self._updated = self._updated, None
-        return 0.0 if began is None else self.clock() - began
+    def publish_lag(self) -> float:
+        """Return the seconds since the update ended, and forget it."""
+        ended, self._step_ended = self._step_ended, None
+        return 0.0 if ended is None else self.clock() - ended

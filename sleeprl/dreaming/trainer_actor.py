@@ -36,6 +36,7 @@ from sleeprl.data.trajectory import (
     with_column,
 )
 from sleeprl.dreaming.checkpoint import write_group
+from sleeprl.dreaming.messages import PublishResult, StepResult
 from sleeprl.dreaming.types import Outcome, algorithm_of, scores
 from sleeprl.losses.combined import LossOptions, LossWeights
 from sleeprl.losses.off_policy import ImportanceWeight
@@ -122,7 +123,7 @@ class DreamTrainer(RemoteActor):
             reference_estimator=config.reference_estimator,
         )
 
-    def publish(self, engines: Sequence[Any]) -> dict[str, Any]:
+    def publish(self, engines: Sequence[Any]) -> PublishResult | None:
         """Send the present weights to these engines, None in the place of one that was removed; on
         rank 0 with the expert by reference, for the scorers, and which engines ended the update
         verified, by their index.
@@ -137,15 +138,13 @@ class DreamTrainer(RemoteActor):
         expert = self.learner.gather_expert()
         with Watchdog(WAITS, self.job.stall_seconds):
             metrics: dict[str, Any] = publish(self.learner, self.fleet, self.job.canary)
-        if self.rank == 0:
-            metrics |= {
-                "version": self.fleet.version,
-                "expert": ray.put(expert),
-                "verified": self.fleet.health.working,
-            }
-        return metrics
+        if self.rank != 0:
+            return None
+        unverified = int(metrics.pop("stale_engines"))
+        verified = self.fleet.health.working
+        return PublishResult(self.fleet.version, metrics, verified, unverified, ray.put(expert))
 
-    def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> dict[str, Any]:
+    def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> StepResult:
         """One update on whole groups of dreams, by reference. redrawn: groups that were set aside
         for some of them; they are not learned from, but are in the lake and in what is told.
 
@@ -166,7 +165,7 @@ class DreamTrainer(RemoteActor):
         metrics |= _describe(written)
         metrics |= _ages(dreams, old, version) | _agreement(metrics)
         metrics["step_seconds"] = time.monotonic() - began
-        return {"metrics": metrics, "outcomes": outcomes(written)}
+        return StepResult(metrics, outcomes(written))
 
     def _judged(
         self, dreams: Sequence[Trajectory], old: Sequence[int], version: int
@@ -237,9 +236,9 @@ class DreamTrainer(RemoteActor):
         dist.barrier()  # the directory is there
         TrainerCheckpoint(Path(directory)).save_teacher_cache(self.learner)
 
-    def finish(self, output: str) -> dict[str, Any]:
+    def finish(self, output: str) -> int:
         save_trained(self.learner, Path(output), self.job.canary)
-        return {"version": self.fleet.version}
+        return self.fleet.version
 
 
 def _there(batches: Sequence[Any]) -> Iterator[pa.RecordBatch]:

@@ -103,7 +103,11 @@ def scores(dreams: Sequence[Trajectory], limit: int) -> RewardBatch:
 
 
 def request(
-    config: DreamingConfig, seed: int, number: int, task: Task, asks: Callable[[str], list[int]]
+    config: DreamingConfig,
+    seed: int,
+    number: int,
+    task: Task,
+    build_prompt: Callable[[str], list[int]],
 ) -> dict[str, Any]:
     """What an engine's ``rollout`` is asked for a group; the same whenever that is."""
     from sleeprl.rollout.engine import SamplingParams
@@ -112,7 +116,7 @@ def request(
     return {
         "task": task.id,
         "attempts": [f"dream-{number}-{attempt}" for attempt in range(config.group_size)],
-        "prompt": asks(task.message),
+        "prompt": build_prompt(task.message),
         "sampling": [
             SamplingParams(config.max_tokens, config.temperature, rng.randrange(2**31))
             for _ in range(config.group_size)

@@ -107,7 +107,8 @@ def replay(directory: Path, *, engines_only: bool = False) -> ReplayResult:
                 position.first_version,
             )  # fmt: skip
             if engines_only:
-                return replay_engines(night, job, position.admitted[: position.done], output)
+                done = position.task_ids[: position.num_finished]
+                return replay_engines(night, job, done, output)
             return replay_trainer(config, job, output, run.dir / "dreaming")
     finally:
         run.close()
@@ -212,8 +213,8 @@ def _generate_and_score(
                     if not group.submit("score", tag, batch=batch, tasks=tasks):
                         break
                     waiting.popleft()
-            to_reward += [(r.tag, r.value["batch"]) for r in scorers.ended_or_raise()]
-            done |= {int(r.tag): r.value["batch"] for r in rewards.ended_or_raise(0.01)}
+            to_reward += [(r.tag, r.value.batch) for r in scorers.ended_or_raise()]
+            done |= {int(r.tag): r.value.batch for r in rewards.ended_or_raise(0.01)}
         seconds = time.monotonic() - began
         recorder.call("append", lake=str(output / LAKE), batches=[done[n] for n in sorted(done)])
         return ReplayResult(len(done), tokens, seconds, output)

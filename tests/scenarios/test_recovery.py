@@ -169,7 +169,7 @@ def test_engines_and_learner_are_replayed_alone(
         fleet = engines(place)  # the newborn expert is zero, so they have its weights
         tasks = {task.id: task for task in phase.make_tasks(DOCUMENTS, PROBES, config.seed)}
         wrote = engines_alone(
-            config, fleet, job, tasks, position.admitted[:6],
+            config, fleet, job, tasks, position.task_ids[:6],
             lambda message: build_qa_prompt(chat, config.self_study, message), tmp_path,
         )  # fmt: skip
         fleet.shutdown()
@@ -217,7 +217,7 @@ def test_engines_and_a_learner_worker_die_and_the_same_is_learned(
         if step == 8:
             kill("Mortal")  # between two updates: nothing has been admitted yet
         if step == 10:  # while the next step is under way
-            threading.Timer(0.5, kill, ["LearnerActor"]).start()
+            threading.Timer(0.5, kill, ["DreamTrainer"]).start()
 
     config = settings(place)
     config.resources.engine = "tests.scenarios.test_recovery.Mortal"
@@ -225,13 +225,13 @@ def test_engines_and_a_learner_worker_die_and_the_same_is_learned(
     init()
     try:
         options = phase.EngineOptions.of(config, str(place / "wide"), "float32")
-        first = phase.spawn(0, options, 1, 0, "tests.scenarios.test_recovery.Mortal")
+        first = phase.spawn_engine(0, options, 1, 0, "tests.scenarios.test_recovery.Mortal")
         fleet = EnginePool(ActorGroup("engine", [first]))
         fleet.group.call("start")
         dream(place, tmp_path / "run", on_step, fleet, failures=4, told=told.append)
     finally:
         ray.shutdown()
-    assert list(moments.iterdir()) == [] and victims == ["Mortal", "LearnerActor"]
+    assert list(moments.iterdir()) == [] and victims == ["Mortal", "DreamTrainer"]
     assert [line.partition(" died")[0] for line in told] == ["engine-0"] * 3 + ["learner-0"]
     assert outcome(tmp_path / "run") == whole
 
@@ -312,7 +312,7 @@ def test_what_engines_had_written_when_the_driver_was_killed_is_gone_on_from(
     for after in (0.0, 0.1):
         cut(driver(place, tmp_path, 1), tmp_path, after)
         position = DreamingCheckpoint.load(tmp_path / "dreaming-state")
-        for stage, path in position.groups().values():
+        for stage, path in position.group_files().values():
             rows = from_batch(read_group(str(path))) if stage == "generating" else ()
             running = [row for row in rows if row.response_ids and row.finish_reason == "running"]
             kept |= {row.uid: row.response_ids for row in running}

@@ -91,7 +91,7 @@ def test_a_vllm_engine_and_a_rank_of_the_learner_die_and_every_group_is_learned_
     for moment in ("generation", "update", "step"):
         (moments / moment).touch()
     monkeypatch.setenv("MORTAL", str(moments))
-    monkeypatch.setattr(phase, "LearnerActor", MortalLearner)
+    monkeypatch.setattr(phase, "DreamTrainer", MortalLearner)
     shutil.copytree(place / "loop" / "lake", run / "lake")
     told: list[str] = []
     learned: dict[int, list[int]] = {}
@@ -113,7 +113,7 @@ def test_a_vllm_engine_and_a_rank_of_the_learner_die_and_every_group_is_learned_
         fleet = EnginePool(
             ActorGroup(
                 "engine",
-                [phase.spawn(0, options, 1, 0, config.resources.engine)],
+                [phase.spawn_engine(0, options, 1, 0, config.resources.engine)],
                 silence=LIVENESS_TIMEOUT_S,
             )
         )

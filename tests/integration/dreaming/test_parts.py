@@ -34,10 +34,10 @@ from sleeprl.dreaming.admission import order_groups
 from sleeprl.dreaming.checkpoint import write_group
 from sleeprl.dreaming.curricula import Uniform, WeakSpots
 from sleeprl.dreaming.launch import _samples, make_tasks
-from sleeprl.dreaming.pipeline import StageCounts
 from sleeprl.dreaming.reward_actor import RewardActor
 from sleeprl.dreaming.reward_process import LikelihoodGain
 from sleeprl.dreaming.scorer import LearningGainScorer
+from sleeprl.dreaming.stage_counts import StageCounts
 from sleeprl.dreaming.trainer_actor import outcomes
 from sleeprl.dreaming.types import Dream, Outcome, Task
 from sleeprl.memory.checkpoint import expert_tensors, widen
@@ -315,7 +315,7 @@ def rewarding(wide: Path) -> Iterator[Callable[..., RewardActor]]:
 
 
 def scored(actor: RewardActor, batch: pa.RecordBatch) -> list[Trajectory]:
-    return from_batch(ray.get(actor.score(batch, {t.id: t for t in TASKS})["batch"]))
+    return from_batch(ray.get(actor.score(batch, {t.id: t for t in TASKS}).batch))
 
 
 @pytest.mark.usefixtures("store")
@@ -441,7 +441,7 @@ def test_several_rewards_judge_at_once(
         of_kind = ray.remote(actor).options(num_cpus=0, runtime_env=env)
         return [of_kind.remote(*arguments) for _ in range(count)]
 
-    monkeypatch.setattr(phase, "_beside", beside)
+    monkeypatch.setattr(phase, "spawn_unreserved", beside)
     pids = tmp_path / "pids"
     config = cfg.load(
         None,
@@ -525,13 +525,13 @@ def test_a_group_is_equal_where_the_algorithm_finds_nothing_to_learn(
         algorithm = create("dapo", "algorithm", options)
         actor = rewarding(f"{users}.looks", 5.0, algorithm, 40)
         batch = to_batch(list(dreams))
-        found = ray.get(actor.score(batch, {t.id: t for t in TASKS})["batch"])
+        found = ray.get(actor.score(batch, {t.id: t for t in TASKS}).batch)
         write_group(tmp_path, "0-queued", found)
         (loaded,) = actor.load([str(tmp_path / "0-queued.arrow")])
-        assert ray.get(loaded["batch"]) == found
-        flag: bool = actor.score(batch, {t.id: t for t in TASKS})["equal"]
-        assert loaded["equal"] == flag
-        return flag
+        assert ray.get(loaded.batch) == found
+        informative = actor.score(batch, {t.id: t for t in TASKS}).is_informative
+        assert loaded.is_informative == informative
+        return not informative
 
     same = [dream(chat, n, good) for n in range(3)]
     assert equal(*same)
@@ -541,7 +541,7 @@ def test_a_group_is_equal_where_the_algorithm_finds_nothing_to_learn(
     assert equal(short, long)
     assert not equal(short, long, overlong=20)
     plain = rewarding(f"{users}.looks")
-    assert not plain.score(to_batch(same), {t.id: t for t in TASKS})["equal"]
+    assert plain.score(to_batch(same), {t.id: t for t in TASKS}).is_informative
 
 
 # --- trials -----------------------------------------------------------------------
@@ -560,7 +560,7 @@ def task(*probes: tuple[str, str]) -> dict[str, Task]:
 def judged(
     actor: LearningGainScorer, dreams: list[Trajectory], tasks: dict[str, Task]
 ) -> list[Trajectory]:
-    return from_batch(ray.get(actor.score(to_batch(dreams), tasks)["batch"]))
+    return from_batch(ray.get(actor.score(to_batch(dreams), tasks).batch))
 
 
 @pytest.mark.usefixtures("store")

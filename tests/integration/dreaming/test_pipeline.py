@@ -15,9 +15,10 @@ import ray
 
 from sleeprl.cluster.actor_group import ActorFailure, ActorGroup, RemoteActor
 from sleeprl.config.schema import DreamingConfig
-from sleeprl.dreaming.admission import order_groups
+from sleeprl.dreaming.admission import AdmissionQueue, order_groups
 from sleeprl.dreaming.checkpoint import POSITION, DreamingCheckpoint
 from sleeprl.dreaming.curricula import CurriculumActor, WeakSpots
+from sleeprl.dreaming.messages import LoadedGroup, PublishResult, RewardResult, StepResult
 from sleeprl.dreaming.pipeline import Pipeline
 from sleeprl.dreaming.recovery import RecoveryManager, start_ranks
 from sleeprl.dreaming.types import Outcome, Task
@@ -70,11 +71,11 @@ class Stage(RemoteActor):
     def score(self, batch: Any, tasks: Mapping[str, Task]) -> Any:
         assert batch[1] in tasks
         time.sleep(0.002 * (batch[0] % 2))
-        return {"batch": batch, "equal": batch[0] in self.equal}
+        return RewardResult(batch, batch[0] not in self.equal)
 
     def load(self, paths: list[str]) -> Any:
         batches = [json.loads(Path(path).read_text()) for path in paths]
-        return [{"batch": b, "newest": b[2], "equal": b[0] in self.equal} for b in batches]
+        return [LoadedGroup(b, b[2], b[0] not in self.equal) for b in batches]
 
 
 class Counting(Stage):
@@ -129,7 +130,7 @@ class Learns(RemoteActor):
         self.redrawn += map(list, redrawn)
         outcomes = [Outcome(task, [], 0.5) for _, task, _ in batches]
         outcomes += [Outcome(task, [], 0.1) for _, task, _ in redrawn]
-        return {"metrics": {}, "outcomes": outcomes}
+        return StepResult({}, outcomes)
 
     def publish(self, engines: Sequence[Any]) -> Any:
         version = len(self.learned) // CONFIG.tasks_per_step
@@ -139,11 +140,9 @@ class Learns(RemoteActor):
             ray.get(engine.set_expert.remote(version))
         if self.dies:
             die_once(self.dies / f"publish-{version}")
-        sent = {"version": version, "expert": version, "verified": list(there)}
         if late and self.dies:
             (self.dies / f"late-{version}").unlink()
-            sent |= {"verified": list(there)[1:], "stale_engines": 1.0}
-        return sent
+        return PublishResult(version, {}, list(there)[int(late) :], int(late), version)
 
     def save(self, directory: str, groups: Mapping[str, Any], outdated: Sequence[Any]) -> None:
         self.outdated += map(list, outdated)
@@ -216,8 +215,8 @@ def dream(
     of_engines = ActorGroup("engine", list(engines) or [ray.get_actor("engine")], in_flight=8)
     curriculum = ActorGroup("curriculum", [fresh(CurriculumActor, "weak_spots", {}, TASKS, 5)])
     learner = ActorGroup("learner", [fresh(Learns, dies)])
-    if position.curriculum is not None:
-        curriculum.call("load_state_dict", state=position.curriculum)
+    if position.curriculum_state is not None:
+        curriculum.call("load_state_dict", state=position.curriculum_state)
     steps: list[int] = []
     told: list[str] = []
     drawn: list[float] = []
@@ -240,25 +239,24 @@ def dream(
         rewards=passing["reward"],
         curriculum=curriculum,
         learner=learner,
-        asks=lambda message: [0, config.group_size],
+        build_prompt=lambda message: [0, config.group_size],
         seed=1,
-        position=position,
-        mender=RecoveryManager(
+        queue=AdmissionQueue(position, config.tasks_per_step, config.max_staleness, redraws),
+        recovery=RecoveryManager(
             of_engines, learner, lambda index: fresh(Stage, dies),
             lambda rank: fresh(Learns, dies), limit, told.append,
         ),
-        redraws=redraws,
     )  # fmt: skip
     try:
         start_ranks(learner, position)
         learner.call("publish", engines=of_engines.actors)
         pipeline.run(told_of)
         assert steps == list(range(config.steps - len(steps) + 1, config.steps + 1))
-        assert pipeline.counts.learned == config.steps * config.tasks_per_step
+        assert pipeline.store.counts.learned == config.steps * config.tasks_per_step
         # Two who die at once are mended at once.
-        assert len(told) == pipeline.mender.done and min(1, limit) <= len(told) <= limit
+        assert len(told) == pipeline.recovery.num_recoveries and min(1, limit) <= len(told) <= limit
         aside = learner.call("aside")[0]
-        assert pipeline.counts.redrawn == len(aside) >= sum(drawn) and max(drawn) <= redraws
+        assert pipeline.store.counts.redrawn == len(aside) >= sum(drawn) and max(drawn) <= redraws
         if redrawn is not None:
             redrawn += aside
         if outdated is not None:
@@ -278,14 +276,14 @@ def test_a_broken_run_learns_what_a_whole_one_does(tmp_path: Path) -> None:
         with pytest.raises(Broken):
             dream(place, stop)
         kept = DreamingCheckpoint.load(place)
-        assert kept.version == stop and len(kept.admitted) > stop * CONFIG.tasks_per_step
+        assert kept.version == stop and len(kept.task_ids) > stop * CONFIG.tasks_per_step
         # These engines have written all that was asked for by the time they tell of it.
-        assert [*kept.groups()] == [*range(kept.done, len(kept.admitted))]
+        assert [*kept.group_files()] == [*range(kept.num_finished, len(kept.task_ids))]
     learned, position = dream(place)
     numbers = [number for number, _, _ in learned]
     assert numbers == list(range(CONFIG.steps * CONFIG.tasks_per_step))
     # Under its number a group keeps its task, whenever it was written.
-    assert [task for _, task, _ in sorted(learned)] == position.admitted
+    assert [task for _, task, _ in sorted(learned)] == position.task_ids
     assert {task for _, task, _ in learned} == {task.id for task in TASKS}
     for index, (_, _, born) in enumerate(learned):
         assert index // CONFIG.tasks_per_step - born <= CONFIG.max_staleness
@@ -316,17 +314,17 @@ def test_another_group_is_learned_for_one_that_teaches_nothing(
     assert [number for number, _, _ in learned] == line
     assert [number for number, _, _ in redrawn] == aside
     assert (set(line) & set(EQUAL) == set()) == (redraws == 9)
-    assert [task for _, task, _ in sorted(learned + redrawn)] == position.admitted
-    assert position.done == len(position.admitted)
+    assert [task for _, task, _ in sorted(learned + redrawn)] == position.task_ids
+    assert position.num_finished == len(position.task_ids)
     for index, (_, _, born) in enumerate(learned):
         assert index // CONFIG.tasks_per_step - born <= staleness
     gaps: dict[str, float] = {}
     for first in range(0, len(line), CONFIG.tasks_per_step):
         update = line[first : first + CONFIG.tasks_per_step]
-        gaps |= {position.admitted[number]: 0.5 for number in update}
+        gaps |= {position.task_ids[number]: 0.5 for number in update}
         before = line[first - 1] if first else -1
-        gaps |= {position.admitted[n]: 0.1 for n in aside if before < n < update[-1]}
-    assert position.curriculum is not None and position.curriculum["gaps"] == gaps
+        gaps |= {position.task_ids[n]: 0.1 for n in aside if before < n < update[-1]}
+    assert position.curriculum_state is not None and position.curriculum_state["gaps"] == gaps
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -347,7 +345,7 @@ def test_what_is_set_aside_is_so_after_a_break_and_a_death(tmp_path: Path) -> No
     assert list(dies.iterdir()) == []
     assert [number for number, _, _ in learned] == line
     assert [number for number, _, _ in redrawn] == aside
-    assert [task for _, task, _ in sorted(learned + redrawn)] == position.admitted
+    assert [task for _, task, _ in sorted(learned + redrawn)] == position.task_ids
     for index, (_, _, born) in enumerate(learned):
         assert index // CONFIG.tasks_per_step - born <= CONFIG.max_staleness
 
@@ -395,7 +393,7 @@ def test_whoever_dies_is_restarted_and_each_group_is_learned_once(tmp_path: Path
     learned, position = dream(tmp_path / "state", engines=two, dies=dies, limit=5)
     assert list(dies.iterdir()) == []
     assert [number for number, _, _ in learned] == list(range(12))
-    assert [task for _, task, _ in learned] == position.admitted
+    assert [task for _, task, _ in learned] == position.task_ids
     for index, (_, _, born) in enumerate(learned):
         assert index // CONFIG.tasks_per_step - born <= CONFIG.max_staleness
 
@@ -415,7 +413,7 @@ def test_engines_come_and_go_while_dreams_are_dreamt(tmp_path: Path) -> None:
     two = [fresh(Stage) for _ in range(2)]
     learned, position = dream(tmp_path / "state", engines=two, on_step=on_step)
     assert [number for number, _, _ in learned] == list(range(12))
-    assert [task for _, task, _ in learned] == position.admitted
+    assert [task for _, task, _ in learned] == position.task_ids
     version, wrote = ray.get(third[0].heard.remote())
     assert version == CONFIG.steps and wrote > 0
     ray.kill(third[0])
@@ -482,7 +480,7 @@ def test_what_an_engine_hands_back_is_gone_on_from(tmp_path: Path) -> None:
     assert [number for number, _, _ in learned] == list(range(12))
     assert [number for number, task, _ in learned if task == "cut"] == [3, 6]
     rest = [(number, task) for number, task, _ in learned if task != "cut"]
-    assert rest == [(n, task) for n, task in enumerate(position.admitted) if n not in (3, 6)]
+    assert rest == [(n, task) for n, task in enumerate(position.task_ids) if n not in (3, 6)]
     assert [(number, task) for number, task, _ in over] == [(4, "old"), (7, "old")]
 
 
@@ -492,10 +490,10 @@ def test_a_position_is_read_back(tmp_path: Path) -> None:
     kept = DreamingCheckpoint(tmp_path, 2, ["t0", "t1", "t0"], 2, curriculum.state_dict())
     kept.save()
     found = DreamingCheckpoint.load(tmp_path)
-    assert found.checkpoint.name == "version-2"
-    assert (found.version, found.admitted, found.done) == (2, kept.admitted, 2)
+    assert found.version_dir.name == "version-2"
+    assert (found.version, found.task_ids, found.num_finished) == (2, kept.task_ids, 2)
     other = WeakSpots(TASKS, 99)
-    assert found.curriculum is not None
-    other.load_state_dict(found.curriculum)
+    assert found.curriculum_state is not None
+    other.load_state_dict(found.curriculum_state)
     assert other.next(5) == curriculum.next(5)
     assert DreamingCheckpoint.load(tmp_path / "nowhere").version == 0

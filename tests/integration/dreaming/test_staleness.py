@@ -25,6 +25,7 @@ from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
 from sleeprl.dreaming import launch as phase
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint
+from sleeprl.dreaming.messages import PublishResult, RewardResult, ScoreResult, StepResult
 from sleeprl.dreaming.trainer_actor import DreamTrainer, DreamTrainerJob
 from sleeprl.dreaming.types import Dream, algorithm_of, scores
 from sleeprl.memory.checkpoint import EXPERT, widen
@@ -62,7 +63,7 @@ class Noted(TorchEngine):
 class Timed(DreamTrainer):
     """Notes from when to when it steps."""
 
-    def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> dict[str, Any]:
+    def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> StepResult:
         began = time.monotonic()
         made = super().step(batches, redrawn)
         note(Path(self.job.learner.checkpoint), "steps", began, time.monotonic())
@@ -173,16 +174,16 @@ def by_a_loop(place: Path, config: NightConfig, chat: ChatFormatter) -> list[dic
                 "rollout", task=task.id, attempts=[f"dream-{number}-{n}" for n in range(4)],
                 prompt=build_qa_prompt(chat, config.self_study, task.message), sampling=sampling,
             )  # fmt: skip
-            scored = actors.scorers.call("score", batch=ray.get(wrote["batch"]), tasks=of)[0]
-            judged = actors.rewards.call("score", batch=ray.get(scored["batch"]), tasks=of)[0]
-            aside = judged["equal"] and len(redrawn) < 2
-            (redrawn if aside else batches).append(judged["batch"])
-        outcome = actors.learners.call("step", batches=batches, redrawn=redrawn)[0]
-        told.append(outcome["metrics"] | {"redrawn": len(redrawn)})
+            scored: ScoreResult = actors.scorers.call("score", batch=wrote["batch"], tasks=of)[0]
+            judged: RewardResult = actors.rewards.call("score", batch=scored.batch, tasks=of)[0]
+            aside = not judged.is_informative and len(redrawn) < 2
+            (redrawn if aside else batches).append(judged.batch)
+        outcome: StepResult = actors.learners.call("step", batches=batches, redrawn=redrawn)[0]
+        told.append({**outcome.metrics} | {"redrawn": len(redrawn)})
         actors.learners.call("save", directory=str(place / "loop" / f"version-{step}"), groups={})
-        sent = actors.learners.call("publish", engines=fleet.group.actors)[0]
-        actors.scorers.call("set_expert", expert=ray.get(sent["expert"]))
-        actors.curriculum.call("observe", outcomes=outcome["outcomes"])
+        sent: PublishResult = actors.learners.call("publish", engines=fleet.group.actors)[0]
+        actors.scorers.call("set_expert", expert=sent.expert)
+        actors.curriculum.call("observe", outcomes=outcome.outcomes)
     actors.learners.call("finish", output=str(place / "loop" / "dreaming"))
     actors.kill()
     fleet.shutdown()
@@ -258,7 +259,7 @@ def test_colocated_no_token_is_made_while_the_learner_steps(
     place: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And decoupled there are many."""
-    monkeypatch.setattr(phase, "LearnerActor", Timed)
+    monkeypatch.setattr(phase, "DreamTrainer", Timed)
     config = settings(
         place, f"resources.layout={layout}", f"resources.engine={__name__}.Noted",
         "dreaming.max_staleness=1", "dreaming.steps=6",

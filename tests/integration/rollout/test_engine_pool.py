@@ -270,7 +270,7 @@ def test_tokens_that_are_too_old_are_read_and_not_learned_from(
     actor.chat, actor.replay = SimpleNamespace(decode=lambda _: ""), []  # type: ignore
     actor.parts, actor.loss = {}, LossOptions()
     monkeypatch.setattr(learning.ray, "get", lambda batches: batches)
-    told = actor.step([to_batch(dreams)])["metrics"]
+    told = actor.step([to_batch(dreams)]).metrics
     assert [row.prompt_ids for row in learned] == [[1, 2, 7, 8], [1, 2]]
     assert [row.response_ids for row in learned] == [[9], [7, 8]]
     assert [row.behaviour for row in learned] == [[-5.0], [-5.0, -6.0]]
