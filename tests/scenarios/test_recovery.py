@@ -28,8 +28,9 @@ from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import from_batch, outdated
 from sleeprl.dreaming import launch as phase
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint, read_group
+from sleeprl.dreaming.types import request
 from sleeprl.memory.checkpoint import EXPERT
-from sleeprl.night.replay import engines_alone, learner_alone
+from sleeprl.night.replay import _generate_and_score, replay_trainer
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.rollout.torch_engine import TorchEngine
 from sleeprl.self_study.sampler import build_qa_prompt
@@ -165,18 +166,22 @@ def test_engines_and_learner_are_replayed_alone(
     )
     init()
     try:
-        found = learner_alone(config, job, tmp_path)
+        found = replay_trainer(config, job, tmp_path, unbroken / "dreaming")
         fleet = engines(place)  # the newborn expert is zero, so they have its weights
         tasks = {task.id: task for task in phase.make_tasks(DOCUMENTS, PROBES, config.seed)}
-        wrote = engines_alone(
-            config, fleet, job, tasks, position.task_ids[:6],
-            lambda message: build_qa_prompt(chat, config.self_study, message), tmp_path,
-        )  # fmt: skip
+        requests = [
+            request(
+                config.dreaming, config.seed, number, tasks[task],
+                lambda message: build_qa_prompt(chat, config.self_study, message),
+            )
+            for number, task in enumerate(position.task_ids[:6])
+        ]  # fmt: skip
+        wrote = _generate_and_score(config, fleet, job, tasks, requests, tmp_path)
         fleet.shutdown()
     finally:
         ray.shutdown()
     assert (found.groups, found.work) == (UPDATES * GROUPS, UPDATES)
-    assert sha256_file(tmp_path / EXPERT) == whole[0]
+    assert found.expert == whole[0] and found.same_expert
     texts = [
         Lake(run / "lake").read("trajectories", ["purpose", "response_ids"]).to_pylist()
         for run in (unbroken, tmp_path)
