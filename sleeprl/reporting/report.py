@@ -1,4 +1,4 @@
-"""The night as one self-contained HTML page: no network, no scripts, light and dark."""
+"""Renders a night as one self-contained HTML page: no network, no scripts, light and dark."""
 
 from __future__ import annotations
 
@@ -31,20 +31,24 @@ from sleeprl.reporting.summary_view import (
 )
 from sleeprl.utils.files import write_text_atomic
 
-# Parts of metric names that a reader wants to see first, the most wanted first.
 IMPORTANT = ("loss", "diverg", "jsd", "reward", "recall", "retention", "accuracy", "perplexity")
-MAX_LARGE = 6  # large charts per phase
+"""Parts of the metric names that get large charts, the most important first."""
+MAX_LARGE = 6
+"""Large charts of one phase."""
 _NOT_METRICS = frozenset({"time", "phase", "step", "not_finite"})
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric of a phase with its picture; ``svg`` is None where it never changed."""
+    """A metric of a phase with its picture."""
 
     series: Series
     last: float
+    """Last finite value; NaN where there is none."""
     not_finite: int
+    """Number of values that were NaN or infinite."""
     svg: Markup | None
+    """None where the metric never changed."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,14 @@ class Distribution:
 
     name: str
     middle: str
+    """Its mean or median, with the word."""
     svg: Markup
 
 
 @dataclass(frozen=True)
 class PhaseCurves:
+    """All metrics of one phase, by the room that they get."""
+
     key: str
     large: list[Curve]
     small: list[Curve]
@@ -66,27 +73,40 @@ class PhaseCurves:
 
 @dataclass(frozen=True)
 class Bar:
-    """A stretch of a timeline; ``start`` and ``width`` in percent of the whole row."""
+    """A stretch of a timeline."""
 
     label: str
     css: str
+    """Its CSS class."""
     start: float
+    """In percent of the whole row."""
     width: float
+    """In percent of the whole row."""
     seconds: float
 
 
 @dataclass(frozen=True)
 class IdleRow:
+    """Idle time of one actor, by the kind of wait."""
+
     actor: str
     seconds: float
     bars: list[Bar]
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Render ``run_dir/report.html`` from config.yaml, metrics.jsonl and summary.json.
+    """Render ``report.html`` of a run from its config.yaml, metrics.jsonl and summary.json.
 
-    Each of the three may be missing or partial: an unfinished run is rendered with
-    what is there. Raises ``NotADirectoryError`` when there is no such run.
+    Each of the three may be missing or partial: an unfinished run is rendered with what is there.
+
+    Args:
+        run_dir: Directory of the run.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        NotADirectoryError: There is no such run.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -117,7 +137,7 @@ def write_report(run_dir: str | Path) -> Path:
         rate_names=read_rates(summary),
         phases=collect_curves(rows),
         spreads=collect_distributions(rows),
-        timeline=_timeline_bars(summary.get("seconds") or {}),
+        timeline=_timeline_bars(_phase_seconds(summary)),
         idle=_idle_rows(summary.get("idle") or {}),
         wait_kinds=WAIT_KINDS,
         samples=summary.get("samples") or [],
@@ -130,9 +150,9 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def collect_curves(rows: Sequence[Mapping[str, Any]]) -> list[PhaseCurves]:
-    """Every numeric metric of every phase, phases and metrics in order of appearance.
+    """Return every numeric metric of every phase, phases and metrics in order of appearance.
 
-    When a resumed run has recorded a step again, its last value counts.
+    Where a resumed run recorded a step again, the last value counts.
     """
     values: dict[str, dict[str, dict[float, float | None]]] = {}
     for row in rows:
@@ -146,11 +166,11 @@ def collect_curves(rows: Sequence[Mapping[str, Any]]) -> list[PhaseCurves]:
 
 
 def collect_distributions(rows: Sequence[Mapping[str, Any]]) -> list[Distribution]:
-    """How old dreams were when they were learned from: in updates by token, in seconds by group; and
-    how long after an update the engines had its weights. Only what a run has recorded.
+    """Return the distributions that a run recorded: staleness, age and publish lag.
 
-    An age below zero is of a dream that a restarted learner came to with fewer updates than the
-    engines had when it was written.
+    Staleness is the age of learned tokens in updates, age that of groups in seconds, and publish lag
+    the time after an update until the engines had its weights. A staleness below zero is of a dream
+    that a restarted trainer learned from with fewer updates than the engines had when they wrote it.
     """
     updates: dict[int, float] = {}
     for tokens_by_age in _last_values(rows, "staleness_tokens"):
@@ -172,15 +192,15 @@ def collect_distributions(rows: Sequence[Mapping[str, Any]]) -> list[Distributio
         ("publish lag: updates by seconds until engines had them", lags),
     ):
         if values:
-            told = f"median {format_duration(median(values))}"
+            middle = f"median {format_duration(median(values))}"
             found.append(
-                Distribution(name, told, charts.draw_histogram(name, charts.make_bins(values)))
+                Distribution(name, middle, charts.draw_histogram(name, charts.make_bins(values)))
             )
     return found
 
 
 def _last_values(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
-    """A value of each step: the last, where a resumed run has recorded the step again."""
+    """Return a metric's value of each step: the last, where a resumed run recorded it again."""
     found = {
         (row.get("phase"), row.get("step")): row[name] for row in rows if row.get(name) is not None
     }
@@ -233,7 +253,7 @@ def _draw_tradeoff(summary: Summary) -> Markup | None:
 
 
 def _table_rows(summary: Summary) -> list[dict[str, Any]]:
-    """Rows of the before/after table: the figures of each state that was measured."""
+    """Return the rows of the before/after table: the figures of each measured state."""
     return [
         {
             "key": key,
@@ -247,28 +267,31 @@ def _table_rows(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _format_cost(block: Mapping[str, Any]) -> str:
-    """What a baseline took, in words; '' for a state of the night itself."""
-    told = [f"{block['tokens']:,} tokens"] if block.get("tokens") else []
-    told += [format_duration(block["seconds"])] if block.get("seconds") else []
-    return ", ".join(told)
+    """Describe what a baseline took; '' for a state of the night itself."""
+    parts = [f"{block['tokens']:,} tokens"] if block.get("tokens") else []
+    parts += [format_duration(block["seconds"])] if block.get("seconds") else []
+    return ", ".join(parts)
 
 
-def _timeline_bars(seconds: Mapping[str, float | None]) -> list[Bar]:
-    """The phases one after the other, in the order in which they are listed."""
-    known = {key: s for key, s in seconds.items() if s is not None and key != "starting"}
-    total = sum(known.values())
-    bars, began = [], 0.0
-    for key, length in known.items():
-        if total > 0:
-            bars.append(
-                Bar(humanize_key(key), "phase", 100 * began / total, 100 * length / total, length)
-            )
-        began += length
+def _phase_seconds(summary: Summary) -> dict[str, float]:
+    """Return the seconds of each phase. ``starting`` is a part of several phases, and none itself."""
+    seconds = summary.get("seconds") or {}
+    return {key: s for key, s in seconds.items() if s is not None and key != "starting"}
+
+
+def _timeline_bars(seconds: Mapping[str, float]) -> list[Bar]:
+    """Return a bar for each phase, one after the other in their order."""
+    total = sum(seconds.values())
+    bars, start = [], 0.0
+    for key, length in seconds.items() if total else ():
+        share = 100 / total
+        bars.append(Bar(humanize_key(key), "phase", start * share, length * share, length))
+        start += length
     return bars
 
 
 def _idle_rows(idle: Mapping[str, Mapping[str, float]]) -> list[IdleRow]:
-    """Idle seconds by actor, the bars on one scale: the idlest actor fills its row."""
+    """Return idle seconds by actor. The bars have one scale: the idlest actor fills its row."""
     longest = max((sum(kinds.values()) for kinds in idle.values()), default=0.0)
     rows = []
     for actor, kinds in idle.items():
@@ -283,24 +306,26 @@ def _idle_rows(idle: Mapping[str, Mapping[str, float]]) -> list[IdleRow]:
 
 
 def _collect_facts(summary: Summary) -> list[tuple[str, str]]:
-    """The small print under the title."""
+    """Return names and values of the small print under the title."""
     facts = [
         (name, str(summary[name])) for name in ("model", "seed") if summary.get(name) is not None
     ]
-    covered = (summary.get("self_study") or {}).get("replay_coverage")
-    if covered is not None:
-        facts.append(("replay covers", f"{format_percent(covered, 0)} of what it says freely"))
-    seconds = summary.get("seconds") or {}
-    total = summary.get("wall_seconds") or sum(s for s in seconds.values() if s)
+    coverage = (summary.get("self_study") or {}).get("replay_coverage")
+    if coverage is not None:
+        facts.append(("replay covers", f"{format_percent(coverage, 0)} of what it says freely"))
+    total = summary.get("wall_seconds") or sum(_phase_seconds(summary).values())
     if not total:
         return facts
-    starting = seconds.get("starting")
-    share = f", {format_percent(starting / total, 0)} of it starting processes" if starting else ""
-    return [*facts, ("time", format_duration(total) + share)]
+    facts.append(("time", format_duration(total)))
+    starting = (summary.get("seconds") or {}).get("starting")
+    if starting is not None:
+        share = format_percent(starting / total, 0)
+        facts.append(("starting processes", f"{format_duration(starting)}, {share}"))
+    return facts
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as ('a.b', 'value') lines."""
+    """Return nested settings as ('a.b', 'value') lines."""
     lines: list[tuple[str, str]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping):

@@ -22,6 +22,7 @@ from sleeprl.memory.transfer import Transfer, from_dict
 from sleeprl.night.gate import commit_generation
 from sleeprl.night.model_stages import ModelStages
 from sleeprl.night.run_dir import RunDirectory
+from sleeprl.reporting.metric_reference import undocumented_keys
 from sleeprl.reporting.progress import NightProgress
 from tests.integration.cluster.test_launch_files import another_ray
 from tests.support.paths import ROOT
@@ -111,6 +112,7 @@ def test_the_run_directory_is_complete(place: Path) -> None:
     assert sum(row["phase"] == "dreaming" for row in rows) == 2
     seeding = [row for row in rows if row["phase"] == "consolidation"]
     assert seeding[-1]["new/kl"] < seeding[0]["new/ce"]
+    assert undocumented_keys(rows, summary(place)) == []
     assert {"student/kl", "student/pg", "imitation_reward"} <= {k for row in seeding for k in row}
     synced = [row["canary"] for row in rows if "canary" in row]
     assert synced and max(synced) < 2e-3

@@ -689,6 +689,16 @@ def test_the_report_has_every_figure_of_the_night(run_dir: Path) -> None:
     assert "world_size 2" in text, "what never changed is a number, not a flat curve"
 
 
+def test_the_time_in_which_processes_started_is_told_apart(run_dir: Path) -> None:
+    assert "starting processes" not in page_of(run_dir).text
+    summary = night()
+    summary["seconds"]["starting"] = 54.6
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    text = page_of(run_dir).text
+    assert "4 min 33 s" in text, "it is a part of the phases, and not added to them"
+    assert "starting processes 54.6 s, 20 %" in text
+
+
 def test_important_curves_are_large_and_the_others_folded(run_dir: Path) -> None:
     consolidation, dreaming = collect_curves(read_metrics(run_dir / "metrics.jsonl"))
     names = [c.series.name for c in consolidation.large]
