@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from sleeprl.reporting.summary_view import (
 )
 from sleeprl.reporting.terminal import Flow
 
+PERPLEXITY = "perplexity"
 _LOST_SHOWN = 5
 _LABEL_WIDTH = 16
 """Columns that the name of a state needs; longer ones are wrapped."""
@@ -34,37 +35,42 @@ _LABEL_WIDTH = 16
 class BeforeAfterTable:
     """Rates in percent with 95 % Wilson intervals, and the perplexity, of every measured state.
 
-    An interval stands beside its rate or, on a narrow terminal, below it. No figure is cut off.
+    On a narrow terminal the columns are shared out over several tables. No figure is cut off.
     """
 
     summary: Summary
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = self._table(" ")
-        numbers = Measurement.get(console, options.update(width=1000), table).maximum
+        yield Text("Before and after the night", style="italic")
+        yield from self._fitting_tables([*read_rates(self.summary), PERPLEXITY], console, options)
+        yield Flow.of(["95 % intervals", self._questions()], "dim italic")
+
+    def _fitting_tables(
+        self, names: Sequence[str], console: Console, options: ConsoleOptions
+    ) -> Iterator[Table]:
+        """Yield tables of these figures that fit into the width, as few as are needed."""
         labels = max(
             (Text(label).cell_len for _, label, _ in measured_states(self.summary)), default=0
         )
-        spare = options.max_width - (numbers - labels)
-        yield table if spare >= min(labels, _LABEL_WIDTH) else self._table("\n")
-        yield Flow.of(["95 % intervals", self._questions()], "dim italic")
+        table = self._table(names)
+        width = Measurement.get(console, options.update(width=10_000), table).maximum
+        spare = options.max_width - (width - labels)
+        if spare >= min(labels, _LABEL_WIDTH) or len(names) == 1:
+            yield table
+            return
+        half = (len(names) + 1) // 2
+        yield from self._fitting_tables(names[:half], console, options)
+        yield from self._fitting_tables(names[half:], console, options)
 
-    def _table(self, before_interval: str) -> Table:
-        table = Table(
-            title="Before and after the night",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            padding=(0, 0, 0, 1),
-        )
+    def _table(self, names: Sequence[str]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
         table.add_column("", overflow="fold")
-        names = read_rates(self.summary)
-        for name in [*(f"{name} %" for name in names.values()), "Perplexity"]:
-            table.add_column(name, justify="right", no_wrap=True)
+        titles = read_rates(self.summary)
+        for name in names:
+            title = "Perplexity" if name == PERPLEXITY else f"{titles[name]} %"
+            table.add_column(Text(title), justify="right", no_wrap=True)
         for state, label, block in measured_states(self.summary):
-            rates = [_rate(read_figure(block, state, name), before_interval) for name in names]
-            perplexity = read_figure(block, state, "perplexity")
-            cells = [*rates, format_number(perplexity.value) if perplexity else "-"]
+            cells = [_cell(read_figure(block, state, name), name) for name in names]
             style = "bold" if state == "after" else ""
             table.add_row(Text(label), *cells, style=style)
         return table
@@ -126,11 +132,13 @@ def _refusal(gate: Mapping[str, Any]) -> list[Text]:
     return lines
 
 
-def _rate(found: Figure | None, before_interval: str) -> str:
+def _cell(found: Figure | None, name: str) -> str:
     if found is None:
         return "-"
+    if name == PERPLEXITY:
+        return format_number(found.value)
     value = f"{100 * found.value:.0f}"
     if found.interval is None:
         return value
     low, high = found.interval
-    return f"{value}{before_interval}({100 * low:.0f}-{100 * high:.0f})"
+    return f"{value} ({100 * low:.0f}-{100 * high:.0f})"

@@ -28,6 +28,7 @@ from sleeprl.reporting.progress import NightProgress
 from sleeprl.reporting.report import collect_curves, collect_distributions, write_report
 from sleeprl.reporting.summary_table import BeforeAfterTable, night_result
 from sleeprl.reporting.summary_view import (
+    RATES,
     format_duration,
     format_headline,
     format_number,
@@ -534,7 +535,7 @@ def test_the_table_is_whole_with_all_baselines(width: int) -> None:
     summary = every_baseline()
     lines = rendered(BeforeAfterTable(summary), width)
     text = words(lines)
-    assert "…" not in text and text.count("[red]") == 1
+    assert "…" not in text and text.count("[red]") == (1 if width >= 80 else 2)
     methods = [name for name in METHODS if name != "fine_tuning"]
     assert text.count("1.2e6") == len(methods)
     if width >= 80:
@@ -547,9 +548,25 @@ def test_the_table_is_whole_with_all_baselines(width: int) -> None:
             "1.2e6",
         ]
     else:
-        assert text.count("(98-100)") == len(methods) + 1, "intervals stand below their rates"
+        assert text.count("100 (98-100)") == len(methods), "every figure is there once"
     for name in ("Recall %", "Two-hop %", "Retention %", "Perplexity"):
         assert name in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_table_is_whole_with_metrics_of_others(width: int) -> None:
+    summary = every_baseline()
+    mine = {f"mine_{n}": f"[red]Metric number {n}" for n in range(5)}
+    summary["metrics"] = {**RATES, **mine}
+    for state in (summary, summary["baselines"]):
+        for block_ in state.values():
+            if isinstance(block_, dict) and "n" in block_:
+                block_ |= dict.fromkeys(mine, 0.25)
+                block_["n"] = {**block_["n"], **dict.fromkeys(mine, 100)}
+    text = words(rendered(BeforeAfterTable(summary), width))
+    assert "…" not in text and text.count("(18-34)") == 5 * text.count("1.2e6") + 25
+    for name in (*RATES.values(), *mine.values()):
+        assert f"{name} %" in text
 
 
 def test_the_end_of_a_night_says_where_everything_is() -> None:
