@@ -412,7 +412,7 @@ def laboratory(
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     with cluster(config.resources):
-        options = EngineOptions.of(config, str(base.resolve()), "float32")
+        options = EngineOptions.from_config(config, str(base.resolve()), "float32")
         resources = config.resources
         fleet = EnginePool.launch(1, options, resources.engine_cpus, 0, resources.engine)
         try:

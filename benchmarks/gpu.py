@@ -229,7 +229,7 @@ def one_loss(variant: str, vocabulary: int, options: Namespace) -> dict[str, Any
 def an_engine(checkpoint: Path, delivery: TransportConfig) -> Iterator[EnginePool]:
     options = EngineOptions(
         model=str(checkpoint), dtype="bfloat16", max_length=512, threads=2, memory_gb=1.0, gpu=True,
-        gpu_utilization=0.3, seed=0, delivery=delivery,
+        gpu_utilization=0.3, seed=0, transport=delivery,
     )  # fmt: skip
     with cluster(ResourcesConfig()):
         fleet = EnginePool.launch(1, options, 1, 0.5)

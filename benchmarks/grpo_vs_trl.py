@@ -127,8 +127,9 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
     from sleeprl.config.schema import ResourcesConfig
     from sleeprl.losses.combined import LossOptions, LossWeights
     from sleeprl.memory.checkpoint import widen
-    from sleeprl.rollout.engine import EngineOptions, SamplingParams
+    from sleeprl.rollout.engine import EngineOptions
     from sleeprl.rollout.engine_pool import EnginePool, PendingResults
+    from sleeprl.rollout.types import SamplingParams
     from sleeprl.text.chat import ChatFormatter
     from sleeprl.trainer.batching import TrainingExample
     from sleeprl.trainer.options import TrainerOptions

@@ -48,8 +48,9 @@ from sleeprl.evaluation.statistics import interval
 from sleeprl.memory.checkpoint import EXPERT, expert_tensors, widen
 from sleeprl.memory.gated_mlp import grow, load_training_form
 from sleeprl.models.resolve import EMBEDDED
-from sleeprl.rollout.engine import EngineOptions, SamplingParams
+from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.rollout.types import SamplingParams
 from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.options import TrainerOptions
@@ -107,7 +108,7 @@ def dream(
     )
     canary = chat.prompt(told[0]["text"])
     job = phase.learner_job(config, options, place / "born", place, canary, fleet.version + 1)
-    engines = phase.set_in_flight_limit(fleet.group, dreaming)
+    engines = fleet.lease(phase.max_groups_in_flight(dreaming))
     actors = phase.launch(config, job, tasks)
     try:
         position = DreamingCheckpoint.load(run_dir, job.first_version)

@@ -48,8 +48,9 @@ from sleeprl.cluster.runtime import cluster
 from sleeprl.config.schema import ResourcesConfig
 from sleeprl.data.trajectory import from_batch
 from sleeprl.models.resolve import EMBEDDED
-from sleeprl.rollout.engine import EngineOptions, SamplingParams
+from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.rollout.types import RolloutRequest, SamplingParams
 from sleeprl.rollout.vllm_engine import VLLMEngine
 from sleeprl.utils.machine import available_cpus
 
@@ -151,15 +152,15 @@ def by_rollouts(group: ActorGroup, batch: Batch) -> list[Any]:
     prompts, sampling = batch
     for start in range(0, len(prompts), GROUP):
         uids = [f"dream-{start}-{number}" for number in range(GROUP)]
-        sent = group.submit(
-            "rollout", str(start), task="one", attempts=uids, prompt=prompts[start],
-            sampling=sampling[start : start + GROUP],
-        )  # fmt: skip
+        request = RolloutRequest(
+            "one", tuple(uids), prompts[start], tuple(sampling[start : start + GROUP])
+        )
+        sent = group.submit("rollout", str(start), request=request)
         assert sent
     done: dict[int, Any] = {}
     idle = 0.0
     while group.outstanding:
-        ended = {int(each.tag): each.value["batch"] for each in group.ended_or_raise()}
+        ended = {int(each.tag): each.value.batch for each in group.ready_or_raise()}
         time.sleep(idle := 0.0 if ended else min(0.02, idle + 0.001))  # as the pipeline looks
         done |= ended
     return [done[start] for start in sorted(done)]
@@ -180,7 +181,7 @@ def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
     theirs.close()  # so that we hear if it dies
     assert ours.recv() == "ready"  # two that start at once would measure each other's memory
     fleet = EnginePool.launch(1, options, cpus=0, gpus=0.5 * setting.gpu)
-    fleet.group.in_flight = setting.requests // GROUP
+    group = fleet.lease(setting.requests // GROUP)
 
     def by_generate(batch: Batch) -> list[list[int]]:
         return [completion.token_ids for completion in fleet.generate(*batch)]
@@ -197,7 +198,7 @@ def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
     for number in range(setting.pairs + 1):  # the first warms up
         batch = draw(setting, number)
         turns: list[tuple[str, Callable[[], Any], Callable[[], float]]] = [
-            ("dreams", partial(by_rollouts, fleet.group, batch), by_us),
+            ("dreams", partial(by_rollouts, group, batch), by_us),
             ("vllm", partial(by_vllm, batch), lambda: cpu_seconds(alone.pid)),
             ("generate", partial(by_generate, batch), by_us),
         ]

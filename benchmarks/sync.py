@@ -236,7 +236,7 @@ def measure_engine(
         gpu=False,
         gpu_utilization=0.4,
         seed=0,
-        delivery=delivery,
+        transport=delivery,
     )
     fleet = EnginePool.launch(1, options, 1, 0)
 

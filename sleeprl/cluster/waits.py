@@ -33,7 +33,7 @@ _FOR: dict[WaitKind, str] = {
 _log = logging.getLogger(__name__)
 
 
-Wrote = Callable[[], list[str]]
+LogTail = Callable[[], list[str]]
 
 
 def _nothing() -> list[str]:
@@ -50,7 +50,7 @@ class Wait:
     what: str
     kind: WaitKind
     since: float
-    wrote: Wrote = _nothing
+    log_tail: LogTail = _nothing
 
     def describe(self, now: float) -> str:
         """'learner has waited 62 s for data from engine-0: batch 12'."""
@@ -91,14 +91,14 @@ class Waits:
         what: str,
         kind: WaitKind,
         waiter: str | None = None,
-        wrote: Wrote = _nothing,
+        log_tail: LogTail = _nothing,
     ) -> Iterator[Wait]:
         """Everything in the block is ``waiter`` waiting for ``whom`` because of ``what``."""
         if kind not in WAIT_KINDS:
             raise ValueError(f"kind of wait {kind!r} is unknown; use one of {WAIT_KINDS}")
         waiter = waiter or self.waiter
         with self._lock:
-            wait = Wait(waiter, whom, what, kind, self._settle(waiter), wrote)
+            wait = Wait(waiter, whom, what, kind, self._settle(waiter), log_tail)
             self._open[waiter].append(wait)
         try:
             yield wait
@@ -114,7 +114,7 @@ class Waits:
         *,
         what: str = "",
         kind: WaitKind = "data",
-        wrote: Wrote = _nothing,
+        log_tail: LogTail = _nothing,
     ) -> None:
         """For a loop that looks instead of blocking: from now on ``waiter`` waits for ``whom``, or,
         with None, for nobody. Saying the same again changes nothing."""
@@ -127,7 +127,7 @@ class Waits:
                 self._open[waiter].remove(open_)
                 self._looked.remove(open_)
             if whom is not None:
-                wait = Wait(waiter, whom, what, kind, since, wrote)
+                wait = Wait(waiter, whom, what, kind, since, log_tail)
                 self._open[waiter].append(wait)
                 self._looked.add(wait)
 
@@ -212,8 +212,8 @@ class Watchdog:
             if waited_s >= self._report_at_s[wait]:
                 self._report_at_s[wait] = 2 * waited_s
                 message, last = _chain(wait, current, now)
-                wrote = [f"  {line}" for line in last.wrote()]
-                messages.append("\n".join([message, *wrote]))
+                log_tail = [f"  {line}" for line in last.log_tail()]
+                messages.append("\n".join([message, *log_tail]))
         for message in messages:
             self._on_stall(message)
         return messages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sleeprl.cluster.actor_group import RemoteActor
+from sleeprl.cluster.remote_actor import RemoteActor
 
 
 class MetricsQueue(RemoteActor):

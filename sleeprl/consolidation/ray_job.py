@@ -148,12 +148,12 @@ def run(
     end: dict[str, Any] = {}
     alive = True
 
-    def wrote() -> list[str]:  # Ray Train waits for workers and says nothing
+    def worker_log() -> list[str]:  # Ray Train waits for workers and says nothing
         return [f"each worker wants {workers}, free are {_free(workers)}", *log_tail(pid)[1]]
 
     pid = 0
     while alive:
-        WAITS.now(name, "the learner", what="its next step", kind="train", wrote=wrote)
+        WAITS.now(name, "the learner", what="its next step", kind="train", log_tail=worker_log)
         thread.join(0.2)
         alive = thread.is_alive()
         for record in ray.get(mailbox.take.remote()):

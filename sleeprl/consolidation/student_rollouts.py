@@ -16,7 +16,7 @@ from sleeprl.consolidation.imitation_reward import imitation_reward
 from sleeprl.consolidation.judges import Judge
 from sleeprl.data.trajectory import Trajectory
 from sleeprl.losses.combined import LossOptions
-from sleeprl.rollout.engine import Completion, SamplingParams
+from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.batching import TrainingExample
 

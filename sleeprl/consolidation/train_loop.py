@@ -30,8 +30,8 @@ from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
 from sleeprl.losses.combined import LossOptions
 from sleeprl.losses.off_policy import ImportanceWeight
 from sleeprl.plugins import create
-from sleeprl.rollout.engine import Completion
 from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool, PendingResults
+from sleeprl.rollout.types import Completion
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.checkpoint import TrainerCheckpoint

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from sleeprl.cluster.actor_group import RemoteActor
+from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.dreaming.types import Curriculum, Outcome, Task
 from sleeprl.plugins import create
 

@@ -147,7 +147,7 @@ def launch(
     of_learner = ray.remote(DreamTrainer).options(
         num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus
     )
-    options = EngineOptions.of(config, learner.checkpoint, learner.dtype)
+    options = EngineOptions.from_config(config, learner.checkpoint, learner.dtype)
 
     def new_learner(rank: int) -> Any:
         return of_learner.remote(job, rank, world)
@@ -210,10 +210,9 @@ def assemble(
     )
 
 
-def set_in_flight_limit(engines: ActorGroup, dreaming: DreamingConfig) -> ActorGroup:
-    """These engines with room for all groups that admission may let in."""
-    engines.in_flight = (dreaming.max_staleness + 2) * dreaming.tasks_per_step
-    return engines
+def max_groups_in_flight(dreaming: DreamingConfig) -> int:
+    """Return how many groups admission may have under way, on one engine at the most."""
+    return (dreaming.max_staleness + 2) * dreaming.tasks_per_step
 
 
 def run_dreaming(
@@ -237,7 +236,7 @@ def run_dreaming(
     tasks = make_tasks(documents, probes, config.seed)
     position = DreamingCheckpoint.load((run_dir / "dreaming-state").resolve(), fleet.version + 1)
     job = learner_job(config, learner, expert, run_dir, canary, position.first_version)
-    engines = set_in_flight_limit(fleet.group, dreaming)
+    engines = fleet.lease(max_groups_in_flight(dreaming))
     actors = launch(config, job, tasks, fleet.placement)
     try:
         actors.start(position, engines)

@@ -25,9 +25,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sleeprl.cluster.actor_group import ActorGroup, Result
+from sleeprl.cluster.actor_group import ActorGroup
 from sleeprl.cluster.failures import ActorFailure, Failure, FailureKind
 from sleeprl.cluster.health import HealthState
+from sleeprl.cluster.in_flight import Result
 from sleeprl.cluster.waits import WAITS
 from sleeprl.config.schema import DreamingConfig
 from sleeprl.dreaming.admission import AdmissionQueue
@@ -36,6 +37,7 @@ from sleeprl.dreaming.group_store import GroupStore, Stage
 from sleeprl.dreaming.messages import LoadedGroup, PublishResult, StepResult
 from sleeprl.dreaming.recovery import RecoveryManager
 from sleeprl.dreaming.types import Task, request
+from sleeprl.rollout.types import RolloutResult
 
 OnStep = Callable[[int, dict[str, Any]], None]
 
@@ -134,15 +136,16 @@ class Pipeline:
         moved, task_ids = False, self.checkpoint.task_ids
         bound = min(self.config.max_staleness + self.checkpoint.version + 1, self.config.steps)
         while self.queue.step_of(number := self.store.next_readmitted(len(task_ids))) < bound:
-            if not self.engines.able():
+            if not self.engines.has_healthy():
                 break
             if number == len(task_ids):
                 (task,) = self.curriculum.call("next", n=1)[0]
                 task_ids.append(task.id)
             task = self.tasks[task_ids[number]]
-            asked = request(self.config, self.seed, number, task, self.build_prompt)
-            begun = {"begun": self.store.partial(number), "since": self.queue.min_version(number)}
-            if not self.engines.submit("rollout", str(number), **asked, **begun):
+            group = request(self.config, self.seed, number, task, self.build_prompt)
+            partial, oldest = self.store.partial(number), self.queue.min_version(number)
+            asked = {"request": group, "partial": partial, "min_version": oldest}
+            if not self.engines.submit("rollout", str(number), **asked):
                 raise RuntimeError("admission let in more groups than the engines have room for")
             self.store.admit(number)
             moved = True
@@ -151,16 +154,16 @@ class Pipeline:
     def _collect_rollouts(self) -> None:
         """Take what engines have finished; readmit what is incomplete or too old to learn from."""
         for number, result in self._finished(self.engines):
-            value, oldest = result.value, result.value["newest"]
-            self.stale += value.get("outdated", ())
-            reason = value.get("unfinished")
+            rollout: RolloutResult = result.value
+            oldest, reason = rollout.oldest_last_version, rollout.incomplete_reason
+            self.stale += rollout.stale
             if self.queue.is_too_old(number, oldest):
                 writer = f"engine-{result.actor}"
                 reason = f"{writer} wrote with policy version {oldest}, older than allowed"
             if reason:
-                self._lose(number, Failure(FailureKind.INFRA, reason), value["batch"])
+                self._lose(number, Failure(FailureKind.INFRA, reason), rollout.batch)
             else:
-                self.store.advance(number, "scoring", value["batch"])
+                self.store.advance(number, "scoring", rollout.batch)
 
     def _collect(self, group: ActorGroup, stage: Stage, following: Stage) -> None:
         """Take what the actors of a stage have finished to the stage that follows."""
@@ -193,7 +196,7 @@ class Pipeline:
     def _dispatch(self, group: ActorGroup, stage: Literal["scoring", "rewarding"]) -> bool:
         """Send the groups that wait for a stage, as far as its actors have room."""
         moved, waiting = False, self.store.waiting[stage]
-        while waiting and group.able():
+        while waiting and group.has_healthy():
             batch = self.store.groups[waiting[0]].batch
             if not group.submit("score", str(waiting[0]), batch=batch, tasks=self.tasks):
                 break
@@ -204,7 +207,7 @@ class Pipeline:
     def _learn(self, on_step: OnStep) -> bool:
         """Start an update whose groups are queued, or finish one whose step is done."""
         if self.step:
-            if not self.learner.ended(self.step):
+            if not self.learner.is_done(self.step):
                 return False
             self._finish_step(on_step)
             return True
@@ -247,7 +250,7 @@ class Pipeline:
 
     def _snapshot(self) -> dict[str, Any]:
         """Return all groups but those of this update, by number and stage."""
-        answers = self.engines.call("prefixes") if self.store.counts.generating else []
+        answers = self.engines.call("partial_refs") if self.store.counts.generating else []
         self._collect_rollouts()  # of engines that finished before they were asked
         partials = {int(u.split("-")[1]): ref for answer in answers for u, ref in answer.items()}
         return self.store.snapshot(partials)
@@ -288,5 +291,5 @@ class Pipeline:
         busy["learner"] = bool(self.step)
         busy["engine"] &= not (self.colocated and self.step)
         for name, source, what, kind in self.store.counts.idle(busy):
-            wrote = self.actors[source].wrote if source else list
-            WAITS.now(name, source, what=what, kind=kind, wrote=wrote)
+            log_tail = self.actors[source].log_tail if source else list
+            WAITS.now(name, source, what=what, kind=kind, log_tail=log_tail)

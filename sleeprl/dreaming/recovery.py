@@ -47,7 +47,7 @@ class RecoveryManager:
         """
         if failure.failure.kind is FailureKind.DATA:
             raise failure
-        self.dead = {group.name: group.dead() for group in (self.engines, self.learner)}
+        self.dead = {group.name: group.probe_dead() for group in (self.engines, self.learner)}
         stale = [f"engine-{index}" for index in self.engines.health.having(HealthState.STALE)]
         died = [f"{name}-{index}" for name, found in self.dead.items() for index in found]
         if not (died or stale):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray
 
 from sleeprl.algorithms.base import Algorithm
-from sleeprl.cluster.actor_group import RemoteActor
+from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.data.trajectory import FLOAT32_MAX, from_batch, newest, with_rewards
 from sleeprl.dreaming.checkpoint import read_group
 from sleeprl.dreaming.messages import LoadedGroup, RewardResult

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sleeprl.cluster.actor_group import RemoteActor
+from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.data.padding import pad_batch
 from sleeprl.data.trajectory import from_batch, with_column, with_ref_logprobs
 from sleeprl.dreaming.messages import ScoreResult

@@ -23,7 +23,8 @@ from ray.exceptions import ObjectLostError
 from safetensors.torch import load_file
 
 from sleeprl.algorithms.ppo import PPO
-from sleeprl.cluster.actor_group import ActorGroup, RemoteActor
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.cluster.waits import WAITS, Watchdog
 from sleeprl.config.schema import DreamingConfig
 from sleeprl.data.lake import Lake

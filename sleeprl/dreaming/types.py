@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sleeprl.config.schema import DreamingConfig
 from sleeprl.plugins import create
+from sleeprl.rollout.types import RolloutRequest, SamplingParams
 
 if TYPE_CHECKING:
     from sleeprl.algorithms.base import Algorithm, RewardBatch
@@ -108,17 +109,15 @@ def request(
     number: int,
     task: Task,
     build_prompt: Callable[[str], list[int]],
-) -> dict[str, Any]:
-    """What an engine's ``rollout`` is asked for a group; the same whenever that is."""
-    from sleeprl.rollout.engine import SamplingParams
-
+) -> RolloutRequest:
+    """Build the request for the group of that number; the same whenever that is."""
     rng = random.Random(f"{seed}-dream-{number}")
-    return {
-        "task": task.id,
-        "attempts": [f"dream-{number}-{attempt}" for attempt in range(config.group_size)],
-        "prompt": build_prompt(task.message),
-        "sampling": [
+    return RolloutRequest(
+        task_id=task.id,
+        uids=tuple(f"dream-{number}-{attempt}" for attempt in range(config.group_size)),
+        prompt_ids=build_prompt(task.message),
+        sampling=tuple(
             SamplingParams(config.max_tokens, config.temperature, rng.randrange(2**31))
             for _ in range(config.group_size)
-        ],
-    }
+        ),
+    )

@@ -21,8 +21,8 @@ from sleeprl.evaluation.questions import (
     is_whole,
 )
 from sleeprl.evaluation.statistics import perplexity
-from sleeprl.rollout.engine import Completion, SamplingParams
 from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_FACT, with_experience
 from sleeprl.utils.files import write_text_atomic

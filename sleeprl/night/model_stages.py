@@ -293,7 +293,7 @@ class ModelStages:
     def launch_engines(self, index: int) -> EnginePool:
         """Start engines that hold ``checkpoint_before(index)``, and wait until all can generate."""
         resources, checkpoint = self.config.resources, self.checkpoint_before(index)
-        options = EngineOptions.of(self.config, str(checkpoint.resolve()), self.dtype)
+        options = EngineOptions.from_config(self.config, str(checkpoint.resolve()), self.dtype)
         engines = EnginePool.launch(
             resources.engines,
             options,

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow.compute as pc
 import ray
 
-from sleeprl.cluster.actor_group import ActorGroup, RemoteActor
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.cluster.runtime import cluster
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.data.lake import TRAJECTORIES, Lake
@@ -20,7 +21,7 @@ from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 from sleeprl.dreaming.launch import (
     learner_job,
     make_tasks,
-    set_in_flight_limit,
+    max_groups_in_flight,
     spawn_scorers_and_rewards,
 )
 from sleeprl.dreaming.recovery import start_ranks
@@ -32,6 +33,7 @@ from sleeprl.night.context import STUDY, Night
 from sleeprl.night.run_dir import LAKE
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.rollout.types import RolloutRequest
 from sleeprl.self_study.sampler import build_qa_prompt
 from sleeprl.self_study.study import load_probes
 from sleeprl.trainer.publish import CANARY
@@ -187,11 +189,11 @@ def _generate_and_score(
     pool: EnginePool,
     job: DreamTrainerJob,
     tasks: Mapping[str, Task],
-    requests: Sequence[Mapping[str, Any]],
+    requests: Sequence[RolloutRequest],
     output: Path,
 ) -> ReplayResult:
     """Three stages side by side, each as full as its actors take: generate, score, reward."""
-    engines = set_in_flight_limit(pool.group, config.dreaming)
+    engines = pool.lease(max_groups_in_flight(config.dreaming))
     scorers, rewards = spawn_scorers_and_rewards(config, job.learner)
     recorder, began, tokens = _start_recorder(), time.monotonic(), 0
     to_generate = deque(enumerate(requests))
@@ -200,21 +202,21 @@ def _generate_and_score(
     try:
         while len(done) < len(requests):
             while to_generate:
-                number, arguments = to_generate[0]
-                if not engines.submit("rollout", str(number), **arguments):
+                number, group_request = to_generate[0]
+                if not engines.submit("rollout", str(number), request=group_request):
                     break
                 to_generate.popleft()
-            for result in engines.ended_or_raise():
-                tokens += result.value["tokens"]
-                to_score.append((result.tag, result.value["batch"]))
+            for result in engines.ready_or_raise():
+                tokens += result.value.num_tokens
+                to_score.append((result.tag, result.value.batch))
             for group, waiting in ((scorers, to_score), (rewards, to_reward)):
                 while waiting:
                     tag, batch = waiting[0]
                     if not group.submit("score", tag, batch=batch, tasks=tasks):
                         break
                     waiting.popleft()
-            to_reward += [(r.tag, r.value.batch) for r in scorers.ended_or_raise()]
-            done |= {int(r.tag): r.value.batch for r in rewards.ended_or_raise(0.01)}
+            to_reward += [(r.tag, r.value.batch) for r in scorers.ready_or_raise()]
+            done |= {int(r.tag): r.value.batch for r in rewards.ready_or_raise(0.01)}
         seconds = time.monotonic() - began
         recorder.call("append", lake=str(output / LAKE), batches=[done[n] for n in sorted(done)])
         return ReplayResult(len(done), tokens, seconds, output)

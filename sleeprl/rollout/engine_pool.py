@@ -10,11 +10,14 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from sleeprl.cluster.actor_group import ActorFailure, ActorGroup, Failure, FailureKind, classify
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.cluster.failures import ActorFailure, Failure, FailureKind
 from sleeprl.cluster.health import GroupHealth, HealthEvent, HealthState
+from sleeprl.cluster.remote_actor import classify
 from sleeprl.cluster.runtime import create_placement_group, remove_placement_group
 from sleeprl.cluster.waits import WAITS
-from sleeprl.rollout.engine import Completion, EngineOptions, SamplingParams, spawn_engine
+from sleeprl.rollout.engine import EngineOptions, spawn_engine
+from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.weight_sync.base import ON_ONE_HOST, NamedTensor, WeightTransport, make_transport
 from sleeprl.weight_sync.verification import Canary, UpdateReceipt
 
@@ -57,7 +60,7 @@ class EnginePool:
         Raises ResourceError where the cluster has no room for them.
         """
         # Through memory weights reach this host's engines only; else one host is as good as two.
-        near = options.delivery.kind in ON_ONE_HOST
+        near = options.transport.kind in ON_ONE_HOST
         placement = create_placement_group(count, cpus, gpus, "STRICT_PACK" if near else "PACK")
         handles = [
             spawn_engine(index, options, cpus, gpus, engine, placement) for index in range(count)
@@ -67,7 +70,13 @@ class EnginePool:
 
     @property
     def health(self) -> GroupHealth:
+        """What is known of each engine."""
         return self.group.health
+
+    def lease(self, in_flight: int) -> ActorGroup:
+        """Return the engines for calls of the caller's own, at most ``in_flight`` under way on each."""
+        self.group.limit_in_flight(in_flight)
+        return self.group
 
     # --- work ---------------------------------------------------------------------
 
@@ -88,11 +97,13 @@ class EnginePool:
         return self._spread("logprobs", sequences=sequences).wait()
 
     def _spread(self, method: str, **columns: Sequence[Any]) -> PendingResults:
-        self.group.look()
-        with WAITS.on(self.group.name, what="an answer", kind="generate", wrote=self.group.wrote):
+        self.group.poll_health()
+        with WAITS.on(
+            self.group.name, what="an answer", kind="generate", log_tail=self.group.log_tail
+        ):
             while not self.health.working and self.health.having(HealthState.SUSPECT):
                 time.sleep(0.1)  # it may answer yet; if not, it will be dead
-                self.group.look()
+                self.group.poll_health()
         engines = self.health.working
         if not engines:
             raise StaleEngine(f"no engine may be given work: {self.health}")
@@ -151,7 +162,7 @@ class EnginePool:
     def _connect(self, update: UpdateRound) -> WeightTransport:
         """The transport that the engines were started for, joined with those in the update."""
         if self._transport is None:
-            deliveries = update.call("delivery")
+            deliveries = update.call("transport_config")
             if not deliveries:
                 raise StaleEngine(
                     "no engine answers: " + "; ".join(map(str, update.failed.values()))
@@ -163,7 +174,7 @@ class EnginePool:
                 self._transport.close()
             for infos in self._transport.connect(len(update.engines)):
                 told = dict(zip(update.engines, infos, strict=True))
-                update.start("join", {engine: {"info": info} for engine, info in told.items()})
+                update.start("connect", {engine: {"info": info} for engine, info in told.items()})
             update.finish_call()
             self._connected = taking_part
         return self._transport
@@ -218,7 +229,7 @@ class UpdateRound:
         """The answers to the call that is under way. Raises ActorFailure for a fault of the code."""
         (method, refs), self._under_way = self._under_way, ("", {})
         patience, group = self.fleet._patience, self.fleet.group
-        with WAITS.on(group.name, what=method, kind="sync", wrote=group.wrote):
+        with WAITS.on(group.name, what=method, kind="sync", log_tail=group.log_tail):
             if refs:
                 ray.wait(list(refs.values()), num_returns=len(refs), timeout=patience)
         answers = {}

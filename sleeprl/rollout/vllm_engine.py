@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -10,166 +9,117 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from sleeprl.rollout.engine import (
-    NOTHING,
-    RUNNING,
-    BaseEngine,
-    Completion,
-    EngineOptions,
-    SamplingParams,
-    concat_completions,
-)
+from sleeprl.rollout.base_engine import BaseEngine
+from sleeprl.rollout.engine import EngineOptions
+from sleeprl.rollout.types import EMPTY, RUNNING, Completion, SamplingParams, concat_completions
+from sleeprl.rollout.vllm_args import engine_args, set_environment
+from sleeprl.weight_sync.base import BETWEEN_GPUS
+from sleeprl.weight_sync.buckets import BACKEND
 
-PAUSES = {"keep": "keep", "drain": "wait", "abort": "abort"}
+PAUSE_MODES = {"keep": "keep", "drain": "wait", "abort": "abort"}
 """vLLM's word for each update mode."""
-REPORTS = "sleeprl.weight_sync.vllm_receiver.Reports"
-UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+SEED_STRIDE = 7919
+"""Times the tokens of a prefix, added to the seed: the same seed would draw the first tokens' numbers."""
 
 
 class VLLMEngine(BaseEngine):
     """A ``RolloutEngine`` on vLLM.
 
-    Requests that are kept continue under the new weights with the KV blocks of the old;
-    those that are aborted go on from their tokens with none. The prefix cache is salted
-    with the version, so blocks of old weights never match.
+    Requests that an update keeps go on under the new weights with the KV blocks of the old;
+    those that it aborts go on from their tokens with none. The prefix cache is salted with the
+    version, so blocks of old weights never match.
     """
 
     def __init__(self, name: str, options: EngineOptions) -> None:
         super().__init__(name, options)
-        self._open = False
+        self.llm: Any = None
+        self._update_open = False
+        """Whether vLLM has been told of an update and not of its end."""
         self._pieces: dict[str, Completion] = {}
         """Of requests that an update ended: their tokens up to then."""
+        self._reports_faults = options.transport.kind not in BETWEEN_GPUS
+        self._frees_memory = options.gpu and options.colocated
+        """Whether vLLM is started with its sleep mode."""
 
     async def start(self) -> float:
-        """Bring the engine up; returns the seconds that took."""
+        """Bring vLLM up; return the seconds that took."""
         began = time.monotonic()
-        if not self.options.gpu:
-            ranks = self.options.tensor_parallel
-            os.environ["OMP_NUM_THREADS"] = str(max(1, self.options.threads // ranks))
-            space = max(1, round(self.options.memory_gb / ranks))  # vLLM's is that of one rank
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(space)
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-            # Eager anyway; without this the first batch waits 16 s for stray compilations.
-            os.environ["TORCH_COMPILE_DISABLE"] = "1"
-        else:
-            # Nothing is sampled by top-p or top-k here, whose kernels would be compiled at the start.
-            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        # A partial update warns once per module that was not sent; the canary is what checks it.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        from vllm import AsyncEngineArgs
-        from vllm.config import WeightTransferConfig
+        set_environment(self.options)
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from sleeprl.weight_sync.base import BETWEEN_GPUS
-        from sleeprl.weight_sync.buckets import BACKEND
-
-        kind = self.options.delivery.kind
-        self._own_receiver = kind not in BETWEEN_GPUS
-        if kind == "ipc":  # handles are not plain data; they come from this host's own learner
-            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-        arguments: dict[str, Any]
-        if self.options.gpu:
-            arguments = {
-                "gpu_memory_utilization": self.options.gpu_utilization,
-                "enable_sleep_mode": self.options.colocated,
-            }
-        else:
-            # vLLM 0.32 rewinds the generator of a seeded request whose prefill is cut in two,
-            # which a CPU generator cannot do: the engine dies. So no prompt is ever cut.
-            arguments = {
-                "enable_chunked_prefill": False,
-                # The smallest its attention takes, of 128 by default: what the prompts of a group
-                # have in common is read once, by whole blocks.
-                "block_size": 32,
-                "max_num_batched_tokens": max(8192, self.options.max_length),
-            }
-        if self.options.tensor_parallel > 1:
-            arguments["distributed_executor_backend"] = "mp"  # within this actor's resources
-        elif not self.options.gpu:
-            # The worker in the engine's own process: a process less to start, and none that spins
-            # while the other works. OMP's threads are set above, for all of them.
-            arguments["distributed_executor_backend"] = UNIPROC
+        backend = BACKEND if self._reports_faults else self.options.transport.kind
         self.llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=self.options.model,
-                tensor_parallel_size=self.options.tensor_parallel,
-                dtype=self.options.dtype,
-                max_model_len=self.options.max_length,
-                enforce_eager=not self.options.gpu,
-                seed=self.options.seed,
-                enable_prefix_caching=True,
-                max_num_seqs=128,
-                logprobs_mode="processed_logprobs",
-                weight_transfer_config=WeightTransferConfig(
-                    backend=BACKEND if self._own_receiver else kind
-                ),
-                worker_extension_cls=REPORTS if self._own_receiver else "",
-                disable_log_stats=True,
-                **arguments,
-            )
+            engine_args(self.options, backend, reports_faults=self._reports_faults)
         )
-        await self._sync_version()
+        await self.llm.update_weight_version(str(self.updates.version))
         return time.monotonic() - began
 
-    async def _sync_version(self) -> None:
-        await self.llm.update_weight_version(str(self._version))
-
     async def ping(self) -> str:  # type: ignore[override]
-        """Raises vLLM's EngineDeadError where its core, another process, is gone."""
+        """Raise vLLM's EngineDeadError where its core, another process, is gone."""
         await self.llm.check_health()
         return await super().ping()
 
-    async def _one(
-        self, prompt: list[int], sampling: SamplingParams, begun: Sequence[int] = (), uid: str = ""
+    async def _generate_one(
+        self, prompt: list[int], sampling: SamplingParams, prefix: Sequence[int] = (), uid: str = ""
     ) -> Completion:
-        """A request that an update ended is asked again, with the tokens it has for a prefix."""
+        """A request that an update ended is sent again, with its tokens for a prefix."""
         uid = uid or uuid.uuid4().hex
-        made = await self._piece(prompt, sampling, begun, uid)
+        made = await self._request(prompt, sampling, prefix, uid)
         try:
             while made.finish_reason == "abort":
-                if self._stale is not None:
+                if self.updates.stale_reason is not None:
                     return replace(made, finish_reason=RUNNING)
-                done = [*begun, *made.token_ids]
-                if len(done) >= min(sampling.max_tokens, self.options.max_length - len(prompt)):
+                tokens = [*prefix, *made.token_ids]
+                if len(tokens) >= min(sampling.max_tokens, self.options.max_length - len(prompt)):
                     return replace(made, finish_reason="length")
                 self._pieces[uid] = made
-                made = concat_completions(made, await self._piece(prompt, sampling, done, uid))
+                rest = await self._request(prompt, sampling, tokens, uid)
+                made = concat_completions(made, rest)
         finally:
             self._pieces.pop(uid, None)
         return made
 
-    async def _piece(
-        self, prompt: list[int], sampling: SamplingParams, begun: Sequence[int], uid: str
+    async def _request(
+        self, prompt: list[int], sampling: SamplingParams, prefix: Sequence[int], uid: str
     ) -> Completion:
+        seed = sampling.seed
+        output = await self._final_output(
+            [*prompt, *prefix],
+            cache_salt=str(self.updates.pending_version),
+            uid=uid,
+            max_tokens=sampling.max_tokens - len(prefix),
+            temperature=sampling.temperature,
+            seed=None if seed is None else seed + SEED_STRIDE * len(prefix),
+            logprobs=0,
+        )
+        return _completion(output.outputs[0], self.updates.version)
+
+    async def _final_output(
+        self, token_ids: list[int], cache_salt: str, uid: str, **parameters: Any
+    ) -> Any:
+        """Send one request to vLLM and return its ``RequestOutput``."""
         from vllm import SamplingParams as VLLMSamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        parameters = VLLMSamplingParams(
-            max_tokens=sampling.max_tokens - len(begun),
-            temperature=sampling.temperature,
-            # The same seed again would draw the same numbers as for the first tokens.
-            seed=None if sampling.seed is None else sampling.seed + 7919 * len(begun),
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        text = TokensPrompt(
-            prompt_token_ids=[*prompt, *begun], cache_salt=str(self._pending_version)
-        )
         final = None
-        async for output in self.llm.generate(text, parameters, request_id=uid):
+        async for output in self.llm.generate(
+            TokensPrompt(prompt_token_ids=token_ids, cache_salt=cache_salt),
+            VLLMSamplingParams(
+                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **parameters
+            ),
+            request_id=uid,
+        ):
             final = output
         if final is None:
-            raise RuntimeError(f"{self.name}: the engine returned nothing for a request")
-        return _completion(final.outputs[0], self._version)
+            raise RuntimeError(f"{self.name}: vLLM returned nothing for a request")
+        return final
 
-    def _so_far(self, uid: str) -> Completion:
-        # vLLM tells a request's tokens at its end, or all the way, which costs speed; it has them.
+    def _partial(self, uid: str) -> Completion:
+        # vLLM reports a request's tokens at its end, or all along, which costs speed; it has them.
         states = self.llm.output_processor.request_states.values()
         state = next((state for state in states if state.external_req_id == uid), None)
-        before = self._pieces.get(uid, NOTHING)
+        before = self._pieces.get(uid, EMPTY)
         if state is None or state.detokenizer is None or state.logprobs_processor is None:
             return replace(before, finish_reason=RUNNING)
         tokens = list(state.detokenizer.output_token_ids)
@@ -180,38 +130,32 @@ class VLLMEngine(BaseEngine):
         return concat_completions(before, Completion(tokens, logprobs, versions, RUNNING))
 
     async def _score(self, sequence: list[int]) -> list[float]:
-        from vllm import SamplingParams as VLLMSamplingParams
-        from vllm.inputs import TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
-
-        parameters = VLLMSamplingParams(
+        uid = uuid.uuid4().hex
+        output = await self._final_output(
+            sequence,
+            cache_salt=f"score-{uid}",
+            uid=uid,
             max_tokens=1,
             temperature=1.0,
             prompt_logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        text = TokensPrompt(prompt_token_ids=sequence, cache_salt=f"score-{uuid.uuid4().hex}")
-        final = None
-        async for output in self.llm.generate(text, parameters, request_id=uuid.uuid4().hex):
-            final = output
-        assert final is not None and final.prompt_logprobs is not None
-        pairs = zip(sequence[1:], final.prompt_logprobs[1:], strict=True)
+        pairs = zip(sequence[1:], output.prompt_logprobs[1:], strict=True)
         return [entry[token].logprob for token, entry in pairs if entry is not None]
 
-    async def concat_completions(self, info: dict[str, Any]) -> None:
+    async def connect(self, info: dict[str, Any]) -> None:
+        """Join the sender's collective."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def _pause(self) -> None:
-        mode = self.options.delivery.mode
-        if self._open:  # whoever began the last update is gone; this one sends it all again
-            await self.llm.finish_weight_update(weight_version=str(self._version))
+        mode = self.options.transport.mode
+        if self._update_open:  # the sender of the last update is gone; this one sends it all again
+            await self.llm.finish_weight_update(weight_version=str(self.updates.version))
             mode = "keep"  # what is frozen can no longer be waited for
-        self._open = True
+        self._update_open = True
         # As pause_generation does, which then waits for 20 ms, so that outputs are there by its end.
-        await self.llm.sleep(level=0, mode=PAUSES[mode])
+        await self.llm.sleep(level=0, mode=PAUSE_MODES[mode])
         await self.llm.start_weight_update()
 
     async def _load(self, update_info: dict[str, Any]) -> None:
@@ -225,9 +169,9 @@ class VLLMEngine(BaseEngine):
             raise
 
     async def _commit(self) -> None:
-        await self.llm.finish_weight_update(weight_version=str(self._version))
-        self._open = False
-        if self._own_receiver:
+        await self.llm.finish_weight_update(weight_version=str(self.updates.version))
+        self._update_open = False
+        if self._reports_faults:
             faults: list[str | None] = await self.llm.collective_rpc("weight_fault")
             for rank, fault in enumerate(faults):
                 if fault is not None:
@@ -239,24 +183,24 @@ class VLLMEngine(BaseEngine):
         await self.llm.resume_generation()
 
     async def _sleep(self) -> None:
-        """On a GPU the weights go to the host's memory and the KV cache is dropped; what runs is
-        read again when it wakes, and goes on. On a CPU, which has no sleep mode, it is frozen."""
-        await self.llm.sleep(level=1 if self._frees else 0, mode="keep")
+        """Give a GPU back: weights go to the host's memory and the KV cache is dropped.
 
-    async def _wake(self) -> None:
-        await self.llm.wake_up(None if self._frees else ["scheduling"])
+        What runs is read again by ``_wake_up``, and goes on. A CPU has no sleep mode; there
+        requests are frozen.
+        """
+        await self.llm.sleep(level=1 if self._frees_memory else 0, mode="keep")
 
-    @property
-    def _frees(self) -> bool:
-        """Whether it was started with vLLM's sleep mode."""
-        return self.options.gpu and self.options.colocated
+    async def _wake_up(self) -> None:
+        await self.llm.wake_up(None if self._frees_memory else ["scheduling"])
 
     async def shutdown(self) -> None:
+        """End vLLM's processes."""
         self.llm.shutdown()
-        del self.llm
+        self.llm = None
 
 
 def _completion(output: Any, version: int) -> Completion:
+    """Read vLLM's output; tokens outside its version spans are of ``version``."""
     token_ids = list(output.token_ids)
     logprobs = [
         entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)

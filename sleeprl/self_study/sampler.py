@@ -10,8 +10,8 @@ from typing import Literal
 
 from sleeprl.config.schema import SelfStudyConfig
 from sleeprl.data.trajectory import Trajectory
-from sleeprl.rollout.engine import Completion, SamplingParams
 from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_QA, examples, parse_qa, with_experience
 

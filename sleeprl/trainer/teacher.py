@@ -14,7 +14,8 @@ import ray
 import torch
 from torch import Tensor
 
-from sleeprl.cluster.actor_group import ActorGroup, RemoteActor
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.config.schema import ResourcesConfig
 from sleeprl.losses.chunked import chunked_top_k
 from sleeprl.memory.gated_mlp import become_smaller

@@ -9,8 +9,9 @@ from sleeprl.data.experience import experiences
 from sleeprl.data.lake import Lake
 from sleeprl.memory.growth import engine_extra_tensors
 from sleeprl.models.resolve import find_model
-from sleeprl.rollout.engine import EngineOptions, SamplingParams
+from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
+from sleeprl.rollout.types import SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.normalise import normalise
 from sleeprl.text.prompts import with_experience
@@ -58,7 +59,7 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
     ray.init("local", num_cpus=available_cpus(), include_dashboard=False, log_to_driver=False)
     fleet = None
     try:
-        options = EngineOptions.of(settings, str(source), "float32")
+        options = EngineOptions.from_config(settings, str(source), "float32")
         fleet = EnginePool.launch(1, options, cpus=1, gpus=0)
         if rest := engine_extra_tensors(source):
             fleet.publish(rest)

@@ -135,15 +135,15 @@ class Mortal(TorchEngine):
             return True
         return False
 
-    async def _turn(self) -> None:
-        await super()._turn()
-        tokens = sum(len(made.token_ids) for made in self._made.values())
-        if self._version == 3 and tokens > 20 and self._once("generation"):
+    async def _take_turn(self) -> None:
+        await super()._take_turn()
+        tokens = sum(len(made.token_ids) for made in self._growing.values())
+        if self.updates.version == 3 and tokens > 20 and self._once("generation"):
             os.kill(os.getpid(), signal.SIGKILL)
 
     async def load_bucket(self, update_info: dict[str, Any]) -> None:
         await super().load_bucket(update_info)
-        if self._pending_version == 6 and self._once("update"):
+        if self.updates.pending_version == 6 and self._once("update"):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -229,7 +229,7 @@ def test_engines_and_a_learner_worker_die_and_the_same_is_learned(
     monkeypatch.setattr(sys.modules[__name__], "settings", lambda _: config)
     init()
     try:
-        options = phase.EngineOptions.of(config, str(place / "wide"), "float32")
+        options = phase.EngineOptions.from_config(config, str(place / "wide"), "float32")
         first = phase.spawn_engine(0, options, 1, 0, "tests.scenarios.test_recovery.Mortal")
         fleet = EnginePool(ActorGroup("engine", [first]))
         fleet.group.call("start")

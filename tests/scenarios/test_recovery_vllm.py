@@ -59,16 +59,16 @@ class MortalVLLM(VLLMEngine):
     async def _kill_in_generation(self) -> None:
         while True:
             await asyncio.sleep(0.002)
-            some = [self._so_far(s.external_req_id).token_ids
+            some = [self._partial(s.external_req_id).token_ids
                     for s in self.llm.output_processor.request_states.values()]  # fmt: skip
-            if self._version >= 2 and any(some) and once("generation"):
+            if self.updates.version >= 2 and any(some) and once("generation"):
                 mine = psutil.Process().children(recursive=True)
                 (core,) = [each for each in mine if each.name() == CORE]
                 core.kill()
 
     async def load_bucket(self, update_info: dict[str, Any]) -> None:
         await super().load_bucket(update_info)
-        if self._pending_version >= 5 and once("update"):
+        if self.updates.pending_version >= 5 and once("update"):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -109,7 +109,7 @@ def test_a_vllm_engine_and_a_rank_of_the_learner_die_and_every_group_is_learned_
     config.resources.max_failures, config.resources.learner_workers = 6, 2
     init()
     try:
-        options = phase.EngineOptions.of(config, str(place / "wide"), "float32")
+        options = phase.EngineOptions.from_config(config, str(place / "wide"), "float32")
         fleet = EnginePool(
             ActorGroup(
                 "engine",

@@ -14,15 +14,12 @@ from typing import Any
 import pytest
 import ray
 
-from sleeprl.cluster import actor_group as module
-from sleeprl.cluster.actor_group import (
-    ActorFailure,
-    ActorGroup,
-    AsyncRemoteActor,
-    FailureKind,
-    Result,
-)
-from sleeprl.cluster.health import HealthState
+from sleeprl.cluster import health_probe
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.cluster.failures import ActorFailure, FailureKind
+from sleeprl.cluster.health import HealthEvent, HealthState
+from sleeprl.cluster.in_flight import Result
+from sleeprl.cluster.remote_actor import AsyncRemoteActor
 from sleeprl.cluster.runtime import ResourceError, create_placement_group, remove_placement_group
 from sleeprl.weight_sync.verification import StaleWeights
 from tests.support.paths import ROOT
@@ -101,7 +98,7 @@ def until(group: ActorGroup, right: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not right():
         assert time.monotonic() < deadline, str(group.health)
-        group.look()
+        group.poll_health()
         time.sleep(0.05)
 
 
@@ -113,9 +110,9 @@ def test_a_new_member_gets_work_when_it_is_verified(two: ActorGroup) -> None:
         assert two.health[2] is state and two.health.working == [0, 1]
         assert two.submit("work", f"while-{state}")
         if state is HealthState.RESTARTING:
-            assert two.dead() == []
+            assert two.probe_dead() == []
             with pytest.raises(ValueError, match="engine-2 is restarting; it cannot be verified"):
-                two.health.note(2, module.HealthEvent.VERIFIED)
+                two.health.note(2, HealthEvent.VERIFIED)
             two.start([2])
     assert not two.submit("work", "no room")  # the newcomer has, and may not be given it
     assert {result.actor for result in all_of(two)} == {0, 1}
@@ -145,7 +142,7 @@ def test_the_calls_of_a_removed_member_are_told_lost(two: ActorGroup) -> None:
     assert {r.actor for r in kept} == {1} and gone not in {r.value for r in kept}
     # The others keep their numbers, and nobody asks the one that is gone.
     assert len(two.call("work")) == 1 and two.present == [1] and two.actors[0] is None
-    assert two.dead() == [] and two.add(worker()) == 2
+    assert two.probe_dead() == [] and two.add(worker()) == 2
     two.updated([0, 1])
     assert two.health[0] is HealthState.RETIRED and two.health.working == [1]
     with pytest.raises(ValueError, match="engine-0 was removed"):
@@ -161,13 +158,13 @@ def test_one_that_died_comes_back_through_a_restart_and_an_update(two: ActorGrou
     found = {result.tag: result for result in all_of(two)}
     assert found["first"].failure is not None and found["first"].failure.kind is FailureKind.INFRA
     assert found["second"].failure is None
-    assert two.health[0] is HealthState.DEAD and two.dead() == [0]
+    assert two.health[0] is HealthState.DEAD and two.probe_dead() == [0]
     with pytest.raises(ActorFailure, match=r"engine-0\.work"):
         two.call("work")
     two.replace(0, worker())
-    assert two.health[0] is HealthState.RESTARTING and two.dead() == []
+    assert two.health[0] is HealthState.RESTARTING and two.probe_dead() == []
     os.kill(pid(two, 0), signal.SIGKILL)  # once more, before it is up
-    assert two.dead(10.0) == [0] and two.health[0] is HealthState.DEAD
+    assert two.probe_dead(10.0) == [0] and two.health[0] is HealthState.DEAD
     two.replace(0, worker())
     two.started([0])
     assert two.health[0] is HealthState.STALE and two.health.working == [1]
@@ -177,31 +174,31 @@ def test_one_that_died_comes_back_through_a_restart_and_an_update(two: ActorGrou
 
 def test_one_that_says_that_it_cannot_work_gets_none(two: ActorGroup) -> None:
     ray.get(two.actors[1].spoil.remote())
-    assert two.dead() == [1] and two.health[1] is HealthState.STALE
+    assert two.probe_dead() == [1] and two.health[1] is HealthState.STALE
     assert two.submit("work", "a") and two.submit("work", "b") and not two.submit("work", "c")
     assert {result.actor for result in all_of(two)} == {0}
     # What it answered before an update says nothing of it after that.
-    two._ask([1])
-    ray.wait([two._pings[1][0]])
+    two.probe.ping([1])
+    time.sleep(0.5)  # it answers meanwhile
     two.updated([0, 1])
-    two.look()
+    two.poll_health()
     assert two.health[1] is HealthState.HEALTHY
 
 
 def test_the_silent_get_no_work_until_they_answer(
     two: ActorGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "GRACE_S", 0.5)
-    monkeypatch.setattr(module, "PROBE_S", 0.1)
+    monkeypatch.setattr(health_probe, "PING_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(health_probe, "PROBE_INTERVAL_S", 0.1)
     two.health.dead_after = 120.0
-    two.look()  # asks all
+    two.poll_health()  # asks all
     silent = pid(two, 0)
     os.kill(silent, signal.SIGSTOP)
     try:
         until(two, lambda: two.health[0] is HealthState.SUSPECT)
         assert two.health.working == [1]
         assert two.submit("work", "other") and all_of(two)[0].actor == 1
-        assert two.dead(0.1) == []
+        assert two.probe_dead(0.1) == []
     finally:
         os.kill(silent, signal.SIGCONT)
     until(two, lambda: two.health[0] is HealthState.HEALTHY)  # its late answer counts
@@ -210,8 +207,8 @@ def test_the_silent_get_no_work_until_they_answer(
 def test_silence_for_too_long_is_death_and_its_calls_are_lost(
     two: ActorGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "GRACE_S", 0.2)
-    monkeypatch.setattr(module, "PROBE_S", 0.1)
+    monkeypatch.setattr(health_probe, "PING_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(health_probe, "PROBE_INTERVAL_S", 0.1)
     two.health.dead_after = 1.0
     assert two.submit("work", "never", seconds=0.5)
     silent = pid(two, 0)
@@ -223,19 +220,19 @@ def test_silence_for_too_long_is_death_and_its_calls_are_lost(
             lost.failure.kind is FailureKind.INFRA
             and "did not answer for 1 s" in lost.failure.message
         )
-        assert 0 in two.dead(0.1) and 0 not in two.health.working
+        assert 0 in two.probe_dead(0.1) and 0 not in two.health.working
     finally:
         os.kill(silent, signal.SIGCONT)
     time.sleep(1.0)
-    two.look()
+    two.poll_health()
     assert two.health[0] is HealthState.DEAD  # a late answer does not bring back the dead
 
 
 def test_who_is_silent_for_too_long_is_not_waited_for_by_those_that_ask_all(
     two: ActorGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "GRACE_S", 0.2)
-    monkeypatch.setattr(module, "PROBE_S", 0.1)
+    monkeypatch.setattr(health_probe, "PING_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(health_probe, "PROBE_INTERVAL_S", 0.1)
     assert len(two.call("work", seconds=1.0)) == 2  # in this group silence means nothing yet
     two.health.dead_after = 1.0
     with (
@@ -243,15 +240,15 @@ def test_who_is_silent_for_too_long_is_not_waited_for_by_those_that_ask_all(
         pytest.raises(ActorFailure, match=r"engine-1\.work.*did not answer for 1 s") as told,
     ):
         two.call("work")
-    assert told.value.failure.kind is FailureKind.INFRA and two.dead(0.1) == [1]
+    assert told.value.failure.kind is FailureKind.INFRA and two.probe_dead(0.1) == [1]
 
 
 def test_one_that_answers_too_late_is_no_less_dead_while_another_still_works(
     two: ActorGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PROBE_S", 0.1)
+    monkeypatch.setattr(health_probe, "PROBE_INTERVAL_S", 0.1)
     two.health.dead_after = 1.0
-    frozen, found = pid(two, 0), threading.HealthEvent()
+    frozen, found = pid(two, 0), threading.Event()
 
     def thaw() -> None:
         while not found.wait(0.05) and two.health[0] is not HealthState.DEAD:
@@ -275,11 +272,11 @@ def test_who_is_silent_and_in_the_way_is_dead(
 ) -> None:
     two.updated(verified)
     with stopped(*(pid(two, index) for index in silent)):
-        assert two.dead(0.1) == []  # in this group silence means nothing yet
+        assert two.probe_dead(0.1) == []  # in this group silence means nothing yet
         two.health.dead_after = 1.0
-        assert two.dead(0.1) == silent == two.health.having(HealthState.DEAD)
+        assert two.probe_dead(0.1) == silent == two.health.having(HealthState.DEAD)
     time.sleep(1.0)
-    two.look()
+    two.poll_health()
     assert two.health.having(HealthState.DEAD) == silent
 
 
@@ -289,8 +286,8 @@ def test_a_stale_member_that_answers_late_is_not_dead(two: ActorGroup) -> None:
     slow = pid(two, 0)
     with stopped(slow):
         threading.Timer(1.0, os.kill, (slow, signal.SIGCONT)).start()
-        assert two.dead(0.1) == []
-    assert two.health[0] is HealthState.STALE and not two._pings
+        assert two.probe_dead(0.1) == []
+    assert two.health[0] is HealthState.STALE and not two.probe.unanswered
 
 
 def test_engines_are_placed_all_or_none() -> None:

@@ -13,8 +13,10 @@ import ray
 from rich.console import Console
 
 from sleeprl import cli
-from sleeprl.cluster.actor_group import STALL_LINES, ActorFailure, ActorGroup, RemoteActor, classify
-from sleeprl.cluster.failures import Failure, FailureKind, failure_panel, log_tail
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.cluster.failures import ActorFailure, Failure, FailureKind, failure_panel, log_tail
+from sleeprl.cluster.process_logs import STALL_LINES
+from sleeprl.cluster.remote_actor import RemoteActor, classify
 from sleeprl.cluster.waits import WAITS, Watchdog
 from tests.support.paths import ROOT
 

@@ -15,7 +15,7 @@ import pytest
 import ray
 import torch.distributed as dist
 
-from sleeprl.cluster.actor_group import RemoteActor
+from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
 from sleeprl.consolidation.train_loop import Job, learn
 from sleeprl.data.lake import Lake

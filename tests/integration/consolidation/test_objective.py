@@ -25,7 +25,7 @@ from sleeprl.losses.combined import LossBatch, LossOptions, LossWeights, combine
 from sleeprl.losses.divergence import divergence
 from sleeprl.memory.checkpoint import widen
 from sleeprl.plugins import PluginError, create
-from sleeprl.rollout.engine import Completion
+from sleeprl.rollout.types import Completion
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.trainer import Trainer
 from tests.integration.trainer.test_trainer import PARTS, SLOTS, Notes, launch, options, rows

@@ -459,7 +459,7 @@ def test_several_rewards_judge_at_once(
         assert rewards.submit("score", text, batch=batch, tasks={t.id: t for t in TASKS})
     ended: list[str] = []
     while len(ended) < 2:
-        ended += [result.tag for result in rewards.ended_or_raise(1.0)]
+        ended += [result.tag for result in rewards.ready_or_raise(1.0)]
     rewards.kill()
     assert ended == ["quick", "sleeps"]
 

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import ray
 
-from sleeprl.cluster.actor_group import ActorFailure, ActorGroup, RemoteActor
+from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.cluster.failures import ActorFailure
+from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.config.schema import DreamingConfig
 from sleeprl.dreaming.admission import AdmissionQueue, order_groups
 from sleeprl.dreaming.checkpoint import POSITION, DreamingCheckpoint
@@ -22,6 +24,7 @@ from sleeprl.dreaming.messages import LoadedGroup, PublishResult, RewardResult, 
 from sleeprl.dreaming.pipeline import Pipeline
 from sleeprl.dreaming.recovery import RecoveryManager, start_ranks
 from sleeprl.dreaming.types import Outcome, Task
+from sleeprl.rollout.types import RolloutRequest, RolloutResult
 from tests.support.paths import ROOT
 
 TASKS = [Task(f"t{i}", i, f"message {i}", ()) for i in range(3)]
@@ -46,26 +49,25 @@ class Stage(RemoteActor):
     def set_expert(self, expert: int) -> None:
         self.version = expert
 
-    def rollout(
-        self, attempts: list[str], task: str, prompt: Any, sampling: Any, begun: Any, since: int
-    ) -> Any:
-        number = int(attempts[0].split("-")[1])
-        assert prompt == [number % 1, len(attempts)] and len(sampling) == len(attempts)
-        if begun is not None:
-            assert begun[0] == number
-            if begun[2] >= since:
-                return {"batch": begun, "newest": begun[2]}
+    def rollout(self, request: RolloutRequest, partial: Any, min_version: int) -> RolloutResult:
+        size, number = len(request.uids), int(request.group_uid.split("-")[1])
+        assert request.prompt_ids == [number % 1, size] and len(request.sampling) == size
+        if partial is not None:
+            assert partial[0] == number
+            if partial[2] >= min_version:
+                return RolloutResult(partial, 0, partial[2])
         time.sleep(0.002 * (number % 3))
         if self.dies:
             die_once(self.dies / str(number))
-        made = {"batch": (number, task, self.version), "newest": self.version}
+        version = self.version
         if self.dies and once(self.dies / f"cut-{number}"):
-            return made | {"batch": (number, "cut", self.version), "unfinished": "it is STALE"}
+            return RolloutResult((number, "cut", version), 0, version, "it is STALE")
         if self.dies and once(self.dies / f"old-{number}"):
-            return {"batch": (number, "old", since - 1), "newest": since - 1}
-        return made | {"outdated": [begun] if begun is not None else []}
+            return RolloutResult((number, "old", min_version - 1), 0, min_version - 1)
+        stale = () if partial is None else (partial,)
+        return RolloutResult((number, request.task_id, version), 0, version, stale=stale)
 
-    def prefixes(self) -> Any:
+    def partial_refs(self) -> Any:
         return {}
 
     def score(self, batch: Any, tasks: Mapping[str, Task]) -> Any:

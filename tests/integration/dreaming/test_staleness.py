@@ -30,9 +30,10 @@ from sleeprl.dreaming.trainer_actor import DreamTrainer, DreamTrainerJob
 from sleeprl.dreaming.types import Dream, algorithm_of, scores
 from sleeprl.memory.checkpoint import EXPERT, widen
 from sleeprl.memory.slots import Slots
-from sleeprl.rollout.engine import EngineOptions, SamplingParams
+from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.rollout.torch_engine import TorchEngine
+from sleeprl.rollout.types import RolloutRequest, SamplingParams
 from sleeprl.self_study.sampler import build_qa_prompt
 from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
@@ -170,11 +171,12 @@ def by_a_loop(place: Path, config: NightConfig, chat: ChatFormatter) -> list[dic
             (task,) = actors.curriculum.call("next", n=1)[0]
             rng = random.Random(f"{config.seed}-dream-{number}")
             sampling = [SamplingParams(24, 1.0, rng.randrange(2**31)) for _ in range(4)]
-            (wrote,) = fleet.group.call(
-                "rollout", task=task.id, attempts=[f"dream-{number}-{n}" for n in range(4)],
-                prompt=build_qa_prompt(chat, config.self_study, task.message), sampling=sampling,
+            group = RolloutRequest(
+                task.id, tuple(f"dream-{number}-{n}" for n in range(4)),
+                build_qa_prompt(chat, config.self_study, task.message), tuple(sampling),
             )  # fmt: skip
-            scored: ScoreResult = actors.scorers.call("score", batch=wrote["batch"], tasks=of)[0]
+            (wrote,) = fleet.group.call("rollout", request=group)
+            scored: ScoreResult = actors.scorers.call("score", batch=wrote.batch, tasks=of)[0]
             judged: RewardResult = actors.rewards.call("score", batch=scored.batch, tasks=of)[0]
             aside = not judged.is_informative and len(redrawn) < 2
             (redrawn if aside else batches).append(judged.batch)

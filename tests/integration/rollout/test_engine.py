@@ -34,8 +34,10 @@ from sleeprl.memory.checkpoint import (
 from sleeprl.memory.growth import growth_named, growth_of
 from sleeprl.memory.slots import GATED_MLP, LOW_RANK, Slots
 from sleeprl.plugins import BUILTIN, resolve
-from sleeprl.rollout.engine import Completion, EngineOptions, SamplingParams, split_resumable
+from sleeprl.rollout.base_engine import split_resumable
+from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.torch_engine import TorchEngine
+from sleeprl.rollout.types import Completion, RolloutRequest, SamplingParams
 from sleeprl.rollout.vllm_engine import VLLMEngine
 from sleeprl.weight_sync import gpu
 from sleeprl.weight_sync.base import TransportConfig, TransportError, WeightTransport
@@ -99,7 +101,7 @@ class Rig:
         kind: str = "shared_memory",
         damage: str = "",
     ) -> UpdateReceipt:
-        """As ``Fleet.publish`` does: a bucket is packed while the one before it is loaded.
+        """As ``EnginePool.publish`` does: a bucket is packed while the one before it is loaded.
 
         damage: a tensor of which a bit is turned on its way.
         """
@@ -183,6 +185,12 @@ def prompts(count: int, length: int = 12) -> list[list[int]]:
 
 def sampling(count: int, tokens: int, **changes: Any) -> list[SamplingParams]:
     return [replace(SamplingParams(tokens, 1.0, seed=1000 + i), **changes) for i in range(count)]
+
+
+def group(
+    task: str, uids: list[str], prompt: list[int], how: list[SamplingParams]
+) -> RolloutRequest:
+    return RolloutRequest(task, tuple(uids), prompt, tuple(how))
 
 
 def grown(rig: Rig, seed: int = 1, scale: float = 0.4) -> dict[str, Tensor]:
@@ -343,7 +351,7 @@ def test_a_wrong_canary_leaves_the_engine_stale(rig: Rig) -> None:
     for work in (
         rig.engine.generate(prompts(1), sampling(1, 4)),
         rig.engine.logprobs(prompts(1)),
-        rig.engine.rollout("task", ["uid"], prompts(1)[0], sampling(1, 4)),
+        rig.engine.rollout(group("task", ["uid"], prompts(1)[0], sampling(1, 4))),
     ):
         with pytest.raises(StaleWeights, match=r"engine-0 is STALE .*differ from the sender"):
             rig.run(work)
@@ -432,20 +440,22 @@ def test_a_group_goes_on_from_its_tokens(rig: Rig) -> None:
     how[0] = replace(how[0], max_tokens=4)  # this one has ended when the others are cut
 
     async def cut() -> list[Trajectory]:
-        writing = asyncio.create_task(rig.engine.write("task", uids, prompt, how))
+        writing = asyncio.create_task(rig.engine.generate_group(group("task", uids, prompt, how)))
         while True:
             await asyncio.sleep(0)
-            found = [from_batch(batch) for batch in rig.engine.so_far().values()]
+            found = [from_batch(batch) for batch in rig.engine.partial_groups().values()]
             if found and min(len(t.response_ids) for t in found[0]) >= 4:
                 writing.cancel()
                 return found[0]
 
     was = rig.run(rig.engine.version())
     begun = rig.run(cut())
-    assert rig.engine.so_far() == {}
+    assert rig.engine.partial_groups() == {}
     assert [t.finish_reason for t in begun] == ["length", "running", "running"]
     rig.run(rig.update(grown(rig), None))  # the rest is written with other weights
-    whole = from_batch(rig.run(rig.engine.write("task", uids, prompt, how, kept(begun))))
+    whole = from_batch(
+        rig.run(rig.engine.generate_group(group("task", uids, prompt, how), kept(begun)))
+    )
     for before, after, asked in zip(begun, whole, how, strict=True):
         had = len(before.response_ids)
         assert 4 <= had < 60 and len(after.response_ids) <= asked.max_tokens
@@ -471,10 +481,10 @@ def test_what_was_being_written_when_an_update_fails_is_handed_back(rig: Rig) ->
 
     async def scenario() -> tuple[list[Trajectory], list[Trajectory]]:
         await rig.update(weights, rig.canary(weights))
-        writing = asyncio.ensure_future(rig.engine.write("task", uids, prompt, how))
+        writing = asyncio.ensure_future(rig.engine.generate_group(group("task", uids, prompt, how)))
         while True:
             await asyncio.sleep(0)
-            (batch,) = rig.engine.so_far().values()
+            (batch,) = rig.engine.partial_groups().values()
             before = from_batch(batch)
             if min(len(t.response_ids) for t in before) >= 4:
                 break
@@ -489,7 +499,9 @@ def test_what_was_being_written_when_an_update_fails_is_handed_back(rig: Rig) ->
         right = rig.expected(prompt + late.response_ids, weights)[len(prompt) - 1 :]
         assert late.logprobs == pytest.approx(right, abs=1e-4)
     assert rig.run(rig.update(weights, rig.canary(weights))).verified
-    whole = from_batch(rig.run(rig.engine.write("task", uids, prompt, how, kept(found))))
+    whole = from_batch(
+        rig.run(rig.engine.generate_group(group("task", uids, prompt, how), kept(found)))
+    )
     for late, t in zip(found, whole, strict=True):
         assert t.response_ids[: len(late.response_ids)] == late.response_ids
         assert t.finish_reason in ("stop", "length")
@@ -514,13 +526,13 @@ def test_the_torch_engine_goes_on_to_the_bit(rig: Rig) -> None:
     if rig.kind != "torch":
         pytest.skip("vLLM cannot set a request's generator forward")
     (prompt,), how, uids = prompts(1), sampling(2, 40), ["dream-1-0", "dream-1-1"]
-    whole = rig.run(rig.engine.write("task", uids, prompt, how))
+    whole = rig.run(rig.engine.generate_group(group("task", uids, prompt, how)))
     half = [
         replace(t, response_ids=t.response_ids[:9], logprobs=t.logprobs[:9],
                 versions=t.versions[:9], finish_reason="running")
         for t in from_batch(whole)
     ]  # fmt: skip
-    assert rig.run(rig.engine.write("task", uids, prompt, how, kept(half))) == whole
+    assert rig.run(rig.engine.generate_group(group("task", uids, prompt, how), kept(half))) == whole
 
 
 # --- sleep ------------------------------------------------------------------------
@@ -532,15 +544,17 @@ def test_asleep_it_writes_nothing_and_awake_as_if_it_had_not_slept(rig: Rig) -> 
     uids = [f"dream-5-{n}" for n in range(4)]
 
     def written() -> list[int]:
-        batches = rig.engine.so_far().values()
+        batches = rig.engine.partial_groups().values()
         return [len(t.response_ids) for batch in batches for t in from_batch(batch)]
 
     async def whole() -> tuple[Any, ...]:
-        first = await rig.engine.write("task", uids, asked[0], how[:4])
+        first = await rig.engine.generate_group(group("task", uids, asked[0], how[:4]))
         return first, await rig.engine.generate(asked[4:], how[4:])
 
     async def cut() -> tuple[Any, ...]:
-        running = asyncio.ensure_future(rig.engine.write("task", uids, asked[0], how[:4]))
+        running = asyncio.ensure_future(
+            rig.engine.generate_group(group("task", uids, asked[0], how[:4]))
+        )
         while min(written(), default=0) < 4:
             await asyncio.sleep(0)
         await rig.engine.sleep()
@@ -552,8 +566,8 @@ def test_asleep_it_writes_nothing_and_awake_as_if_it_had_not_slept(rig: Rig) -> 
         await asyncio.sleep(0.4)
         assert not (running.done() or late.done() or score.done())
         assert written() == before and max(before) < how[0].max_tokens
-        await rig.engine.wake()
-        await rig.engine.wake()
+        await rig.engine.wake_up()
+        await rig.engine.wake_up()
         assert (await score)[0] == pytest.approx(rig.expected(CANARY_IDS), abs=1e-4)
         return await running, await late
 
@@ -783,7 +797,7 @@ def test_what_runs_when_an_update_fails_is_not_answered(rig: Rig) -> None:
 def test_what_was_written_on_wrong_weights_is_not_answered_however_late(rig: Rig) -> None:
     """Whoever is told of the failed update only when the engine is verified again, hands back the same."""
     weights, (prompt,) = shaken(rig, seed=25), prompts(1)
-    one = rig.engine._one
+    one = rig.engine._generate_one
 
     async def late(*asked: Any) -> Completion:
         made = await one(*asked)
@@ -793,11 +807,13 @@ def test_what_was_written_on_wrong_weights_is_not_answered_however_late(rig: Rig
     async def scenario() -> list[Trajectory]:
         await rig.update(weights, rig.canary(weights))
         writing = asyncio.ensure_future(
-            rig.engine.write(
-                "task", ["dream-4-0"], prompt, sampling(1, 200 if rig.kind == "vllm" else 60)
+            rig.engine.generate_group(
+                group("task", ["dream-4-0"], prompt, sampling(1, 200 if rig.kind == "vllm" else 60))
             )
         )
-        while not any(t.response_ids for b in rig.engine.so_far().values() for t in from_batch(b)):
+        while not any(
+            t.response_ids for b in rig.engine.partial_groups().values() for t in from_batch(b)
+        ):
             await asyncio.sleep(0)
         assert not (await rig.update(shaken(rig, seed=26), rig.canary({}))).verified
         assert (await rig.update(weights, rig.canary(weights))).verified
@@ -806,7 +822,7 @@ def test_what_was_written_on_wrong_weights_is_not_answered_however_late(rig: Rig
 
     right = asyncio.Event()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rig.engine, "_one", late)
+        patch.setattr(rig.engine, "_generate_one", late)
         (found,) = rig.run(scenario())
     assert found.finish_reason == "running" and set(found.versions) == {rig.version - 2}
     expected = rig.expected(prompt + found.response_ids, weights)[len(prompt) - 1 :]
@@ -836,7 +852,7 @@ def test_no_mode_loses_a_token(rig: Rig, mode: str) -> None:
         assert [set(c.versions) for c in await late[0]] == [{rig.version}] * 2
         return await running
 
-    rig.engine.options = replace(plain, delivery=TransportConfig(mode=mode))
+    rig.engine.options = replace(plain, transport=TransportConfig(mode=mode))
     try:
         made = rig.run(scenario())
     finally:
@@ -901,7 +917,7 @@ def test_trap_6_after_a_timeout_no_other_thread_is_in_the_group(
 
     hanging, group = threading.Event(), Group()
     monkeypatch.setattr(gpu, "_need_gpu", lambda kind: None)
-    monkeypatch.setattr(gpu, "SECONDS", 0.2)
+    monkeypatch.setattr(gpu, "COLLECTIVE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
     monkeypatch.setattr(packed_tensor, "packed_nccl_broadcast_producer", broadcast)
     transport = gpu.NcclTransport()

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sleeprl.cluster import actor_group as of_group
-from sleeprl.cluster.actor_group import ActorFailure, FailureKind
+from sleeprl.cluster import actor_group, health_probe
+from sleeprl.cluster.failures import ActorFailure, FailureKind
 from sleeprl.cluster.health import HealthState
 from sleeprl.cluster.runtime import remove_placement_group
 from sleeprl.cluster.waits import WAITS, Watchdog
@@ -28,9 +28,10 @@ from sleeprl.dreaming import trainer_actor as learning
 from sleeprl.dreaming.types import algorithm_of
 from sleeprl.losses.combined import LossOptions
 from sleeprl.memory.checkpoint import WEIGHTS
-from sleeprl.rollout.engine import EngineOptions, SamplingParams, spawn_engine
+from sleeprl.rollout.engine import EngineOptions, spawn_engine
 from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool, StaleEngine
 from sleeprl.rollout.torch_engine import TorchEngine
+from sleeprl.rollout.types import SamplingParams
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.publish import publish_from_gpu
 from sleeprl.weight_sync.verification import Canary
@@ -46,7 +47,7 @@ class Forgetful(TorchEngine):
     """Like an engine whose adapter binds no module: of odd versions the last one keeps nothing."""
 
     async def _load(self, update_info: dict[str, Any]) -> None:
-        if self.name == "engine-0" or self._pending_version % 2 == 0:
+        if self.name == "engine-0" or self.updates.pending_version % 2 == 0:
             await super()._load(update_info)
 
 
@@ -204,8 +205,9 @@ def test_an_engine_that_is_lost_at_work_gets_no_more(
 def test_an_engine_that_falls_silent_at_work_does_not_hang_who_waits(
     fleet: EnginePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(of_group, "GRACE_S", 1.0)
-    monkeypatch.setattr(of_group, "PROBE_S", 0.2)
+    monkeypatch.setattr(actor_group, "PEER_FAILURE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(health_probe, "PING_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(health_probe, "PROBE_INTERVAL_S", 0.2)
     fleet.health.dead_after = 2.0
     pid = ray.get(fleet.group.actors[1].pid.remote())
     os.kill(pid, signal.SIGSTOP)

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.memory.checkpoint import WEIGHTS
-from sleeprl.rollout.engine import Completion, EngineOptions, SamplingParams, require_shards
+from sleeprl.rollout.engine import EngineOptions, require_shards
 from sleeprl.rollout.engine_pool import EnginePool, StaleEngine
+from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.weight_sync import shared_memory
 from sleeprl.weight_sync.buckets import Bucket
 from sleeprl.weight_sync.verification import Canary
@@ -31,11 +32,11 @@ GREEDY = [SamplingParams(12, temperature=0.0)] * 6
 def test_a_night_s_settings_reach_the_engine(tmp_path: Path) -> None:
     config = NightConfig()
     config.resources.engine_tensor_parallel = config.resources.engine_cpus = 2
-    options = EngineOptions.of(config, str(make_tiny_model(tmp_path / "model")), "float32")
-    assert (options.tensor_parallel, options.delivery.ranks, options.threads) == (2, 2, 2)
+    options = EngineOptions.from_config(config, str(make_tiny_model(tmp_path / "model")), "float32")
+    assert (options.tensor_parallel, options.transport.ranks, options.threads) == (2, 2, 2)
     config.resources.engine_tensor_parallel = 4
     with pytest.raises(ConfigError, match=r"tensor_parallel=4 cannot share num_attention_heads=2"):
-        EngineOptions.of(config, str(tmp_path / "model"), "float32")
+        EngineOptions.from_config(config, str(tmp_path / "model"), "float32")
 
 
 @pytest.mark.parametrize(

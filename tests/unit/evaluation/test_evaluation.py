@@ -31,7 +31,7 @@ from sleeprl.evaluation.questions import (
     read_questions,
 )
 from sleeprl.lineage import LineageStore, Manifest
-from sleeprl.rollout.engine import Completion, SamplingParams
+from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_FACT
 from sleeprl.wake.day import build_day

@@ -332,7 +332,7 @@ def test_the_watchdog_reports_once_and_again_when_the_wait_has_doubled() -> None
     waits = Waits("learner", clock=clock)
     dog = Watchdog(waits, limit_s=60, on_stall=heard.append)
     wrote = lambda: ["loading", "still loading"]  # noqa: E731
-    with waits.on("engine-0", what="batch 12", kind="data", wrote=wrote):
+    with waits.on("engine-0", what="batch 12", kind="data", log_tail=wrote):
         assert dog.check(clock.now + 59) == []
         assert dog.check(clock.now + 62) == [
             "learner has waited 62 s for data from engine-0: batch 12\n  loading\n  still loading"
@@ -348,9 +348,9 @@ def test_the_watchdog_follows_the_chain_and_sees_it_close() -> None:
     waits = Waits(clock=clock)
     dog = Watchdog(waits, limit_s=10, on_stall=lambda message: None)
     first, last = lambda: ["of the first"], lambda: ["of the last"]
-    with waits.on("engine-0", what="batch 1", kind="data", waiter="learner", wrote=first):
+    with waits.on("engine-0", what="batch 1", kind="data", waiter="learner", log_tail=first):
         clock.now += 5
-        with waits.on("learner", what="version 3", kind="sync", waiter="engine-0", wrote=last):
+        with waits.on("learner", what="version 3", kind="sync", waiter="engine-0", log_tail=last):
             (message,) = dog.check(clock.now + 6)
     message, _, wrote = message.partition("\n")
     assert wrote == "  of the last"

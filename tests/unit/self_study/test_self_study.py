@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, SelfStudyConfig
-from sleeprl.rollout.engine import Completion, SamplingParams
+from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.self_study.rehearsal import one_of_each_fact, sample_near_questions
 from sleeprl.self_study.sampler import GeneratedQuestion, TextSampler, build_qa_prompt
 from sleeprl.self_study.study import (
