@@ -45,8 +45,8 @@ from safetensors.torch import load_file, save_file
 
 from sleeprl.cluster.runtime import cluster
 from sleeprl.config import loader as cfg
+from sleeprl.config.methods import METHODS, PASSAGE, REPLAY
 from sleeprl.config.schema import NightConfig
-from sleeprl.consolidation.methods import METHODS, PASSAGE, REPLAY
 from sleeprl.consolidation.ray_job import limit_to_budget
 from sleeprl.consolidation.train_loop import Job, learn
 from sleeprl.data.lake import Lake

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sleeprl.consolidation.methods import METHODS
+from sleeprl.config.methods import METHODS
 from sleeprl.evaluation.statistics import interval, paired, trade_off
 
 RESULTS = Path(__file__).parent / "results"

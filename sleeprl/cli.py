@@ -57,7 +57,8 @@ def night(
     [bold]sleeprl night --resume runs/night[/]        go on after Ctrl-C or a crash
     """
     from sleeprl.config import loader as cfg
-    from sleeprl.config.validation import check_plugins
+    from sleeprl.config.describe import to_annotated_yaml
+    from sleeprl.config.validation import validate_plugins
     from sleeprl.models.catalogue import CATALOGUE
     from sleeprl.night import run_dir as runs
 
@@ -76,11 +77,11 @@ def night(
             runs.refuse_existing(settings)
         else:
             settings.name = runs.fresh_name(settings)
-    check_plugins(settings)
+    validate_plugins(settings)
     if dry_run:
         if resume is None:
             _look(settings)
-        console.print(cfg.explained(settings), highlight=False, markup=False, soft_wrap=True)
+        console.print(to_annotated_yaml(settings), highlight=False, markup=False, soft_wrap=True)
         console.print(_plan(settings), highlight=False)
         _warn(settings)
         return

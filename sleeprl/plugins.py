@@ -1,4 +1,4 @@
-"""Plug-ins by short name, by dotted path, or by installed entry point.
+"""Find plug-ins by short name, by dotted path, by installed entry point, or by ``register``.
 
 A plug-in is any callable that returns an object of the wanted protocol; the
 configured options are its keyword arguments. Imports neither torch nor ray.
@@ -10,10 +10,13 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 BUILTIN: Mapping[str, Mapping[str, str]] = {
     "reward": {"likelihood_gain": "sleeprl.dreaming.reward_process.LikelihoodGain"},
@@ -50,19 +53,89 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "low_rank": "sleeprl.memory.low_rank.LowRankGrowth",
     },
 }
-"""What comes with sleepRL, by kind and short name."""
+"""Every kind of plug-in with what comes with sleepRL: a short name and where it is."""
+
+ADDED_ARGUMENTS: Mapping[str, Collection[str]] = {
+    "curriculum": ("tasks", "seed"),
+    "engine": ("name", "options"),
+    "judge": ("learner", "chat"),
+}
+"""The keyword arguments that the program adds to the configured options, by kind."""
+
+_registered: dict[tuple[str, str], Callable[..., Any]] = {}
+_being_imported: list[str] = []
 
 
 class PluginError(ValueError):
     """A plug-in that cannot be found or made; the message says where it was looked for."""
 
 
-def check(name: str, kind: str, options: Mapping[str, Any], given: Collection[str] = ()) -> None:
-    """Raise PluginError unless ``create`` could call ``name`` with ``options``; it is not called.
+def register(kind: str, name: str) -> Callable[[Factory], Factory]:
+    """Make a decorator that gives a class, or a function that makes one, a short name.
 
-    given: the keyword arguments that the program adds.
+    The name works wherever the configuration names a plug-in of the kind. A night's actors are
+    other processes: there the plug-in is imported from the module that it is defined in.
+
+    Args:
+        kind: A kind of plug-in: a key of ``BUILTIN``.
+        name: The short name.
+
+    Raises:
+        PluginError: If there is no such kind, or the name is taken.
     """
-    factory = resolve(name, kind)
+    if kind not in BUILTIN:
+        raise PluginError(f"no plug-ins of kind {kind!r}; there are {', '.join(sorted(BUILTIN))}")
+    if name in BUILTIN[kind]:
+        raise PluginError(f"{kind} {name!r} is built in; choose another name")
+    if not name.isidentifier():
+        raise PluginError(f"{kind} {name!r}: a short name is letters, digits and _; choose another")
+
+    def add(factory: Factory) -> Factory:
+        other = _registered.get((kind, name), factory)
+        if other.__qualname__ != factory.__qualname__:
+            raise PluginError(f"{kind} {name!r} is {_path_of(other)} already; choose another name")
+        _registered[kind, name] = factory
+        return factory
+
+    return add
+
+
+def importable_name(name: str, kind: str) -> str:
+    """Give the name under which any process finds a plug-in.
+
+    A name of ``register`` becomes the dotted path of what it stands for; every other name is
+    returned as it is. What a script defines is imported from the script's file.
+
+    Raises:
+        PluginError: If a registered plug-in cannot be imported elsewhere: it is defined in a
+            function, or in a script that is not below the working directory.
+    """
+    factory = _registered.get((kind, name))
+    if factory is None or name in BUILTIN[kind]:
+        return name
+    if "." in factory.__qualname__:
+        raise PluginError(
+            f"{kind} {name!r} is {factory.__qualname__}, which other processes cannot import; "
+            "define it at the top level of a module"
+        )
+    module = factory.__module__
+    return (
+        f"{_name_of_script(kind, name) if module == '__main__' else module}.{factory.__qualname__}"
+    )
+
+
+def module_being_imported() -> str | None:
+    """Name the module that is imported for a plug-in right now, if one is."""
+    return _being_imported[-1] if _being_imported else None
+
+
+def check(name: str, kind: str, options: Mapping[str, Any]) -> None:
+    """Check that ``create`` could call a plug-in with its options; it is not called.
+
+    Raises:
+        PluginError: If it could not.
+    """
+    factory, added = resolve(name, kind), ADDED_ARGUMENTS.get(kind, ())
     if not callable(factory):
         raise PluginError(
             f"{kind} {name!r} is a {type(factory).__name__} and cannot be called; name a class, or a "
@@ -73,32 +146,39 @@ def check(name: str, kind: str, options: Mapping[str, Any], given: Collection[st
     except ValueError:  # a builtin of Python's may have none
         return
     try:
-        signature.bind(**{**options, **dict.fromkeys(given)})
+        signature.bind(**{**options, **dict.fromkeys(added)})
     except TypeError as error:
         takes = ", ".join(signature.parameters) or "nothing"
-        adds = f", and every {kind} is given {', '.join(given)}" if given else ""
+        adds = f", and every {kind} is given {', '.join(added)}" if added else ""
         raise PluginError(
             f"{kind} {name!r} with options {dict(options)}: {error}; it takes {takes}{adds}. "
-            f"Mend the options, or name another {kind}"
+            f"Fix the options, or name another {kind}"
         ) from None
 
 
 def resolve(name: str, kind: str) -> Callable[..., Any]:
-    """Find the factory called ``name``.
+    """Find the factory of a plug-in.
 
-    name: a short name in ``BUILTIN[kind]``, the name of an entry point in the group
-        ``sleeprl.<kind>``, or ``package.module.Thing``; the working directory counts as
-        importable, so a plug-in may be a file there.
+    Args:
+        name: A short name in ``BUILTIN[kind]`` or of ``register``, the name of an entry point in
+            the group ``sleeprl.KIND``, or ``package.module.Thing``. The working directory counts
+            as importable, so a plug-in may be a file there.
+        kind: A key of ``BUILTIN``.
+
+    Raises:
+        PluginError: If nothing has this name, or its module cannot be imported.
     """
     builtin = BUILTIN.get(kind, {})
     if name in builtin:
         return _import(builtin[name], kind)
+    if (kind, name) in _registered:
+        return _registered[kind, name]
     installed = {point.name: point for point in entry_points(group=f"sleeprl.{kind}")}
     if name in installed:
         return installed[name].load()
     if "." in name:
         return _import(name, kind)
-    known = sorted({*builtin, *installed})
+    known = sorted({*builtin, *installed, *(n for k, n in _registered if k == kind)})
     near = difflib.get_close_matches(name, known, n=1)
     raise PluginError(
         f"{kind} {name!r} is unknown"
@@ -108,7 +188,11 @@ def resolve(name: str, kind: str) -> Callable[..., Any]:
 
 
 def create(name: str, kind: str, options: Mapping[str, Any]) -> Any:
-    """``resolve`` and call with ``options``; a wrong option is named with the plug-in."""
+    """Find a plug-in and call it with its options.
+
+    Raises:
+        PluginError: If it cannot be found, or refuses its options.
+    """
     factory = resolve(name, kind)
     try:
         return factory(**options)
@@ -122,7 +206,8 @@ def _import(path: str, kind: str) -> Callable[..., Any]:
     if here not in sys.path:
         sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
+        with _importing(module_name):
+            module = importlib.import_module(module_name)
     except Exception as error:  # a fault of the plug-in's own code, too
         raise PluginError(
             f"{kind} {path!r}: module {module_name!r} cannot be imported: {error}"
@@ -130,3 +215,31 @@ def _import(path: str, kind: str) -> Callable[..., Any]:
     if not hasattr(module, attribute):
         raise PluginError(f"{kind} {path!r}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+@contextmanager
+def _importing(module: str) -> Iterator[None]:
+    _being_imported.append(module)
+    try:
+        yield
+    finally:
+        _being_imported.pop()
+
+
+def _path_of(factory: Callable[..., Any]) -> str:
+    return f"{factory.__module__}.{factory.__qualname__}"
+
+
+def _name_of_script(kind: str, name: str) -> str:
+    """Find the module name under which other processes import the running script."""
+    main = sys.modules["__main__"]
+    if (spec := getattr(main, "__spec__", None)) is not None:  # python -m package.module
+        return str(spec.name).removesuffix(".__main__")
+    file = getattr(main, "__file__", None)
+    inside = Path(file).resolve() if file else None
+    if inside is None or not inside.is_relative_to(Path.cwd()):
+        raise PluginError(
+            f"{kind} {name!r} is defined in {file or 'an interactive session'}, which other processes "
+            "cannot import; move it into a module in the working directory or an installed package"
+        )
+    return ".".join(inside.relative_to(Path.cwd()).with_suffix("").parts)

@@ -29,7 +29,7 @@ from rich.table import Table
 from sleeprl.cluster.runtime import cluster
 from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, NightConfig
-from sleeprl.config.validation import check_plugins
+from sleeprl.config.validation import validate_plugins
 from sleeprl.models.catalogue import CATALOGUE
 from sleeprl.models.resolve import check_model, find_model
 from sleeprl.night.context import Night
@@ -139,7 +139,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
     space = search_space(spec["space"])
     night_spec = spec.get("night") or {}
     config = night_of(night_spec, words)
-    check_plugins(config)
+    validate_plugins(config)
     described = {**spec, "night": cfg.to_dict(config)}
     refuse_other(config, described)
     check_model(config, find_model(config))  # a wrong model is told before anything starts

@@ -1,1 +1,4 @@
-"""What a night is told: the schema, the loader and the validation. Imports neither torch nor ray."""
+"""The configuration of a night: its schema, loader, validation and description.
+
+Imports neither torch nor ray.
+"""

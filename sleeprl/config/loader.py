@@ -1,15 +1,14 @@
-"""The configuration of a night: a file and words over the defaults. Imports neither torch nor ray.
+"""Build the configuration of a night: defaults, a model's settings, a file, ``key=value`` words.
 
-A YAML file and ``key=value`` words on the command line are merged over ``settings`` by
-OmegaConf; ``checks`` then refuses what cannot work, before any process is started.
+OmegaConf merges the layers; ``validation`` refuses what cannot work before any process is started.
+Imports neither torch nor ray.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
-import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,34 +19,93 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from sleeprl.config.aliases import ALIASES, describe_renames, rename_old_keys
-from sleeprl.config.schema import ConfigError, NightConfig, keys, meanings
-from sleeprl.config.validation import check
+from sleeprl.config.schema import ConfigError, NightConfig, keys
+from sleeprl.config.validation import validate
 
 logger = logging.getLogger(__name__)
 
 Layer = tuple[str, Any]
-"""What an error in it begins with, and its values."""
-_KINDS: dict[type, str] = {
+"""How an error in a layer begins, and the layer's values."""
+ModelSettings = Mapping[str, Mapping[str, Any]]
+"""Settings of a night by the name of the model that they are for."""
+_TYPE_PROBLEMS: dict[type, str] = {
     bool: "neither true nor false",
     int: "not a whole number",
     float: "not a number",
     str: "not text",
 }
-"""What is said of a value, by the type of its field's default."""
+"""What is wrong with a value that has not the type of its field."""
+_FREE_KEYS = (
+    "dreaming.reward_options.", "dreaming.curriculum_options.", "fixed_capacity.learning_rates.",
+    "consolidation.judge_options.", "consolidation.algorithm_options.", "dreaming.algorithm_options.",
+)  # fmt: skip
+"""Beginnings of keys whose last part is up to the user."""
 
 
 def load(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),
-    of_model: Mapping[str, Mapping[str, Any]] | None = None,
+    of_model: ModelSettings | None = None,
 ) -> NightConfig:
-    """Merge defaults, a YAML file and ``key=value`` words, then ``check`` the result.
+    """Merge the defaults, a YAML file and ``key=value`` words, and validate the result.
 
-    of_model: settings of models by name. Those of ``model.name`` lie below what the file
-        and the words say.
+    Args:
+        path: A YAML file.
+        overrides: Words such as ``seed=1``. They win over the file.
+        of_model: Settings by model name. Those of ``model.name`` lie between the defaults and the
+            file.
+
+    Raises:
+        ConfigError: For a file that cannot be read, an unknown key, or a value that cannot work.
     """
     layers = [] if path is None else [(f"config file {str(path)!r}: ", _read(path))]
-    return _layered(layers, overrides, of_model)
+    return _build(layers, overrides, of_model)
+
+
+def from_dict(
+    values: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    of_model: ModelSettings | None = None,
+) -> NightConfig:
+    """Do what ``load`` does, with plain data, such as ``to_dict`` makes, in place of a file."""
+    return _build([("", OmegaConf.create(dict(values)))], overrides, of_model)
+
+
+def validated(config: NightConfig) -> NightConfig:
+    """Check a configuration that was built in Python exactly as a file is checked.
+
+    Returns:
+        A copy with values of the fields' types.
+
+    Raises:
+        ConfigError: If a value has the wrong type or cannot work.
+    """
+    return from_dict(dataclasses.asdict(config))
+
+
+def to_yaml(config: NightConfig) -> str:
+    """Write a configuration as YAML that ``load`` reads."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: NightConfig) -> dict[str, Any]:
+    """Turn a configuration into plain data that ``from_dict`` reads."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def is_key(name: str) -> bool:
+    """Tell whether something can be set under a dotted name: a setting or a section."""
+    known = any(key == name or key.startswith(f"{name}.") for key in keys())
+    return known or name.startswith(_FREE_KEYS)
+
+
+def _build(
+    layers: Sequence[Layer], overrides: Sequence[str], of_model: ModelSettings | None
+) -> NightConfig:
+    layers = _with_present_keys([*layers, *_parse_words(overrides)])
+    config = _merge(layers)
+    below = (of_model or {}).get(config.model.name)
+    return _merge([("", OmegaConf.create(dict(below))), *layers]) if below else config
 
 
 def _read(path: str | Path) -> Any:
@@ -62,23 +120,27 @@ def _read(path: str | Path) -> Any:
     return layer
 
 
-def _layers(layers: Sequence[Layer], overrides: Sequence[str]) -> list[Layer]:
-    """All layers, lowest first, under present keys. Old ones are named in one warning."""
-    words: list[Layer] = []
-    for word in overrides:
-        if "=" not in word:
+def _parse_words(words: Sequence[str]) -> list[Layer]:
+    layers = list[Layer]()
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not equals:
             raise ConfigError(
                 f"{word!r} is neither a config file nor key=value; write for example seed=1"
             )
-        name = word.partition("=")[0]
         if not is_key(name) and name not in ALIASES:
             raise ConfigError(_unknown_key(name))
         try:
-            words.append(("", OmegaConf.from_dotlist([word])))
+            layers.append(("", OmegaConf.from_dotlist([word])))
         except Exception as error:
             raise ConfigError(f"{word!r} is not readable: {str(error).splitlines()[0]}") from None
+    return layers
+
+
+def _with_present_keys(layers: Sequence[Layer]) -> list[Layer]:
+    """Rename old keys, and warn of all of them in one line."""
     present, old_keys = list[Layer](), dict[str, None]()
-    for where, layer in [*layers, *words]:
+    for where, layer in layers:
         values, found = rename_old_keys(cast(dict[str, Any], OmegaConf.to_container(layer)))
         present.append((where, OmegaConf.create(values)))
         old_keys |= dict.fromkeys(found)
@@ -91,73 +153,24 @@ def _merge(layers: Sequence[Layer]) -> NightConfig:
     merged = OmegaConf.structured(NightConfig)
     for where, layer in layers:
         try:
-            _refuse_plain(OmegaConf.to_container(layer), NightConfig())
+            _check_shape(OmegaConf.to_container(layer), NightConfig())
             merged = OmegaConf.merge(merged, layer)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
         except OmegaConfBaseException as error:
-            raise ConfigError(where + _told(error, layer)) from None
+            raise ConfigError(where + _explain(error, layer)) from None
     try:
         config = cast(NightConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise ConfigError(_told(error)) from None
+        raise ConfigError(_explain(error)) from None
     if config.dreaming.importance_weight.level == "False":  # YAML reads a bare `off` as false
         config.dreaming.importance_weight.level = "off"
-    check(config)
+    validate(config)
     return config
 
 
-def to_yaml(config: NightConfig) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def explained(config: NightConfig) -> str:
-    """``to_yaml`` with what each setting means above it, as a comment."""
-    told, lines, path = dict(meanings()), list[str](), list[str]()
-    for line in to_yaml(config).splitlines():
-        if found := re.match(r"( *)(\w+):", line):
-            indent, name = found.groups()
-            path = [*path[: len(indent) // 2], name]
-            mark = f"{indent}# "
-            lines += textwrap.wrap(
-                told.get(".".join(path), ""), 100, initial_indent=mark, subsequent_indent=mark
-            )
-        lines.append(line)
-    return "\n".join(lines) + "\n"
-
-
-def to_dict(config: NightConfig) -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
-
-
-def from_dict(
-    values: dict[str, Any],
-    overrides: Sequence[str] = (),
-    of_model: Mapping[str, Mapping[str, Any]] | None = None,
-) -> NightConfig:
-    """``load`` with plain data, such as ``to_dict`` makes, in the place of a file."""
-    return _layered([("", OmegaConf.create(values))], overrides, of_model)
-
-
-def is_key(name: str) -> bool:
-    """Whether something can be set under a dotted name."""
-    known = any(key == name or key.startswith(f"{name}.") for key in keys())
-    return known or name.startswith(_OPEN)
-
-
-def _layered(
-    layers: Sequence[Layer],
-    overrides: Sequence[str],
-    of_model: Mapping[str, Mapping[str, Any]] | None,
-) -> NightConfig:
-    layers = _layers(layers, overrides)
-    config = _merge(layers)
-    below = (of_model or {}).get(config.model.name)
-    return _merge([("", OmegaConf.create(dict(below))), *layers]) if below else config
-
-
-def _refuse_plain(values: Any, default: Any, prefix: str = "") -> None:
-    """Raise ConfigError for another kind of value where a section, a list or named values must be."""
+def _check_shape(values: Any, default: Any, prefix: str = "") -> None:
+    """Raise ConfigError for a plain value where a section, a list or named values must be."""
     for name, value in values.items():
         wanted, key = getattr(default, str(name), None), f"{prefix}{name}"
         if value is None:
@@ -166,7 +179,7 @@ def _refuse_plain(values: Any, default: Any, prefix: str = "") -> None:
             if not isinstance(value, dict):
                 meant = f"{key}.{fields(wanted)[0].name}={value}"
                 raise ConfigError(f"{key}={value}: {key} is a section; did you mean {meant}?")
-            _refuse_plain(value, wanted, f"{key}.")
+            _check_shape(value, wanted, f"{key}.")
         elif isinstance(wanted, list) and not isinstance(value, list):
             raise ConfigError(f"{key}={value}: {key} is a list; write {key}=[{value}]")
         elif isinstance(wanted, list) and any(isinstance(each, list) for each in value):
@@ -175,41 +188,41 @@ def _refuse_plain(values: Any, default: Any, prefix: str = "") -> None:
             raise ConfigError(f"{key}={value}: {key} holds named values; write {key}.NAME={value}")
 
 
-def _told(error: OmegaConfBaseException, layer: Any = None) -> str:
-    """What is wrong; with a layer's value by the type of the field's default, if it has one."""
+def _explain(error: OmegaConfBaseException, layer: Any = None) -> str:
+    """Put OmegaConf's error into words: the key, the layer's value, and an example."""
     key = str(error.full_key or error.key or "the configuration")
     if isinstance(error, ConfigKeyError):
         return _unknown_key(key)
     default = OmegaConf.select(OmegaConf.structured(NightConfig), key)
     kind = _type_of(key)
-    if layer is None or not isinstance(error, ValidationError) or kind not in _KINDS:
+    if layer is None or not isinstance(error, ValidationError) or kind not in _TYPE_PROBLEMS:
         return f"{key}: {str(error).splitlines()[0]}"
     value = OmegaConf.select(layer, key)
-    said = "null" if value is None else repr(value)
-    told = f"{key}={said} is {_KINDS[kind]}"
+    problem = f"{key}={'null' if value is None else repr(value)} is {_TYPE_PROBLEMS[kind]}"
     if default is None:
-        return f"{told}; write {_KINDS[kind].removeprefix('not ')}, or null"
+        return f"{problem}; write {_TYPE_PROBLEMS[kind].removeprefix('not ')}, or null"
     example = str(default).lower() if isinstance(default, bool) else default
-    return f"{told}; write for example {key}={example}"
+    return f"{problem}; write for example {key}={example}"
 
 
 def _type_of(key: str) -> Any:
-    """Of the values of a field, leaving aside that it may have none."""
-    of: Any = NightConfig
+    """Get the type of a setting's values, leaving aside that it may have none."""
+    found: Any = NightConfig
     for name in key.split("."):
-        of = get_type_hints(of).get(name) if is_dataclass(of) else None
-        if isinstance(of, UnionType):
-            of = next(each for each in get_args(of) if each is not NoneType)
-    return of
+        found = get_type_hints(found).get(name) if is_dataclass(found) else None
+        if isinstance(found, UnionType):
+            found = next(each for each in get_args(found) if each is not NoneType)
+    return found
 
 
 def _unknown_key(key: str) -> str:
+    """Say that a key is unknown, with the nearest known one."""
     known = list(keys())
-    sections = {name.split(".")[0] for name in known}
+    sections = {name.rpartition(".")[0] for name in known} - {""}
     leaves = {name.rsplit(".", 1)[-1]: name for name in known}
     section, _, leaf = key.rpartition(".")
     beside = [name for name in known if name.rpartition(".")[0] == section]
-    near = [name for name in beside if _short_for(leaf, name.rpartition(".")[2])]
+    near = [name for name in beside if _is_short_for(leaf, name.rpartition(".")[2])]
     near = near or difflib.get_close_matches(key, known, n=1)
     if not near and section not in sections and not leaf:
         near = difflib.get_close_matches(key, sections, n=1)
@@ -219,13 +232,7 @@ def _unknown_key(key: str) -> str:
     return f"unknown key {key!r}{hint}"
 
 
-def _short_for(leaf: str, name: str) -> bool:
-    """Whether it is one of the words of a name, or their initials: ``kl``, ``lr``."""
+def _is_short_for(leaf: str, name: str) -> bool:
+    """Tell whether a word is one of the words of a name, or their initials: ``kl``, ``lr``."""
     words = name.split("_")
     return leaf in words or leaf == "".join(word[:1] for word in words)
-
-
-_OPEN = (
-    "dreaming.reward_options.", "dreaming.curriculum_options.", "fixed_capacity.learning_rates.",
-    "consolidation.judge_options.", "consolidation.algorithm_options.", "dreaming.algorithm_options.",
-)  # fmt: skip

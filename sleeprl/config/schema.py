@@ -5,15 +5,13 @@ Defaults are for the embedded model on two CPU cores.
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from itertools import pairwise
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from sleeprl.memory.levels import Clock, Level
+from sleeprl.config.bounds import bounds, choices, plugin
+from sleeprl.memory.levels import UNITS, Clock, Level
 
 
 class ConfigError(ValueError):
@@ -25,9 +23,9 @@ class ModelConfig:
     name: str = "embedded"
     """``embedded``, a name that ``sleeprl models`` lists, a generation (its id, a beginning of one, or
     ``HEAD``, the present one), a local directory, or a Hugging Face id."""
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata=choices(("auto", "float32", "bfloat16")))
     """``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU, float32 on the CPU."""
-    max_length: int = 512
+    max_length: int = field(default=512, metadata=bounds(gt=0))
     """Longest sequence, prompt and response together, in tokens."""
 
 
@@ -44,16 +42,16 @@ class MemoryConfig:
     """Where experts grow. A plain checkpoint gets all its slots at once, as zeros; a generation
     keeps the layout that it was given. The context sleeps once a night, into the fastest level."""
 
-    growth: str = "gated_mlp"
+    growth: str = field(default="gated_mlp", metadata=choices(("gated_mlp", "low_rank")))
     """``gated_mlp``, or ``low_rank``: the paper's {A, B}, a LoRA on every MLP."""
-    width: int = 64
+    width: int = field(default=64, metadata=bounds(gt=0))
     """Hidden units, or rank, per layer and slot (the paper's blocks of dimension 64)."""
     levels: list[LevelConfig] = field(default_factory=lambda: [LevelConfig(period=5, slots=5)])
     """Fastest first. At each multiple of its period a level hands all it holds to the next."""
-    unit: str = "nights"
+    unit: str = field(default="nights", metadata=choices(UNITS))
     """What periods count: ``tokens`` or ``episodes`` (both of the day's documents), ``nights``, or
     ``optimizer_steps`` (of the consolidation)."""
-    when_full: str = "distil"
+    when_full: str = field(default="distil", metadata=choices(("distil", "merge", "stop")))
     """What makes room in the slowest level: ``distil`` all its slots into one, ``merge`` the
     oldest into the base, or ``stop`` with an error."""
     reset: bool = True
@@ -74,11 +72,11 @@ class MemoryConfig:
 class WakeConfig:
     inputs: list[str] = field(default_factory=list)
     """JSONL, Parquet or text files of experience; empty: fresh people of the embedded world."""
-    people: int = 20
+    people: int = field(default=20, metadata=bounds(gt=0))
     """How many fresh people the embedded world's day has."""
-    people_per_document: int = 2
+    people_per_document: int = field(default=2, metadata=bounds(gt=0))
     """At most this many people share one document."""
-    learning_rate: float = 0.0
+    learning_rate: float = field(default=0.0, metadata=bounds(ge=0))
     """Of wake learning (method, eq. 2): the gradients of the day's documents add up, and are applied
     in the night in which level 1 is handed on; 0: the base does not learn in wake."""
 
@@ -89,137 +87,130 @@ class EvaluationConfig:
     """JSONL of ``{question, answer, kind?, experience?}`` about ``wake.inputs``. kind: ``recall`` (if
     none is given), ``two_hop``, or ``retention`` of what was known before. experience: the document
     that answers the question, for the self that may read it."""
-    metrics: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list, metadata=plugin("metric"))
     """Metrics of the headline table beside the built-in ones: dotted paths of functions that return a
     ``Metric``."""
-    retention_questions: int = 300
+    retention_questions: int = field(default=300, metadata=bounds(gt=0))
     """How many questions on what was known before the night are asked."""
-    perplexity_texts: int = 100
+    perplexity_texts: int = field(default=100, metadata=bounds(gt=0))
     """How many held-out texts the perplexity is measured on. Where a world has none, the smaller
     self writes them."""
-    max_tokens: int = 24
+    max_tokens: int = field(default=24, metadata=bounds(gt=0))
     """Longest answer."""
 
 
 @dataclass
 class SelfStudyConfig:
-    pairs_per_document: int = 128
+    pairs_per_document: int = field(default=128, metadata=bounds(gt=0))
     """Question-answer pairs that the teacher writes with the document in its prompt."""
-    full_document_share: float = 0.5
+    full_document_share: float = field(default=0.5, metadata=bounds(ge=0, le=1))
     """Share of the questions that are written with the whole document in the prompt."""
-    excerpt_sentences: int = 3
+    excerpt_sentences: int = field(default=3, metadata=bounds(gt=0))
     """The other questions are written from an excerpt of this many sentences. The excerpts take
     turns, so that every sentence is asked about. Answers always see the whole document."""
-    facts_per_document: int = 24
+    facts_per_document: int = field(default=24, metadata=bounds(ge=0))
     """Single facts that the teacher writes with the document in its prompt."""
-    replay_questions: int = 3600
+    replay_questions: int = field(default=3600, metadata=bounds(ge=0))
     """Questions that the smaller self asks itself with nothing in its prompt. Questions of earlier
     nights, at most twice as many, replace up to half of them. One question per fact is rehearsed."""
-    replay_conversations: int = 0
+    replay_conversations: int = field(default=0, metadata=bounds(ge=0))
     """Messages that the smaller self writes in the user's place and answers. They are rehearsed
     too. For a chat model that rarely writes a question when it is asked for one."""
-    question_bank_size: int = 20_000
+    question_bank_size: int = field(default=20_000, metadata=bounds(ge=0))
     """How many of its own questions are stored from night to night; 0 stores none."""
-    temperature: float = 0.7
+    temperature: float = field(default=0.7, metadata=bounds(gt=0))
     """Below 1: what is taught must be true before it is varied."""
-    max_tokens: int = 64
+    max_tokens: int = field(default=64, metadata=bounds(gt=0))
     """Longest text that is written, in tokens."""
     assistant_prefix: str = ""
     """Text that every question-answer pair begins with, such as ``Question:``. For a model that
     does not begin so by itself."""
-    few_shot_examples: int = 0
+    few_shot_examples: int = field(default=0, metadata=bounds(ge=0))
     """Worked examples, at most 4, before an instruction to write a question and its answer. For a
     model that was not trained to follow one."""
-    held_out_share: float = 0.2
+    held_out_share: float = field(default=0.2, metadata=bounds(ge=0, le=1))
     """Share of the pairs that are kept out of training. Dreams are scored on them."""
 
 
 @dataclass
 class ConsolidationConfig:
-    steps: int = 150
+    steps: int = field(default=150, metadata=bounds(gt=0))
     """Learner updates."""
-    batch_size: int = 24
+    batch_size: int = field(default=24, metadata=bounds(gt=0))
     """Teacher texts of the new experience per step, over all workers."""
-    replay_ratio: float = 2.5
+    replay_ratio: float = field(default=2.5, metadata=bounds(ge=0))
     """Replay texts per text of the new experience."""
-    learning_rate: float = 1.5e-2
+    learning_rate: float = field(default=1.5e-2, metadata=bounds(gt=0))
     """Its highest value, after the warm-up."""
-    warmup: int = 10
+    warmup: int = field(default=10, metadata=bounds(ge=0))
     """Steps over which the learning rate rises; it then falls along a cosine."""
-    weight_decay: float = 0.0
+    weight_decay: float = field(default=0.0, metadata=bounds(ge=0))
     """AdamW's: in a step a weight loses this share of itself, times the learning rate."""
-    grad_clip: float = 1.0
+    grad_clip: float = field(default=1.0, metadata=bounds(gt=0))
     """Longest gradient (its norm); a longer one is shortened to it."""
-    beta: float = 0.0
+    beta: float = field(default=0.0, metadata=bounds(ge=0, le=1))
     """Generalised JSD: 0 is the forward KL, 1 the reverse KL (method 7, GKD)."""
-    support: str = "teacher"
+    support: str = field(default="teacher", metadata=choices(("teacher", "student", "full")))
     """Tokens that are compared: the ``top_k`` of the ``teacher`` or of the ``student`` with all
     others as one tail bin, or ``full``."""
-    top_k: int = 32
+    top_k: int = field(default=32, metadata=bounds(gt=0))
     """Size of the support, unless that is ``full``."""
-    pointwise_clip: float | None = None
+    pointwise_clip: float | None = field(default=None, metadata=bounds(gt=0))
     """The most that one token of the support may add to a divergence (OPSD: 0.05); none: no limit."""
-    on_policy: float = 0.5
+    on_policy: float = field(default=0.5, metadata=bounds(ge=0, le=1))
     """lambda: share of the divergence that is taken on the student's own roll-outs."""
-    on_policy_warmup: int = 0
+    on_policy_warmup: int = field(default=0, metadata=bounds(ge=0))
     """Steps over which lambda rises on a line from ``on_policy`` to 1; 0 keeps it."""
-    seed_steps: int = 0
+    seed_steps: int = field(default=0, metadata=bounds(ge=0))
     """Steps of divergence alone before the imitation reward joins (seed, then imitate)."""
-    distillation: float = 0.7
+    distillation: float = field(default=0.7, metadata=bounds(ge=0, le=1))
     """alpha: divergence against imitation reward."""
-    ce: float = 0.5
+    ce: float = field(default=0.5, metadata=bounds(ge=0))
     """Weight of the cross-entropy on teacher texts (0 is the paper)."""
-    expert_gate: float = 0.0
+    expert_gate: float = field(default=0.0, metadata=bounds(ge=0))
     """Above 0 the new expert gets a gate of its own, and this is the weight of a penalty that
     closes it: how loud the expert is on replayed texts, against the MLP beside it."""
-    rollout_every: int = 8
+    rollout_every: int = field(default=8, metadata=bounds(gt=0))
     """Steps between two sets of student roll-outs, each with freshly sent weights."""
-    rollout_prompts: int = 12
+    rollout_prompts: int = field(default=12, metadata=bounds(ge=0))
     """Prompts per set of student roll-outs."""
-    group_size: int = 4
+    group_size: int = field(default=4, metadata=bounds(gt=0))
     """Continuations per prompt (GRPO group)."""
-    algorithm: str = "dapo_unscaled"
+    algorithm: str = field(default="dapo_unscaled", metadata=plugin("algorithm"))
     """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
     ``Algorithm``."""
     algorithm_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the algorithm."""
-    semantic: float = 0.5
+    semantic: float = field(default=0.5, metadata=bounds(ge=0, le=1))
     """gamma: share of the semantic part in the imitation reward."""
-    judge: str = "exact"
+    judge: str = field(default="exact", metadata=plugin("judge"))
     """Who says whether two texts mean the same: ``exact``, ``embedding``, ``teacher``, or the
     dotted path of a ``Judge``."""
     judge_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the judge."""
-    edit_threshold: float = 0.5
+    edit_threshold: float = field(default=0.5, metadata=bounds(gt=0))
     """z0: beyond so many edits the lexical reward is 0."""
-    edit_mode: str = "ratio"
+    edit_mode: str = field(default="ratio", metadata=choices(("ratio", "abs")))
     """What z0 is: a ``ratio`` of the longer text's length, or ``abs``, a number of edits (the paper)."""
-    prefix_min: float = 0.1
+    prefix_min: float = field(default=0.1, metadata=bounds(ge=0, le=1))
     """The shortest prefix of a teacher text that the student continues, as a share of it."""
-    prefix_max: float = 0.6
+    prefix_max: float = field(default=0.6, metadata=bounds(gt=0, le=1))
     """The longest; each is drawn between the two."""
-    checkpoint_every: int = 40
+    checkpoint_every: int = field(default=40, metadata=bounds(gt=0))
     """Steps between two checkpoints of the job; each waits until no roll-outs are under way."""
-
-
-METHODS = (
-    "seeding", "no_imitation", "no_semantic", "no_replay", "no_growth", "fine_tuning",
-    "fine_tuning_pairs", "ewc", "replay", "self_distillation", "grpo",
-)  # fmt: skip
-"""What ``baselines`` may name; ``consolidation/methods.py`` says what each does."""
 
 
 @dataclass
 class FixedCapacityConfig:
     """The baselines that train every parameter."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = field(default=3e-3, metadata=bounds(gt=0))
     """Tuned for ``fine_tuning`` by ``benchmarks/night.py --tune`` on nights that are not reported."""
     learning_rates: dict[str, float] = field(default_factory=dict)
     """Learning rates of methods, by name, that have one of their own."""
-    ewc: float = 100.0
+    ewc: float = field(default=100.0, metadata=bounds(ge=0))
     """Weight of the penalty of ``ewc``."""
-    fisher_texts: int = 256
+    fisher_texts: int = field(default=256, metadata=bounds(gt=0))
     """Own texts of the smaller self on which ``ewc`` estimates what each parameter is worth."""
 
 
@@ -227,11 +218,11 @@ class FixedCapacityConfig:
 class DreamingLossConfig:
     """Weights of the three terms of the dreaming loss."""
 
-    policy_gradient: float = 1.0
+    policy_gradient: float = field(default=1.0, metadata=bounds(ge=0))
     """Weight of the policy gradient on the dream writer."""
-    sft: float = 0.5
+    sft: float = field(default=0.5, metadata=bounds(ge=0))
     """Weight of the cross-entropy on the dreams that taught something."""
-    replay_kl: float = 2.0
+    replay_kl: float = field(default=2.0, metadata=bounds(ge=0))
     """Weight of the divergence from the smaller self on the smaller self's own texts."""
 
 
@@ -239,15 +230,15 @@ class DreamingLossConfig:
 class ImportanceWeightConfig:
     """The off-policy correction of the dreaming loss: a weight from the ratio of two policies."""
 
-    level: str = "token"
+    level: str = field(default="token", metadata=choices(("off", "token", "sequence", "geometric")))
     """What has a ratio: each ``token``, the ``sequence``, or its ``geometric`` mean. ``off`` leaves
     the correction to the algorithm, whose ratio is then to the policy that wrote the dream."""
-    mode: str = "truncate"
+    mode: str = field(default="truncate", metadata=choices(("truncate", "mask", "clip")))
     """``truncate`` caps the weight at ``high``, ``clip`` keeps it between ``low`` and ``high``,
     ``mask`` drops what lies outside of that band."""
-    low: float = 0.5
+    low: float = field(default=0.5, metadata=bounds(ge=0))
     """Lower end of the band, as a ratio of two policies' probabilities."""
-    high: float = 2.0
+    high: float = field(default=2.0, metadata=bounds(gt=0))
     """Upper end of the band, as a ratio of two policies' probabilities."""
 
 
@@ -255,128 +246,130 @@ class ImportanceWeightConfig:
 class DreamingConfig:
     enabled: bool = True
     """Whether the night dreams at all."""
-    steps: int = 8
+    steps: int = field(default=8, metadata=bounds(gt=0))
     """Learner updates."""
-    tasks_per_step: int = 4
+    tasks_per_step: int = field(default=4, metadata=bounds(gt=0))
     """Groups per update; a group is one task's dreams."""
-    group_size: int = 6
+    group_size: int = field(default=6, metadata=bounds(gt=0))
     """Dreams per task."""
-    max_staleness: int = 1
+    max_staleness: int = field(default=1, metadata=bounds(ge=0))
     """Updates by which the policy that wrote a dream may trail the learner; 0 is the synchronous
     loop."""
-    learning_rate: float = 2e-4
+    learning_rate: float = field(default=2e-4, metadata=bounds(gt=0))
     """Its highest value; it rises and falls as that of the consolidation."""
-    grad_clip: float = 1.0
+    grad_clip: float = field(default=1.0, metadata=bounds(gt=0))
     """Longest gradient (its norm); a longer one is shortened to it."""
-    temperature: float = 1.0
+    temperature: float = field(default=1.0, metadata=bounds(gt=0))
     """At which dreams are sampled."""
-    max_tokens: int = 64
+    max_tokens: int = field(default=64, metadata=bounds(gt=0))
     """Longest dream, in tokens."""
-    reward: str = "likelihood_gain"
+    reward: str = field(default="likelihood_gain", metadata=plugin("reward"))
     """A built-in name or the dotted path of a ``Reward``."""
     reward_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward."""
-    reward_timeout_s: float = 30.0
+    reward_timeout_s: float = field(default=30.0, metadata=bounds(gt=0))
     """Seconds the reward of one dream may take; then its process is killed and the dream unscored."""
-    curriculum: str = "weak_spots"
+    curriculum: str = field(default="weak_spots", metadata=plugin("curriculum"))
     """A built-in name or the dotted path of a ``Curriculum``."""
     curriculum_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the curriculum."""
-    algorithm: str = "dapo"
+    algorithm: str = field(default="dapo", metadata=plugin("algorithm"))
     """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
     ``Algorithm``. ``dapo`` draws other groups for those whose rewards are all equal;
     ``algorithm_options.redraws`` bounds that, and 0 ends it."""
     algorithm_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the algorithm."""
-    reference_kl: float = 0.0
+    reference_kl: float = field(default=0.0, metadata=bounds(ge=0))
     """Weight of the KL of the dream writer to the smaller self, on its dreams."""
-    reference_estimator: str = "k3"
+    reference_estimator: str = field(default="k3", metadata=choices(("k1", "k2", "k3")))
     """Of that KL: ``k1``, ``k2`` or ``k3``."""
     importance_weight: ImportanceWeightConfig = field(default_factory=ImportanceWeightConfig)
     loss: DreamingLossConfig = field(default_factory=DreamingLossConfig)
-    trial_learning_rate: float = 0.05
+    trial_learning_rate: float = field(default=0.05, metadata=bounds(gt=0))
     """SGD step of the trial that asks what a dream teaches."""
-    trial_questions: int = 8
+    trial_questions: int = field(default=8, metadata=bounds(gt=0))
     """Questions of the task on which a trial is judged."""
 
 
 @dataclass
 class GateConfig:
-    max_retention_drop: float = 0.02
+    max_retention_drop: float = field(default=0.02, metadata=bounds(ge=0, le=1))
     """How far retention may fall, as a share of all questions. Beyond it the night is rolled back."""
-    max_perplexity_ratio: float = 1.25
+    max_perplexity_ratio: float = field(default=1.25, metadata=bounds(gt=0))
     """How many times its old value the perplexity of held-out texts may reach. It guards a model
     that hardly answers questions."""
 
 
 @dataclass
 class ResourcesConfig:
-    cpus: int = 0
+    cpus: int = field(default=0, metadata=bounds(ge=0))
     """Cores Ray may use; 0 is all of this machine."""
     address: str | None = None
     """Ray cluster to join (``auto`` on a cluster's head node); none starts a local one."""
-    engine: str = "vllm"
+    engine: str = field(default="vllm", metadata=plugin("engine"))
     """``vllm``, or ``torch``: small, slow and the same to the bit each time; or the dotted path of a
     ``TokenEngine``."""
-    engines: int = 1
+    engines: int = field(default=1, metadata=bounds(gt=0))
     """How many write texts side by side."""
-    engine_cpus: int = 1
+    engine_cpus: int = field(default=1, metadata=bounds(gt=0))
     """Cores of one engine."""
-    engine_gpus: float = 0.0
+    engine_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
     """GPUs of one engine: a share of one, such as 0.5, or whole ones; 0 is the CPU."""
-    engine_tensor_parallel: int = 1
+    engine_tensor_parallel: int = field(default=1, metadata=bounds(gt=0))
     """Processes of one engine that share every layer (vLLM's tensor parallelism); ``engine_cpus`` and
     ``engine_gpus`` are those of all of them, a GPU each."""
-    engine_kv_cache_gb: float = 1.0
+    engine_kv_cache_gb: float = field(default=1.0, metadata=bounds(gt=0))
     """KV cache of one CPU engine, in GiB."""
-    engine_gpu_memory_utilization: float = 0.4
+    engine_gpu_memory_utilization: float = field(default=0.4, metadata=bounds(gt=0, le=1))
     """Share of a GPU's memory that vLLM takes."""
-    transport: str = "shared_memory"
+    transport: str = field(
+        default="shared_memory", metadata=choices(("shared_memory", "disk", "nccl", "ipc"))
+    )
     """How new weights reach the engines: ``shared_memory`` on the learner's host, ``disk`` below
     ``runs`` on any host, vLLM's ``nccl`` between GPUs or ``ipc`` within one GPU."""
-    update_mode: str = "keep"
+    update_mode: str = field(default="keep", metadata=choices(("keep", "drain", "abort")))
     """What becomes of running requests when new weights come: ``keep`` freezes them, ``drain``
     waits for their end, ``abort`` goes on from their tokens without what the old weights cached."""
-    layout: str = "decoupled"
+    layout: str = field(default="decoupled", metadata=choices(("decoupled", "colocated")))
     """``decoupled``: engines write while the learner steps. ``colocated``: they share a device and
     take turns, engines asleep while the learner steps; a vLLM engine on a GPU then gives back its
     memory, but that of the learner's weights and optimiser stays, so ``engine_gpu_memory_utilization``
     must leave room for it."""
-    learner_workers: int = 1
+    learner_workers: int = field(default=1, metadata=bounds(gt=0))
     """Processes that share the learner's state and batches (ZeRO-3)."""
-    learner_workers_max: int = 0
+    learner_workers_max: int = field(default=0, metadata=bounds(ge=0))
     """Above ``learner_workers``, consolidation is elastic: it has between the two, as many as the nodes
     that are there offer of Ray's custom resource ``sleeprl_learner`` (``cluster/README.md``)."""
-    learner_cpus: int = 1
+    learner_cpus: int = field(default=1, metadata=bounds(gt=0))
     """Cores of one worker."""
-    learner_gpus: float = 0.0
+    learner_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
     """GPUs of one worker, or a share of one; 0 is the CPU."""
-    offload: str = "none"
+    offload: str = field(default="none", metadata=choices(("none", "optimizer", "parameters")))
     """What a learner worker keeps in the host's memory instead of its GPU's: ``optimizer`` its share of
     the optimiser, which then steps there, ``parameters`` that and its share of the parameters,
     ``none`` nothing."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = field(default=8192, metadata=bounds(gt=0))
     """Padded tokens in one forward pass of a learner worker; fewer take less memory and more time,
     and change nothing else."""
-    teachers: int = 0
+    teachers: int = field(default=0, metadata=bounds(ge=0))
     """Actors that hold the teacher, a second copy of the model; none: the learner's own module
     teaches, with its new expert off."""
-    teacher_cpus: int = 1
+    teacher_cpus: int = field(default=1, metadata=bounds(gt=0))
     """Cores of one of them."""
-    teacher_gpus: float = 0.0
+    teacher_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
     """GPUs of one of them, or a share of one; 0 is the CPU."""
-    scorers: int = 1
+    scorers: int = field(default=1, metadata=bounds(gt=0))
     """Actors that score dreams: what the smaller self thinks of them, and what learning from them would
     do. Each holds a copy of the model in single precision, and works in the gaps of the others."""
-    scorer_gpus: float = 0.0
+    scorer_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
     """GPUs of one of them, or a share of one; 0 is the CPU."""
-    reward_workers: int = 1
+    reward_workers: int = field(default=1, metadata=bounds(gt=0))
     """Actors that judge dreams, each in a process of its own and one dream at a time: more, where the
     reward is slow and cores are there for it."""
-    max_failures: int = 1
+    max_failures: int = field(default=1, metadata=bounds(ge=0))
     """How often in a phase a dead worker group, or while dreaming a dead engine, is restarted from
     the last checkpoint."""
-    stall_seconds: float = 120.0
+    stall_seconds: float = field(default=120.0, metadata=bounds(gt=0))
     """Who waits so long is named, with whom it waits for."""
 
     @property
@@ -408,7 +401,7 @@ class NightConfig:
     """Directory of all runs."""
     generations: str = "generations"
     """Where committed generations live."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=bounds(ge=0))
     """Of all that is drawn: people, texts, batches, the new expert."""
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -418,7 +411,7 @@ class NightConfig:
     consolidation: ConsolidationConfig = field(default_factory=ConsolidationConfig)
     baselines: list[str] = field(default_factory=lambda: ["fine_tuning"])
     """Methods to train and measure beside Sleep, on the same day and as many tokens."""
-    phases: list[str] = field(default_factory=list)
+    phases: list[str] = field(default_factory=list, metadata=plugin("phase"))
     """Phases of the night beside the built-in ones: dotted paths of functions that return a ``Phase``."""
     fixed_capacity: FixedCapacityConfig = field(default_factory=FixedCapacityConfig)
     dreaming: DreamingConfig = field(default_factory=DreamingConfig)
@@ -430,31 +423,28 @@ class NightConfig:
         return Path(self.runs) / self.name
 
 
-def keys(node: Any = NightConfig, prefix: str = "") -> Iterator[str]:
-    """All dotted keys, in the order of their definition."""
-    instance = node() if isinstance(node, type) else node
-    for entry in fields(instance):
-        value = getattr(instance, entry.name)
+def iter_fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Walk over all settings of a configuration or of a section, in the order of their definition.
+
+    Yields:
+        The dotted key, the dataclass field and the value of each setting.
+    """
+    for entry in fields(node):
+        value = getattr(node, entry.name)
         if is_dataclass(value):
-            yield from keys(value, f"{prefix}{entry.name}.")
+            yield from iter_fields(value, f"{prefix}{entry.name}.")
         else:
-            yield f"{prefix}{entry.name}"
+            yield f"{prefix}{entry.name}", entry, value
 
 
-def meanings(section: Any = NightConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """All dotted keys with what stands below them here."""
-    (node,) = ast.parse(inspect.getsource(section)).body
-    assert isinstance(node, ast.ClassDef)
-    below = {
-        ast.unparse(entry.target): ast.literal_eval(text.value)
-        for entry, text in pairwise(node.body)
-        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-    instance = section()
-    for each in fields(section):
-        value = getattr(instance, each.name)
-        if is_dataclass(value):
-            yield from meanings(type(value), f"{prefix}{each.name}.")
-        else:
-            told = " ".join(below.get(each.name, "").split())
-            yield f"{prefix}{each.name}", told.replace("``", "`")
+def keys() -> Iterator[str]:
+    """List all dotted keys, in the order of their definition."""
+    return (key for key, _, _ in iter_fields(NightConfig()))
+
+
+def get_setting(config: NightConfig, key: str) -> Any:
+    """Get a setting or a section by its dotted key; the whole configuration by an empty one."""
+    node: Any = config
+    for name in key.split(".") if key else ():
+        node = getattr(node, name)
+    return node

@@ -1,105 +1,128 @@
-"""What is refused before anything starts: values out of range, and settings that do not fit together.
+"""Refuse what cannot work before anything starts: values out of bounds, and settings that contradict.
 
-Every message names the fields, their values and a fix. Imports neither torch nor ray.
+Every message names the settings, their values and a fix. Imports neither torch nor ray.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sleeprl import plugins as registry
+from sleeprl import plugins
+from sleeprl.config.bounds import bounds_of, plugin_kind_of
+from sleeprl.config.methods import METHODS
 from sleeprl.config.schema import (
-    METHODS,
     ConfigError,
+    ConsolidationConfig,
+    DreamingConfig,
+    EvaluationConfig,
     NightConfig,
     ResourcesConfig,
-    keys,
+    get_setting,
+    iter_fields,
 )
-from sleeprl.memory.levels import UNITS
 from sleeprl.text.prompts import EXAMPLES
 from sleeprl.utils.machine import available_cpus
 
-_AT_LEAST_ZERO = {
-    "seed", "consolidation.replay_ratio", "consolidation.warmup", "consolidation.weight_decay",
-    "wake.learning_rate",
-    "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",
-    "consolidation.ce", "consolidation.expert_gate", "consolidation.semantic", "consolidation.prefix_min",
-    "consolidation.rollout_prompts", "consolidation.on_policy_warmup", "consolidation.seed_steps",
-    "dreaming.max_staleness", "dreaming.loss.policy_gradient", "dreaming.loss.sft", "dreaming.loss.replay_kl",
-    "dreaming.reference_kl", "dreaming.importance_weight.low", "gate.max_retention_drop",
-    "resources.cpus", "resources.engine_gpus", "resources.learner_gpus", "resources.max_failures",
-    "resources.teachers", "resources.teacher_gpus", "resources.scorer_gpus",
-    "resources.learner_workers_max",
-    "self_study.held_out_share", "self_study.replay_questions", "self_study.few_shot_examples",
-    "self_study.full_document_share",
-    "self_study.facts_per_document", "self_study.question_bank_size",
-    "self_study.replay_conversations", "fixed_capacity.ewc",
-}  # fmt: skip
-_AT_MOST_ONE = {
-    "consolidation.beta", "consolidation.on_policy", "consolidation.distillation",
-    "consolidation.semantic", "consolidation.prefix_min", "consolidation.prefix_max",
-    "gate.max_retention_drop", "self_study.held_out_share", "self_study.full_document_share",
-    "resources.engine_gpu_memory_utilization",
-}  # fmt: skip
-_CHOICES = {
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "memory.growth": ("gated_mlp", "low_rank"),
-    "memory.unit": UNITS,
-    "memory.when_full": ("distil", "merge", "stop"),
-    "consolidation.support": ("teacher", "student", "full"),
-    "consolidation.edit_mode": ("ratio", "abs"),
-    "dreaming.reference_estimator": ("k1", "k2", "k3"),
-    "dreaming.importance_weight.level": ("off", "token", "sequence", "geometric"),
-    "dreaming.importance_weight.mode": ("truncate", "mask", "clip"),
-    "resources.transport": ("shared_memory", "disk", "nccl", "ipc"),
-    "resources.update_mode": ("keep", "drain", "abort"),
-    "resources.layout": ("decoupled", "colocated"),
-    "resources.offload": ("none", "optimizer", "parameters"),
-}
 _WITHOUT_RATIO = ("reinforce", "rest_em")
 _WITHIN_GROUP = ("grpo", "dr_grpo", "dapo", "dapo_unscaled", "gspo", "cispo", "rloo")
-"""Their advantage is over the others of a group."""
+"""Algorithms whose advantage compares the members of a group."""
 
 
-def check(config: NightConfig) -> None:
-    """Raise ``ConfigError`` for what cannot work. Asks the machine for its cores, nothing else."""
-    for key in keys():
-        value = _get(config, key)
-        if isinstance(value, bool) or value is None:
-            continue
-        if isinstance(value, int | float):
-            if not math.isfinite(value):
-                raise ConfigError(f"{key}={value} must be a finite number")
-            low = 0 if key in _AT_LEAST_ZERO else None
-            if low is None and value <= 0:
-                raise ConfigError(f"{key}={value} must be greater than 0")
-            if low is not None and value < low:
-                raise ConfigError(f"{key}={value} must be at least {low}")
-            if key in _AT_MOST_ONE and value > 1:
-                raise ConfigError(f"{key}={value} must be at most 1")
-            if key.endswith("_gpus") and value > 1 and value != int(value):
-                raise ConfigError(
-                    f"{key}={value} must be a share of one, such as 0.5, or whole ones"
-                )
-        if key in _CHOICES and value not in _CHOICES[key]:
-            raise ConfigError(f"{key}={value!r} must be one of {', '.join(_CHOICES[key])}")
+def validate(config: NightConfig) -> None:
+    """Check every setting by itself and against the others.
+
+    Asks the machine for its cores and for the files that are named, nothing else.
+
+    Raises:
+        ConfigError: If a night could not run with this configuration.
+    """
+    _check_bounds(config)
+    _check_wake(config)
+    _check_evaluation(config.evaluation, config.wake.inputs)
+    _check_memory(config)
+    _check_self_study(config)
+    _check_consolidation(config)
+    _check_dreaming(config.dreaming)
+    _check_lengths(config)
+    _check_groups(config)
+    _check_baselines(config.baselines, config.fixed_capacity.learning_rates)
+    _check_resources(config.resources)
+
+
+def _check_bounds(config: NightConfig) -> None:
+    for key, entry, value in iter_fields(config):
+        problem = None if value is None else bounds_of(entry).find_violation(value)
+        if problem is not None:
+            raise ConfigError(f"{key}={value!r} {problem}")
+
+
+def _check_wake(config: NightConfig) -> None:
     for text in config.wake.inputs:
         if text != "-" and not Path(text).exists():
             raise ConfigError(f"wake.inputs: {text!r} does not exist; give a file or a directory")
-    questions = config.evaluation.questions
-    if questions is not None and not Path(questions).is_file():
+    rate, memory = config.wake.learning_rate, config.memory
+    if rate and len(memory.levels) < 2:
+        raise ConfigError(
+            f"wake.learning_rate={rate}, but memory.levels has one level, which is never handed on; "
+            "set it to 0, or give a slower level"
+        )
+    if rate and memory.when_full == "merge":
+        raise ConfigError(
+            f"wake.learning_rate={rate} accumulates over nights for a base that "
+            "memory.when_full=merge makes wider; set memory.when_full=distil"
+        )
+
+
+def _check_evaluation(evaluation: EvaluationConfig, inputs: Sequence[str]) -> None:
+    questions = evaluation.questions
+    if questions is None:
+        return
+    if not Path(questions).is_file():
         raise ConfigError(f"evaluation.questions={questions!r} does not exist; give a JSONL file")
-    if questions is not None and not config.wake.inputs:
+    if not inputs:
         raise ConfigError(
             f"evaluation.questions={questions!r} would not be asked: wake.inputs is empty, and the "
             "embedded world's day has questions of its own; give wake.inputs, or leave questions out"
         )
+
+
+def _check_memory(config: NightConfig) -> None:
     config.memory.clock()
-    study, seeding, dreaming = config.self_study, config.consolidation, config.dreaming
+    if config.consolidation.expert_gate and config.memory.growth != "gated_mlp":
+        raise ConfigError(
+            f"consolidation.expert_gate={config.consolidation.expert_gate} closes the units of a "
+            f"gated MLP, but memory.growth={config.memory.growth} has none; set one of them back"
+        )
+
+
+def _check_self_study(config: NightConfig) -> None:
+    shown = config.self_study.few_shot_examples
+    if shown > EXAMPLES:
+        raise ConfigError(f"self_study.few_shot_examples={shown} must be at most {EXAMPLES}")
+
+
+def _check_lengths(config: NightConfig) -> None:
+    """Check that every text that is written leaves room for its prompt."""
+    longest = config.model.max_length
+    for key, tokens in (
+        ("self_study.max_tokens", config.self_study.max_tokens),
+        ("dreaming.max_tokens", config.dreaming.max_tokens),
+        ("evaluation.max_tokens", config.evaluation.max_tokens),
+    ):
+        if tokens >= longest:
+            raise ConfigError(
+                f"{key}={tokens} leaves no room for a prompt in model.max_length={longest}; "
+                "raise the latter"
+            )
+
+
+def _check_consolidation(config: NightConfig) -> None:
+    seeding: ConsolidationConfig = config.consolidation
     if seeding.prefix_min > seeding.prefix_max:
         raise ConfigError(
             f"consolidation.prefix_min={seeding.prefix_min} is above "
@@ -110,63 +133,39 @@ def check(config: NightConfig) -> None:
             f"consolidation.edit_threshold={seeding.edit_threshold} is a share of a text and at "
             "most 1; set consolidation.edit_mode=abs for a number of edits"
         )
-    if seeding.expert_gate and config.memory.growth != "gated_mlp":
-        raise ConfigError(
-            f"consolidation.expert_gate={seeding.expert_gate} closes the units of a gated MLP, but "
-            f"memory.growth={config.memory.growth} has none; set one of them back"
-        )
-    if study.few_shot_examples > EXAMPLES:
-        raise ConfigError(
-            f"self_study.few_shot_examples={study.few_shot_examples} must be at most {EXAMPLES}"
-        )
-    if study.max_tokens >= config.model.max_length:
-        raise ConfigError(
-            f"self_study.max_tokens={study.max_tokens} leaves no room for a prompt in "
-            f"model.max_length={config.model.max_length}; raise the latter"
-        )
-    for key, tokens in (
-        ("dreaming.max_tokens", dreaming.max_tokens),
-        ("evaluation.max_tokens", config.evaluation.max_tokens),
-    ):
-        if tokens >= config.model.max_length:
-            raise ConfigError(
-                f"{key}={tokens} leaves no room for a prompt in "
-                f"model.max_length={config.model.max_length}; raise the latter"
-            )
-    if dreaming.importance_weight.low > dreaming.importance_weight.high:
-        raise ConfigError(
-            f"dreaming.importance_weight.low={dreaming.importance_weight.low} is above "
-            f"dreaming.importance_weight.high={dreaming.importance_weight.high}; lower the first"
-        )
-    if dreaming.temperature != 1 and dreaming.importance_weight.level == "off":
-        raise ConfigError(
-            f"dreaming.temperature={dreaming.temperature} with dreaming.importance_weight.level=off trains "
-            "on dreams of another distribution as if they were the policy's; set "
-            "dreaming.importance_weight.level=token or dreaming.temperature=1"
-        )
-    without = dreaming.algorithm in _WITHOUT_RATIO and dreaming.importance_weight.level == "off"
-    if dreaming.max_staleness > 0 and without:
-        raise ConfigError(
-            f"dreaming.max_staleness={dreaming.max_staleness} with dreaming.importance_weight.level=off and "
-            f"dreaming.algorithm={dreaming.algorithm}, which has no ratio, trains on old policies as "
-            "if they were new; set correction_level=token or staleness=0"
-        )
     if seeding.algorithm == "ppo":
         raise ConfigError(
             "consolidation.algorithm=ppo needs a critic, and a consolidation has none; "
             "choose another, such as dapo (dreaming has a critic)"
         )
-    _check_groups(config)
-    _check_wake_learning(config)
-    _check_baselines(config.baselines, config.fixed_capacity.learning_rates)
-    _check_transport(config)
-    _check_layout(config.resources)
-    _check_tensor_parallel(config.resources)
-    _check_resources(config.resources)
+
+
+def _check_dreaming(dreaming: DreamingConfig) -> None:
+    weight = dreaming.importance_weight
+    if weight.low > weight.high:
+        raise ConfigError(
+            f"dreaming.importance_weight.low={weight.low} is above "
+            f"dreaming.importance_weight.high={weight.high}; lower the first"
+        )
+    if weight.level != "off":
+        return
+    if dreaming.temperature != 1:
+        raise ConfigError(
+            f"dreaming.temperature={dreaming.temperature} with dreaming.importance_weight.level=off "
+            "trains on dreams of another distribution as if they were the policy's; set "
+            "dreaming.importance_weight.level=token or dreaming.temperature=1"
+        )
+    if dreaming.max_staleness > 0 and dreaming.algorithm in _WITHOUT_RATIO:
+        raise ConfigError(
+            f"dreaming.max_staleness={dreaming.max_staleness} with "
+            f"dreaming.importance_weight.level=off and dreaming.algorithm={dreaming.algorithm}, which "
+            "has no ratio, trains on old policies as if they were new; set "
+            "dreaming.importance_weight.level=token or dreaming.max_staleness=0"
+        )
 
 
 def _check_groups(config: NightConfig) -> None:
-    """Where a group is compared, one alone in it teaches nothing."""
+    """Check that an algorithm that compares the members of a group has more than one of them."""
     seeding, dreaming = config.consolidation, config.dreaming
     imitates = seeding.rollout_prompts > 0 and seeding.distillation < 1
     for name, part, rewarded in (
@@ -181,22 +180,50 @@ def _check_groups(config: NightConfig) -> None:
             )
 
 
-def _check_wake_learning(config: NightConfig) -> None:
-    rate, memory = config.wake.learning_rate, config.memory
-    if rate and len(memory.levels) < 2:
+def _check_baselines(baselines: Sequence[str], rates: Mapping[str, float]) -> None:
+    for key, names in (("baselines", baselines), ("fixed_capacity.learning_rates", rates)):
+        for name in names:
+            if name not in METHODS:
+                near = difflib.get_close_matches(name, METHODS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METHODS)}"
+                raise ConfigError(f"{key}: unknown method {name!r}; {hint}")
+    for name, rate in rates.items():
+        if not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(f"fixed_capacity.learning_rates.{name}={rate} must be greater than 0")
+
+
+def _check_resources(resources: ResourcesConfig) -> None:
+    _check_transport(resources)
+    _check_layout(resources)
+    _check_tensor_parallel(resources)
+    if resources.offload != "none" and not resources.learner_gpus:
         raise ConfigError(
-            f"wake.learning_rate={rate}, but memory.levels has one level, which is never handed on; "
-            "set it to 0, or give a slower level"
+            f"resources.offload={resources.offload} moves what a GPU holds to the host, but "
+            "resources.learner_gpus=0: there is nothing to move; set offload=none, or give a GPU"
         )
-    if rate and memory.when_full == "merge":
+    _check_elastic(resources)
+    if resources.address is None:
+        _check_cores(resources)
+
+
+def _check_cores(resources: ResourcesConfig) -> None:
+    """Check that this machine has the cores of all that runs at the same time."""
+    have = resources.cpus or available_cpus()
+    engines = resources.engines * resources.engine_cpus
+    learners = resources.learner_workers * resources.learner_cpus
+    teachers = resources.teachers * resources.teacher_cpus
+    if engines + learners + teachers > have:
+        apart = f" + {resources.teachers} teacher(s) x teacher_cpus={resources.teacher_cpus}"
         raise ConfigError(
-            f"wake.learning_rate={rate} accumulates over nights for a base that "
-            "memory.when_full=merge makes wider; set memory.when_full=distil"
+            f"resources: {resources.engines} engine(s) x engine_cpus={resources.engine_cpus} + "
+            f"{resources.learner_workers} learner worker(s) x learner_cpus={resources.learner_cpus}"
+            f"{apart if teachers else ''} "
+            f"= {engines + learners + teachers} cores, but there are {have}; "
+            "lower these, or set resources.cpus to share cores on purpose"
         )
 
 
-def _check_transport(config: NightConfig) -> None:
-    resources = config.resources
+def _check_transport(resources: ResourcesConfig) -> None:
     if resources.transport not in ("nccl", "ipc"):
         return
     for key in ("engine_gpus", "learner_gpus"):
@@ -213,19 +240,19 @@ def _check_transport(config: NightConfig) -> None:
 
 
 def _check_layout(resources: ResourcesConfig) -> None:
-    """Engines and learner that take turns must have one device to share."""
+    """Check that engines and learner that take turns have one device to share."""
     if resources.layout != "colocated":
         return
     engine, learner = resources.engine_gpus, resources.learner_gpus
-    told = f"resources.engine_gpus={engine:g} and resources.learner_gpus={learner:g}"
+    given = f"resources.engine_gpus={engine:g} and resources.learner_gpus={learner:g}"
     if (engine > 0) != (learner > 0):
         raise ConfigError(
-            f"resources.layout=colocated shares one device, but {told} are a GPU and a CPU; give "
+            f"resources.layout=colocated shares one device, but {given} are a GPU and a CPU; give "
             "both a share of a GPU, such as 0.5, or set resources.layout=decoupled"
         )
     if engine + learner > 1:
         raise ConfigError(
-            f"resources.layout=colocated shares one device, but {told} do not fit on one; lower "
+            f"resources.layout=colocated shares one device, but {given} do not fit on one; lower "
             "them, for example to 0.5 each, or set resources.layout=decoupled"
         )
     if resources.transport == "nccl":
@@ -239,113 +266,95 @@ def _check_tensor_parallel(resources: ResourcesConfig) -> None:
     ranks = resources.engine_tensor_parallel
     if ranks == 1:
         return
-    told = f"resources.engine_tensor_parallel={ranks}"
+    given = f"resources.engine_tensor_parallel={ranks}"
     if resources.engine == "torch":
-        raise ConfigError(f"{told} is vLLM's, but resources.engine=torch; set one of them back")
+        raise ConfigError(f"{given} is vLLM's, but resources.engine=torch; set one of them back")
     if resources.transport == "ipc":
         raise ConfigError(
-            f"{told} spreads an engine over GPUs, but resources.transport=ipc stays within the "
+            f"{given} spreads an engine over GPUs, but resources.transport=ipc stays within the "
             "learner's; set resources.transport=nccl or shared_memory"
         )
     gpus, cpus = resources.engine_gpus, resources.engine_cpus
     if gpus and gpus != ranks:
         raise ConfigError(
-            f"{told} takes a whole GPU for each process, but resources.engine_gpus={gpus:g}; "
+            f"{given} takes a whole GPU for each process, but resources.engine_gpus={gpus:g}; "
             f"set resources.engine_gpus={ranks}"
         )
     if not gpus and cpus < ranks:
         raise ConfigError(
-            f"{told} takes a core for each process, but resources.engine_cpus={cpus}; "
+            f"{given} takes a core for each process, but resources.engine_cpus={cpus}; "
             f"set resources.engine_cpus={ranks}, or engine_tensor_parallel=1"
         )
 
 
-def check_plugins(config: NightConfig) -> None:
-    """Raise ``PluginError`` for a name that leads nowhere, or cannot be called as the night will.
-
-    Imports what is named, but for the defaults, which are known to work.
-    """
-    default = NightConfig()
-    for key, given in (
-        ("dreaming.reward", ()),
-        ("dreaming.curriculum", ("tasks", "seed")),
-        ("dreaming.algorithm", ()),
-        ("consolidation.algorithm", ()),
-        ("consolidation.judge", ("learner", "chat")),
-        ("resources.engine", ("name", "options")),
-    ):
-        name, options = _plugin(config, key)
-        if (name, options) == _plugin(default, key):
-            continue
-        try:
-            registry.check(name, key.rpartition(".")[2], options, given)
-        except registry.PluginError as error:
-            raise registry.PluginError(f"{key}{'_options' if options else ''}: {error}") from None
-
-
-def _plugin(config: NightConfig, key: str) -> tuple[str, dict[str, Any]]:
-    """A plug-in's name and its options."""
-    return _get(config, key), {} if key == "resources.engine" else _get(config, f"{key}_options")
-
-
-def _check_baselines(baselines: Sequence[str], rates: Mapping[str, float]) -> None:
-    for key, names in (("baselines", baselines), ("fixed_capacity.learning_rates", rates)):
-        for name in names:
-            if name not in METHODS:
-                near = difflib.get_close_matches(name, METHODS, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METHODS)}"
-                raise ConfigError(f"{key}: unknown method {name!r}; {hint}")
-    for name, rate in rates.items():
-        if not (math.isfinite(rate) and rate > 0):
-            raise ConfigError(f"fixed_capacity.learning_rates.{name}={rate} must be greater than 0")
-
-
-def _check_resources(resources: ResourcesConfig) -> None:
-    if resources.offload != "none" and not resources.learner_gpus:
-        raise ConfigError(
-            f"resources.offload={resources.offload} moves what a GPU holds to the host, but "
-            "resources.learner_gpus=0: there is nothing to move; set offload=none, or give a GPU"
-        )
-    _check_elastic(resources)
-    if resources.address is not None:
-        return
-    have = resources.cpus or available_cpus()
-    engines = resources.engines * resources.engine_cpus
-    learners = resources.learner_workers * resources.learner_cpus
-    teachers = resources.teachers * resources.teacher_cpus
-    if engines + learners + teachers > have:
-        apart = f" + {resources.teachers} teacher(s) x teacher_cpus={resources.teacher_cpus}"
-        raise ConfigError(
-            f"resources: {resources.engines} engine(s) x engine_cpus={resources.engine_cpus} + "
-            f"{resources.learner_workers} learner worker(s) x learner_cpus={resources.learner_cpus}"
-            f"{apart if teachers else ''} "
-            f"= {engines + learners + teachers} cores, but there are {have}; "
-            "lower these, or set resources.cpus to share cores on purpose"
-        )
-
-
 def _check_elastic(resources: ResourcesConfig) -> None:
-    most, least = resources.learner_workers_max, resources.learner_workers
-    named = f"resources.learner_workers_max={most}"
-    if 0 < most < least:
+    highest, lowest = resources.learner_workers_max, resources.learner_workers
+    given = f"resources.learner_workers_max={highest}"
+    if 0 < highest < lowest:
         raise ConfigError(
-            f"{named} is below learner_workers={least}, the fewest; raise it, or set 0"
+            f"{given} is below learner_workers={lowest}, the fewest; raise it, or set 0"
         )
     if not resources.elastic:
         return
     if resources.address is None:
         raise ConfigError(
-            f"{named}, but a Ray of this machine's own stays as large as it is; join a cluster with "
+            f"{given}, but a Ray of this machine's own stays as large as it is; join a cluster with "
             "resources.address, or set learner_workers_max=0"
         )
     if resources.transport != "disk":
         raise ConfigError(
-            f"{named}, but resources.transport={resources.transport} needs the learner's first worker "
+            f"{given}, but resources.transport={resources.transport} needs the learner's first worker "
             "on the engines' host, and an elastic one may be anywhere; set transport=disk"
         )
 
 
-def _get(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name)
+def validate_plugins(config: NightConfig) -> None:
+    """Check that every plug-in that is named exists and can be called as the night will.
+
+    Imports what is named, but for the defaults, which are known to work.
+
+    Raises:
+        PluginError: If a name leads nowhere, or its options do not fit.
+    """
+    default = NightConfig()
+    for key, entry, value in iter_fields(config):
+        kind, options = plugin_kind_of(entry), _options(config, key)
+        same = value == get_setting(default, key) and options == _options(default, key)
+        if kind is None or same:
+            continue
+        for name in _as_list(value):
+            try:
+                plugins.check(name, kind, options)
+            except plugins.PluginError as error:
+                where = f"{key}_options" if options else key
+                raise plugins.PluginError(f"{where}: {error}") from None
+
+
+def name_plugins_by_path(config: NightConfig) -> NightConfig:
+    """Replace names that only this process knows by dotted paths, which actors can import.
+
+    A name that ``plugins.register`` added is known where the decorator ran. The actors of a night
+    are other processes, and a resumed night is another one too.
+
+    Returns:
+        A copy of the configuration.
+    """
+    config = copy.deepcopy(config)
+    for key, entry, value in list(iter_fields(config)):
+        if (kind := plugin_kind_of(entry)) is None:
+            continue
+        names = [plugins.importable_name(n, kind) for n in _as_list(value)]
+        section, _, leaf = key.rpartition(".")
+        setattr(get_setting(config, section), leaf, names if isinstance(value, list) else names[0])
     return config
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+def _options(config: NightConfig, key: str) -> dict[str, Any]:
+    """Get the options of the plug-in that a setting names."""
+    section, _, leaf = key.rpartition(".")
+    found: dict[str, Any] = getattr(get_setting(config, section), f"{leaf}_options", {})
+    return found

@@ -10,8 +10,9 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+from sleeprl.config.methods import NEW, PASSAGE, REPLAY, STUDENT, Method
 from sleeprl.config.schema import ConsolidationConfig
-from sleeprl.consolidation.methods import NEW, PASSAGE, REPLAY, STUDENT, Method
+from sleeprl.consolidation.methods import loss_weights
 from sleeprl.data.trajectory import Trajectory
 from sleeprl.losses.combined import LossWeights
 from sleeprl.self_study.study import STUDY
@@ -69,7 +70,7 @@ class DataMix:
 
     def parts(self, step: int) -> dict[str, LossWeights]:
         """The weight of what is learnt from in ``step``."""
-        return self.method.parts(self.config, step)
+        return loss_weights(self.method, self.config, step)
 
     def rows(self, step: int) -> list[TrainingExample]:
         """The texts of ``step``, over all ranks."""

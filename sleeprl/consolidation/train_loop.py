@@ -20,11 +20,11 @@ import pyarrow.compute as pc
 import torch.distributed as dist
 
 from sleeprl.cluster.actor_group import ActorGroup
+from sleeprl.config.methods import METHODS
 from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
 from sleeprl.consolidation import student_rollouts as imitation
 from sleeprl.consolidation.data_mix import DataMix, trained_tokens
 from sleeprl.consolidation.judges import make_judge
-from sleeprl.consolidation.methods import METHODS
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
 from sleeprl.losses.combined import LossOptions

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from sleeprl.config.methods import METHODS
 from sleeprl.config.schema import NightConfig
 from sleeprl.consolidation import ray_job
-from sleeprl.consolidation.methods import METHODS
 from sleeprl.consolidation.train_loop import Job
 from sleeprl.evaluation.measure import measure
 from sleeprl.evaluation.metrics import metrics_of

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from sleeprl.config.methods import METHODS
 from sleeprl.config.schema import ConfigError, NightConfig
-from sleeprl.consolidation.methods import METHODS
 from sleeprl.consolidation.ray_job import limit_to_budget
 from sleeprl.data.lake import TRAJECTORIES
 from sleeprl.data.trajectory import to_batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sleeprl.consolidation.methods import METHODS
+from sleeprl.config.methods import METHODS
 from sleeprl.evaluation.metrics import metrics_of
 from sleeprl.night.phases import Phase, results_for_summary
 from sleeprl.night.run_dir import RunDirectory

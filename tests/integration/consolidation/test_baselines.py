@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sleeprl.config import loader as cfg
-from sleeprl.config.schema import METHODS as NAMES
+from sleeprl.config.methods import METHODS, NEW, PASSAGE, REPLAY, STUDENT
 from sleeprl.config.schema import ConfigError, ConsolidationConfig, FixedCapacityConfig
 from sleeprl.consolidation import student_rollouts as imitation
 from sleeprl.consolidation.data_mix import DataMix, trained_tokens
-from sleeprl.consolidation.methods import METHODS, NEW, PASSAGE, REPLAY, STUDENT
+from sleeprl.consolidation.methods import loss_weights
 from sleeprl.consolidation.ray_job import limit_to_budget
 from sleeprl.consolidation.train_loop import Job
 from sleeprl.data.lake import Lake
@@ -114,7 +114,7 @@ def feed(name: str, config: ConsolidationConfig = DEFAULT, **given: Any) -> Data
 
 
 def test_the_configuration_knows_the_methods_of_the_table() -> None:
-    assert set(METHODS) == set(NAMES) == set(WEIGHTS)
+    assert set(METHODS) == set(WEIGHTS)
     titles = [method.title for method in METHODS.values()]
     assert len(set(titles)) == len(titles)
 
@@ -122,7 +122,7 @@ def test_the_configuration_knows_the_methods_of_the_table() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_weighs_and_trains(name: str) -> None:
     method = METHODS[name]
-    parts = method.parts(method.objective(DEFAULT), 0)
+    parts = loss_weights(method, method.objective(DEFAULT), 0)
     assert parts.keys() == WEIGHTS[name].keys()
     for part, weights in WEIGHTS[name].items():
         for stream in ("pg", "ce", "kl"):
@@ -136,7 +136,7 @@ def test_what_a_method_weighs_and_trains(name: str) -> None:
 def test_only_sleep_begins_with_the_divergence_alone(name: str) -> None:
     method = METHODS[name]
     config = method.objective(ConsolidationConfig(seed_steps=40))
-    first, later = (method.parts(config, step) for step in (0, 40))
+    first, later = (loss_weights(method, config, step) for step in (0, 40))
     sleeps = method.grows or name == "no_growth"
     assert (first == later) == (not sleeps or name == "no_imitation")
 

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from sleeprl.algorithms.base import RewardBatch
 from sleeprl.config import loader as cfg
+from sleeprl.config.methods import METHODS, NEW, REPLAY, STUDENT
 from sleeprl.config.schema import ConfigError, ConsolidationConfig
-from sleeprl.config.validation import check_plugins
+from sleeprl.config.validation import validate_plugins
 from sleeprl.consolidation import student_rollouts as imitation
-from sleeprl.consolidation.methods import METHODS, NEW, REPLAY, STUDENT
+from sleeprl.consolidation.methods import loss_weights
 from sleeprl.data.trajectory import Trajectory
 from sleeprl.losses.combined import LossBatch, LossOptions, LossWeights, combined_loss, token_counts
 from sleeprl.losses.divergence import divergence
@@ -40,7 +41,7 @@ def test_seed_then_imitate_and_a_rising_lambda() -> None:
     )
     method = METHODS["seeding"]
     for step, alpha, share in ((0, 1.0, 0.2), (3, 1.0, 0.44), (4, 0.6, 0.52), (40, 0.6, 1.0)):
-        parts = method.parts(config, step)
+        parts = loss_weights(method, config, step)
         taught = alpha * (1 - share)
         assert parts[NEW].kl == pytest.approx(taught) and parts[NEW].ce == 0.5
         assert parts[REPLAY].kl == pytest.approx(3 * taught) and parts[REPLAY].ce == 1.5
@@ -258,8 +259,8 @@ def test_a_plug_in_that_is_not_there_is_told_before_the_night() -> None:
         ("consolidation.judge=no.such.Judge", "cannot be imported"),
     ):
         with pytest.raises(PluginError, match=near):
-            check_plugins(cfg.load(None, [word]))
-    check_plugins(cfg.load())
+            validate_plugins(cfg.load(None, [word]))
+    validate_plugins(cfg.load())
 
 
 def test_the_draw_of_roll_outs_is_by_seed() -> None:

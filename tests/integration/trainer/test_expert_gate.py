@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sleeprl.config import loader as cfg
+from sleeprl.config.methods import METHODS, REPLAY
 from sleeprl.config.schema import ConfigError
-from sleeprl.consolidation.methods import METHODS, REPLAY
+from sleeprl.consolidation.methods import loss_weights
 from sleeprl.memory.checkpoint import ROUTER, expert_tensors, widen, write_grown
 from sleeprl.memory.gated_mlp import grow, load_training_form, measure_activity, smaller_self
 from sleeprl.memory.growth import growth_named
@@ -146,7 +147,7 @@ def loudness(wide: Path, file: Path) -> float:
 def test_only_where_there_is_a_gate_to_close() -> None:
     config = cfg.load(None, ["consolidation.expert_gate=0.5"])
     parts = {
-        name: method.parts(method.objective(config.consolidation), 0)
+        name: loss_weights(method, method.objective(config.consolidation), 0)
         for name, method in METHODS.items()
     }
     assert parts["seeding"][REPLAY].quiet == 0.5

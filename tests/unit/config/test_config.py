@@ -18,13 +18,15 @@ from sleeprl import cli
 from sleeprl.config import loader as cfg
 from sleeprl.config import validation
 from sleeprl.config.aliases import ALIASES, rename_old_keys
+from sleeprl.config.bounds import bounds_of
+from sleeprl.config.describe import describe_settings, to_annotated_yaml
 from sleeprl.config.schema import (
     ConfigError,
     DreamingConfig,
     LevelConfig,
     NightConfig,
+    iter_fields,
     keys,
-    meanings,
 )
 from sleeprl.evaluation.metrics import METRICS
 from sleeprl.models.catalogue import CATALOGUE, Spec
@@ -180,10 +182,11 @@ def test_keys_are_all_leaves_of_the_resolved_file() -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    told = dict(meanings())
+    settings = list(describe_settings())
+    told = {setting.key: setting.meaning for setting in settings}
     assert list(told) == list(keys()) and all(told.values())
-    for key, choices in validation._CHOICES.items():
-        assert all(choice in told[key] for choice in choices), key
+    for key, entry, _ in iter_fields(NightConfig()):
+        assert all(f"`{choice}`" in told[key] for choice in bounds_of(entry).choices), key
     assert all(
         word in told["evaluation.questions"] for word in (*(m.key for m in METRICS), "experience")
     )
@@ -198,7 +201,7 @@ def test_what_is_explained_is_still_the_file(tmp_path: Path) -> None:
     ]
     config = cfg.load(None, words)
     path = tmp_path / "config.yaml"
-    path.write_text(cfg.explained(config))
+    path.write_text(to_annotated_yaml(config))
     assert cfg.load(path) == config
     assert "\n  # Dreams per task.\n  group_size: 6\n" in path.read_text()
 

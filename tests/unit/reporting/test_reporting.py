@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from sleeprl.cluster.waits import Waits, Watchdog
-from sleeprl.consolidation.methods import METHODS
+from sleeprl.config.methods import METHODS
 from sleeprl.evaluation.statistics import wilson_interval
 from sleeprl.reporting import charts
 from sleeprl.reporting.charts import Series
