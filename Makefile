@@ -9,6 +9,12 @@ ACCELERATOR := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda |
 endif
 ARGS ?=
 PYTEST_ARGS ?=
+# Processes that run test files side by side; 0: all in one.
+TEST_WORKERS ?= 2
+PYTEST = $(VENV_PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Threads of several processes that spin while they wait slow each other five times and more.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 VENV_PYTHON := .venv/bin/python
 
@@ -23,6 +29,7 @@ help:
 	@echo "  make lint            ruff: rules and format        make format   let ruff rewrite"
 	@echo "  make types           mypy over sleeprl/, benchmarks/ and tuning/"
 	@echo "  make test-slow       the slow scenarios alone"
+	@echo "  make soak            campaigns of hours; what they came to is kept in benchmarks/results/"
 	@echo "  make embedded-model  train the embedded model from nothing"
 	@echo "  make install         only .venv                    make lock     resolve the pins again"
 	@echo "  make clean           caches, build/                make distclean  and .venv"
@@ -59,12 +66,23 @@ embedded-model: install
 
 .PHONY: test
 test: install
-	@$(VENV_PYTHON) -m pytest -m 'not slow' $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not slow and not soak' --junitxml=build/test.xml $(PYTEST_ARGS)
 
 # pytest's exit status 5 is "no test selected".
 .PHONY: test-slow
 test-slow: install
-	@$(VENV_PYTHON) -m pytest -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(PYTEST) -m 'slow and not soak' --junitxml=build/test-slow.xml $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+# One after another, with the machine to themselves. Each one's last result is kept, with its commit.
+.PHONY: soak
+soak: install
+	@$(VENV_PYTHON) -m pytest -m soak --junitxml=build/soak.xml $(PYTEST_ARGS); \
+	  status=$$?; $(VENV_PYTHON) tools/test_results.py soak && exit $$status
+
+# From the last `.ci/run`: benchmarks/results/ci.json and the tables of docs/development/testing.md.
+.PHONY: test-times
+test-times: install
+	@$(VENV_PYTHON) tools/test_results.py ci
 
 .PHONY: lint
 lint: install

@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def quick(name: str, output: Path, *words: str) -> dict[str, Any]:
     words = ("--quick", *words)
@@ -31,7 +33,6 @@ def quick(name: str, output: Path, *words: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
 def test_learner(tmp_path: Path) -> None:
     (row,) = quick("learner", tmp_path)["rows"]
     steps = row["one_rank"]
@@ -43,7 +44,6 @@ def test_learner(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
 def test_rollout(tmp_path: Path) -> None:
     (row,) = quick("rollout", tmp_path)["rows"]
     assert len(row["pairs"]) == 3
@@ -53,7 +53,6 @@ def test_rollout(tmp_path: Path) -> None:
             assert pair[side]["tokens"] > 0 and pair[side]["cpu"] > 0
 
 
-@pytest.mark.slow
 def test_grpo_vs_trl(tmp_path: Path) -> None:
     found = quick("grpo_vs_trl", tmp_path, "--full")
     (run,) = found["runs"]
@@ -69,7 +68,6 @@ def test_grpo_vs_trl(tmp_path: Path) -> None:
     assert first[0] == pytest.approx(first[1]) and second[0] != second[1]
 
 
-@pytest.mark.slow
 def test_overlap(tmp_path: Path) -> None:
     (pair,) = quick("overlap", tmp_path)["pairs"]
     assert pair["synchronous"]["staleness"] == 0.0 < pair["decoupled"]["staleness"]
@@ -78,7 +76,6 @@ def test_overlap(tmp_path: Path) -> None:
         assert mode["idle"]["learner"]["data"] > 0
 
 
-@pytest.mark.slow
 def test_sync(tmp_path: Path) -> None:
     found = quick("sync", tmp_path)
     (row,) = found["rows"]

@@ -48,7 +48,7 @@ from tests.support.guard import Puts
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow  # all of it against one unbroken run
-UPDATES, GROUPS, SIZE = 24, 2, 4
+UPDATES, GROUPS, SIZE = 12, 2, 4
 RAY: dict[str, Any] = {
     "address": "local", "num_cpus": 4, "include_dashboard": False, "log_to_driver": False,
     "logging_level": "error",
@@ -74,10 +74,11 @@ def dream(
     failures: int = 0,
     told: Callable[[str], None] = print,
     staleness: int = 0,
+    updates: int = UPDATES,
 ) -> None:
     """One phase, or the rest of one, in ``run``."""
     config, chat = settings(place), ChatFormatter(place / "wide")
-    config.dreaming.steps, config.dreaming.max_staleness = UPDATES, staleness
+    config.dreaming.steps, config.dreaming.max_staleness = updates, staleness
     config.resources.max_failures = failures
     if not (run / "lake").is_dir():
         shutil.copytree(place / "loop" / "lake", run / "lake")
@@ -105,9 +106,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(place: Path, unbroken: Path) -> Outcome:  # noqa: F811
     """What an unbroken run comes to; its driver has not opened one batch."""
+    return unbroken_outcome(place, unbroken, UPDATES)
+
+
+def unbroken_outcome(place: Path, run: Path, updates: int) -> Outcome:  # noqa: F811
     init()
-    dream(place, unbroken)
-    found = outcome(unbroken)
+    dream(place, run, updates=updates)
+    found = outcome(run)
     puts = ray.remote(Puts).remote()
     refs = ray.get(puts.put.remote())
     assert ray.get(puts.opened.remote(refs)) == 1
@@ -115,7 +120,7 @@ def whole(place: Path, unbroken: Path) -> Outcome:  # noqa: F811
         ray.get(refs[0])
     ray.shutdown()
     learned, aside = found[1]["dream"], found[1]["redrawn"]
-    assert len(learned) == UPDATES * GROUPS * SIZE and aside
+    assert len(learned) == updates * GROUPS * SIZE and aside
     count = (len(learned) + len(aside)) // SIZE
     assert set(learned + aside) == {f"dream-{g}-{n}" for g in range(count) for n in range(SIZE)}
     return found
@@ -143,7 +148,7 @@ class Mortal(TorchEngine):
 
     async def load_bucket(self, update_info: dict[str, Any]) -> None:
         await super().load_bucket(update_info)
-        if self.updates.pending_version == 6 and self._once("update"):
+        if self.updates.pending_version == 5 and self._once("update"):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -219,9 +224,9 @@ def test_engines_and_a_learner_worker_die_and_the_same_is_learned(
             victims.append(name)
 
     def on_step(step: int, metrics: Mapping[str, Any]) -> None:
-        if step == 8:
+        if step == 6:
             kill("Mortal")  # between two updates: nothing has been admitted yet
-        if step == 10:  # while the next step is under way
+        if step == 7:  # while the next step is under way
             threading.Timer(0.5, kill, ["DreamTrainer"]).start()
 
     config = settings(place)
@@ -254,9 +259,14 @@ def psutil_children() -> list[tuple[int, str]]:
     return [each for each in found if each[1].startswith("ray::")]
 
 
-def driver(place: Path, run: Path, staleness: int = 0) -> subprocess.Popen[bytes]:  # noqa: F811
+def driver(
+    place: Path,  # noqa: F811
+    run: Path,
+    staleness: int = 0,
+    updates: int = UPDATES,
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, __file__, str(place), str(run), str(staleness)],
+        [sys.executable, __file__, str(place), str(run), str(staleness), str(updates)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL, stderr=(run / "stderr").open("ab"), start_new_session=True,
     )  # fmt: skip
@@ -284,23 +294,31 @@ def cut(process: subprocess.Popen[bytes], run: Path, after: float) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_a_driver_killed_at_ten_random_moments_learns_the_same(
+@pytest.mark.parametrize(
+    ("count", "updates"), [(1, UPDATES), pytest.param(10, 24, marks=pytest.mark.soak)]
+)
+def test_a_driver_killed_at_random_moments_learns_the_same(
     place: Path,  # noqa: F811
     whole: Outcome,
+    count: int,
+    updates: int,
     tmp_path: Path,
 ) -> None:
     """Each kill comes at a random moment of the update after the first that the driver has done."""
-    rng, run, kills = random.Random(11), tmp_path, []
+    expected = whole if updates == UPDATES else unbroken_outcome(place, tmp_path / "all", updates)
+    rng, run, kills = random.Random(11), tmp_path / "cut", []
+    run.mkdir()
     (run / "stderr").touch()
-    for _ in range(10):
-        cut(driver(place, run), run, rng.uniform(0, 0.6))
+    for _ in range(count):
+        cut(driver(place, run, 0, updates), run, rng.uniform(0, 0.6))
         kills.append(DreamingCheckpoint.load(run / "dreaming-state").version)
-    assert driver(place, run).wait(timeout=300) == 0, (run / "stderr").read_text()[-3000:]
-    assert len(kills) == 10 and kills == sorted(kills) and kills[-1] < UPDATES
-    assert outcome(run) == whole
+    finished = driver(place, run, 0, updates).wait(timeout=300)
+    assert finished == 0, (run / "stderr").read_text()[-3000:]
+    assert len(kills) == count and kills == sorted(kills) and kills[-1] < updates
+    assert outcome(run) == expected
     told = {json.loads(line)["step"] for line in (run / "steps.jsonl").read_text().splitlines()}
     # A kill may come after an update was kept and before it was told.
-    every = set(range(1, UPDATES + 1))
+    every = set(range(1, updates + 1))
     assert every - set(kills) <= told <= every
 
 
@@ -348,4 +366,5 @@ if __name__ == "__main__":
         with steps.open("a") as file:
             file.write(json.dumps({"step": step, **told}) + "\n")
 
-    dream(Path(sys.argv[1]), Path(sys.argv[2]), tell, staleness=int(sys.argv[3]))
+    staleness, updates = map(int, sys.argv[3:])
+    dream(Path(sys.argv[1]), Path(sys.argv[2]), tell, staleness=staleness, updates=updates)

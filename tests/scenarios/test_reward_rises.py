@@ -26,6 +26,7 @@ from sleeprl.worlds.people import documents, fresh_people
 from tests.integration.dreaming.test_staleness import engines, local_ray  # noqa: F401
 from tests.support.models import newborn
 
+pytestmark = pytest.mark.slow
 STEPS = 12
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from sleeprl.lineage import LineageStore
 from sleeprl.utils.files import sha256_file
 from tests.scenarios.test_night import SMALL, sleeprl, summary
 from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 # Dreams and roll-outs are written while the learner learns: which version writes a dream, and the
 # last bit of a log-probability, depend on the moment. All else does not.
@@ -75,30 +78,47 @@ def kill_when(moment: Callable[[], bool], place: Path, *words: str) -> None:
     process.communicate()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_night_that_is_killed_at_every_turn_ends_as_if_it_was_not(tmp_path: Path) -> None:
+# By name, whether the moment of a kill has come.
+KILLS: dict[str, Callable[[Path], bool]] = {
+    "planned": lambda run: done(run, "plan"),
+    "studied": lambda run: done(run, "self_study"),
+    "half consolidated": lambda run: len(steps(run)) >= 20,
+    "committed": lambda run: bool(LineageStore(run.parent.parent / "cut").list()),
+}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param(["half consolidated"], id="once"),
+        pytest.param([*KILLS], marks=pytest.mark.soak, id="at every turn"),
+    ],
+)
+def test_a_killed_night_ends_as_if_it_was_not(kills: list[str], tmp_path: Path) -> None:
     whole = sleeprl("night", "name=whole", "generations=whole", *WORDS, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr[-3000:]
 
     run, store = tmp_path / "runs" / "cut", LineageStore(tmp_path / "cut")
     again = ["--resume", "runs/cut"]
-    kill_when(lambda: done(run, "plan"), tmp_path, "name=cut", "generations=cut", *WORDS)
-    kill_when(lambda: done(run, "self_study"), tmp_path, *again)
-    kill_when(lambda: len(steps(run)) >= 20, tmp_path, *again)
-    heard = len(steps(run))
-    assert not store.list()
-    kill_when(lambda: bool(store.list()), tmp_path, *again)
-    (first,) = store.list()
+    words = ["name=cut", "generations=cut", *WORDS]
+    for name in kills:
+        kill_when(partial(KILLS[name], run), tmp_path, *words)
+        if name != "committed":
+            assert not store.list()
+            heard = len(steps(run))
+        words = again
+    committed = [each.id for each in store.list()]
     finished = sleeprl("night", *again, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
 
     told, cut = summary(tmp_path, "whole"), summary(tmp_path, "cut")
-    assert [each.id for each in store.list()] == [first.id] == [cut["generation"]]
-    assert store.head() == first.id and store.verify(first.id) == []
+    assert [each.id for each in store.list()] == [cut["generation"]]
+    assert committed == ([cut["generation"]] if "committed" in kills else [])
+    assert store.head() == cut["generation"] and store.verify(cut["generation"]) == []
     hashes = [
         sha256_file(tmp_path / name / generation / "model.safetensors")
-        for name, generation in (("whole", told["generation"]), ("cut", first.id))
+        for name, generation in (("whole", told["generation"]), ("cut", cut["generation"]))
     ]
     assert hashes[0] == hashes[1]
     for state in ("before", "before_with_context", "after"):
@@ -107,11 +127,10 @@ def test_a_night_that_is_killed_at_every_turn_ends_as_if_it_was_not(tmp_path: Pa
     assert len(steps(run)) < heard + 32, "the consolidation went on from a checkpoint"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_ctrl_c_ends_everything_and_a_night_killed_in_its_dreams_goes_on(tmp_path: Path) -> None:
-    updates, groups, size = 5, 2, 4
-    words = [*SMALL, "name=cut", "baselines=[]", f"dreaming.steps={updates}"]
+    updates, groups, size = 4, 2, 4
+    words = [*SMALL, "wake.people=2", "name=cut", "baselines=[]", f"dreaming.steps={updates}"]
     run = tmp_path / "runs" / "cut"
     process = night(tmp_path, *words)
     wait_until(lambda: len(steps(run)) > 20, process)

@@ -245,7 +245,7 @@ def test_a_killed_worker_and_a_killed_process_change_nothing(place: Path) -> Non
     same(place, "killed")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_an_elastic_job_goes_on_with_the_workers_that_are_left(
     place: Path, monkeypatch: pytest.MonkeyPatch
