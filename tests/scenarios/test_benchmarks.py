@@ -17,13 +17,16 @@ pytestmark = pytest.mark.slow
 
 
 def quick(name: str, output: Path, *words: str) -> dict[str, Any]:
-    words = ("--quick", *words)
+    return measure(name, output, "--quick", *words)
+
+
+def measure(name: str, output: Path, *words: str, timeout: float = 500) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--output", output, *words],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = output.glob(f"{name}*.json")
@@ -88,3 +91,11 @@ def test_sync(tmp_path: Path) -> None:
         assert all(cpu > 0 and wall > 0 for cpu, wall in times)
     for transport in row["transports"].values():
         assert transport["gb_per_s"][0] > 0 and transport["of_copy"][0] > 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(6 * 3600)
+@pytest.mark.parametrize("name", ["learner", "rollout", "grpo_vs_trl", "overlap", "sync"])
+def test_in_full(name: str, tmp_path: Path) -> None:
+    """As the figures of the documentation are made; what is measured stays in ``tmp_path``."""
+    measure(name, tmp_path, timeout=6 * 3600)
