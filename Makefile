@@ -28,6 +28,7 @@ help:
 	@echo "  make ci              lint, types, all tests: what has to be green"
 	@echo "  make lint            ruff: rules and format        make format   let ruff rewrite"
 	@echo "  make types           mypy over sleeprl/, benchmarks/ and tuning/"
+	@echo "  make docs            the documentation, strictly, into build/site"
 	@echo "  make test-slow       the slow scenarios alone"
 	@echo "  make soak            campaigns of hours; what they came to is kept in benchmarks/results/"
 	@echo "  make embedded-model  train the embedded model from nothing"
@@ -98,10 +99,16 @@ format: install
 types: install
 	@$(VENV_PYTHON) -m mypy
 
+# From this repository alone. The variable silences an advertisement of the theme's.
+.PHONY: docs
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --quiet
+
 .PHONY: ci
 ci:
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory docs
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-slow
 

@@ -238,16 +238,16 @@ def measure_engine(
         seed=0,
         transport=delivery,
     )
-    pool = EnginePool.launch(1, options, 1, 0)
+    fleet = EnginePool.launch(1, options, 1, 0)
 
     def update() -> None:
-        pool.publish(weights.items())
+        fleet.publish(weights.items())
 
     try:
         update()
         return [seconds(update) for _ in range(repeats)]
     finally:
-        pool.shutdown()
+        fleet.shutdown()
 
 
 # --- the table ----------------------------------------------------------------------

@@ -86,7 +86,7 @@ def _free(wanted: Iterable[str]) -> dict[str, float]:
 
 def run(
     job: Job,
-    pool: EnginePool,
+    fleet: EnginePool,
     resources: ResourcesConfig,
     storage: Path,
     name: str,
@@ -118,7 +118,7 @@ def run(
         _train_loop,
         train_loop_config={
             "job": job,
-            "engines": pool.group.actors,
+            "engines": fleet.group.actors,
             "teachers": teachers,
             "mailbox": mailbox,
             "stall_seconds": resources.stall_seconds,
@@ -170,6 +170,6 @@ def run(
         ray.kill(actor)
     if failed:
         raise failed[0]
-    pool.version = int(end["version"])
-    pool.group.updated(end["verified"])
+    fleet.version = int(end["version"])
+    fleet.group.updated(end["verified"])
     return end

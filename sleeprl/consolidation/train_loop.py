@@ -119,8 +119,8 @@ class _Worker:
         self.job, self.shell = job, shell
         self.learner = Trainer(job.learner, Teachers(teachers) if teachers else None)
         self.rank, self.world = self.learner.rank, self.learner.world
-        self.pool = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
-        self.pool.version = job.first_version - 1
+        self.fleet = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
+        self.fleet.version = job.first_version - 1
         self._sleep()
         method = METHODS[job.method]
         self.config = config = method.objective(job.config)
@@ -164,14 +164,14 @@ class _Worker:
             self._checkpoint(step)
         if not rollouts:
             return
-        self.extra.update(publish(self.learner, self.pool, self.job.canary))
+        self.extra.update(publish(self.learner, self.fleet, self.job.canary))
         if self.rank == 0:
             rng = random.Random(f"{self.job.seed}-rollouts-{step}")
             old = round(config.rollout_prompts * self.feed.replay_share)
             drawn = imitation.draw(self.feed.new, config.rollout_prompts - old, config, rng)
             drawn += imitation.draw(self.feed.replay, old, config, rng) if old else []
             prompts, sampling = imitation.requests(drawn, config, rng)
-            self.pending = (drawn, self.pool.generate_later(prompts, sampling))
+            self.pending = (drawn, self.fleet.generate_later(prompts, sampling))
         if not self.feed.streams or self.job.learner.colocated:
             self._collect()
 
@@ -207,7 +207,7 @@ class _Worker:
     def _sleep(self) -> None:
         """Where engines and learner share a device, it is the learner's until the next update."""
         if self.job.learner.colocated and self.rank == 0:
-            self.pool.sleep()
+            self.fleet.sleep()
 
     def rows(self, step: int) -> list[TrainingExample]:
         """What is learnt from in ``step``, over all ranks."""
@@ -237,7 +237,7 @@ class _Worker:
                 checkpoint.save_state(state)
                 position = {
                     "tokens": self.tokens,
-                    "version": self.pool.version,
+                    "version": self.fleet.version,
                     "student_rows": [asdict(r) for r in self.student_rows],
                 }
                 (directory / POSITION).write_text(json.dumps(position))
@@ -252,7 +252,7 @@ class _Worker:
             TrainerCheckpoint(directory).restore(self.learner)
             position = json.loads((directory / POSITION).read_text())
         self.tokens = position["tokens"]
-        self.pool.version = max(self.pool.version, position["version"])
+        self.fleet.version = max(self.fleet.version, position["version"])
         self.student_rows = [TrainingExample(**r) for r in position["student_rows"]]
 
     def finish(self) -> None:
@@ -262,14 +262,14 @@ class _Worker:
             self._note(drawn, pending.wait(), None)
         self._to_the_lake()
         self.learner.finalise()
-        publish(self.learner, self.pool, self.job.canary)
+        publish(self.learner, self.fleet, self.job.canary)
         if self.job.output:
             save_trained(self.learner, Path(self.job.output), self.job.canary)
         end = {
             "step": self.learner.steps,
             "tokens": self.tokens,
-            "version": self.pool.version,
-            "verified": self.pool.health.working,
+            "version": self.fleet.version,
+            "verified": self.fleet.health.working,
         }
         self.shell.tell({"end": end})
 

@@ -141,7 +141,7 @@ def launch(
     tasks: Sequence[Task],
     placement: Any = None,
 ) -> Actors:
-    """placement: of the pool; a restarted engine takes its place there."""
+    """placement: of the fleet; a restarted engine takes its place there."""
     dreaming, resources, learner = config.dreaming, config.resources, job.learner
     world = resources.learner_workers
     of_learner = ray.remote(DreamTrainer).options(
@@ -217,7 +217,7 @@ def max_groups_in_flight(dreaming: DreamingConfig) -> int:
 
 def run_dreaming(
     config: NightConfig,
-    pool: EnginePool,
+    fleet: EnginePool,
     learner: TrainerOptions,
     expert: Path,
     chat: ChatFormatter,
@@ -234,10 +234,10 @@ def run_dreaming(
     """
     dreaming = config.dreaming
     tasks = make_tasks(documents, probes, config.seed)
-    position = DreamingCheckpoint.load((run_dir / "dreaming-state").resolve(), pool.version + 1)
+    position = DreamingCheckpoint.load((run_dir / "dreaming-state").resolve(), fleet.version + 1)
     job = learner_job(config, learner, expert, run_dir, canary, position.first_version)
-    engines = pool.lease(max_groups_in_flight(dreaming))
-    actors = launch(config, job, tasks, pool.placement)
+    engines = fleet.lease(max_groups_in_flight(dreaming))
+    actors = launch(config, job, tasks, fleet.placement)
     try:
         actors.start(position, engines)
         pipeline = assemble(config, actors, engines, tasks, chat, position, on_restart)
@@ -245,7 +245,7 @@ def run_dreaming(
         pipeline.run(on_step)
         idle = WAITS.lap()
         last = actors.learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]
-        pool.version = last
+        fleet.version = last
     finally:
         actors.kill()
     return {

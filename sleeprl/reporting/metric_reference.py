@@ -75,7 +75,7 @@ _TRAINING = (
           "wrote.", "", "0.8 to 1.25"),
     _step(EVERY, "*/weight_mean", "Mean importance weight after `importance_weight` limits it; 1 "
           "where it is off.", "", "0.9 to 1.1"),
-    _step(EVERY, "*/outside", "Share of tokens whose ratio is outside `importance_weight.low` and "
+    _step(EVERY, "*/outside", "Share of tokens whose ratio is outside `dreaming.importance_weight.low` and "
           "`high`.", "share", "below 0.2; above, lower `max_staleness` or the learning rate"),
     _step(EVERY, "*/reference_kl", "KL divergence from the smaller self, per token (k3); only "
           "where the reference was asked.", "nats/token", "rises slowly, stays below 1"),
@@ -156,9 +156,9 @@ def _figures(state: str) -> tuple[Metric, ...]:
                  "it.", "share", "above `before.two_hop`" if after else ""),
         _summary("figures", f"{state}.retention", "Right answers to questions on what was known "
                  "before.", "share",
-                 "at most `gate.tolerance` below `before.retention`" if after else ""),
+                 "at most `gate.max_retention_drop` below `before.retention`" if after else ""),
         _summary("figures", f"{state}.perplexity", "Perplexity per token of the held-out texts.",
-                 "", "at most `gate.perplexity` times that of `before`" if after else ""),
+                 "", "at most `gate.max_perplexity_ratio` times that of `before`" if after else ""),
         _summary("figures", f"{state}.n.*", "What the figure rests on.",
                  "questions, or tokens for the perplexity", "at least 100 questions"),
     )  # fmt: skip
@@ -179,14 +179,14 @@ _GATE = (
     _summary("gate", "gate.passed", "Whether the generation was committed."),
     _summary("gate", "gate.refused", "Why it was not; empty where it passed.", "", "empty"),
     _summary("gate", "gate.lost", "Retention before, less retention after.", "share",
-             "at most `gate.tolerance`"),
+             "at most `gate.max_retention_drop`"),
     _summary("gate", "gate.retention_before", "Retention before the night.", "share"),
     _summary("gate", "gate.retention_after", "Retention after the night.", "share"),
     _summary("gate", "gate.tolerance", "The setting; null where there were too few questions, and "
              "the perplexity decides alone.", "share"),
     _summary("gate", "gate.rise", "Perplexity after, divided by perplexity before.", "",
-             "at most `gate.perplexity`"),
-    _summary("gate", "gate.perplexity_tolerance", "The setting `gate.perplexity`."),
+             "at most `gate.max_perplexity_ratio`"),
+    _summary("gate", "gate.perplexity_tolerance", "The setting `gate.max_perplexity_ratio`."),
     _summary("gate", "gate.forgotten[].*", "Questions on what was known before that are answered "
              "right before and wrong after, with both answers.", "", "a few"),
 )  # fmt: skip

@@ -47,10 +47,10 @@ class TextSampler:
     """
 
     def __init__(
-        self, pool: EnginePool, chat: ChatFormatter, config: SelfStudyConfig, seed: int, max_length: int,
+        self, fleet: EnginePool, chat: ChatFormatter, config: SelfStudyConfig, seed: int, max_length: int,
         on_written: Callable[[int], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        self.pool, self.chat, self.config, self.seed = pool, chat, config, seed
+        self.fleet, self.chat, self.config, self.seed = fleet, chat, config, seed
         self.max_length, self.on_written = max_length, on_written
         self.written = self.malformed = 0
 
@@ -85,7 +85,7 @@ class TextSampler:
             SamplingParams(self.config.max_tokens, heat, _mix(self.seed, self.written + i))
             for i in range(len(prompts))
         ]
-        completions = self.pool.generate(prompts, sampling)
+        completions = self.fleet.generate(prompts, sampling)
         self.written += len(prompts)
         self.malformed += sum(c.finish_reason != "stop" for c in completions)
         self.on_written(self.written)
@@ -100,7 +100,7 @@ class TextSampler:
     ) -> list[list[float]]:
         """-log p of each token of a text behind its prompt, in nats."""
         whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
-        found = self.pool.logprobs(whole) if whole else []
+        found = self.fleet.logprobs(whole) if whole else []
         return [
             [-value for value in values[len(prompt) - 1 :]]
             for prompt, values in zip(prompts, found, strict=True)

@@ -96,7 +96,7 @@ def load_probes(path: Path) -> list[Pair]:
 
 
 def study(
-    pool: EnginePool,
+    fleet: EnginePool,
     chat: ChatFormatter,
     documents: Sequence[str],
     config: SelfStudyConfig,
@@ -113,7 +113,7 @@ def study(
     notebook: what was asked on earlier nights, first what is to be asked again first.
     on_written: in_context how many texts there are, a few times.
     """
-    sampler = TextSampler(pool, chat, config, seed, max_length, on_written)
+    sampler = TextSampler(fleet, chat, config, seed, max_length, on_written)
     # A dream is asked for with the whole document, and everything that helps a weak writer.
     whole = [build_qa_prompt(chat, config, with_experience(text, STUDY_QA)) for text in documents]
     sampler.require_room(whole)
@@ -141,7 +141,7 @@ def study(
 
 
 def write_rehearsal(
-    pool: EnginePool,
+    fleet: EnginePool,
     chat: ChatFormatter,
     config: SelfStudyConfig,
     seed: int,
@@ -156,7 +156,7 @@ def write_rehearsal(
     be stated freely; pairs that are asked freely are of what was known long before.
     *replay*: what it asks itself. Every prompt is the same for both selves.
     """
-    sampler = TextSampler(pool, chat, config, seed, max_length)
+    sampler = TextSampler(fleet, chat, config, seed, max_length)
     recent = sample_facts(sampler, "self_study", config.replay_questions // 2)
     free = ask_freely(sampler, config.replay_questions, again=question_bank)
     talk = sample_conversations(sampler, config.replay_conversations)

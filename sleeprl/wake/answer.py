@@ -57,15 +57,15 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
         prompts.append(chat.prompt(with_experience(near, question) if near else question))
     # One of its own, also where `ray start` has left another on this machine.
     ray.init("local", num_cpus=available_cpus(), include_dashboard=False, log_to_driver=False)
-    pool = None
+    fleet = None
     try:
         options = EngineOptions.from_config(settings, str(source), "float32")
-        pool = EnginePool.launch(1, options, cpus=1, gpus=0)
+        fleet = EnginePool.launch(1, options, cpus=1, gpus=0)
         if rest := engine_extra_tensors(source):
-            pool.publish(rest)
+            fleet.publish(rest)
         sampling = [SamplingParams(reply, temperature=0.0)] * len(prompts)
-        return [chat.decode(c.token_ids) for c in pool.generate(prompts, sampling)]
+        return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
     finally:
-        if pool is not None:
-            pool.shutdown()
+        if fleet is not None:
+            fleet.shutdown()
         ray.shutdown()

@@ -52,7 +52,7 @@ class NcclTransport:
         if self._group is None:
             raise TransportError(
                 "the group that weights are broadcast in was aborted after a timeout; "
-                "EnginePool.disconnect() lets the next update connect again, once the dead are replaced"
+                "Fleet.disconnect() lets the next update connect again, once the dead are replaced"
             )
 
     def buckets(self, tensors: Iterable[NamedTensor]) -> Iterator[dict[str, Any]]:

@@ -72,15 +72,15 @@ def test_a_reward_rises(place: Path) -> None:
     day = [told["text"] for told in documents(people, 5, 2)]
     probes = [Pair(n, f"Who is in text {n}?", people[2 * n].name) for n in range(len(day))]
     chat, told = ChatFormatter(place / "wide"), list[dict[str, Any]]()
-    pool = engines(place)
+    fleet = engines(place)
     try:
         phase.run_dreaming(
-            config, pool, TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.01, STEPS),
+            config, fleet, TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.01, STEPS),
             place / "born", chat, day, probes, place, chat.prompt(day[0])[:64], print,
             lambda _, metrics: told.append(metrics),
         )  # fmt: skip
     finally:
-        pool.shutdown()
+        fleet.shutdown()
     rewards = [metrics["reward"] for metrics in told]
     assert len(rewards) == STEPS
     assert fmean(rewards[:3]) < 0.35, "it has something to learn"

@@ -44,16 +44,16 @@ def drive(directory: Path, name: str) -> None:
             model=str(directory / "wide"), dtype="float32", max_length=128, threads=1,
             memory_gb=0.2, gpu=False, gpu_utilization=0.4, seed=0,
         )  # fmt: skip
-        pool = EnginePool.launch(1, options, 1, 0)
+        fleet = EnginePool.launch(1, options, 1, 0)
 
         def tell(record: dict[str, Any]) -> None:
             print("step", int(record["step"]), record["loss"], int(record["workers"]), flush=True)
             if lose is not None and record["step"] >= 40:
                 lose()
 
-        end = train.run(job(directory, name), pool, resources, directory / "train", name, tell)
+        end = train.run(job(directory, name), fleet, resources, directory / "train", name, tell)
         print("end", end["step"], end["tokens"], flush=True)
-        pool.shutdown()
+        fleet.shutdown()
 
 
 @contextmanager

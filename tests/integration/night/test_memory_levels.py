@@ -236,8 +236,8 @@ def test_what_is_rehearsed_is_written_freely(tiny_model: Path) -> None:
             return format_qa(f"old {number}?", "guess"), "stop"
         return f"answer to {message}", "stop"
 
-    pool = Script(chat, author)
-    written = write_rehearsal(pool, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
+    fleet = Script(chat, author)
+    written = write_rehearsal(fleet, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
     texts = written.trajectories
     assert all(text.teacher_prompt_ids is None for text in texts)  # the same prompt for both
     assert len({text.uid for text in texts}) == len(texts)
@@ -427,9 +427,9 @@ def test_an_engine_starts_with_the_model_before_a_step(
     ids = list(range(20, 60))
     (right,) = expected(tmp_path / "plain", [TrainingExample(ids[:1], ids[1:], "")])
     with cluster(made.config.resources):
-        pool = made.launch(1)
-        (found,) = pool.logprobs([ids])
-        pool.shutdown()
+        fleet = made.launch(1)
+        (found,) = fleet.logprobs([ids])
+        fleet.shutdown()
     assert found == pytest.approx(right, abs=1e-3)
 
 
