@@ -64,7 +64,8 @@ from sleeprl.night.schedule import new_slots, steps_of
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.self_study import question_bank
-from sleeprl.self_study.study import Study, study, write_rehearsal
+from sleeprl.self_study.sampler import TextSampler
+from sleeprl.self_study.study import Study, write_rehearsal, write_study
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.utils.files import atomic_directory, locked, write_json_atomic
 from sleeprl.utils.machine import describe_environment
@@ -134,13 +135,13 @@ class InProcess:
         self.end: dict[str, Any] = {}
 
     @contextmanager
-    def kept(self) -> Iterator[Path | None]:
+    def latest_checkpoint(self) -> Iterator[Path | None]:
         yield None
 
-    def keep(self, step: int, directory: Path) -> None:
+    def save_checkpoint(self, step: int, directory: Path) -> None:
         pass
 
-    def tell(self, record: dict[str, Any]) -> None:
+    def report(self, record: dict[str, Any]) -> None:
         self.end = record.get("end", self.end)
 
 
@@ -227,12 +228,12 @@ def learn_day(
         if reads == (PASSAGE,):
             written = Study([])
         elif step is None or step.teacher_has_context:
-            written = study(lab.fleet, chat, documents, wanted, seed, longest, question_bank=kept)
+            sampler = TextSampler(lab.fleet, chat, wanted, seed, longest)
+            written = write_study(sampler, documents, question_bank=kept)
             kept = written.question_bank
         else:
-            written = write_rehearsal(
-                lab.fleet, chat, wanted, seed + number, longest, question_bank=kept
-            )
+            sampler = TextSampler(lab.fleet, chat, wanted, seed + number, longest)
+            written = write_rehearsal(sampler, kept)
         place = scratch / str(number)
         Lake(place / "lake").append(to_batch(written.trajectories), "trajectories")
         seeding = config.consolidation

@@ -12,6 +12,7 @@ from ray.util.placement_group import placement_group
 from ray.util.placement_group import remove_placement_group as ray_remove_placement_group
 
 from sleeprl.cluster.waits import WAITS, Watchdog, to_stderr
+from sleeprl.cluster.warm import WARM
 from sleeprl.config.schema import ConfigError, ResourcesConfig
 from sleeprl.utils.machine import available_cpus
 
@@ -113,6 +114,7 @@ def cluster(
         with Watchdog(WAITS, resources.stall_seconds, on_stall):
             yield
     finally:
+        WARM.clear()
         ray.shutdown()
 
 

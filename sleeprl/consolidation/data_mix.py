@@ -1,4 +1,4 @@
-"""What each step of the job learns from: rows of the night's data, drawn by seed and step.
+"""What each step of a job learns from: examples of the night's data, drawn by seed and step.
 
 The draw of a step depends on the seed and the step only, so a resumed job continues
 with the rows it would have had.
@@ -22,12 +22,7 @@ T = TypeVar("T")
 
 
 class DataMix:
-    """The texts a method reads. They come in shuffled passes, each once per pass.
-
-    texts: self-study, of which the method takes its streams. config: as the method has
-    it (``Method.objective``). passages: token ids of the day's documents.
-    Raises ValueError when there is nothing of a stream that the method cannot do without.
-    """
+    """The texts a method reads. They come in shuffled passes, each once per pass."""
 
     def __init__(
         self,
@@ -37,6 +32,18 @@ class DataMix:
         config: ConsolidationConfig,
         seed: int,
     ) -> None:
+        """Take the streams of a method.
+
+        Args:
+            method: What reads them.
+            texts: Self-study.
+            passages: Token ids of the day's documents.
+            config: As the method has it (``Method.objective``).
+            seed: Of the order.
+
+        Raises:
+            ValueError: There is nothing of a stream that the method cannot do without.
+        """
         self.method, self.config, self.seed = method, config, seed
         read = set(self.parts(0))
         self.rollouts = STUDENT in read
@@ -52,52 +59,55 @@ class DataMix:
                 f"{method.title} needs the smaller self's own texts, but there is no replay; "
                 "set self_study.replay_questions above 0"
             )
-        self.own = [row(text, REPLAY) for text in free]
+        self.free_texts = [to_example(text, REPLAY) for text in free]
         """All that the smaller self wrote freely, whether the method reads it or not."""
         count = config.batch_size
         replayed = round(count * config.replay_ratio) if self.replay else 0
         streams = {
-            NEW: ([row(text, NEW) for text in self.new], count),
-            REPLAY: ([row(text, REPLAY) for text in self.replay], replayed),
+            NEW: ([to_example(text, NEW) for text in self.new], count),
+            REPLAY: ([to_example(text, REPLAY) for text in self.replay], replayed),
             PASSAGE: ([TrainingExample(ids[:1], ids[1:], PASSAGE) for ids in passages], count),
         }
         self.streams = {name: streams[name] for name in method.texts}
 
     @property
     def replay_share(self) -> float:
-        """How much of the roll-outs goes on from the smaller self's own texts."""
+        """Share of the rollouts that continue the smaller self's own texts."""
         return self.config.replay_ratio / (1.0 + self.config.replay_ratio) if self.replay else 0.0
 
     def parts(self, step: int) -> dict[str, LossWeights]:
-        """The weight of what is learnt from in ``step``."""
+        """Return the loss weights of what is learnt from in ``step``."""
         return loss_weights(self.method, self.config, step)
 
     def rows(self, step: int) -> list[TrainingExample]:
-        """The texts of ``step``, over all ranks."""
+        """Return the texts of ``step``, over all ranks."""
         drawn: list[TrainingExample] = []
         for name, (rows, count) in self.streams.items():
             drawn += _pass(rows, step, count, f"{self.seed}-{name}")
         return drawn
 
     def tokens_per_step(self) -> float:
-        """Expected ``trained_tokens``; a roll-out is taken to be as long as the text it stands for."""
+        """Estimate ``trained_tokens`` of a step; a rollout counts as long as the text it continues."""
         tokens = sum(count * _mean_tokens(rows) for rows, count in self.streams.values())
         if self.rollouts:
             config, share = self.config, self.replay_share
             count = config.rollout_prompts * config.group_size / config.rollout_every
-            tokens += count * (1.0 - share) * _mean_tokens([row(t, STUDENT) for t in self.new])
-            tokens += count * share * _mean_tokens([row(t, STUDENT) for t in self.replay])
+            tokens += (
+                count * (1.0 - share) * _mean_tokens([to_example(t, STUDENT) for t in self.new])
+            )
+            tokens += count * share * _mean_tokens([to_example(t, STUDENT) for t in self.replay])
         return tokens
 
 
-def row(text: Trajectory, part: str) -> TrainingExample:
+def to_example(text: Trajectory, part: str) -> TrainingExample:
+    """Return a text as an example of a part, with its teacher's prompt."""
     return TrainingExample(
         text.prompt_ids, text.response_ids, part, text.teacher_prompt_ids, key=text.uid
     )
 
 
 def trained_tokens(rows: Sequence[TrainingExample]) -> int:
-    """Tokens that go through the trained model's forward and backward pass."""
+    """Count the tokens that go through the trained model's forward and backward pass."""
     return sum(r.student_length() for r in rows)
 
 
@@ -106,7 +116,7 @@ def _mean_tokens(rows: Sequence[TrainingExample]) -> float:
 
 
 def _pass(items: Sequence[T], step: int, count: int, seed: str) -> list[T]:
-    """Items ``step*count`` to ``(step+1)*count`` of an endless shuffled repetition."""
+    """Return items ``step*count`` to ``(step+1)*count`` of an endless shuffled repetition."""
     drawn: list[T] = []
     position = step * count
     while len(drawn) < count:

@@ -12,7 +12,7 @@ from sleeprl.text.normalise import normalise
 def lexical(
     student: Sequence[int], teacher: Sequence[int], threshold: float, z0_mode: str = "ratio"
 ) -> float:
-    """r_abs = 1 - z / max length when z is within the threshold, else 0 (eq. 4); in [0, 1].
+    """Return r_abs = 1 - z / max length when z is within the threshold, else 0 (eq. 4); in [0, 1].
 
     z is the Levenshtein distance on token ids. z0_mode: ``ratio`` takes ``threshold``
     as a share of the longer text, because a raw distance punishes long texts; ``abs``
@@ -29,26 +29,25 @@ def lexical(
 
 
 def semantic(student: str, teacher: str) -> float:
-    """The exact judge: 1 when both texts are the same after ``normalise``."""
+    """Return 1 when both texts are the same after ``normalise``: the exact judge."""
     return float(normalise(student) == normalise(teacher))
 
 
 def imitation_reward(
-    student_ids: Sequence[int],
-    teacher_ids: Sequence[int],
-    student_text: str,
-    teacher_text: str,
+    student: Sequence[int],
+    teacher: Sequence[int],
+    judgement: float,
     *,
     gamma: float,
     threshold: float,
     z0_mode: str = "ratio",
-    judgement: float | None = None,
 ) -> float:
-    """r = gamma * r_sem + (1 - gamma) * r_abs (eq. 3), in [0, 1].
+    """Return r = gamma * r_sem + (1 - gamma) * r_abs (eq. 3), in [0, 1].
 
-    judgement: r_sem where another judge gave it (``losses.judges``), 0 or 1; by default
-    the exact judge compares the two texts.
+    Args:
+        student, teacher: Token ids.
+        judgement: r_sem, 0 or 1, of a judge (``judges``).
+        gamma: Share of r_sem.
+        threshold, z0_mode: See ``lexical``.
     """
-    if judgement is None:
-        judgement = semantic(student_text, teacher_text)
-    return gamma * judgement + (1.0 - gamma) * lexical(student_ids, teacher_ids, threshold, z0_mode)
+    return gamma * judgement + (1.0 - gamma) * lexical(student, teacher, threshold, z0_mode)

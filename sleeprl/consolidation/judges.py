@@ -43,15 +43,20 @@ class Exact:
 
 
 class Embedding:
-    """The cosine of two sentence embeddings is at least ``threshold``.
-
-    model: an encoder, by directory or Hugging Face id, such as all-MiniLM-L6-v2; its
-        embedding is the mean of its last hidden states.
-    """
+    """The cosine of two sentence embeddings is at least a threshold."""
 
     def __init__(
         self, learner: Trainer, chat: ChatFormatter, model: str, threshold: float = 0.8
     ) -> None:
+        """Load the encoder.
+
+        Args:
+            learner: Not asked.
+            chat: Not asked.
+            model: An encoder, by directory or Hugging Face id, such as all-MiniLM-L6-v2; the mean of
+                its last hidden states is the embedding.
+            threshold: Of the cosine.
+        """
         from transformers import AutoModel, AutoTokenizer
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
@@ -98,12 +103,13 @@ class Teacher:
 
 
 def make_judge(name: str, options: dict[str, Any], learner: Trainer, chat: ChatFormatter) -> Judge:
+    """Create a judge by its name, as every rank does."""
     judge: Judge = create(name, "judge", {**options, "learner": learner, "chat": chat})
     return judge
 
 
 def same_by_embedding(student_NE: Tensor, teacher_NE: Tensor, threshold: float = 0.8) -> Tensor:
-    """1 where the cosine of two embeddings is at least ``threshold``, [N].
+    """Return 1 where the cosine of two embeddings is at least ``threshold``, [N].
 
     Row i of both is pair i; rows need not have length 1, a zero row is like nothing.
     """
@@ -117,10 +123,13 @@ def same_by_embedding(student_NE: Tensor, teacher_NE: Tensor, threshold: float =
 
 
 def same_by_verdict(yes_N: Tensor, no_N: Tensor) -> Tensor:
-    """1 where a judge that was asked "same meaning? yes/no" has P(yes) >= 0.5, [N].
+    """Return 1 where a judge that was asked "same meaning? yes/no" has P(yes) >= 0.5, [N].
 
-    yes_N, no_N: log-probabilities of the two answers, in nats; with several spellings
-        of an answer, their ``logsumexp``. P is among these two, since what else the
-        model might say is no verdict: it is at least 0.5 where yes >= no.
+    P is among these two, since what else the model might say is no verdict: it is at least 0.5 where
+    yes >= no.
+
+    Args:
+        yes_N, no_N: Log-probabilities of the two answers, in nats; with several spellings of an answer,
+            their ``logsumexp``.
     """
     return (yes_N >= no_N).to(yes_N.dtype)

@@ -9,7 +9,7 @@ from sleeprl.losses.combined import LossWeights
 
 
 def seeding_parts(config: ConsolidationConfig, step: int) -> dict[str, LossWeights]:
-    """J_KS at a step, as stream weights of what the teacher wrote and of the student's roll-outs.
+    """Return J_KS at a step, as loss weights of what the teacher wrote and of the student's rollouts.
 
     Replay has the weight that ``replay_ratio`` gives it in the data; both streams
     are means, so without this it would count as much as the new.

@@ -1,7 +1,7 @@
 """The objective of Knowledge Seeding, J_KS, as weights of streams (method 2.4, 6.4).
 
     J_KS = (1 - alpha) * E[r]  -  alpha * E[F(teacher || student)]           (step 3)
-    F    = lambda * (on the student's roll-outs) + (1 - lambda) * (on the teacher's texts)
+    F    = lambda * (on the student's rollouts)  + (1 - lambda) * (on the teacher's texts)
                                                                             (step 1)
 
 What is minimised is -J_KS: ``pg`` is the loss of E[r], ``kl`` is F. With lambda = 1 it
@@ -17,14 +17,16 @@ from sleeprl.losses.combined import LossWeights
 
 @dataclass(frozen=True)
 class SeedingWeights:
-    """Streams of the two kinds of text. texts: written by the teacher. rollouts: by the student."""
+    """Loss weights of the two kinds of text."""
 
     texts: LossWeights
+    """Written by the teacher."""
     rollouts: LossWeights
+    """Written by the student."""
 
 
 def on_policy_share(step: int, start: float, warmup: int = 0) -> float:
-    """lambda at ``step``: ``start`` for good, or rising on a line to 1 over ``warmup`` steps.
+    """Return lambda at ``step``: ``start`` for good, or rising on a line to 1 over ``warmup`` steps.
 
     A student that knows nothing yet writes poor texts to learn from, so teacher texts
     come first (method 6.1). warmup: 0 keeps lambda constant.
@@ -45,15 +47,16 @@ def seeding_weights(
     seed_steps: int = 0,
     ce: float = 0.0,
 ) -> SeedingWeights:
-    """The weights of -J_KS at ``step`` (from 0): a function of its arguments only.
+    """Return the weights of -J_KS at ``step`` (from 0): a function of its arguments only.
 
-    alpha: divergence against imitation reward. on_policy, on_policy_warmup: lambda, see
-        ``on_policy_share``.
-    seed_steps: ``seed_then_imitate`` (method 6.4): in the first ``seed_steps`` the
-        objective is that of alpha = 1, divergence only; then it is joint. 0 is joint
-        from the start, the default.
-    ce: weight of the cross-entropy on teacher texts (method 6.2; 0 is the paper).
-        It stands beside J_KS: neither alpha nor lambda scales it.
+    Args:
+        step: Of the consolidation.
+        alpha: Divergence against imitation reward.
+        on_policy, on_policy_warmup: lambda, see ``on_policy_share``.
+        seed_steps: In so many first steps the objective is that of alpha = 1, divergence only; then it
+            is joint (method 6.4). 0 is joint from the start.
+        ce: Weight of the cross-entropy on teacher texts (method 6.2; 0 is the paper). It stands beside
+            J_KS: neither alpha nor lambda scales it.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha={alpha} must lie in [0, 1]")

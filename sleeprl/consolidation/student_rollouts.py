@@ -1,6 +1,6 @@
-"""Student roll-outs for seeding: continue a teacher's text, be paid for agreeing with it.
+"""Student rollouts for seeding: continue a teacher's text, be rewarded for agreeing with it.
 
-The same roll-outs carry the on-policy divergence and the imitation reward
+The same rollouts carry the on-policy divergence and the imitation reward
 (method 2.4: the cheapest reading of the joint objective).
 """
 
@@ -20,10 +20,10 @@ from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.batching import TrainingExample
 
-Judged = tuple[float, float | None]
-"""Reward and advantage of a roll-out."""
+Score = tuple[float, float | None]
+"""Reward and advantage of a rollout."""
 SLACK = 8
-"""Tokens that a roll-out may be longer than what the teacher wrote."""
+"""Tokens that a rollout may be longer than what the teacher wrote."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,25 @@ class Continuation:
 
     @property
     def prompt(self) -> list[int]:
+        """What the student is given, in token ids."""
         return self.source.prompt_ids + self.prefix
 
     @property
     def teacher_prompt(self) -> list[int] | None:
+        """What the teacher is given, where that is more."""
         teacher = self.source.teacher_prompt_ids
         return None if teacher is None else teacher + self.prefix
 
 
-def longest(texts: Sequence[Trajectory]) -> int:
-    """The most tokens that a roll-out on one of these texts can have."""
+def longest_rollout(texts: Sequence[Trajectory]) -> int:
+    """Return the most tokens that a rollout on one of these texts can have."""
     return SLACK + max((len(text.response_ids) for text in texts), default=0)
 
 
 def draw(
     texts: Sequence[Trajectory], count: int, config: ConsolidationConfig, rng: random.Random
 ) -> list[Continuation]:
-    """``count`` texts, each cut after a random share of its tokens."""
+    """Draw ``count`` texts with replacement, each cut after a random share of its tokens."""
     drawn = []
     for text in rng.choices(texts, k=count):
         share = rng.uniform(config.prefix_min, config.prefix_max)
@@ -61,10 +63,10 @@ def draw(
     return drawn
 
 
-def requests(
+def build_requests(
     continuations: Sequence[Continuation], config: ConsolidationConfig, rng: random.Random
 ) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts and sampling, ``group_size`` in a row for each; a little longer than the rest."""
+    """Return prompts and sampling, ``group_size`` in a row for each; a little longer than the rest."""
     prompts, sampling = [], []
     for continuation in continuations:
         for _ in range(config.group_size):
@@ -75,44 +77,37 @@ def requests(
     return prompts, sampling
 
 
-def rows(
+def score_rollouts(
     continuations: Sequence[Continuation],
     completions: Sequence[Completion],
     config: ConsolidationConfig,
     chat: ChatFormatter,
     judge: Judge,
     loss: LossOptions,
-) -> tuple[list[TrainingExample], dict[str, float], list[Judged]]:
-    """Rows of the part ``student`` with the algorithm's advantages, their mean reward, and what
-    became of each roll-out; of one without a token there is no row."""
+) -> tuple[list[TrainingExample], dict[str, float], list[Score]]:
+    """Reward the rollouts, and make training examples of the part ``student`` of them.
+
+    Args:
+        continuations: What was continued.
+        completions: ``group_size`` in a row for each continuation.
+        config: What the reward is made of.
+        chat: Turns tokens into text for the judge.
+        judge: Says how far two texts mean the same.
+        loss: Its algorithm gives the advantages.
+
+    Returns:
+        The examples, none of a rollout without a token; the mean rewards; the score of each rollout.
+    """
     owners = [c for c in continuations for _ in range(config.group_size)]
-    texts = [
-        (chat.decode(completion.token_ids), chat.decode(owner.rest))
-        for owner, completion in zip(owners, completions, strict=True)
-    ]
-    judgements = judge(texts) if config.semantic else [0.0] * len(texts)
-    rewards = [
-        imitation_reward(
-            completion.token_ids,
-            owner.rest,
-            *text,
-            gamma=config.semantic,
-            threshold=config.edit_threshold,
-            z0_mode=config.edit_mode,
-            judgement=judgement,
-        )
-        for owner, completion, text, judgement in zip(
-            owners, completions, texts, judgements, strict=True
-        )
-    ]
+    rewards = _reward(owners, completions, config, chat, judge)
     groups = [str(index // config.group_size) for index in range(len(owners))]
     lengths = [len(completion.token_ids) for completion in completions]
     advantages = loss.policy.advantages(RewardBatch(rewards, groups, lengths, loss.limit))
-    made = []
+    examples = []
     for owner, completion, advantage in zip(owners, completions, advantages, strict=True):
         if not completion.token_ids:
             continue
-        made.append(
+        examples.append(
             TrainingExample(
                 prompt_ids=owner.prompt,
                 response_ids=completion.token_ids,
@@ -128,25 +123,56 @@ def rows(
     metrics = {"imitation_reward": sum(rewards) / max(1, len(rewards))}
     if new:
         metrics["imitation_reward_new"] = sum(new) / len(new)
-    return made, metrics, list(zip(rewards, advantages, strict=True))
+    return examples, metrics, list(zip(rewards, advantages, strict=True))
 
 
-def trajectories(
+def _reward(
+    owners: Sequence[Continuation],
+    completions: Sequence[Completion],
+    config: ConsolidationConfig,
+    chat: ChatFormatter,
+    judge: Judge,
+) -> list[float]:
+    """The imitation reward of each completion, against the text that its owner has cut off."""
+    texts = [
+        (chat.decode(completion.token_ids), chat.decode(owner.rest))
+        for owner, completion in zip(owners, completions, strict=True)
+    ]
+    judgements = judge(texts) if config.semantic else [0.0] * len(texts)
+    return [
+        imitation_reward(
+            completion.token_ids,
+            owner.rest,
+            judgement,
+            gamma=config.semantic,
+            threshold=config.edit_threshold,
+            z0_mode=config.edit_mode,
+        )
+        for owner, completion, judgement in zip(owners, completions, judgements, strict=True)
+    ]
+
+
+def to_trajectories(
     prefix: str,
     continuations: Sequence[Continuation],
     completions: Sequence[Completion],
     config: ConsolidationConfig,
-    judged: Sequence[Judged] | None,
+    scores: Sequence[Score] | None,
 ) -> list[Trajectory]:
-    """Roll-outs as the lake keeps them, each with the text that it goes on from as its task.
+    """Return rollouts as the lake keeps them, each with the text that it continues as its task.
 
-    prefix: of their uids. judged: as ``rows`` gives it; None where nobody will learn from them.
+    Args:
+        prefix: Beginning of their uids.
+        continuations: What was continued.
+        completions: ``group_size`` in a row for each continuation.
+        config: For the size of a group.
+        scores: As ``score_rollouts`` gives them; None where nobody will learn from them.
     """
     made = []
     for index, completion in enumerate(completions):
         number, attempt = divmod(index, config.group_size)
         owner = continuations[number]
-        reward, advantage = judged[index] if judged else (None, None)
+        reward, advantage = scores[index] if scores else (None, None)
         made.append(
             Trajectory(
                 uid=f"{prefix}-{number}-{attempt}",
@@ -160,7 +186,7 @@ def trajectories(
                 finish_reason=completion.finish_reason,
                 teacher_prompt_ids=owner.teacher_prompt,
                 reward=reward,
-                unscored=None if judged else "the job ended",
+                unscored=None if scores else "the job ended",
                 advantage=advantage,
             )
         )

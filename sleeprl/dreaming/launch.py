@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import ray
 
 from sleeprl.cluster.actor_group import ActorGroup
 from sleeprl.cluster.waits import WAITS
+from sleeprl.cluster.warm import WARM
 from sleeprl.config.schema import ConfigError, DreamingConfig, NightConfig
-from sleeprl.data.lake import Lake
+from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import from_batch
 from sleeprl.dreaming.admission import AdmissionQueue
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint
@@ -34,6 +34,7 @@ from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import STUDY_QA, with_experience
 from sleeprl.trainer.options import TrainerOptions
+from sleeprl.trainer.setup import warm_up
 
 
 def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> list[Task]:
@@ -112,8 +113,39 @@ def learner_job(
 
 def spawn_unreserved(actor: Any, *arguments: Any, count: int = 1, gpus: float = 0.0) -> list[Any]:
     """Some that work in the gaps of the others, so they reserve no core."""
-    of_kind = ray.remote(actor).options(num_cpus=0, num_gpus=gpus)
-    return [of_kind.remote(*arguments) for _ in range(count)]
+    return [WARM.spawn(actor, *arguments, gpus=gpus) for _ in range(count)]
+
+
+def prestart_actors(config: NightConfig, learner: TrainerOptions) -> None:
+    """Start processes for the actors of dreaming, in the background: they import and wait.
+
+    Only where Ray is this machine's own, and only processes without a GPU: elsewhere they would take
+    room from others for as long as they wait.
+
+    Args:
+        config: Settings of the night.
+        learner: Options of the trainer to come.
+    """
+    resources = config.resources
+    if resources.address is not None:
+        return
+    if not resources.learner_gpus:
+        WARM.prestart(DreamTrainer, resources.learner_workers, partial(warm_up, learner))
+    if not resources.scorer_gpus:
+        load = partial(LearningGainScorer, *_scorer_arguments(config, learner))
+        WARM.prestart(LearningGainScorer, resources.scorers, load)
+    WARM.prestart(RewardActor, resources.reward_workers, partial(ChatFormatter, learner.checkpoint))
+    WARM.prestart(CurriculumActor, 1, dict)
+
+
+def _scorer_arguments(config: NightConfig, learner: TrainerOptions) -> tuple[Any, ...]:
+    """Arguments of the scorer of a trainer with these options."""
+    dreaming = config.dreaming
+    return (
+        learner.checkpoint, learner.seed, dreaming.trial_learning_rate,
+        dreaming.trial_questions, 1, learner.teacher_only_slots, learner.wake_gradients_path,
+        bool(config.resources.scorer_gpus),
+    )  # fmt: skip
 
 
 def spawn_scorers_and_rewards(
@@ -122,9 +154,7 @@ def spawn_scorers_and_rewards(
     """The scorers and the rewards."""
     dreaming, resources = config.dreaming, config.resources
     scorers = spawn_unreserved(
-        LearningGainScorer, learner.checkpoint, learner.seed, dreaming.trial_learning_rate,
-        dreaming.trial_questions, 1, learner.teacher_only_slots, learner.wake_gradients_path,
-        bool(resources.scorer_gpus),
+        LearningGainScorer, *_scorer_arguments(config, learner),
         count=resources.scorers, gpus=resources.scorer_gpus,
     )  # fmt: skip
     rewards = spawn_unreserved(
@@ -144,13 +174,12 @@ def launch(
     """placement: of the fleet; a restarted engine takes its place there."""
     dreaming, resources, learner = config.dreaming, config.resources, job.learner
     world = resources.learner_workers
-    of_learner = ray.remote(DreamTrainer).options(
-        num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus
-    )
     options = EngineOptions.from_config(config, learner.checkpoint, learner.dtype)
 
     def new_learner(rank: int) -> Any:
-        return of_learner.remote(job, rank, world)
+        return WARM.spawn(
+            DreamTrainer, job, rank, world, cpus=resources.learner_cpus, gpus=resources.learner_gpus
+        )
 
     curriculum = spawn_unreserved(
         CurriculumActor, dreaming.curriculum, dreaming.curriculum_options, tasks, config.seed
@@ -239,7 +268,8 @@ def run_dreaming(
     engines = fleet.lease(max_groups_in_flight(dreaming))
     actors = launch(config, job, tasks, fleet.placement)
     try:
-        actors.start(position, engines)
+        with WAITS.on("dreaming's actors", what="their start", kind="start"):
+            actors.start(position, engines)
         pipeline = assemble(config, actors, engines, tasks, chat, position, on_restart)
         WAITS.lap()
         pipeline.run(on_step)
@@ -257,7 +287,7 @@ def run_dreaming(
 
 def _samples(run_dir: Path, chat: ChatFormatter, count: int = 8) -> list[dict[str, str]]:
     """The best and the worst dreams, for the report. Of the others only the rewards are read."""
-    lake, kind = Lake(run_dir / "lake"), "trajectories"
+    lake, kind = Lake(run_dir / "lake"), TRAJECTORIES
     dreams = lake.read(kind, ["purpose", "reward"]).filter(
         (pc.field("purpose") == "dream") & pc.field("reward").is_valid()
     )

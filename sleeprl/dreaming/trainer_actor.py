@@ -27,7 +27,7 @@ from sleeprl.cluster.actor_group import ActorGroup
 from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.cluster.waits import WAITS, Watchdog
 from sleeprl.config.schema import DreamingConfig
-from sleeprl.data.lake import Lake
+from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import (
     TRAJECTORY_SCHEMA,
     Trajectory,
@@ -102,7 +102,7 @@ class DreamTrainer(RemoteActor):
         if state is not None:
             TrainerCheckpoint(Path(state)).restore(self.learner)
         self.chat = ChatFormatter(self.job.learner.checkpoint)
-        texts = Lake(self.job.lake).read("trajectories")
+        texts = Lake(self.job.lake).read(TRAJECTORIES)
         self.replay = from_batch(texts.filter(pc.field("purpose") == "replay"))
         self.parts = {
             DREAM: LossWeights(pg=config.loss.policy_gradient),
@@ -233,7 +233,7 @@ class DreamTrainer(RemoteActor):
                     for batch in _there([ref]):  # if not, it will be written again
                         write_group(target, name, batch)
             told = [self.table, *map(pa.Table.from_batches, ([b] for b in _there(outdated)))]
-            Lake(self.job.lake).append(pa.concat_tables(told), "trajectories")
+            Lake(self.job.lake).append(pa.concat_tables(told), TRAJECTORIES)
         dist.barrier()  # the directory is there
         TrainerCheckpoint(Path(directory)).save_teacher_cache(self.learner)
 

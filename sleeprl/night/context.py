@@ -8,8 +8,9 @@ from typing import Any
 
 from sleeprl.config.methods import METHODS
 from sleeprl.config.schema import NightConfig
-from sleeprl.consolidation import ray_job
+from sleeprl.consolidation.ray_job import TrainingProcesses, run_job
 from sleeprl.consolidation.train_loop import Job
+from sleeprl.dreaming.launch import prestart_actors
 from sleeprl.evaluation.measure import measure
 from sleeprl.evaluation.metrics import metrics_of
 from sleeprl.evaluation.questions import Day
@@ -18,6 +19,8 @@ from sleeprl.night.model_stages import ModelStages
 from sleeprl.night.run_dir import ANSWERS, RunDirectory
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.text.chat import ChatFormatter
+from sleeprl.trainer.options import TrainerOptions
+from sleeprl.weight_sync.base import BETWEEN_GPUS
 
 OnStep = Callable[[int], None]
 DAY, STUDY, TRAIN = "day.json", "study.json", "train"
@@ -40,6 +43,7 @@ class Night:
         self.stages = ModelStages(run, device_dtype(run.config.model.dtype, run.config.resources))
         self.lake = self.stages.lake_of(None)
         self._engines = engines
+        self._processes: TrainingProcesses | None = None
 
     # --- the day ------------------------------------------------------------------
 
@@ -108,6 +112,46 @@ class Night:
 
     # --- training -----------------------------------------------------------------
 
+    def prestart_training(self, step: int) -> None:
+        """Start the processes of a transfer and of dreaming while a core is idle: they import and wait.
+
+        Where weights go between GPUs, the trainer's GPU is needed for them until the transfer begins.
+        """
+        config, stages = self.config, self.stages
+        if config.resources.transport in BETWEEN_GPUS:
+            return
+        key, seeding = stages.step_key(step), config.consolidation
+        if not self.run.is_done(key):
+            options = stages.trainer_options(step, seeding.learning_rate, seeding.steps)
+            self._processes = self._start_processes(options, key)
+        to_dream = config.dreaming.enabled and not self.run.is_done("dreaming")
+        if to_dream and step == stages.last_step:
+            prestart_actors(config, stages.dreaming_options())
+
+    def prestart_baseline(self, trained: str = "") -> None:
+        """Start the processes of the next baseline, if there is one, while the engines measure.
+
+        Args:
+            trained: The baseline that is being measured.
+        """
+        done = {trained, *self.run.state["results"]}
+        missing = [name for name in self.config.baselines if name not in done]
+        if missing and self.config.resources.transport not in BETWEEN_GPUS:
+            name, seeding = missing[0], self.config.consolidation
+            step = self.stages.context_step if METHODS[name].grows else None
+            options = self.stages.trainer_options(step, seeding.learning_rate, seeding.steps)
+            self.stop_training()
+            self._processes = self._start_processes(options, name)
+
+    def _start_processes(self, options: TrainerOptions, name: str) -> TrainingProcesses:
+        return TrainingProcesses(options, self.config.resources, self.run.dir / TRAIN, name)
+
+    def stop_training(self) -> None:
+        """End processes that were started for a job that did not come."""
+        processes, self._processes = self._processes, None
+        if processes is not None:
+            processes.close()
+
     def training_job(self, method: str, step: int | None, output: str = "") -> Job:
         """Describe a training job.
 
@@ -154,5 +198,10 @@ class Night:
             if on_step is not None:
                 on_step(step)
 
-        place = self.run.dir / TRAIN
-        return ray_job.run(job, self.engines, self.config.resources, place, key, on_metrics)
+        processes, self._processes = self._processes, None
+        if processes is not None and processes.name != key:
+            processes.close()
+            processes = None
+        if processes is None:
+            processes = self._start_processes(job.learner, key)
+        return run_job(job, processes, self.engines, on_metrics)

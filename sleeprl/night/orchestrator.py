@@ -53,6 +53,7 @@ def run_phases(night: Night, phases: Sequence[Phase]) -> None:
         for phase in phases:
             run_phase(night, phase)
     finally:
+        night.stop_training()
         night.stop_engines()
 
 

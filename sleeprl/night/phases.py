@@ -25,7 +25,8 @@ from sleeprl.night.context import DAY, STUDY, TRAIN, Night, OnStep
 from sleeprl.night.gate import commit_generation
 from sleeprl.plugins import create
 from sleeprl.self_study import question_bank
-from sleeprl.self_study.study import describe_study, load_probes, study, write_rehearsal
+from sleeprl.self_study.sampler import TextSampler
+from sleeprl.self_study.study import describe_study, load_probes, write_rehearsal, write_study
 from sleeprl.trainer.publish import CANARY
 from sleeprl.wake.day import build_day
 from sleeprl.weight_sync.verification import Canary
@@ -101,23 +102,29 @@ def learn_in_wake(night: Night) -> Result:
 
 
 def prepare_engines(night: Night) -> Result:
-    """Start the engines with the model that the next step needs."""
-    return {"engines": len(night.start_engines(night.stages.next_step).group)}
+    """Start the engines with the model that the next step needs, and beside them what trains it."""
+    step = night.stages.next_step
+    if not isinstance(night.stages.steps[step], Merge):
+        night.prestart_training(step)
+    return {"engines": len(night.start_engines(step).group)}
 
 
 def study_day(night: Night) -> Result:
     """Let the smaller self write what the larger one learns from."""
     config, known = night.config, night.run.result("wake")
-    written = study(
+    sampler = TextSampler(
         night.engines,
         night.chat,
-        night.day.documents,
         config.self_study,
         config.seed,
         config.model.max_length,
+        lambda count: night.run.progress.update("self_study", texts=count),
+    )
+    written = write_study(
+        sampler,
+        night.day.documents,
         hold_out=0.0 if known["retention"] else OWN_SHARE,
         question_bank=question_bank.load(night.stages.checkpoint_before(0)),
-        on_written=lambda count: night.run.progress.update("self_study", texts=count),
     )
     night.lake.rewrite(to_batch(written.trajectories), TRAJECTORIES)
     written.save(night.run.dir / STUDY)
@@ -181,14 +188,10 @@ def rehearse_level(night: Night, step: int) -> Result:
     it has slept on it."""
     config, stages = night.config, night.stages
     learned = step > stages.context_step
-    written = write_rehearsal(
-        night.engines,
-        night.chat,
-        config.self_study,
-        config.seed + step,
-        config.model.max_length,
-        question_bank=question_bank.load(night.run.dir if learned else stages.checkpoint_before(0)),
-    )
+    seed, length = config.seed + step, config.model.max_length
+    sampler = TextSampler(night.engines, night.chat, config.self_study, seed, length)
+    bank = question_bank.load(night.run.dir if learned else stages.checkpoint_before(0))
+    written = write_rehearsal(sampler, bank)
     stages.lake_of(step).rewrite(to_batch(written.trajectories), TRAJECTORIES)
     new = sum(text.purpose == "self_study" for text in written.trajectories)
     return {"new": new, "replay": len(written.trajectories) - new}
@@ -229,6 +232,7 @@ def measure_after(night: Night) -> Result:
     """Measure the larger self."""
     canary = Canary.load(night.stages.expert_directory() / CANARY)
     night.stages.publish_tensors(night.engines, night.stages.grown_tensors(), canary)
+    night.prestart_baseline()
     return {"after": night.measure("after")}
 
 
@@ -241,6 +245,7 @@ def run_baseline(night: Night, name: str) -> Result:
     budget = night.run.result("consolidation")["tokens"]
     job = limit_to_budget(night.training_job(name, step), budget)
     end = night.train(job, name, ("loss", "imitation_reward"))
+    night.prestart_baseline(name)
     figures = night.measure(name)
     if not stages.has_merge:
         stages.publish_tensors(night.engines, all_tensors(stages.dense_checkpoint()))

@@ -16,12 +16,12 @@ from sleeprl.memory.transfer import Merge, Step, Transfer, plan_night
 
 
 def parent(config: NightConfig) -> Manifest | None:
-    """The generation that ``model.name`` means, if it means one."""
+    """Find the generation that ``model.name`` means, if it means one."""
     return LineageStore(config.generations).find(config.model.name)
 
 
 def clock_of(config: NightConfig, manifest: Manifest | None) -> Clock:
-    """The clock as the night begins: that of the generation it starts from, or a new one."""
+    """Return the clock as the night begins: that of the generation it starts from, or a new one."""
     clock = config.memory.clock()
     if manifest is not None and manifest.clock:
         try:
@@ -32,14 +32,14 @@ def clock_of(config: NightConfig, manifest: Manifest | None) -> Clock:
 
 
 def new_slots(config: NightConfig) -> Slots:
-    """The layout that ``memory`` describes, empty; ``base_width`` is the checkpoint's to say."""
+    """Return the layout that ``memory`` describes, empty; the checkpoint has the ``base_width``."""
     memory = config.memory
     pools = tuple(level.slots for level in memory.levels)
     return Slots(0, memory.width, sum(pools), (), pools, memory.growth)
 
 
 def require_layout(config: NightConfig, slots: Slots) -> None:
-    """Raises ConfigError where a checkpoint's slots are not those that ``memory`` describes."""
+    """Raise ConfigError where a checkpoint's slots are not those that ``memory`` describes."""
     wanted = new_slots(config)
     for field, asked, found in (
         ("growth", wanted.growth, slots.growth),
@@ -54,7 +54,7 @@ def require_layout(config: NightConfig, slots: Slots) -> None:
 
 
 def steps_of(config: NightConfig, slots: Slots, boundaries: Sequence[Due]) -> tuple[Step, ...]:
-    """``plan_night``, with a full level told as a matter of configuration."""
+    """Plan the steps of a night; a full level is an error of the configuration."""
     try:
         steps = plan_night(slots, boundaries, config.memory.when_full, config.memory.reset)
     except PoolFull as error:
@@ -69,7 +69,7 @@ def steps_of(config: NightConfig, slots: Slots, boundaries: Sequence[Due]) -> tu
 
 
 def elapsed_units(config: NightConfig, documents: Sequence[int]) -> int:
-    """What a night adds to the clock. documents: the length of each of the day's, in tokens."""
+    """Return what a night adds to the clock, from the lengths of the day's documents in tokens."""
     return {
         "tokens": sum(documents),
         "optimizer_steps": config.consolidation.steps,
@@ -79,7 +79,7 @@ def elapsed_units(config: NightConfig, documents: Sequence[int]) -> int:
 
 
 def describe_step(step: Step) -> str:
-    """One step as a reader sees it."""
+    """Describe a step."""
     if isinstance(step, Merge):
         return f"slot {step.slot} into the base"
     if step.sender == CONTEXT:

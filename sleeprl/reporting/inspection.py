@@ -10,11 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sleeprl.data.lake import Lake
+from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import Trajectory, from_batch
 from sleeprl.text.chat import ChatFormatter
 
-KIND = "trajectories"
 _UID_WIDTH = 24
 """Columns of a longest uid that is not wrapped."""
 
@@ -47,9 +46,9 @@ def inspect_run(
         NothingToInspect: There is no such run or no such trajectory; the message says what there is.
     """
     lake, chat = Lake(run / "lake"), _load_chat(run)
-    if not lake.files(KIND):
+    if not lake.files(TRAJECTORIES):
         raise NothingToInspect(f"{run} has no trajectories; give the directory of a run")
-    table = lake.read(KIND)
+    table = lake.read(TRAJECTORIES)
     for column, wanted in (("purpose", purpose), ("task_id", task), ("uid", uid)):
         if wanted is not None:
             known = table.column(column).unique().to_pylist()

@@ -1,10 +1,17 @@
 """What the smaller self writes with nothing in its prompt, so that what it knew stays.
 
 Without such texts growth forgets as fast as fine-tuning does. There are five kinds of
-them: what it asks itself; what it asked itself on earlier nights (``notebook``); what it states,
-since of its own accord it asks about what it has known for long and states what it learned last;
-what lies next to what is learned tonight; and conversations. Questions and statements spread as wide as they
-can. Answers are the surest there are, because a slip of chance would be learned too.
+them:
+
+- what it asks itself,
+- what it asked itself on earlier nights (``question_bank``),
+- what it states: of its own accord it asks about what it has known for long, and states what it
+  learned last,
+- what lies next to what is learned tonight,
+- conversations.
+
+Questions and statements spread as wide as they can. Answers are the surest there are, because a slip of
+chance would be learned too.
 """
 
 from __future__ import annotations
@@ -37,25 +44,31 @@ Purpose = Literal["self_study", "replay"]
 
 @dataclass(frozen=True)
 class RehearsalSet:
-    """Texts to rehearse; those that were held out of them; how likely the next one to be asked
-    is one that was; and the questions that had their turn, in their order."""
+    """Texts to rehearse, and what was held out of them."""
 
     trajectories: list[Trajectory]
     held: list[str]
+    """Questions, facts or messages that nothing is to be trained on."""
     coverage: float | None = None
+    """How likely the next free question is one that was asked."""
     asked: list[str] = field(default_factory=list)
+    """The questions that had their turn, in their order."""
 
 
 def ask_freely(
     sampler: TextSampler, count: int, hold_out: float = 0.0, again: Sequence[str] = ()
 ) -> RehearsalSet:
-    """Free questions, each answered again on its own, and every fourth pair as it was written.
+    """Ask freely and answer each question again on its own; rehearse every fourth pair as it was written.
 
     What was known is asked in questions, so answers are what is rehearsed most. Of the
     pairs a few keep the skill of asking itself, which the next night needs.
 
-    again: questions of earlier nights. At most ``2 * count`` of them are answered, in place of at
-    most half of ``count``, and of all that is answered one for each fact is rehearsed.
+    Args:
+        sampler: Samples of the smaller self.
+        count: How many questions.
+        hold_out: Share of them that nothing is to be trained on.
+        again: Questions of earlier nights. At most ``2 * count`` of them are answered, in place of at
+            most half of ``count``, and of all that is answered one for each fact is rehearsed.
     """
     prompt, again = build_qa_prompt(sampler.chat, sampler.config, FREE_QA), again[: 2 * count]
     drafts = sampler.generate([prompt] * max(count // 2, count - len(again)), WIDE)
@@ -72,17 +85,20 @@ def ask_freely(
     asked = [q for q in dict.fromkeys([*questions, *again]) if q not in held]
     answered = _answered(sampler, "replay", "answer", asked)
     if again:
-        said = sampler.chat.decode
-        told = [(said(text.prompt_ids), said(text.response_ids)) for text in answered]
-        answered = [answered[place] for place in one_of_each_fact(told)]
+        decode = sampler.chat.decode
+        pairs_again = [(decode(text.prompt_ids), decode(text.response_ids)) for text in answered]
+        answered = [answered[place] for place in one_of_each_fact(pairs_again)]
     kept_out = [question for question in questions if question in held]
     drawn = [question for _, _, question in pairs]
     return RehearsalSet([*rows, *answered], kept_out, coverage(drawn, again), asked)
 
 
 def one_of_each_fact(pairs: Sequence[tuple[str, str]]) -> list[int]:
-    """Places of the first pair of each fact: of (question, answer) whose answer is the same and whose
-    questions share their two rarest words, by how many of the questions they are in."""
+    """Return the place of the first pair of each fact.
+
+    Pairs (question, answer) are of one fact where the answer is the same and the questions share their
+    two rarest words, by how many of the questions they are in.
+    """
     words = [sorted(set(re.findall(r"\w+", question.casefold()))) for question, _ in pairs]
     count = Counter(word for those in words for word in those)
     found: dict[tuple[str, ...], int] = {}
@@ -95,7 +111,7 @@ def one_of_each_fact(pairs: Sequence[tuple[str, str]]) -> list[int]:
 def sample_facts(
     sampler: TextSampler, purpose: Purpose, count: int, hold_out: float = 0.0
 ) -> RehearsalSet:
-    """Facts that it states freely, and a question about each with its own answer to it.
+    """Sample facts that it states freely, and a question about each with its own answer to it.
 
     A statement that the answer does not bear out was a slip, and is not rehearsed.
     """
@@ -123,7 +139,7 @@ def sample_facts(
 
 
 def sample_conversations(sampler: TextSampler, count: int, hold_out: float = 0.0) -> RehearsalSet:
-    """Messages that it writes in the user's place, with its answers (Magpie, 2406.08464).
+    """Sample messages that it writes in the user's place, with its answers (Magpie, 2406.08464).
 
     A message is the first line of what is written. Answers count also where they are cut off: the
     smaller self says at each token what it would have said.
@@ -149,12 +165,17 @@ def sample_conversations(sampler: TextSampler, count: int, hold_out: float = 0.0
 def sample_near_questions(
     sampler: TextSampler, documents: Sequence[str], asked: Sequence[GeneratedQuestion], count: int
 ) -> list[Trajectory]:
-    """What is spoiled first: questions that begin as tonight's do, and turn elsewhere.
+    """Sample what is spoiled first: questions that begin as tonight's do, and turn elsewhere.
 
-    asked: tonight's questions. Each is cut off where the smaller self would have gone on otherwise,
-    sooner the more surprising the next token is, and is gone on with freely. A question to
-    which the document makes a difference is about the document, and left out: what the
-    smaller self says of that is what is to change.
+    Each of tonight's questions is cut off where the smaller self would have continued differently, likelier
+    the more surprising the next token is, and is continued freely. A question to which the document makes
+    a difference is about the document, and left out: what the smaller self says of that is to change.
+
+    Args:
+        sampler: Samples of the smaller self.
+        documents: The day's.
+        asked: Tonight's questions.
+        count: How many beginnings are continued.
     """
     if not (asked and count):
         return []
@@ -191,7 +212,7 @@ def sample_near_questions(
 def _answered(
     sampler: TextSampler, purpose: Purpose, task: str, questions: Sequence[str]
 ) -> list[Trajectory]:
-    """Each question once, with its own answer."""
+    """Answer each question once."""
     prompts = [sampler.chat.prompt(question) for question in dict.fromkeys(questions)]
     return [
         trajectory(purpose, task, index, prompt, answer, None)

@@ -1,4 +1,4 @@
-"""The smaller self as a writer: a seed of its own for every text, and what is not whole is counted."""
+"""Samples texts of the smaller self: each with a seed of its own, and those that are not whole counted."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from sleeprl.text.prompts import FREE_QA, examples, parse_qa, with_experience
 
 
 def build_qa_prompt(chat: ChatFormatter, config: SelfStudyConfig, message: str) -> list[int]:
-    """A prompt that is answered with a question and its answer.
+    """Return a prompt that asks for a question and its answer.
 
-    message: ``FREE_QA``, or an instruction to write them about a text.
+    Args:
+        chat: The chat format.
+        config: Says with how many examples, and how the text begins.
+        message: ``FREE_QA``, or an instruction to write them about a text.
     """
     shown = examples(config.few_shot_examples, free=message == FREE_QA)
     return chat.prompt(message, config.assistant_prefix, shown)
@@ -27,35 +30,42 @@ def build_qa_prompt(chat: ChatFormatter, config: SelfStudyConfig, message: str) 
 
 @dataclass(frozen=True)
 class GeneratedQuestion:
-    """A question about document number ``document``, and the ``prompt`` and text it was ``written`` in.
-
-    ids: of the question behind its mark, as it is asked freely; surprise: of each of them then, nats.
-    """
+    """A question that the smaller self asked about a document."""
 
     document: int
+    """Number of the document."""
     question: str
     prompt: list[int]
+    """Token ids behind which it was written."""
     written: Completion
+    """The text that holds it."""
     ids: list[int] = field(default_factory=list)
+    """Token ids of the question behind its mark, as it is asked freely."""
     nll: list[float] = field(default_factory=list)
+    """-log p of each of them when it is asked freely, in nats."""
 
 
 class TextSampler:
-    """Samples with a seed of its own for every text, so a study repeats.
-
-    on_written: told of the texts so far after each set of them.
-    """
+    """Samples with a seed of its own for every text, so a study repeats."""
 
     def __init__(
-        self, fleet: EnginePool, chat: ChatFormatter, config: SelfStudyConfig, seed: int, max_length: int,
+        self, engines: EnginePool, chat: ChatFormatter, config: SelfStudyConfig, seed: int, max_length: int,
         on_written: Callable[[int], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        self.fleet, self.chat, self.config, self.seed = fleet, chat, config, seed
+        """Args:
+        engines: Engines that hold the smaller self.
+        chat: Its chat format.
+        config: Temperatures and lengths.
+        seed: Of all texts together.
+        max_length: Longest sequence, in tokens.
+        on_written: Called with the number of texts so far, after each set of them.
+        """
+        self.engines, self.chat, self.config, self.seed = engines, chat, config, seed
         self.max_length, self.on_written = max_length, on_written
         self.written = self.malformed = 0
 
     def require_room(self, prompts: Sequence[list[int]]) -> None:
-        """Raises ValueError for a prompt that leaves no room for what is to be written."""
+        """Raise ValueError for a prompt that leaves no room for what is to be written."""
         longest, room = max(map(len, prompts), default=0), self._room
         if longest > room:
             raise ValueError(
@@ -69,47 +79,50 @@ class TextSampler:
         return self.max_length - self.config.max_tokens
 
     def can_answer(self, document: str, question: str) -> bool:
-        """Whether a question fits behind its document, with an answer."""
+        """Decide whether a question fits behind its document, with an answer."""
         return self.has_room(with_experience(document, question))
 
     def has_room(self, message: str) -> bool:
-        """Whether a message fits, with an answer."""
+        """Decide whether a message fits, with an answer."""
         return len(self.chat.prompt(message)) <= self._room
 
     def generate(
         self, prompts: Sequence[list[int]], temperature: float | None = None
     ) -> list[Completion]:
+        """Sample one text for each prompt; by default at the temperature of the settings."""
         self.require_room(prompts)
         heat = self.config.temperature if temperature is None else temperature
         sampling = [
             SamplingParams(self.config.max_tokens, heat, _mix(self.seed, self.written + i))
             for i in range(len(prompts))
         ]
-        completions = self.fleet.generate(prompts, sampling)
+        completions = self.engines.generate(prompts, sampling)
         self.written += len(prompts)
         self.malformed += sum(c.finish_reason != "stop" for c in completions)
         self.on_written(self.written)
         return completions
 
     def qa_prefix(self, message: str) -> list[int]:
-        """A prompt behind which a question and its answer can be put, mark and all."""
+        """Return a prompt behind which a question and its answer can be put, mark and all."""
         return build_qa_prompt(self.chat, replace(self.config, assistant_prefix=""), message)
 
     def token_nll(
         self, prompts: Sequence[list[int]], texts: Sequence[list[int]]
     ) -> list[list[float]]:
-        """-log p of each token of a text behind its prompt, in nats."""
+        """Return -log p of each token of each text behind its prompt, in nats."""
         whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
-        found = self.fleet.logprobs(whole) if whole else []
+        found = self.engines.logprobs(whole) if whole else []
         return [
             [-value for value in values[len(prompt) - 1 :]]
             for prompt, values in zip(prompts, found, strict=True)
         ]
 
     def hold_out(self, texts: Sequence[str], share: float) -> set[str]:
+        """Draw a share of the texts."""
         return set(random.Random(f"{self.seed}-held").sample(texts, int(share * len(texts))))
 
     def parse_pair(self, completion: Completion) -> tuple[str, str] | None:
+        """Return question and answer of a text, None where it is not of that form, which is counted."""
         if completion.finish_reason != "stop":
             return None
         pair = parse_qa(self.chat.decode(completion.token_ids))
@@ -125,6 +138,7 @@ def trajectory(
     completion: Completion,
     teacher_prompt: list[int] | None,
 ) -> Trajectory:
+    """Return a text as the lake keeps it, named by its task and its number in it."""
     return Trajectory(
         uid=f"{purpose}-{task}-{attempt}",
         task_id=task,
@@ -140,6 +154,7 @@ def trajectory(
 
 
 def _mix(seed: int, number: int) -> int:
+    """A seed of its own for each text."""
     return int.from_bytes(
         hashlib.blake2b(f"{seed}-{number}".encode(), digest_size=4).digest(), "big"
     )

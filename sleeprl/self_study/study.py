@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from operator import sub
@@ -23,7 +23,6 @@ from pathlib import Path
 
 from sleeprl.config.schema import SelfStudyConfig
 from sleeprl.data.trajectory import Trajectory
-from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.self_study.question_bank import rotate
 from sleeprl.self_study.rehearsal import (
     SURE,
@@ -33,7 +32,6 @@ from sleeprl.self_study.rehearsal import (
     sample_near_questions,
 )
 from sleeprl.self_study.sampler import GeneratedQuestion, TextSampler, build_qa_prompt, trajectory
-from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import (
     FREE_FACT,
     FREE_QA,
@@ -56,10 +54,12 @@ class Pair:
 
 @dataclass
 class Study:
-    """trajectories: to learn from. probes: pairs kept out of training, to judge dreams on."""
+    """What self-study wrote."""
 
     trajectories: list[Trajectory]
+    """Texts to learn from."""
     probes: list[Pair] = field(default_factory=list)
+    """Pairs kept out of training, to judge dreams on."""
     held_questions: list[str] = field(default_factory=list)
     held_facts: list[str] = field(default_factory=list)
     """What the smaller self asked and stated freely and is not trained on: for retention."""
@@ -70,9 +70,10 @@ class Study:
     coverage: float | None = None
     """Of the replay: how likely the next free question is one that is rehearsed."""
     question_bank: list[str] = field(default_factory=list)
-    """As the next night is to find it."""
+    """The questions as the next night is to find them."""
 
     def save(self, path: Path) -> None:
+        """Write what dreaming needs of it as JSON."""
         rows = [asdict(pair) for pair in self.probes]
         write_json_atomic(
             path, {"probes": rows, "written": self.written, "malformed": self.malformed}
@@ -80,7 +81,7 @@ class Study:
 
 
 def describe_study(result: Mapping[str, int]) -> str:
-    """What came of it, for the line of the phase."""
+    """Describe what came of it, for the progress display."""
     line = f"{result['new']} new, {result['replay']} replayed"
     if result["replay"]:
         return line
@@ -92,28 +93,29 @@ def describe_study(result: Mapping[str, int]) -> str:
 
 
 def load_probes(path: Path) -> list[Pair]:
+    """Read the pairs that ``Study.save`` wrote."""
     return [Pair(**row) for row in json.loads(path.read_text())["probes"]]
 
 
-def study(
-    fleet: EnginePool,
-    chat: ChatFormatter,
+def write_study(
+    sampler: TextSampler,
     documents: Sequence[str],
-    config: SelfStudyConfig,
-    seed: int,
-    max_length: int,
     *,
     hold_out: float = 0.0,
     question_bank: Sequence[str] = (),
-    on_written: Callable[[int], None] = lambda _: None,
 ) -> Study:
-    """Sample both streams from the engines, which must hold the smaller self's weights.
+    """Write both streams of a night.
 
-    hold_out: share of the free questions and facts that nothing is to be trained on.
-    notebook: what was asked on earlier nights, first what is to be asked again first.
-    on_written: in_context how many texts there are, a few times.
+    Args:
+        sampler: Samples of the smaller self.
+        documents: The day's.
+        hold_out: Share of the free questions and facts that nothing is to be trained on.
+        question_bank: What was asked on earlier nights, what is to be asked first in front.
+
+    Raises:
+        ValueError: A document is too long to be read and written about.
     """
-    sampler = TextSampler(fleet, chat, config, seed, max_length, on_written)
+    chat, config = sampler.chat, sampler.config
     # A dream is asked for with the whole document, and everything that helps a weak writer.
     whole = [build_qa_prompt(chat, config, with_experience(text, STUDY_QA)) for text in documents]
     sampler.require_room(whole)
@@ -134,29 +136,25 @@ def study(
     result.trajectories += [row for row in rows if tuple(row.prompt_ids) not in held]
     result.coverage = free.coverage
     result.question_bank = rotate(
-        question_bank, list(tonight), free.asked, config.question_bank_size, seed
+        question_bank, list(tonight), free.asked, config.question_bank_size, sampler.seed
     )
     result.written, result.malformed = sampler.written, sampler.malformed
     return result
 
 
-def write_rehearsal(
-    fleet: EnginePool,
-    chat: ChatFormatter,
-    config: SelfStudyConfig,
-    seed: int,
-    max_length: int,
-    *,
-    question_bank: Sequence[str] = (),
-) -> Study:
-    """Both streams for a transfer between levels; the engines hold the smaller self's weights.
+def write_rehearsal(sampler: TextSampler, question_bank: Sequence[str] = ()) -> Study:
+    """Write both streams for a transfer between levels.
 
     *new*: facts that it states freely, a question about each, and its own answer to that
     question. What was learned recently is among them because consolidation taught it to
     be stated freely; pairs that are asked freely are of what was known long before.
     *replay*: what it asks itself. Every prompt is the same for both selves.
+
+    Args:
+        sampler: Samples of the smaller self of the transfer.
+        question_bank: What was asked on earlier nights, what is to be asked first in front.
     """
-    sampler = TextSampler(fleet, chat, config, seed, max_length)
+    config = sampler.config
     recent = sample_facts(sampler, "self_study", config.replay_questions // 2)
     free = ask_freely(sampler, config.replay_questions, again=question_bank)
     talk = sample_conversations(sampler, config.replay_conversations)
@@ -167,7 +165,7 @@ def write_rehearsal(
 
 
 def passages(document: str, sentences: int) -> list[str]:
-    """A document in pieces of so many sentences."""
+    """Cut a document into pieces of so many sentences."""
     found = re.split(r"(?<=[.!?])\s+", document.strip())
     return [" ".join(found[at : at + sentences]) for at in range(0, len(found), sentences)]
 

@@ -28,6 +28,21 @@ def prepare_process(options: TrainerOptions) -> None:
         keep_memory()
 
 
+def warm_up(options: TrainerOptions) -> None:
+    """Import what a trainer with such options needs, by loading its model once.
+
+    For a process that is started before there is work for it. What the trainer draws later is as if this
+    had not been.
+    """
+    prepare_process(options)
+    import deepspeed  # noqa: F401
+
+    slots = Slots.load(Path(options.checkpoint))
+    if slots is not None:
+        with torch.random.fork_rng(devices=[]):
+            load_module(options, slots, None)
+
+
 def load_module(
     options: TrainerOptions, slots: Slots, wake_gradients: Mapping[str, Tensor] | None
 ) -> tuple[ResponseModel, list[nn.Parameter]]:

@@ -18,16 +18,24 @@ from sleeprl.text.prompts import with_experience
 from sleeprl.utils.machine import available_cpus
 
 
-def choose(question: str, documents: Sequence[str], room: int, chat: ChatFormatter) -> list[str]:
-    """The documents that share most words with the question, as many as fit into ``room`` tokens.
+def choose_documents(
+    question: str, documents: Sequence[str], room: int, chat: ChatFormatter
+) -> list[str]:
+    """Choose the documents that share most words with the question, as many as fit.
 
     Rare words count more: a word in one document says more than one in all.
+
+    Args:
+        question: What is asked.
+        documents: What there is.
+        room: Tokens for the documents and the question together.
+        chat: The chat format.
     """
     bags = [set(normalise(text).split()) for text in documents]
-    asked = set(normalise(question).split())
+    words = set(normalise(question).split())
 
     def overlap(index: int) -> float:
-        return sum(1.0 / sum(word in bag for bag in bags) for word in asked & bags[index])
+        return sum(1.0 / sum(word in bag for bag in bags) for word in words & bags[index])
 
     chosen: list[str] = []
     used = len(chat.prompt(question))
@@ -43,7 +51,13 @@ def choose(question: str, documents: Sequence[str], room: int, chat: ChatFormatt
 
 
 def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
-    """Greedy answers of ``model``, each with what it met that is nearest to the question."""
+    """Answer questions greedily, each with the documents in its prompt that are nearest to it.
+
+    Args:
+        lake: What was recorded.
+        questions: What is asked.
+        model: As in ``model.name``.
+    """
     import ray
 
     settings = cfg.load(None, [f"model.name={model}"])
@@ -53,19 +67,19 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
     length, reply = settings.model.max_length, settings.evaluation.max_tokens
     prompts = []
     for question in questions:
-        near = choose(question, documents, length - reply, chat)
+        near = choose_documents(question, documents, length - reply, chat)
         prompts.append(chat.prompt(with_experience(near, question) if near else question))
     # One of its own, also where `ray start` has left another on this machine.
     ray.init("local", num_cpus=available_cpus(), include_dashboard=False, log_to_driver=False)
-    fleet = None
+    engines = None
     try:
         options = EngineOptions.from_config(settings, str(source), "float32")
-        fleet = EnginePool.launch(1, options, cpus=1, gpus=0)
+        engines = EnginePool.launch(1, options, cpus=1, gpus=0)
         if rest := engine_extra_tensors(source):
-            fleet.publish(rest)
+            engines.publish(rest)
         sampling = [SamplingParams(reply, temperature=0.0)] * len(prompts)
-        return [chat.decode(c.token_ids) for c in fleet.generate(prompts, sampling)]
+        return [chat.decode(c.token_ids) for c in engines.generate(prompts, sampling)]
     finally:
-        if fleet is not None:
-            fleet.shutdown()
+        if engines is not None:
+            engines.shutdown()
         ray.shutdown()

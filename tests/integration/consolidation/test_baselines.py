@@ -21,7 +21,7 @@ from torch import Tensor
 from sleeprl.config import loader as cfg
 from sleeprl.config.methods import METHODS, NEW, PASSAGE, REPLAY, STUDENT
 from sleeprl.config.schema import ConfigError, ConsolidationConfig, FixedCapacityConfig
-from sleeprl.consolidation import student_rollouts as imitation
+from sleeprl.consolidation import student_rollouts
 from sleeprl.consolidation.data_mix import DataMix, trained_tokens
 from sleeprl.consolidation.methods import loss_weights
 from sleeprl.consolidation.ray_job import limit_to_budget
@@ -218,7 +218,7 @@ def test_the_student_gets_the_bare_question(name: str) -> None:
     import random
 
     fed = feed(name)
-    for drawn in imitation.draw(fed.new, 20, fed.config, random.Random(0)):
+    for drawn in student_rollouts.draw(fed.new, 20, fed.config, random.Random(0)):
         assert drawn.prompt == drawn.source.prompt_ids
         assert drawn.rest == drawn.source.response_ids
 
@@ -234,7 +234,7 @@ def test_what_was_written_with_a_document_in_sight_is_replayed_and_not_its_own()
     texts = study()
     texts.append(replace(texts[-1], uid="seen", task_id="study-0"))
     assert len(feed("seeding", texts=texts).replay) == 10
-    assert len(feed("ewc", texts=texts).own) == 9
+    assert len(feed("ewc", texts=texts).free_texts) == 9
     with pytest.raises(ValueError, match="there is no replay"):
         feed("ewc", texts=[*study(replay=0), texts[-1]])
 

@@ -37,13 +37,13 @@ class Worker(RemoteActor):
         learn(job, engines, self)
         return self.told
 
-    def kept(self) -> Any:
+    def latest_checkpoint(self) -> Any:
         return nullcontext()
 
-    def keep(self, step: int, directory: Path) -> None:
+    def save_checkpoint(self, step: int, directory: Path) -> None:
         pass
 
-    def tell(self, record: dict[str, Any]) -> None:
+    def report(self, record: dict[str, Any]) -> None:
         if "step" in record:
             self.told.append((record["step"], time.monotonic()))
 

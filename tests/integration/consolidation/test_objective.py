@@ -19,7 +19,7 @@ from sleeprl.config import loader as cfg
 from sleeprl.config.methods import METHODS, NEW, REPLAY, STUDENT
 from sleeprl.config.schema import ConfigError, ConsolidationConfig
 from sleeprl.config.validation import validate_plugins
-from sleeprl.consolidation import student_rollouts as imitation
+from sleeprl.consolidation import student_rollouts
 from sleeprl.consolidation.methods import loss_weights
 from sleeprl.data.trajectory import Trajectory
 from sleeprl.losses.combined import LossBatch, LossOptions, LossWeights, combined_loss, token_counts
@@ -71,7 +71,9 @@ def rolled_out(
     config: ConsolidationConfig, *groups: Sequence[str]
 ) -> tuple[list[TrainingExample], Any]:
     """Rows for these answers to the teacher's ``abcd``, group by group."""
-    drawn = [imitation.Continuation(source("abcd"), [], list(map(ord, "abcd"))) for _ in groups]
+    drawn = [
+        student_rollouts.Continuation(source("abcd"), [], list(map(ord, "abcd"))) for _ in groups
+    ]
     said = [
         Completion(list(map(ord, text)), [-1.0] * len(text), [0] * len(text), "stop")
         for group in groups
@@ -80,7 +82,7 @@ def rolled_out(
     chat: Any = Letters()
     loss = LossOptions(policy=create(config.algorithm, "algorithm", {}), limit=12)
     judge = lambda pairs: [a == b for a, b in pairs]  # noqa: E731
-    return imitation.rows(drawn, said, config, chat, judge, loss)[:2]
+    return student_rollouts.score_rollouts(drawn, said, config, chat, judge, loss)[:2]
 
 
 @pytest.mark.parametrize("name", ["dapo_unscaled", "grpo", "rloo", "reinforce"])
@@ -114,10 +116,10 @@ def test_a_judge_is_not_asked_what_does_not_count() -> None:
         raise AssertionError("asked")
 
     chat: Any = Letters()
-    drawn = [imitation.Continuation(source("ab"), [], [97, 98])]
+    drawn = [student_rollouts.Continuation(source("ab"), [], [97, 98])]
     said = [Completion([97], [-1.0], [0], "stop")]
     config = ConsolidationConfig(group_size=1, semantic=0.0)
-    assert imitation.rows(drawn, said, config, chat, never, LossOptions())[0]
+    assert student_rollouts.score_rollouts(drawn, said, config, chat, never, LossOptions())[0]
 
 
 # --- rows without an advantage --------------------------------------------------------
@@ -266,5 +268,5 @@ def test_a_plug_in_that_is_not_there_is_told_before_the_night() -> None:
 def test_the_draw_of_roll_outs_is_by_seed() -> None:
     config = ConsolidationConfig()
     texts = [source("abcdefgh"), source("hgfedcba")]
-    first, second = (imitation.draw(texts, 5, config, random.Random(1)) for _ in range(2))
+    first, second = (student_rollouts.draw(texts, 5, config, random.Random(1)) for _ in range(2))
     assert first == second

@@ -30,7 +30,7 @@ def drive(directory: Path, name: str) -> None:
     """The driver: one engine, and a job of two workers."""
     from sleeprl.cluster.runtime import cluster
     from sleeprl.config.schema import ResourcesConfig
-    from sleeprl.consolidation import ray_job as train
+    from sleeprl.consolidation.ray_job import TrainingProcesses, run_job
     from sleeprl.rollout.engine import EngineOptions
     from sleeprl.rollout.engine_pool import EnginePool
 
@@ -51,7 +51,9 @@ def drive(directory: Path, name: str) -> None:
             if lose is not None and record["step"] >= 40:
                 lose()
 
-        end = train.run(job(directory, name), fleet, resources, directory / "train", name, tell)
+        work = job(directory, name)
+        processes = TrainingProcesses(work.learner, resources, directory / "train", name)
+        end = run_job(work, processes, fleet, tell)
         print("end", end["step"], end["tokens"], flush=True)
         fleet.shutdown()
 
@@ -136,7 +138,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert [number for number, *_ in steps] == list(range(1, STEPS + 1))
     stalls = re.findall("whole has waited .*\n.*", (place / "whole.err").read_text())
     # No worker starts within a second; two wait for two cores, of which they hold none yet.
-    assert stalls and "training by the learner: its next step\n  each worker wants" in stalls[0]
+    assert stalls and "the start of the learner: its next step\n  each worker wants" in stalls[0]
     return place
 
 

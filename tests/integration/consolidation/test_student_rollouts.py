@@ -13,8 +13,8 @@ import ray
 
 from sleeprl.algorithms.base import RewardBatch
 from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
-from sleeprl.consolidation import student_rollouts as imitation
-from sleeprl.consolidation.train_loop import Job, feed
+from sleeprl.consolidation import student_rollouts
+from sleeprl.consolidation.train_loop import Job, load_data_mix
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
 from sleeprl.plugins import create
@@ -28,7 +28,7 @@ EVERY, STEPS = 3, 9
 class Dies(Worker):
     """Before its first checkpoint is kept."""
 
-    def keep(self, step: int, directory: Path) -> None:
+    def save_checkpoint(self, step: int, directory: Path) -> None:
         raise RuntimeError(f"died at {step}")
 
 
@@ -40,8 +40,8 @@ class Telling(Worker):
         super().learn(job, engines, address)
         return self.records
 
-    def tell(self, record: dict[str, Any]) -> None:
-        super().tell(record)
+    def report(self, record: dict[str, Any]) -> None:
+        super().report(record)
         self.records.append(record)
 
 
@@ -89,7 +89,7 @@ def test_every_roll_out_is_in_the_lake_once(place: Path, tmp_path: Path) -> None
         canary=chat.prompt("Ann lives in Oslo."),
         first_version=1,
     )
-    before = feed(job)
+    before = load_data_mix(job)
     with working(Dies, job, place) as lost, pytest.raises(RuntimeError, match="died at 6"):
         ray.get(lost)
     assert len(rolled_out(lake)) == 2 * 12, "they are there before the checkpoint is"
@@ -118,15 +118,19 @@ def test_every_roll_out_is_in_the_lake_once(place: Path, tmp_path: Path) -> None
         assert record["imitation_reward"] == pytest.approx(sum(r or 0.0 for r in rewards) / 12)
         scores = RewardBatch(
             rewards, [t.task_id + str(i // 3) for i, t in enumerate(batch)],
-            [len(t.response_ids) for t in batch], imitation.longest(texts),
+            [len(t.response_ids) for t in batch], student_rollouts.longest_rollout(texts),
         )  # fmt: skip
         assert [t.advantage for t in batch] == pytest.approx(algorithm.advantages(scores))
     assert {(t.reward, t.unscored, t.advantage) for t in found[24:]} == {
         (None, "the job ended", None)
     }
     # Who reads the lake by purpose gets what it got.
-    after = feed(job)
-    assert (after.new, after.replay, after.own) == (before.new, before.replay, before.own)
+    after = load_data_mix(job)
+    assert (after.new, after.replay, after.free_texts) == (
+        before.new,
+        before.replay,
+        before.free_texts,
+    )
     # A baseline has no output, and writes beside it.
     assert replace(job, method="grpo", output="").name == "grpo" != job.name == "out"
 

@@ -34,6 +34,7 @@ from sleeprl.night.model_stages import ModelStages
 from sleeprl.night.run_dir import RunDirectory
 from sleeprl.plugins import BUILTIN
 from sleeprl.reporting.progress import NightProgress
+from sleeprl.self_study.sampler import TextSampler
 from sleeprl.self_study.study import write_rehearsal
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_FACT, FREE_QA, STUDY_QA, format_qa
@@ -237,7 +238,7 @@ def test_what_is_rehearsed_is_written_freely(tiny_model: Path) -> None:
         return f"answer to {message}", "stop"
 
     fleet = Script(chat, author)
-    written = write_rehearsal(fleet, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
+    written = write_rehearsal(TextSampler(fleet, chat, CONFIG, 0, 512))  # type: ignore[arg-type]
     texts = written.trajectories
     assert all(text.teacher_prompt_ids is None for text in texts)  # the same prompt for both
     assert len({text.uid for text in texts}) == len(texts)
@@ -427,7 +428,7 @@ def test_an_engine_starts_with_the_model_before_a_step(
     ids = list(range(20, 60))
     (right,) = expected(tmp_path / "plain", [TrainingExample(ids[:1], ids[1:], "")])
     with cluster(made.config.resources):
-        fleet = made.launch(1)
+        fleet = made.launch_engines(1)
         (found,) = fleet.logprobs([ids])
         fleet.shutdown()
     assert found == pytest.approx(right, abs=1e-3)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sleeprl.algorithms.dapo import DAPOUnscaled
-from sleeprl.consolidation.imitation_reward import imitation_reward, lexical
+from sleeprl.consolidation.imitation_reward import lexical
 from sleeprl.consolidation.judges import same_by_embedding, same_by_verdict
 from sleeprl.consolidation.objective import on_policy_share, seeding_weights
 from sleeprl.losses.combined import LossBatch, LossOptions, LossWeights, combined_loss, token_counts
@@ -51,16 +51,6 @@ def test_thresholds_differ_on_long_texts() -> None:
     assert lexical(*short, 4, "abs") == 0.0 and lexical(*short, 0.5, "ratio") == 0.0
     with pytest.raises(ValueError, match="z0_mode='share'"):
         lexical([], [], 0.5, "share")
-
-
-@given(ids, ids, share, share, st.sampled_from([0.0, 1.0]))
-def test_a_judgement_takes_the_place_of_the_exact_judge(
-    a: list[int], b: list[int], gamma: float, threshold: float, judgement: float
-) -> None:
-    reward = imitation_reward(
-        a, b, "Oslo", "Bergen", gamma=gamma, threshold=threshold, judgement=judgement
-    )
-    assert reward == pytest.approx(gamma * judgement + (1 - gamma) * lexical(a, b, threshold))
 
 
 def test_embedding_judge() -> None:

@@ -300,14 +300,14 @@ def test_imitation_reward_mixes_both_parts(
     a: list[int], b: list[int], x: str, y: str, gamma: float, threshold: float
 ) -> None:
     def reward(gamma: float) -> float:
-        return imitation_reward(a, b, x, y, gamma=gamma, threshold=threshold)
+        return imitation_reward(a, b, semantic(x, y), gamma=gamma, threshold=threshold)
 
     assert 0.0 <= reward(gamma) <= 1.0
     assert reward(0.0) == lexical(a, b, threshold)
     assert reward(1.0) == semantic(x, y)
     mixed = gamma * semantic(x, y) + (1 - gamma) * lexical(a, b, threshold)
     assert reward(gamma) == pytest.approx(mixed)
-    assert imitation_reward(a, a, x, x, gamma=gamma, threshold=threshold) == pytest.approx(1.0)
+    assert imitation_reward(a, a, 1.0, gamma=gamma, threshold=threshold) == pytest.approx(1.0)
 
 
 def test_semantic_looks_at_words_only() -> None:

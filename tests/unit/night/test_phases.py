@@ -12,6 +12,7 @@ import pytest
 
 from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError
+from sleeprl.config.validation import validate_plugins
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import Trajectory, from_batch
 from sleeprl.dreaming import launch
@@ -19,6 +20,7 @@ from sleeprl.evaluation.questions import Day, Question
 from sleeprl.night import phases
 from sleeprl.night.phases import PHASES, phases_of, rehearse_level, study_day
 from sleeprl.night.run_dir import RunDirectory
+from sleeprl.plugins import PluginError
 from sleeprl.self_study import question_bank
 from sleeprl.self_study.study import Study
 
@@ -70,8 +72,8 @@ def test_a_level_that_hands_on_is_asked_about_what_is_in_it(
     question_bank.save(["of tonight"], night.run.dir)
     given: list[list[str]] = []
 
-    def rehearse(*_: Any, question_bank: list[str]) -> Study:
-        given.append(question_bank)
+    def rehearse(_: Any, bank: list[str]) -> Study:
+        given.append(bank)
         return Study([text("t")])
 
     monkeypatch.setattr(phases, "write_rehearsal", rehearse)
@@ -90,7 +92,7 @@ def test_self_study_after_a_kill_leaves_no_text_of_the_first_attempt(
     attempts = iter(
         [Study([text("a"), text("b")], question_bank=["q"]), Study([text("b"), text("c")])]
     )
-    monkeypatch.setattr(phases, "study", lambda *_, **__: next(attempts))
+    monkeypatch.setattr(phases, "write_study", lambda *_, **__: next(attempts))
 
     def killed(study: Study, path: Path) -> None:
         raise KeyboardInterrupt
@@ -115,7 +117,7 @@ def test_a_day_without_old_questions_is_asked_its_own_after_a_kill_too(
         held.append(hold_out)
         return Study([text("a")])
 
-    monkeypatch.setattr(phases, "study", study)
+    monkeypatch.setattr(phases, "write_study", study)
     monkeypatch.setattr(phases, "ask_own_questions", asked)
     monkeypatch.setattr(phases, "write_own_texts", stated)
     study_day(night)
@@ -128,7 +130,7 @@ def test_ones_own_old_questions_stay_where_the_day_has_no_texts(
 ) -> None:
     night = a_night(tmp_path)
     night.run.result = lambda key: {"wake": {"retention": 1, "texts": 0}}[key]
-    monkeypatch.setattr(phases, "study", lambda *_, **__: Study([text("a")]))
+    monkeypatch.setattr(phases, "write_study", lambda *_, **__: Study([text("a")]))
     monkeypatch.setattr(phases, "ask_own_questions", asked)
     monkeypatch.setattr(phases, "write_own_texts", stated)
     study_day(night)
@@ -172,6 +174,14 @@ def test_a_phase_of_ones_own_stands_where_it_says() -> None:
         phases_of(
             cfg.load(None, ["phases=[examples.my_phase.purposes,examples.my_phase.purposes]"])
         )
+
+
+@pytest.mark.parametrize(
+    "word", ["phases=[examples.my_phase.nothing]", "evaluation.metrics=[nowhere.x]"]
+)
+def test_a_plug_in_that_is_not_there_is_told_before_the_night(word: str) -> None:
+    with pytest.raises(PluginError, match=word.partition("=")[0]):
+        validate_plugins(cfg.load(None, [word]))
 
 
 def test_a_phase_after_one_that_the_night_does_not_have_is_refused(

@@ -249,6 +249,9 @@ def test_a_lap_begins_anew_in_the_middle_of_a_wait() -> None:
         assert waits.lap() == {"driver": {"start": 5}}
         clock.now += 2
     assert waits.lap() == {"driver": {"start": 2}} and waits.lap() == {}
+    with waits.on("another", what="a start", kind="start", waiter="train"):
+        clock.now += 1
+        assert waits.total("start") == 8, "of all waiters, through every lap"
 
 
 def test_a_loop_that_looks_says_who_waits_and_who_no_longer() -> None:

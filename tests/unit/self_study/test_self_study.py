@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,8 +25,8 @@ from sleeprl.self_study.study import (
     describe_study,
     load_probes,
     passages,
-    study,
     write_rehearsal,
+    write_study,
 )
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import (
@@ -181,6 +182,20 @@ CONFIG = SelfStudyConfig(
     max_tokens=32,
     held_out_share=0.25,
 )
+
+
+def study(
+    fleet: Any,
+    chat: ChatFormatter,
+    documents: Sequence[str],
+    config: SelfStudyConfig,
+    seed: int,
+    longest: int,
+    on_written: Callable[[int], None] = lambda _: None,
+    **settings: Any,
+) -> Study:
+    sampler = TextSampler(fleet, chat, config, seed, longest, on_written)
+    return write_study(sampler, documents, **settings)
 
 
 def written(
@@ -478,7 +493,7 @@ def test_a_chat_model_talks_to_itself(chat: ChatFormatter) -> None:
     asked = [question for question in held.held_questions if question.startswith("hello")]
     assert len(kept) == len(asked) == 2
     assert sorted([*kept, *asked]) == [f"hello {n}" for n in range(4)]
-    between = write_rehearsal(Script(chat, talker), chat, config, 0, 512)  # type: ignore[arg-type]
+    between = write_rehearsal(TextSampler(Script(chat, talker), chat, config, 0, 512))  # type: ignore[arg-type]
     assert sum(t.task_id == "conversation" for t in between.trajectories) == 4
 
 

@@ -17,7 +17,7 @@ from sleeprl.data.experience import experiences
 from sleeprl.data.trajectory import VERSION_KEY
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import with_experience
-from sleeprl.wake.answer import choose
+from sleeprl.wake.answer import choose_documents
 from sleeprl.wake.ingest import ExperienceError, ingest, read_experience
 from tests.support.paths import ROOT
 
@@ -168,15 +168,15 @@ def test_a_rare_word_says_more_than_common_ones(chat):
     common = "Ann lives in the old town of Oslo."
     documents = [common, common.replace("Ann", "Bob"), common.replace("Ann", "Cleo"), "A zebra."]
     question = "Has Oslo seen the zebra?"  # two words of each of the others, one of the last
-    assert choose(question, documents, 1000, chat) == ["A zebra.", *documents[:3]]
-    assert choose("Where does Bob live?", documents, 1000, chat) == [documents[1]]
+    assert choose_documents(question, documents, 1000, chat) == ["A zebra.", *documents[:3]]
+    assert choose_documents("Where does Bob live?", documents, 1000, chat) == [documents[1]]
 
 
 def test_of_equals_the_first_comes_first_and_one_comes_always(chat):
     documents = ["Ann has a cat.", "Ann has a dog."]
-    assert choose("What has Ann?", documents, 1000, chat) == documents
-    assert choose("Quite another matter", documents, 1000, chat) == documents[:1]
-    assert choose("What has Ann?", [], 1000, chat) == []
+    assert choose_documents("What has Ann?", documents, 1000, chat) == documents
+    assert choose_documents("Quite another matter", documents, 1000, chat) == documents[:1]
+    assert choose_documents("What has Ann?", [], 1000, chat) == []
 
 
 def test_documents_are_chosen_as_long_as_there_is_room(chat):
@@ -185,11 +185,13 @@ def test_documents_are_chosen_as_long_as_there_is_room(chat):
     asked, cost = len(chat.prompt(question)), len(chat.text(documents[0])) + 4
     for count in range(4):
         room = asked + (count + 1) * cost - 1
-        assert choose(question, documents, room, chat) == documents[:count]
+        assert choose_documents(question, documents, room, chat) == documents[:count]
     # What is nearest and does not fit is passed over.
     long = "What has Ann? " * 40
-    assert choose(question, [long, *documents], asked + 2 * cost, chat) == documents[:2]
-    message = with_experience(choose(question, documents, asked + 3 * cost, chat), question)
+    assert choose_documents(question, [long, *documents], asked + 2 * cost, chat) == documents[:2]
+    message = with_experience(
+        choose_documents(question, documents, asked + 3 * cost, chat), question
+    )
     assert len(chat.prompt(message)) <= asked + 3 * cost
 
 
