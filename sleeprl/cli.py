@@ -1,4 +1,4 @@
-"""The ``sleeprl`` command. Thin: every command is a few lines over one room of the house."""
+"""The ``sleeprl`` command: arguments in, one call, print. What it does is a function elsewhere."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.panel import Panel
 from rich.text import Text
 
-from sleeprl import __version__
-from sleeprl.config.schema import ConfigError, NightConfig
-from sleeprl.reporting.terminal import make_console, plan_panel
+from sleeprl import api
+from sleeprl._version import __version__
+from sleeprl.config.schema import ConfigError
+from sleeprl.reporting.terminal import make_console
 
 app = typer.Typer(
     help="sleepRL: let a language model sleep on what it met, and wake up knowing it.",
@@ -45,71 +45,53 @@ def night(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print the resolved configuration and the plan; start nothing."
+            "--dry-run",
+            help="Print every setting with its meaning, and the plan; start nothing.",
         ),
     ] = False,
 ) -> None:
     """Run one whole night: wake, self-study, consolidate, dream, and the morning after.
 
     [bold]sleeprl night[/]                            on the embedded model, about five minutes on two cores
+    [bold]sleeprl night --dry-run[/]                  what it would do, and every setting
     [bold]sleeprl night my.yaml seed=1[/]             a file, then words that override it
     [bold]sleeprl night wake.inputs=\\[notes.jsonl] model.name=Qwen/Qwen3-0.6B[/]
     [bold]sleeprl night --resume runs/night[/]        go on after Ctrl-C or a crash
-    """
-    from sleeprl.config import loader as cfg
-    from sleeprl.config.describe import to_annotated_yaml
-    from sleeprl.config.validation import validate_plugins
-    from sleeprl.models.catalogue import CATALOGUE
-    from sleeprl.night import run_dir as runs
 
+    The run's directory has the report (report.html), the metrics (metrics.jsonl) and all that was
+    written (lake). A night that passes its gate becomes a generation: see [bold]sleeprl lineage[/].
+    """
     if resume is not None:
         if words or model:
             raise ConfigError(
                 "--resume continues a run as it was configured; leave out other words"
             )
-        settings = runs.resume(resume)
+        config = api.load_run_config(resume)
     else:
         path, overrides = _split(words or [])
         if model:
             overrides.append(f"model.name={model}")
-        settings = cfg.load(path, overrides, {s.name: s.night for s in CATALOGUE.values()})
-        if any(word.startswith("name=") for word in overrides):
-            runs.refuse_existing(settings)
-        else:
-            settings.name = runs.fresh_name(settings)
-    validate_plugins(settings)
+        config = api.load_config(path, overrides=overrides)
     if dry_run:
-        if resume is None:
-            _look(settings)
-        console.print(to_annotated_yaml(settings), highlight=False, markup=False, soft_wrap=True)
-        console.print(_plan(settings), highlight=False)
-        _warn(settings)
+        _print_plan(api.plan_night(config, read_inputs=resume is None))
         return
-    from sleeprl.cluster.runtime import require_gpus
-    from sleeprl.models.resolve import check_model, find_model
-
-    require_gpus(settings.resources)
-    if resume is None:  # a wrong model is told, and one downloaded, before anything starts
-        check_model(settings, find_model(settings))
-    from sleeprl.night.orchestrator import run_night
-    from sleeprl.reporting.summary_table import night_result
-
     # A scheduler's TERM is an interruption like Ctrl-C, also where a shell has disabled that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        summary = run_night(settings)
+        result = api.run_night(config) if resume is None else api.resume_night(resume)
     except KeyboardInterrupt:
         errors.print(
             "\nStopped. Nothing is lost; finish with: "
-            f"[bold]sleeprl night --resume {escape(str(settings.run_dir))}[/]",
+            f"[bold]sleeprl night --resume {escape(str(config.run_dir))}[/]",
             highlight=False,
             soft_wrap=True,
         )
         raise typer.Exit(130) from None
-    console.print(
-        night_result(summary, settings.run_dir, Path(settings.generations)), highlight=False
-    )
+    from sleeprl.reporting.summary_table import night_result
+
+    shown = night_result(dict(result.summary), result.run_dir, Path(config.generations))
+    console.print(shown, highlight=False)
 
 
 @app.command()
@@ -194,9 +176,7 @@ def replay(
     [bold]sleeprl replay runs/night[/]                   the learner alone, on the recorded dreams
     [bold]sleeprl replay runs/night --engines-only[/]    the engines alone, on the recorded tasks
     """
-    from sleeprl.night.replay import replay as replay_run
-
-    found = replay_run(run, engines_only=engines_only)
+    found = api.replay_dreaming(run, engines_only=engines_only)
     console.print(found.describe(), highlight=False, markup=False)
 
 
@@ -280,70 +260,26 @@ def version() -> None:
 
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:
-    files = [word for word in words if "=" not in word]
+    """Tell a config file from ``key=value`` words; the path of a file may have a ``=`` in it."""
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
     if len(files) > 1:
         raise ConfigError(
             f"more than one config file: {', '.join(files)}; settings are written key=value"
         )
-    return (Path(files[0]) if files else None), [word for word in words if "=" in word]
+    return (Path(files[0]) if files else None), [word for word in words if word not in files]
 
 
-def _look(settings: NightConfig) -> None:
-    """Read what a night would: the inputs, the questions, the model. Nothing is fetched."""
-    from sleeprl.evaluation.metrics import metrics_of
-    from sleeprl.evaluation.questions import read_questions
-    from sleeprl.models.resolve import check_model, local_model
-    from sleeprl.wake.ingest import read_experience
+def _print_plan(plan: api.NightPlan) -> None:
+    from sleeprl.reporting.terminal import plan_panel
 
-    model = local_model(settings)
-    inputs = settings.wake.inputs
-    if inputs and "-" not in inputs and not sum(1 for _ in read_experience(inputs)):
-        raise ConfigError(f"wake.inputs={inputs} hold no experience; there is nothing to sleep on")
-    if settings.evaluation.questions is not None:
-        kinds = [metric.key for metric in metrics_of(settings)]
-        read_questions(Path(settings.evaluation.questions), kinds)
-    if model is not None:
-        check_model(settings, model)
-
-
-def _warn(settings: NightConfig) -> None:
-    """Say what this machine lacks; the night may be meant for another."""
-    if not settings.resources.gpus:
-        return
-    from sleeprl.cluster.runtime import ResourceError, require_gpus
-
-    try:
-        require_gpus(settings.resources)
-    except ResourceError as error:
-        errors.print(f"[yellow]warning:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-
-
-def _plan(settings: NightConfig) -> Panel:
-    from sleeprl.night.schedule import describe_levels
-    from sleeprl.utils.machine import available_cpus
-
-    r = settings.resources
-    learner = f"{r.learner_workers} x ({r.learner_cpus} cores, {r.learner_gpus:g} GPUs), ZeRO-3"
-    beside = (
-        f"{r.scorers} x scorer ({r.scorer_gpus:g} GPUs), {r.reward_workers} x reward, curriculum"
-    )
-    return plan_panel(
-        [
-            ("run directory", str(settings.run_dir)),
-            ("ray", r.address or f"local, {r.cpus or available_cpus()} cores"),
-            ("engines", f"{r.engines} x ({r.engine_cpus} cores, {r.engine_gpus:g} GPUs)"),
-            ("learner", learner),
-            ("beside them", f"{beside} (no core reserved)"),
-            *describe_levels(settings),
-        ]
-    )
+    console.print(plan.yaml, highlight=False, markup=False, soft_wrap=True)
+    console.print(plan_panel(plan.lines), highlight=False)
+    for warning in plan.warnings:
+        errors.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
-    """Entry point: one clear message for what a user can mend, a traceback for what we must."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Run the command: one clear message for what a user can fix, a traceback for all else."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
@@ -358,7 +294,7 @@ def main() -> None:
             errors.print(shown)
             errors.print("SLEEPRL_TRACEBACK=1 shows the whole traceback.", style="dim")
             sys.exit(1)
-        # Every error that names a setting or an input of the user's is one of these.
+        # Every error that names a setting or an input is one of these.
         if not isinstance(error, ValueError | NotADirectoryError):
             raise
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -46,20 +46,22 @@ def load(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),
     of_model: ModelSettings | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> NightConfig:
-    """Merge the defaults, a YAML file and ``key=value`` words, and validate the result.
+    """Merge the defaults, a YAML file, words and values, and validate the result.
 
     Args:
         path: A YAML file.
         overrides: Words such as ``seed=1``. They win over the file.
         of_model: Settings by model name. Those of ``model.name`` lie between the defaults and the
             file.
+        settings: Values by dotted key. They win over the words.
 
     Raises:
         ConfigError: For a file that cannot be read, an unknown key, or a value that cannot work.
     """
     layers = [] if path is None else [(f"config file {str(path)!r}: ", _read(path))]
-    return _build(layers, overrides, of_model)
+    return _build(layers, overrides, of_model, settings)
 
 
 def from_dict(
@@ -100,9 +102,13 @@ def is_key(name: str) -> bool:
 
 
 def _build(
-    layers: Sequence[Layer], overrides: Sequence[str], of_model: ModelSettings | None
+    layers: Sequence[Layer],
+    overrides: Sequence[str],
+    of_model: ModelSettings | None,
+    settings: Mapping[str, Any] | None = None,
 ) -> NightConfig:
-    layers = _with_present_keys([*layers, *_parse_words(overrides)])
+    words, values = _parse_words(overrides), _nest(settings or {})
+    layers = _with_present_keys([*layers, *words, ("", OmegaConf.create(values))])
     config = _merge(layers)
     below = (of_model or {}).get(config.model.name)
     return _merge([("", OmegaConf.create(dict(below))), *layers]) if below else config
@@ -135,6 +141,27 @@ def _parse_words(words: Sequence[str]) -> list[Layer]:
         except Exception as error:
             raise ConfigError(f"{word!r} is not readable: {str(error).splitlines()[0]}") from None
     return layers
+
+
+def _nest(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn values by dotted key into sections."""
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        if not is_key(key) and key not in ALIASES:
+            raise ConfigError(_unknown_key(key))
+        *path, leaf = key.split(".")
+        section = nested
+        for name in path:
+            section = section.setdefault(name, {})
+        section[leaf] = _to_plain(value)
+    return nested
+
+
+def _to_plain(value: Any) -> Any:
+    """Turn paths into text, also those in a list."""
+    if isinstance(value, list | tuple):
+        return [_to_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _with_present_keys(layers: Sequence[Layer]) -> list[Layer]:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import sleeprl
+from sleeprl._version import __version__
 from sleeprl.utils.files import (
     atomic_directory,
     locked,
@@ -56,7 +56,7 @@ class Manifest:
     steps: Sequence[Mapping[str, Any]] = ()
     """The transfers and merges that the night was made of, in order."""
     note: str = ""
-    sleeprl_version: str = sleeprl.__version__
+    sleeprl_version: str = __version__
     id: str = ""
     created: str = ""
     """ISO 8601, UTC."""

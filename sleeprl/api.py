@@ -1,0 +1,375 @@
+"""Everything the command does, as functions: load, plan, run, resume and replay a night.
+
+``from sleeprl import load_config, run_night`` is the way in. Importing this module brings neither
+torch nor ray; a function imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sleeprl import plugins
+from sleeprl.config import loader
+from sleeprl.config.describe import to_annotated_yaml
+from sleeprl.config.schema import ConfigError, NightConfig
+from sleeprl.config.validation import name_plugins_by_path, validate_plugins
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sleeprl.night.orchestrator import FinishedPhase
+    from sleeprl.night.replay import ReplayResult
+
+ProgressStyle = Literal["auto", "plain", "none"]
+"""``auto``: a live display on a terminal, plain lines elsewhere. ``plain``: lines. ``none``: nothing."""
+_PROGRESS_STYLES = ("auto", "plain", "none")
+_ENVIRONMENT = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without a GPU keeps the others visible
+    "RAY_TRAIN_ENABLE_V2": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What Ray and the tokenizers must find in the environment before they are imported."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one state of the model."""
+
+    recall: float | None
+    """Share of the questions about the day that were answered right; None where none was asked."""
+    two_hop: float | None
+    """Share of the questions that join two facts of the day."""
+    retention: float | None
+    """Share of the questions on what was known before the night."""
+    perplexity: float | None
+    """Perplexity of held-out texts."""
+    metrics: Mapping[str, float | None]
+    """All figures by key, those of plug-ins among them."""
+    counts: Mapping[str, int]
+    """How many questions, or tokens, each figure was measured on."""
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> Figures:
+        """Read the figures of one state as ``summary.json`` holds them."""
+        counts: Mapping[str, int] = block.get("n", {})
+        metrics = {
+            key: value
+            for key, value in block.items()
+            if value is None or (key in counts and isinstance(value, int | float))
+        }
+        return cls(
+            recall=block.get("recall"),
+            two_hop=block.get("two_hop"),
+            retention=block.get("retention"),
+            perplexity=block.get("perplexity"),
+            metrics=metrics,
+            counts=counts,
+        )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A committed state of the model."""
+
+    id: str
+    """Its full id; a unique beginning of it names it as well."""
+    path: Path
+    """Its directory: a Hugging Face checkpoint with a manifest."""
+
+
+@dataclass(frozen=True)
+class NightResult:
+    """What came of a finished night."""
+
+    passed: bool
+    """Whether the night passed its gate and was committed."""
+    refused: str
+    """Why the gate refused it; empty where it passed."""
+    generation: Generation | None
+    """What was committed, if anything was."""
+    before: Figures
+    """The model as the night began."""
+    before_with_context: Figures
+    """The same model with the day's text in its prompt: the upper bound."""
+    after: Figures
+    """The model after the night."""
+    baselines: Mapping[str, Figures]
+    """Each method of ``baselines`` on the same day, by name."""
+    seconds: Mapping[str, float]
+    """How long each phase took. ``starting``: seconds that only waited for processes to start."""
+    wall_seconds: float
+    """How long the whole night took, over all attempts."""
+    run_dir: Path
+    """Directory of the run."""
+    report_path: Path
+    """The HTML report."""
+    summary: Mapping[str, Any]
+    """All of ``summary.json``."""
+
+    @classmethod
+    def from_summary(cls, config: NightConfig, summary: Mapping[str, Any]) -> NightResult:
+        """Read a night's ``summary.json``."""
+        committed, gate = summary["generation"], summary["gate"]
+        generations = Path(config.generations)
+        return cls(
+            passed=gate["passed"],
+            refused=gate["refused"],
+            generation=Generation(committed, generations / committed) if committed else None,
+            before=Figures.from_dict(summary["before"]),
+            before_with_context=Figures.from_dict(summary["before_with_context"]),
+            after=Figures.from_dict(summary["after"]),
+            baselines={n: Figures.from_dict(each) for n, each in summary["baselines"].items()},
+            seconds=summary["seconds"],
+            wall_seconds=summary["wall_seconds"],
+            run_dir=config.run_dir,
+            report_path=config.run_dir / "report.html",
+            summary=summary,
+        )
+
+
+@dataclass(frozen=True)
+class NightPlan:
+    """What a night would do."""
+
+    config: NightConfig
+    """The resolved configuration."""
+    lines: Sequence[tuple[str, str]]
+    """The plan as names and texts: directory, actors, and which memory levels sleep."""
+    warnings: Sequence[str]
+    """What this machine lacks; the night may be meant for another."""
+
+    @property
+    def yaml(self) -> str:
+        """The configuration as a file, with the meaning of each setting as a comment."""
+        return to_annotated_yaml(self.config)
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.lines)
+        return "\n".join(f"{name:{width}}  {text}" for name, text in self.lines)
+
+
+def load_config(
+    path: str | Path | None = None, *, overrides: Sequence[str] = (), **settings: Any
+) -> NightConfig:
+    """Load a night's configuration.
+
+    Later layers win: the defaults, the catalogue's settings of ``model.name``, the file,
+    ``overrides``, ``settings``. A run directory that is taken gets the first free number behind its
+    name, unless ``overrides`` or ``settings`` give the name.
+
+    Args:
+        path: A YAML file.
+        overrides: Words as on the command line: ``seed=1``.
+        **settings: Values by dotted key: ``**{"wake.inputs": ["notes.jsonl"]}``.
+
+    Raises:
+        ConfigError: A setting cannot work; the message names it, its value and a fix.
+    """
+    from sleeprl.models.catalogue import CATALOGUE
+    from sleeprl.night.run_dir import fresh_name, refuse_existing
+
+    of_model = {spec.name: spec.night for spec in CATALOGUE.values()}
+    config = loader.load(path, overrides, of_model, settings)
+    if "name" in settings or any(word.startswith("name=") for word in overrides):
+        refuse_existing(config)
+    else:
+        config.name = fresh_name(config)
+    return config
+
+
+def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
+    """Check everything that a night needs, and say what it would do; start nothing.
+
+    Args:
+        config: What ``load_config`` returned, or a ``NightConfig`` built in Python.
+        read_inputs: Read the inputs, the questions and the model. A model that is not on this
+            machine is not fetched. A run that is resumed has read them already.
+
+    Raises:
+        ConfigError: A setting cannot work.
+        PluginError: A plug-in cannot be found or called.
+    """
+    from sleeprl.night.schedule import describe_levels
+    from sleeprl.utils.machine import available_cpus
+
+    config = loader.validated(config)
+    validate_plugins(config)
+    if read_inputs:
+        _read_inputs(config)
+    have = config.resources
+    learner = f"{have.learner_workers} x ({have.learner_cpus} cores, {have.learner_gpus:g} GPUs)"
+    beside = (
+        f"{have.scorers} x scorer ({have.scorer_gpus:g} GPUs), {have.reward_workers} x reward, "
+        "curriculum (no core reserved)"
+    )
+    lines = [
+        ("run directory", str(config.run_dir)),
+        ("ray", have.address or f"local, {have.cpus or available_cpus()} cores"),
+        ("engines", f"{have.engines} x ({have.engine_cpus} cores, {have.engine_gpus:g} GPUs)"),
+        ("learner", f"{learner}, ZeRO-3"),
+        ("beside them", beside),
+        *describe_levels(config),
+    ]
+    return NightPlan(config, lines, _find_lacks(config))
+
+
+def run_night(
+    config: NightConfig,
+    *,
+    progress: ProgressStyle = "auto",
+    callbacks: Sequence[Callable[[FinishedPhase], None]] = (),
+) -> NightResult:
+    """Run one whole night.
+
+    Args:
+        config: What ``load_config`` returned, or a ``NightConfig`` built in Python, which is
+            checked as a file is.
+        progress: How the phases are shown.
+        callbacks: Called in this process with each phase that has finished.
+
+    Raises:
+        ConfigError: A setting cannot work, or the run directory holds a night already.
+        PluginError: A plug-in cannot be found or called.
+        ActorFailure: A process of the night failed more often than it may be restarted.
+        KeyboardInterrupt: The night was interrupted; ``resume_night`` finishes it.
+    """
+    from sleeprl.night.run_dir import refuse_existing
+
+    _prepare_process()
+    config = name_plugins_by_path(loader.validated(config))
+    refuse_existing(config)
+    validate_plugins(config)
+    from sleeprl.cluster.runtime import require_gpus
+    from sleeprl.models.resolve import check_model, find_model
+
+    require_gpus(config.resources)
+    check_model(config, find_model(config))  # a model is fetched before anything starts
+    return _run(config, progress, callbacks)
+
+
+def resume_night(
+    run_dir: str | Path,
+    *,
+    progress: ProgressStyle = "auto",
+    callbacks: Sequence[Callable[[FinishedPhase], None]] = (),
+) -> NightResult:
+    """Finish the unfinished night in a directory, as it was configured.
+
+    Args:
+        run_dir: Directory of the run.
+        progress: How the phases are shown.
+        callbacks: Called in this process with each phase that finishes now.
+
+    Raises:
+        ConfigError: The directory holds no run.
+        ActorFailure: A process of the night failed more often than it may be restarted.
+    """
+    _prepare_process()
+    config = load_run_config(run_dir)
+    validate_plugins(config)
+    from sleeprl.cluster.runtime import require_gpus
+
+    require_gpus(config.resources)
+    return _run(config, progress, callbacks)
+
+
+def replay_dreaming(run_dir: str | Path, *, engines_only: bool = False) -> ReplayResult:
+    """Do a run's dreaming again with one half of the pipeline.
+
+    Args:
+        run_dir: Directory of the run.
+        engines_only: Generate and score the same groups, and train nothing. Otherwise the trainer
+            alone learns from the recorded dreams.
+
+    Raises:
+        ConfigError: The run has no updates of dreaming.
+    """
+    _prepare_process()
+    from sleeprl.night.replay import replay
+
+    return replay(Path(run_dir), engines_only=engines_only)
+
+
+def load_run_config(run_dir: str | Path) -> NightConfig:
+    """Load the configuration of a run from its directory.
+
+    Raises:
+        ConfigError: The directory holds no run.
+    """
+    from sleeprl.night.run_dir import resume
+
+    return resume(Path(run_dir))
+
+
+def _run(
+    config: NightConfig,
+    progress: ProgressStyle,
+    callbacks: Sequence[Callable[[FinishedPhase], None]],
+) -> NightResult:
+    from sleeprl.night import orchestrator
+
+    def on_phase(phase: FinishedPhase) -> None:
+        for callback in callbacks:
+            callback(phase)
+
+    summary = orchestrator.run_night(config, _make_console(progress), on_phase)
+    return NightResult.from_summary(config, summary)
+
+
+def _make_console(progress: ProgressStyle) -> Console:
+    """Make the console that shows a night's progress."""
+    from rich.console import Console
+
+    from sleeprl.reporting.terminal import make_console
+
+    if progress not in _PROGRESS_STYLES:
+        raise ValueError(f"progress={progress!r} must be one of {', '.join(_PROGRESS_STYLES)}")
+    if progress == "auto":
+        return make_console()
+    return Console(force_interactive=False, quiet=progress == "none")
+
+
+def _prepare_process() -> None:
+    """Set what Ray needs in the environment, and refuse to start a night inside another one."""
+    if (module := plugins.module_being_imported()) is not None:
+        raise RuntimeError(
+            f"{module} is imported for a plug-in and starts a night; put that below "
+            '`if __name__ == "__main__":`'
+        )
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def _read_inputs(config: NightConfig) -> None:
+    """Read what a night would: the inputs, the questions, the model. Nothing is fetched."""
+    from sleeprl.evaluation.metrics import metrics_of
+    from sleeprl.evaluation.questions import read_questions
+    from sleeprl.models.resolve import check_model, local_model
+    from sleeprl.wake.ingest import read_experience
+
+    model = local_model(config)
+    inputs = config.wake.inputs
+    if inputs and "-" not in inputs and not sum(1 for _ in read_experience(inputs)):
+        raise ConfigError(f"wake.inputs={inputs} hold no experience; there is nothing to sleep on")
+    if config.evaluation.questions is not None:
+        kinds = [metric.key for metric in metrics_of(config)]
+        read_questions(Path(config.evaluation.questions), kinds)
+    if model is not None:
+        check_model(config, model)
+
+
+def _find_lacks(config: NightConfig) -> list[str]:
+    """Say what this machine lacks for a night."""
+    if not config.resources.gpus:
+        return []
+    from sleeprl.cluster.runtime import ResourceError, require_gpus
+
+    try:
+        require_gpus(config.resources)
+    except ResourceError as error:
+        return [str(error)]
+    return []
