@@ -52,6 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in packages():
         files.append(File.generated(config, f"{API}/{name}.md", content=api_page(name)))
     files.append(File.generated(config, f"{API}/index.md", content=api_index()))
+    files.append(File.generated(config, "layers.svg", content=layers_picture()))
     for picture in sorted(results.RESULTS.glob("*.svg")):
         target = f"results/{picture.name}"
         files.append(File.generated(config, target, abs_src_path=str(picture)))
@@ -107,8 +108,6 @@ def _link(match: re.Match[str], where: str) -> str:
         key = key.rpartition(".")[0]
         if not key:
             raise PluginError(f"{where}: there is no setting {setting[1]!r}")
-    if match.string.startswith("[](){"):  # the row that defines it
-        return match[0]
     return f"[`{text}`][{key}]"
 
 
@@ -165,6 +164,39 @@ def typeset(
     """Turn each line of a fenced block into a picture in the text's own colour."""
     return "".join(
         f'<p class="{css_class}">{picture(line)}</p>' for line in source.splitlines() if line
+    )
+
+
+def layers_picture() -> str:
+    """The storeys that tests/unit/test_layering.py holds, the highest at the top, as SVG."""
+    tree = ast.parse((ROOT / "tests" / "unit" / "test_layering.py").read_text())
+    storeys = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "STOREYS"
+    )
+    step, width = 46, 900
+    height = step * len(storeys) + 32
+    rows = []
+    for place, names in enumerate(reversed(storeys)):
+        y = 20 + place * step
+        shown = "   ·   ".join(sorted(name for name in names if not name.startswith("__")))
+        rows.append(
+            f'<rect x="20" y="{y}" width="800" height="36" rx="8" fill="#3f51b5" '
+            f'fill-opacity="{0.10 + 0.04 * place:.2f}" stroke="#7986cb"/>'
+            f'<text x="420" y="{y + 23}" text-anchor="middle">{shown or "sleeprl"}</text>'
+        )
+    arrow = (
+        f'<path d="M850 {24}V{height - 30}" stroke="#7986cb" stroke-width="2"/>'
+        f'<path d="M844 {height - 36}h12l-6 12z" fill="#7986cb"/>'
+        f'<text transform="translate(880 {height / 2}) rotate(-90)" text-anchor="middle">'
+        "imports go down only</text>"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+        "<title>The layers of sleepRL</title><style>text { font: 15px -apple-system, "
+        "'Segoe UI', Arial, sans-serif; fill: #5c6bc0; }</style>"
+        f"{''.join(rows)}{arrow}</svg>"
     )
 
 

@@ -68,7 +68,7 @@ def settings() -> str:
         if setting.plugin_kind:
             accepts = f"a name of kind `{setting.plugin_kind}`"
         row = [
-            f"[](){{ #{setting.key} }}`{setting.key}`",
+            f"[](){{ #{setting.key} }}`{setting.key.rpartition('.')[2]}`",
             f"`{as_yaml(setting.default)}`",
             cell(accepts),
             cell(setting.meaning),

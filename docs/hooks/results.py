@@ -92,6 +92,10 @@ def measured(name: str) -> str:
 # --- how a number is written -------------------------------------------------------------------------
 
 
+NARROW = "\u00a0"
+"""A space at which no line is broken."""
+
+
 def plain(value: float, digits: int = 1) -> str:
     """Write a number with a true minus sign."""
     return f"{value:.{digits}f}".replace("-", "−")
@@ -99,18 +103,18 @@ def plain(value: float, digits: int = 1) -> str:
 
 def percent(value: float | None, digits: int = 0) -> str:
     """Write a share as a percentage."""
-    return "–" if value is None else f"{plain(100 * value, digits)} %"
+    return "–" if value is None else f"{plain(100 * value, digits)}{NARROW}%"
 
 
 def pm(pair: Any, scale: float = 1, digits: int = 1, unit: str = "") -> str:
     """Write a mean with the half width of its 95 % interval."""
     mean, half = (pair["mean"], pair["half_width"]) if isinstance(pair, dict) else pair[:2]
-    return f"{plain(scale * mean, digits)} ± {plain(scale * half, digits)}{unit}"
+    return f"{plain(scale * mean, digits)}{NARROW}±{NARROW}{plain(scale * half, digits)}{unit}"
 
 
 def share(pair: Any, digits: int = 1) -> str:
     """Write a mean share with its half width, in percent."""
-    return pm(pair, 100, digits, " %")
+    return pm(pair, 100, digits, f"{NARROW}%")
 
 
 def p_value(value: float) -> str:
