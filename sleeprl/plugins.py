@@ -47,6 +47,11 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "rest_em": "sleeprl.algorithms.rest_em.RestEM",
     },
     "metric": {},
+    "metrics_sink": {
+        "tensorboard": "sleeprl.reporting.sinks.tensorboard_sink.TensorBoardSink",
+        "wandb": "sleeprl.reporting.sinks.wandb_sink.WandbSink",
+        "mlflow": "sleeprl.reporting.sinks.mlflow_sink.MLflowSink",
+    },
     "phase": {},
     "growth": {
         "gated_mlp": "sleeprl.memory.growth.GatedMLPGrowth",
@@ -59,6 +64,7 @@ ADDED_ARGUMENTS: Mapping[str, Collection[str]] = {
     "curriculum": ("tasks", "seed"),
     "engine": ("name", "options"),
     "judge": ("learner", "chat"),
+    "metrics_sink": ("run",),
 }
 """The keyword arguments that the program adds to the configured options, by kind."""
 

@@ -394,6 +394,14 @@ class ResourcesConfig:
 
 
 @dataclass
+class ReportingConfig:
+    sinks: list[str] = field(default_factory=list, metadata=plugin("metrics_sink"))
+    """Where metrics go beside ``metrics.jsonl``: ``tensorboard``, ``wandb`` or ``mlflow``, each installed
+    with ``pip install 'sleeprl[NAME]'`` and set up by its own environment variables; or the dotted path
+    of a ``MetricsSink``."""
+
+
+@dataclass
 class NightConfig:
     name: str = "night"
     """Directory of the run below ``runs``."""
@@ -417,6 +425,7 @@ class NightConfig:
     dreaming: DreamingConfig = field(default_factory=DreamingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    reporting: ReportingConfig = field(default_factory=ReportingConfig)
 
     @property
     def run_dir(self) -> Path:

@@ -18,6 +18,7 @@ from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.reporting.metrics_log import MetricsLog
 from sleeprl.reporting.progress import NightProgress
+from sleeprl.reporting.sinks import SinkRun, SinkThreads
 from sleeprl.utils.files import write_json_atomic, write_text_atomic
 
 T = TypeVar("T")
@@ -47,6 +48,11 @@ class RunDirectory:
         self.state |= {"wall_seconds": 0.0, "starting_seconds": 0.0}
         if (self.dir / STATE).is_file():
             self.state |= json.loads((self.dir / STATE).read_text())
+        self._sinks = SinkThreads(
+            config.reporting.sinks,
+            SinkRun(self.state["id"], config.name, self.dir, cfg.to_dict(config)),
+            progress.warn,
+        )
         self._began = time.monotonic() - self.state["wall_seconds"]
         self._row = ""
         self._starting = self.state["starting_seconds"] - WAITS.total("start")
@@ -103,14 +109,16 @@ class RunDirectory:
         write_json_atomic(self.dir / STATE, self.state)
 
     def log(self, key: str, step: int, metrics: dict[str, float], total: int, *shown: str) -> None:
-        """Write one step's metrics into the file, and those named ``shown`` beside the bar."""
+        """Write one step's metrics into file and sinks, and those named ``shown`` beside the bar."""
         self.metrics.write(key, step, **metrics)
+        self._sinks.log(key, step, metrics)
         beside = {name.rsplit("/", 1)[-1]: metrics[name] for name in shown if name in metrics}
         self.progress.update(self._row or key, completed=step, total=total, **beside)
 
     def close(self) -> None:
-        """Close the file of metrics."""
+        """Close the file of metrics and the sinks."""
         self.metrics.close()
+        self._sinks.close()
 
 
 def refuse_existing(config: NightConfig) -> None:
