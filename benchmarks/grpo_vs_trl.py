@@ -125,7 +125,7 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
     from sleeprl.algorithms.dapo import DAPO
     from sleeprl.cluster.runtime import cluster
     from sleeprl.config.schema import ResourcesConfig
-    from sleeprl.losses.combined import LossOptions, LossWeights
+    from sleeprl.losses.types import LossOptions, LossWeights
     from sleeprl.memory.checkpoint import widen
     from sleeprl.rollout.engine import EngineOptions
     from sleeprl.rollout.engine_pool import EnginePool, PendingResults
@@ -153,7 +153,7 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
         chat, rng = ChatFormatter(model), random.Random(seed)
         prompts = [chat.prompt(message) for message in asked()]
         parts, clock = {"grpo": LossWeights(pg=1.0)}, Clock()
-        loss = LossOptions(policy=DAPO(skip_equal=False))
+        loss = LossOptions(algorithm=DAPO(filter_zero_std=False))
 
         def ask(step: int) -> tuple[list[list[int]], PendingResults]:
             """Begin a step's answers: its prompts, each as often as a group has members."""
@@ -171,7 +171,9 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
             rewards = [reward(answer.token_ids, chat.end) for answer in answers]
             groups = [str(n // GROUP) for n in range(len(repeated))]
             lengths = [len(answer.token_ids) for answer in answers]
-            advantages = loss.policy.advantages(RewardBatch(rewards, groups, lengths, MAX_TOKENS))
+            advantages = loss.algorithm.advantages(
+                RewardBatch(rewards, groups, lengths, MAX_TOKENS)
+            )
             rows = [
                 TrainingExample(prompt, answer.token_ids, "grpo", None, advantage, answer.logprobs)
                 for prompt, answer, advantage in zip(repeated, answers, advantages, strict=True)

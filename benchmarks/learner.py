@@ -41,7 +41,8 @@ from common import arguments, ratio, save, told
 from rich.console import Console
 from rich.table import Table
 
-from sleeprl.losses.combined import LossOptions, LossWeights, chunked_combined_loss, token_counts
+from sleeprl.losses.combined import chunked_combined_loss, token_counts
+from sleeprl.losses.types import LossOptions, LossWeights
 from sleeprl.memory.checkpoint import widen
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
@@ -139,7 +140,7 @@ class Bare:
             micro = rows[start : start + at_once]
             within = partial(
                 chunked_combined_loss,
-                window=make_loss_batch(micro, self.device),
+                batch=make_loss_batch(micro, self.device),
                 parts=PARTS,
                 counts_P3=counts_P3,
                 options=LOSS,

@@ -9,5 +9,9 @@ from sleeprl.algorithms.base import GroupClipped
 
 @dataclass(frozen=True)
 class DrGRPO(GroupClipped):
+    """GRPO without the group's deviation, and with a mean over a constant number of tokens."""
+
     normalise: bool = False
-    mean: str = "constant"
+    """Divide by the group's deviation."""
+    loss_aggregation: str = "constant"
+    """See ``Algorithm.loss_aggregation``."""

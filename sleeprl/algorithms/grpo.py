@@ -9,4 +9,4 @@ from sleeprl.algorithms.base import GroupClipped
 
 @dataclass(frozen=True)
 class GRPO(GroupClipped):
-    """Its KL to the reference is ``dreaming.reference_kl``, which any algorithm may have."""
+    """Group-relative advantages; ``dreaming.reference_kl`` adds the paper's KL to the reference."""

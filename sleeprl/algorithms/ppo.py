@@ -4,44 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from sleeprl.algorithms.base import CriticAlgorithm, PolicyLossInputs, clipped_loss
 
-from sleeprl.algorithms.base import Advantages, PolicyLossInputs, RewardBatch, clipped
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class PPO:
-    """discount: gamma. trace: lambda. whiten: advantages of a batch get mean 0 and deviation 1.
-
-    value_clip: how far a value may move from what it was when the text was judged, as TRL and
-    the first implementation have it. value_weight: of the critic's loss.
-    """
+class PPO(CriticAlgorithm):
+    """Clipped ratios with advantages from a critic."""
 
     clip_low: float = 0.2
+    """How far below 1 a ratio counts."""
     clip_high: float = 0.2
-    discount: float = 1.0
-    trace: float = 0.95
+    """How far above 1 a ratio counts."""
+    gamma: float = 1.0
+    """Discount of the value one token later."""
+    gae_lambda: float = 0.95
+    """How far an advantage looks ahead: 0 is one step's error, 1 the whole return."""
     whiten: bool = True
+    """Give the advantages of a batch mean 0 and deviation 1."""
     value_clip: float = 0.2
+    """How far a value may move from what it was before the step, as TRL has it."""
     value_weight: float = 0.5
-    mean: str = "token"
+    """Weight of the critic's loss."""
+    loss_aggregation: str = "token"
+    """See ``Algorithm.loss_aggregation``."""
 
-    def advantages(self, scores: RewardBatch) -> Advantages:
-        """The reward itself, where there is one: what ``estimate`` starts from."""
-        return list(scores.rewards)
-
-    def estimate(
+    def estimate_advantages(
         self, rewards: Sequence[float | None], values: Sequence[Sequence[float]]
     ) -> tuple[list[list[float] | None], list[list[float]]]:
-        """Advantages and returns of every token, from the critic's values before the step.
+        import torch
 
-        rewards: of whole texts, paid at their last token. ``None`` gives no advantages, and
-        returns that are the values themselves, from which the critic learns nothing.
-        """
         raw = [
-            None if reward is None else self._trace(reward, row)
+            None if reward is None else self._estimate_text(reward, row)
             for reward, row in zip(rewards, values, strict=True)
         ]
         returns = [
@@ -54,20 +52,20 @@ class PPO:
         mean, deviation = float(flat.mean()), float(flat.std()) + 1e-8
         return [a and [(x - mean) / deviation for x in a] for a in raw], returns
 
-    def _trace(self, reward: float, values: Sequence[float]) -> list[float]:
-        found, carried, following = [0.0] * len(values), 0.0, 0.0
+    def _estimate_text(self, reward: float, values: Sequence[float]) -> list[float]:
+        advantages, advantage, next_value = [0.0] * len(values), 0.0, 0.0
         for step in reversed(range(len(values))):
             paid = reward if step == len(values) - 1 else 0.0
-            surprise = paid + self.discount * following - values[step]
-            carried = surprise + self.discount * self.trace * carried
-            found[step], following = carried, values[step]
-        return found
+            error = paid + self.gamma * next_value - values[step]
+            advantage = error + self.gamma * self.gae_lambda * advantage
+            advantages[step], next_value = advantage, values[step]
+        return advantages
 
-    def surrogate(self, sampled: PolicyLossInputs) -> Tensor:
-        ratio_BR = sampled.log_ratio_BR().exp()
-        return clipped(ratio_BR, sampled.advantages_BR, self.clip_low, self.clip_high)
+    def surrogate(self, inputs: PolicyLossInputs) -> Tensor:
+        ratio_BR = inputs.log_ratio_BR().exp()
+        return clipped_loss(ratio_BR, inputs.advantages_BR, self.clip_low, self.clip_high)
 
     def value_loss(self, values_BR: Tensor, old_BR: Tensor, returns_BR: Tensor) -> Tensor:
-        """Half the squared error per token [B, R], the worse of the value and the clipped value."""
+        """Return half the squared error, of the value or the clipped value, whichever is worse."""
         near_BR = old_BR + (values_BR - old_BR).clamp(-self.value_clip, self.value_clip)
-        return 0.5 * torch.maximum((values_BR - returns_BR) ** 2, (near_BR - returns_BR) ** 2)
+        return 0.5 * ((values_BR - returns_BR) ** 2).maximum((near_BR - returns_BR) ** 2)

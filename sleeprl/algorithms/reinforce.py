@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from sleeprl.algorithms.base import (
+    Advantages,
+    Algorithm,
+    PolicyLossInputs,
+    RewardBatch,
+    batch_relative,
+)
 
-from sleeprl.algorithms.base import Advantages, PolicyLossInputs, RewardBatch, batch_relative
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Reinforce:
-    """It has no ratio: what is off-policy needs a correction (``dreaming.importance_weight.level``)."""
+class Reinforce(Algorithm):
+    """The plain policy gradient. What is off-policy needs ``dreaming.importance_weight``."""
 
-    mean: str = "token"
+    loss_aggregation: str = "token"
+    """See ``Algorithm.loss_aggregation``."""
 
-    def advantages(self, scores: RewardBatch) -> Advantages:
-        return batch_relative(scores, normalise=False)
+    @property
+    def has_ratio(self) -> bool:
+        return False
 
-    def surrogate(self, sampled: PolicyLossInputs) -> Tensor:
-        return -sampled.advantages_BR * sampled.logprobs_BR
+    def advantages(self, rewards: RewardBatch) -> Advantages:
+        return batch_relative(rewards, normalise=False)
+
+    def surrogate(self, inputs: PolicyLossInputs) -> Tensor:
+        return -inputs.advantages_BR * inputs.logprobs_BR

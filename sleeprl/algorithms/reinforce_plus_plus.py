@@ -1,4 +1,4 @@
-"""REINFORCE++ (2501.03262): the batch is the baseline and the scale, and PPO's clip holds the step."""
+"""REINFORCE++ (2501.03262): the batch is the baseline and the scale, and PPO's clip the bound."""
 
 from __future__ import annotations
 
@@ -9,22 +9,34 @@ from sleeprl.algorithms.base import (
     GroupClipped,
     RewardBatch,
     batch_relative,
-    by_group,
+    differs_within_group,
+    rows_by_group,
 )
 
 
 @dataclass(frozen=True)
 class ReinforcePlusPlus(GroupClipped):
-    """group_baseline: take each group's mean off first (its "baseline" variant, for groups)."""
+    """Advantages over the whole batch, with each token's clipped ratio."""
 
-    mean: str = "token"
+    loss_aggregation: str = "token"
+    """See ``Algorithm.loss_aggregation``."""
     group_baseline: bool = False
+    """Take each group's mean off first (its "baseline" variant, for groups)."""
 
-    def advantages(self, scores: RewardBatch) -> Advantages:
-        rewards = list(scores.rewards)
-        for rows in by_group(scores).values() if self.group_baseline else ():
-            mean = sum(rewards[row] or 0.0 for row in rows) / len(rows)
+    @property
+    def compares_within_group(self) -> bool:
+        return self.group_baseline
+
+    def advantages(self, rewards: RewardBatch) -> Advantages:
+        values = list(rewards.rewards)
+        for rows in rows_by_group(rewards).values() if self.group_baseline else ():
+            mean = sum(values[row] or 0.0 for row in rows) / len(rows)
             for row in rows:
-                rewards[row] = (rewards[row] or 0.0) - mean
-        centred = RewardBatch(rewards, scores.groups, scores.lengths, scores.limit)
+                values[row] = (values[row] or 0.0) - mean
+        centred = RewardBatch(values, rewards.groups, rewards.lengths, rewards.max_response_tokens)
         return batch_relative(centred, normalise=self.normalise)
+
+    def is_informative(self, rewards: RewardBatch) -> bool:
+        if self.group_baseline:
+            return differs_within_group(rewards)
+        return any(reward is not None for reward in rewards.rewards)

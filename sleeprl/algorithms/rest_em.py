@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from sleeprl.algorithms.base import Advantages, Algorithm, PolicyLossInputs, RewardBatch
 
-from sleeprl.algorithms.base import Advantages, PolicyLossInputs, RewardBatch
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class RestEM:
-    """threshold: rewards above it are kept; those rows' cross-entropy is the loss."""
+class RestEM(Algorithm):
+    """The cross-entropy of responses whose reward is above a threshold."""
 
     threshold: float = 0.0
-    mean: str = "token"
+    """Rewards above it are learned from."""
+    loss_aggregation: str = "token"
+    """See ``Algorithm.loss_aggregation``."""
 
-    def advantages(self, scores: RewardBatch) -> Advantages:
+    @property
+    def has_ratio(self) -> bool:
+        return False
+
+    def advantages(self, rewards: RewardBatch) -> Advantages:
         return [
             1.0 if reward is not None and reward > self.threshold else None
-            for reward in scores.rewards
+            for reward in rewards.rewards
         ]
 
-    def surrogate(self, sampled: PolicyLossInputs) -> Tensor:
-        return -sampled.advantages_BR * sampled.logprobs_BR
+    def is_informative(self, rewards: RewardBatch) -> bool:
+        return any(reward is not None and reward > self.threshold for reward in rewards.rewards)
+
+    def surrogate(self, inputs: PolicyLossInputs) -> Tensor:
+        return -inputs.advantages_BR * inputs.logprobs_BR

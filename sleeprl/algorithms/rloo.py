@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from sleeprl.algorithms.base import (
+    Advantages,
+    Algorithm,
+    PolicyLossInputs,
+    RewardBatch,
+    clipped_loss,
+    differs_within_group,
+    rows_by_group,
+)
 
-from sleeprl.algorithms.base import Advantages, PolicyLossInputs, RewardBatch, by_group, clipped
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class RLOO:
-    """On the policy that sampled, its gradient is A times that of the text's log-probability. The
-    ratio of the whole text is clipped, for policies that differ."""
+class RLOO(Algorithm):
+    """Leave-one-out advantages with the clipped ratio of the whole text.
+
+    On the policy that sampled, the gradient is A times that of the text's log-probability.
+    """
 
     clip_low: float = 0.2
+    """How far below 1 a ratio counts."""
     clip_high: float = 0.2
-    mean: str = "sequence"
+    """How far above 1 a ratio counts."""
+    loss_aggregation: str = "sequence"
+    """See ``Algorithm.loss_aggregation``."""
 
-    def advantages(self, scores: RewardBatch) -> Advantages:
-        """A row that is alone in its group has no baseline: ``None``."""
-        advantages: Advantages = [None] * len(scores.rewards)
-        for rows in by_group(scores).values():
-            total = sum(scores.rewards[row] or 0.0 for row in rows)
+    @property
+    def compares_within_group(self) -> bool:
+        return True
+
+    def advantages(self, rewards: RewardBatch) -> Advantages:
+        """Return ``None`` for a row that is alone in its group, since it has no baseline."""
+        values = rewards.rewards
+        advantages: Advantages = [None] * len(values)
+        for rows in rows_by_group(rewards).values():
+            total = sum(values[row] or 0.0 for row in rows)
             for row in rows if len(rows) > 1 else ():
-                own = scores.rewards[row] or 0.0
+                own = values[row] or 0.0
                 advantages[row] = own - (total - own) / (len(rows) - 1)
         return advantages
 
-    def surrogate(self, sampled: PolicyLossInputs) -> Tensor:
-        log_ratio_B1 = sampled.sequence_log_ratio_B1().clamp(-20.0, 20.0)
-        ratio_BR = log_ratio_B1.exp().expand_as(sampled.logprobs_BR)
-        return clipped(ratio_BR, sampled.advantages_BR, self.clip_low, self.clip_high)
+    def is_informative(self, rewards: RewardBatch) -> bool:
+        return differs_within_group(rewards)
+
+    def surrogate(self, inputs: PolicyLossInputs) -> Tensor:
+        log_ratio_B1 = inputs.sequence_log_ratio_B1().clamp(-20.0, 20.0)
+        ratio_BR = log_ratio_B1.exp().expand_as(inputs.logprobs_BR)
+        return clipped_loss(ratio_BR, inputs.advantages_BR, self.clip_low, self.clip_high)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
+
+from sleeprl.config.schema import NightConfig
+from sleeprl.plugins import BUILTIN
+
+logger = logging.getLogger(__name__)
 
 ALIASES: Mapping[str, str] = {
     "dreaming.correction_high": "dreaming.importance_weight.high",
@@ -34,6 +41,36 @@ ALIASES: Mapping[str, str] = {
     "self_study.whole": "self_study.full_document_share",
 }
 """The present key of each old one."""
+
+ALGORITHM_OPTIONS: Mapping[str, str] = {
+    "cap": "max_ratio",
+    "discount": "gamma",
+    "mean": "loss_aggregation",
+    "overlong": "overlong_buffer_tokens",
+    "redraws": "max_resample_rounds",
+    "skip_equal": "filter_zero_std",
+    "trace": "gae_lambda",
+}
+"""The present name of each old option of a built-in algorithm; a user's own may have any names."""
+
+
+def rename_algorithm_options(config: NightConfig) -> None:
+    """Put the options of built-in algorithms under their present names, with one warning."""
+    for name, section in (("dreaming", config.dreaming), ("consolidation", config.consolidation)):
+        old = [option for option in section.algorithm_options if option in ALGORITHM_OPTIONS]
+        if not old or section.algorithm not in BUILTIN["algorithm"]:
+            continue
+        section.algorithm_options = {
+            ALGORITHM_OPTIONS.get(option, option): value
+            for option, value in section.algorithm_options.items()
+        }
+        pairs = ", ".join(f"{option} is now {ALGORITHM_OPTIONS[option]}" for option in old)
+        _warn_once(f"old options of {name}.algorithm, read until the next release: {pairs}")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def rename_old_keys(values: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:

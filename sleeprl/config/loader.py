@@ -18,7 +18,12 @@ from typing import Any, cast, get_args, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from sleeprl.config.aliases import ALIASES, describe_renames, rename_old_keys
+from sleeprl.config.aliases import (
+    ALIASES,
+    describe_renames,
+    rename_algorithm_options,
+    rename_old_keys,
+)
 from sleeprl.config.schema import ConfigError, NightConfig, keys
 from sleeprl.config.validation import validate
 
@@ -192,6 +197,7 @@ def _merge(layers: Sequence[Layer]) -> NightConfig:
         raise ConfigError(_explain(error)) from None
     if config.dreaming.importance_weight.level == "False":  # YAML reads a bare `off` as false
         config.dreaming.importance_weight.level = "off"
+    rename_algorithm_options(config)
     validate(config)
     return config
 

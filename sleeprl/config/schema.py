@@ -177,7 +177,7 @@ class ConsolidationConfig:
     group_size: int = field(default=4, metadata=bounds(gt=0))
     """Continuations per prompt (GRPO group)."""
     algorithm: str = field(default="dapo_unscaled", metadata=plugin("algorithm"))
-    """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
+    """Of the policy gradient: a built-in name (``sleeprl.algorithms``) or the dotted path of an
     ``Algorithm``."""
     algorithm_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the algorithm."""
@@ -274,9 +274,9 @@ class DreamingConfig:
     curriculum_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the curriculum."""
     algorithm: str = field(default="dapo", metadata=plugin("algorithm"))
-    """Of the policy gradient: a built-in name (``losses/algorithms``) or the dotted path of an
+    """Of the policy gradient: a built-in name (``sleeprl.algorithms``) or the dotted path of an
     ``Algorithm``. ``dapo`` draws other groups for those whose rewards are all equal;
-    ``algorithm_options.redraws`` bounds that, and 0 ends it."""
+    ``algorithm_options.max_resample_rounds`` bounds that, and 0 ends it."""
     algorithm_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the algorithm."""
     reference_kl: float = field(default=0.0, metadata=bounds(ge=0))

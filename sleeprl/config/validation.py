@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeprl import plugins
+from sleeprl.config.algorithm_rules import check_algorithms
 from sleeprl.config.bounds import bounds_of, plugin_kind_of
 from sleeprl.config.methods import METHODS
 from sleeprl.config.schema import (
@@ -27,10 +28,6 @@ from sleeprl.config.schema import (
 )
 from sleeprl.text.prompts import EXAMPLES
 from sleeprl.utils.machine import available_cpus
-
-_WITHOUT_RATIO = ("reinforce", "rest_em")
-_WITHIN_GROUP = ("grpo", "dr_grpo", "dapo", "dapo_unscaled", "gspo", "cispo", "rloo")
-"""Algorithms whose advantage compares the members of a group."""
 
 
 def validate(config: NightConfig) -> None:
@@ -49,7 +46,7 @@ def validate(config: NightConfig) -> None:
     _check_consolidation(config)
     _check_dreaming(config.dreaming)
     _check_lengths(config)
-    _check_groups(config)
+    check_algorithms(config, builtin_only=True)
     _check_baselines(config.baselines, config.fixed_capacity.learning_rates)
     _check_resources(config.resources)
 
@@ -133,11 +130,6 @@ def _check_consolidation(config: NightConfig) -> None:
             f"consolidation.edit_threshold={seeding.edit_threshold} is a share of a text and at "
             "most 1; set consolidation.edit_mode=abs for a number of edits"
         )
-    if seeding.algorithm == "ppo":
-        raise ConfigError(
-            "consolidation.algorithm=ppo needs a critic, and a consolidation has none; "
-            "choose another, such as dapo (dreaming has a critic)"
-        )
 
 
 def _check_dreaming(dreaming: DreamingConfig) -> None:
@@ -155,29 +147,6 @@ def _check_dreaming(dreaming: DreamingConfig) -> None:
             "trains on dreams of another distribution as if they were the policy's; set "
             "dreaming.importance_weight.level=token or dreaming.temperature=1"
         )
-    if dreaming.max_staleness > 0 and dreaming.algorithm in _WITHOUT_RATIO:
-        raise ConfigError(
-            f"dreaming.max_staleness={dreaming.max_staleness} with "
-            f"dreaming.importance_weight.level=off and dreaming.algorithm={dreaming.algorithm}, which "
-            "has no ratio, trains on old policies as if they were new; set "
-            "dreaming.importance_weight.level=token or dreaming.max_staleness=0"
-        )
-
-
-def _check_groups(config: NightConfig) -> None:
-    """Check that an algorithm that compares the members of a group has more than one of them."""
-    seeding, dreaming = config.consolidation, config.dreaming
-    imitates = seeding.rollout_prompts > 0 and seeding.distillation < 1
-    for name, part, rewarded in (
-        ("dreaming", dreaming, dreaming.enabled and dreaming.loss.policy_gradient > 0),
-        ("consolidation", seeding, imitates or "grpo" in config.baselines),
-    ):
-        compares = part.algorithm in _WITHIN_GROUP or part.algorithm_options.get("group_baseline")
-        if rewarded and compares and part.group_size == 1:
-            raise ConfigError(
-                f"{name}.group_size=1 leaves {name}.algorithm={part.algorithm} nothing to compare with, "
-                f"and no gradient; set {name}.group_size=2 or more, or an algorithm such as reinforce"
-            )
 
 
 def _check_baselines(baselines: Sequence[str], rates: Mapping[str, float]) -> None:
@@ -328,6 +297,7 @@ def validate_plugins(config: NightConfig) -> None:
             except plugins.PluginError as error:
                 where = f"{key}_options" if options else key
                 raise plugins.PluginError(f"{where}: {error}") from None
+    check_algorithms(config, builtin_only=False)
 
 
 def name_plugins_by_path(config: NightConfig) -> NightConfig:

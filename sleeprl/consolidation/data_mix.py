@@ -14,7 +14,7 @@ from sleeprl.config.methods import NEW, PASSAGE, REPLAY, STUDENT, Method
 from sleeprl.config.schema import ConsolidationConfig
 from sleeprl.consolidation.methods import loss_weights
 from sleeprl.data.trajectory import Trajectory
-from sleeprl.losses.combined import LossWeights
+from sleeprl.losses.types import LossWeights
 from sleeprl.self_study.study import STUDY
 from sleeprl.trainer.batching import TrainingExample
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sleeprl.config.methods import NEW, PASSAGE, REPLAY, STUDENT, Method
 from sleeprl.config.schema import ConsolidationConfig
 from sleeprl.consolidation.objective import seeding_weights
-from sleeprl.losses.combined import LossWeights
+from sleeprl.losses.types import LossWeights
 
 
 def seeding_parts(config: ConsolidationConfig, step: int) -> dict[str, LossWeights]:
@@ -23,8 +23,12 @@ def seeding_parts(config: ConsolidationConfig, step: int) -> dict[str, LossWeigh
         ce=config.ce,
     )
     new, ratio = weights.texts, config.replay_ratio
-    quiet = config.expert_gate
-    parts = {NEW: new, REPLAY: LossWeights(kl=new.kl * ratio, ce=new.ce * ratio, quiet=quiet)}
+    parts = {
+        NEW: new,
+        REPLAY: LossWeights(
+            kl=new.kl * ratio, ce=new.ce * ratio, activity_penalty=config.expert_gate
+        ),
+    }
     if config.rollout_prompts:
         parts[STUDENT] = weights.rollouts
     return parts

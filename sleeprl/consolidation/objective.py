@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sleeprl.losses.combined import LossWeights
+from sleeprl.losses.types import LossWeights
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sleeprl.config.schema import ConsolidationConfig
 from sleeprl.consolidation.imitation_reward import imitation_reward
 from sleeprl.consolidation.judges import Judge
 from sleeprl.data.trajectory import Trajectory
-from sleeprl.losses.combined import LossOptions
+from sleeprl.losses.types import LossOptions
 from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.batching import TrainingExample
@@ -102,7 +102,8 @@ def score_rollouts(
     rewards = _reward(owners, completions, config, chat, judge)
     groups = [str(index // config.group_size) for index in range(len(owners))]
     lengths = [len(completion.token_ids) for completion in completions]
-    advantages = loss.policy.advantages(RewardBatch(rewards, groups, lengths, loss.limit))
+    batch = RewardBatch(rewards, groups, lengths, loss.max_response_tokens)
+    advantages = loss.algorithm.advantages(batch)
     examples = []
     for owner, completion, advantage in zip(owners, completions, advantages, strict=True):
         if not completion.token_ids:
@@ -114,7 +115,7 @@ def score_rollouts(
                 part="student",
                 teacher_prompt_ids=owner.teacher_prompt,
                 advantage=advantage,
-                behaviour=completion.logprobs,
+                rollout_logprobs=completion.logprobs,
             )
         )
     new = [

@@ -26,8 +26,8 @@ from sleeprl.consolidation.data_mix import DataMix, trained_tokens
 from sleeprl.consolidation.judges import make_judge
 from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
-from sleeprl.losses.combined import LossOptions
 from sleeprl.losses.off_policy import ImportanceWeight
+from sleeprl.losses.types import LossOptions
 from sleeprl.plugins import create
 from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool, PendingResults
 from sleeprl.rollout.types import Completion
@@ -131,9 +131,9 @@ class TrainWorker:
             top_k=config.top_k,
             support=config.support,
             pointwise_clip=config.pointwise_clip,
-            policy=create(config.algorithm, "algorithm", config.algorithm_options),
-            limit=rollouts.longest_rollout([*self.data.new, *self.data.replay]),
-            correction=ImportanceWeight("off"),
+            algorithm=create(config.algorithm, "algorithm", config.algorithm_options),
+            max_response_tokens=rollouts.longest_rollout([*self.data.new, *self.data.replay]),
+            importance_weight=ImportanceWeight("off"),
         )
         if method.anchored:
             texts = self.data.free_texts

@@ -210,7 +210,7 @@ def assemble(
     on_restart: Callable[[str], None],
 ) -> Pipeline:
     """The pipeline over these actors, which goes on from a position."""
-    rounds: int = getattr(algorithm_of(config.dreaming), "redraws", 0)
+    rounds = algorithm_of(config.dreaming).max_resample_rounds
     return Pipeline(
         config=config.dreaming,
         tasks={task.id: task for task in tasks},

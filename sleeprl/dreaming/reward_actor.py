@@ -73,5 +73,5 @@ class RewardActor(RemoteActor):
     def _is_informative(self, batch: pa.RecordBatch) -> bool:
         if self.algorithm is None:
             return True
-        # As the trainer sees it: after the algorithm's own shaping, and rounded by the batch.
-        return any(self.algorithm.advantages(scores(from_batch(batch), self.limit)))
+        # From the batch, whose rewards are rounded as the trainer sees them.
+        return self.algorithm.is_informative(scores(from_batch(batch), self.limit))

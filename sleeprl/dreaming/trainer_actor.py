@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ray.exceptions import ObjectLostError
 from safetensors.torch import load_file
 
-from sleeprl.algorithms.ppo import PPO
+from sleeprl.algorithms.base import CriticAlgorithm
 from sleeprl.cluster.actor_group import ActorGroup
 from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.cluster.waits import WAITS, Watchdog
@@ -39,8 +39,8 @@ from sleeprl.data.trajectory import (
 from sleeprl.dreaming.checkpoint import write_group
 from sleeprl.dreaming.messages import PublishResult, StepResult
 from sleeprl.dreaming.types import Outcome, algorithm_of, scores
-from sleeprl.losses.combined import LossOptions, LossWeights
 from sleeprl.losses.off_policy import ImportanceWeight
+from sleeprl.losses.types import LossOptions, LossWeights
 from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool
 from sleeprl.text.chat import ChatFormatter
@@ -96,7 +96,7 @@ class DreamTrainer(RemoteActor):
         )
         config = self.job.config
         self.algorithm = algorithm_of(config)
-        critic = isinstance(self.algorithm, PPO)
+        critic = self.algorithm.needs_critic
         self.learner = Trainer(replace(self.job.learner, critic=critic))
         self.learner.set_expert(load_file(Path(self.job.expert) / EXPERT))
         if state is not None:
@@ -112,15 +112,15 @@ class DreamTrainer(RemoteActor):
         self.loss = LossOptions(
             beta=self.job.beta,
             top_k=self.job.top_k,
-            policy=self.algorithm,
-            limit=config.max_tokens,
-            correction=ImportanceWeight(
+            algorithm=self.algorithm,
+            max_response_tokens=config.max_tokens,
+            importance_weight=ImportanceWeight(
                 config.importance_weight.level,
                 config.importance_weight.mode,
                 config.importance_weight.low,
                 config.importance_weight.high,
             ),
-            reference=config.reference_kl,
+            reference_kl=config.reference_kl,
             reference_estimator=config.reference_estimator,
         )
 
@@ -180,20 +180,21 @@ class DreamTrainer(RemoteActor):
                 response_ids=d.response_ids[n:],
                 part=DREAM,
                 advantage=advantage,
-                behaviour=d.logprobs[n:],
+                rollout_logprobs=d.logprobs[n:],
                 age=version - min(d.versions),
-                reference=(d.ref_logprobs or [])[n:],
+                reference_logprobs=(d.ref_logprobs or [])[n:],
             )
             if advantage is not None and d.response_ids[n:]
             else None
             for d, advantage, n in zip(dreams, advantages, old, strict=True)
         ]
-        if not isinstance(self.algorithm, PPO):
+        if not self.algorithm.needs_critic:
             return judged
+        algorithm = cast(CriticAlgorithm, self.algorithm)
         rows = [row for row in judged if row is not None]
         values = self.learner.values(rows)
         rewards = [row.advantage for row in rows if not isinstance(row.advantage, list)]
-        found = zip(rows, values, *self.algorithm.estimate(rewards, values), strict=True)
+        found = zip(rows, values, *algorithm.estimate_advantages(rewards, values), strict=True)
         estimated = iter(
             [
                 replace(row, advantage=advantage, values=expected, returns=returns)

@@ -1,45 +1,49 @@
-"""Rows of text, split over ranks and micro-batches, and padded into tensors."""
+"""Split training examples over ranks and micro-batches, and pad them into tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleeprl.data.padding import token_budget_batches
-from sleeprl.losses.combined import LossBatch, LossWeights, token_counts
+from sleeprl.losses.combined import token_counts
+from sleeprl.losses.types import LossBatch, LossWeights
 from sleeprl.trainer.packing import Inputs, inputs
 
 
 @dataclass(frozen=True)
 class TrainingExample:
-    """One text to learn from.
-
-    prompt_ids: what the student sees. response_ids: the tokens that are trained on.
-    teacher_prompt_ids: what the teacher sees instead; None means the same prompt.
-    advantage, behaviour: of a row in a ``pg`` part; behaviour has one entry per token, and so
-        has an advantage that is not one number for the text. A row without an advantage has
-        no policy gradient, and is not a zero to average with.
-    age: by how many versions the oldest weights that wrote it trail the learner's, if it is asked
-        how far their log-probabilities are apart.
-    reference: log-probabilities of the reference policy. values, returns: of a critic, see ``PPO``.
-    key: names a text that comes again; the teacher, who never changes, is asked about it once.
-    """
+    """One text to learn from: a prompt, and a response of R tokens that is trained on."""
 
     prompt_ids: list[int]
+    """What the student sees."""
     response_ids: list[int]
+    """The R tokens that are trained on."""
     part: str
+    """Name of the loss weights that apply."""
     teacher_prompt_ids: list[int] | None = None
+    """What the teacher sees in place of the prompt; None is the same prompt."""
     advantage: float | list[float] | None = None
-    behaviour: list[float] = field(default_factory=list)
+    """For the policy gradient: one number, or one per token [R]. A row without an advantage has no
+    policy gradient, and is not a zero to average with."""
+    rollout_logprobs: list[float] = field(default_factory=list)
+    """Log-probabilities under the policy that sampled [R], in nats; for the policy gradient."""
     age: int | None = None
-    reference: list[float] = field(default_factory=list)
+    """By how many versions the oldest weights that wrote it trail the trainer's, where it is asked
+    how far their log-probabilities are apart."""
+    reference_logprobs: list[float] = field(default_factory=list)
+    """Log-probabilities under the reference policy [R], in nats."""
     values: list[float] = field(default_factory=list)
+    """The critic's values before the step [R]."""
     returns: list[float] = field(default_factory=list)
+    """What the critic is to learn [R]."""
     key: str = ""
+    """Names a text that comes again; the teacher, who never changes, is asked about it once."""
 
     @property
     def teacher_prompt(self) -> list[int]:
@@ -56,7 +60,7 @@ PADDING_EXAMPLE = TrainingExample([0], [], "")
 """Keeps a rank's collectives in step with the others' without adding to the loss."""
 
 Targets = tuple[Tensor, ...]
-"""The teacher on one row's R response tokens: top-k ids [R, K] and k+1 log-probabilities, or,
+"""The teacher on one row's R response tokens: top-k ids [R, K] and log-probabilities [R, K+1], or,
 where the student's choice of tokens matters, its last hidden states [R, H] alone."""
 
 
@@ -68,14 +72,24 @@ def micro_batches(
     rank: int,
     ranks: int,
 ) -> list[list[TrainingExample]]:
-    """One rank's share of the rows, in batches of at most ``max_tokens`` padded tokens.
+    """Return one rank's share of the rows, in batches of at most ``max_tokens`` padded tokens.
 
-    The shares are alike in number and length of rows, and equally many batches on every
-    rank, one at least. Raises ValueError for a row longer than the budget.
+    The shares are alike in number and length of rows, with equally many batches on every rank, at
+    least one.
+
+    Args:
+        rows: All rows.
+        length: Tokens of a row.
+        max_tokens: Most tokens of a batch, padding included.
+        rank: Whose share.
+        ranks: Number of shares.
+
+    Raises:
+        ValueError: A row is longer than ``max_tokens``.
     """
     found = token_budget_batches([length(row) for row in rows], max_tokens, ranks=ranks)
-    mine = [[rows[index] for index in batch] or [PADDING_EXAMPLE] for batch in found[rank::ranks]]
-    return mine or [[PADDING_EXAMPLE]]
+    own = [[rows[index] for index in batch] or [PADDING_EXAMPLE] for batch in found[rank::ranks]]
+    return own or [[PADDING_EXAMPLE]]
 
 
 def count_tokens(rows: Sequence[TrainingExample], parts: Mapping[str, LossWeights]) -> Tensor:
@@ -97,39 +111,57 @@ def student_inputs(rows: Sequence[TrainingExample], device: torch.device) -> Inp
 def make_loss_batch(
     rows: Sequence[TrainingExample], device: torch.device, targets: Sequence[Targets | None] = ()
 ) -> LossBatch:
-    """What the loss needs of the rows, padded to the longest response."""
+    """Return what the loss needs of the rows, padded to the longest response.
+
+    Args:
+        rows: A micro-batch.
+        device: Where the tensors are put.
+        targets: The teacher's on each row, where there are any.
+    """
     longest = max(1, *(len(row.response_ids) for row in rows))
-    pad = lambda lists, fill: torch.tensor(  # noqa: E731
-        [list(values) + [fill] * (longest - len(values)) for values in lists], device=device
-    )
-    tokens = lambda kind: pad(  # noqa: E731
-        [getattr(row, kind) or [0.0] * len(row.response_ids) for row in rows], 0.0
-    )
-    there = lambda kind: tokens(kind) if any(getattr(row, kind) for row in rows) else None  # noqa: E731
-    made = LossBatch(
+
+    def pad(lists: Sequence[Sequence[Any]], fill: float) -> Tensor:
+        padded = [list(values) + [fill] * (longest - len(values)) for values in lists]
+        return torch.tensor(padded, device=device)
+
+    def per_token(name: str) -> Tensor:
+        return pad([getattr(row, name) or [0.0] * len(row.response_ids) for row in rows], 0.0)
+
+    def if_given(name: str) -> Tensor | None:
+        return per_token(name) if any(getattr(row, name) for row in rows) else None
+
+    batch = LossBatch(
         tokens_BR=pad([row.response_ids for row in rows], 0),
         mask_BR=pad([[1.0] * len(row.response_ids) for row in rows], 0.0),
         part=[row.part for row in rows],
         advantages_BR=pad([_advantages(row) for row in rows], 0.0),
-        behaviour_BR=tokens("behaviour"),
+        rollout_logprobs_BR=per_token("rollout_logprobs"),
         age=[row.age for row in rows],
-        reference_BR=there("reference"),
-        values_BR=there("values"),
-        returns_BR=there("returns"),
+        reference_logprobs_BR=if_given("reference_logprobs"),
+        values_BR=if_given("values"),
+        returns_BR=if_given("returns"),
     )
+    _add_targets(batch, targets, longest, device)
+    return batch
+
+
+def _add_targets(
+    batch: LossBatch, targets: Sequence[Targets | None], longest: int, device: torch.device
+) -> None:
+    """Pad the teacher's targets into the batch; rows without any stay zero."""
     known = {row: target for row, target in enumerate(targets) if target is not None}
-    if known:
-        one = next(iter(known.values()))
-        padded = [torch.zeros(len(rows), longest, part.shape[-1], dtype=part.dtype) for part in one]
-        for row, target in known.items():
-            for whole, part in zip(padded, target, strict=True):
-                whole[row, : len(part)] = part
-        if len(padded) == 1:
-            made.teacher_hidden_BRH = padded[0].to(device)
-        else:
-            made.teacher_ids_BRK = padded[0].long().to(device)
-            made.teacher_BRK1 = padded[1].to(device)
-    return made
+    if not known:
+        return
+    one, rows = next(iter(known.values())), len(batch.part)
+    padded = [torch.zeros(rows, longest, part.shape[-1], dtype=part.dtype) for part in one]
+    for row, target in known.items():
+        for whole, part in zip(padded, target, strict=True):
+            whole[row, : len(part)] = part
+    if len(padded) == 1:
+        batch.teacher_hidden_BRH = padded[0].to(device)
+    else:
+        batch.teacher_ids_BRK = padded[0].long().to(device)
+        batch.teacher_logprobs_BRK1 = padded[1].to(device)
 
 
 def _advantages(row: TrainingExample) -> list[float]:

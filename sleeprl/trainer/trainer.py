@@ -19,12 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sleeprl.losses.chunked import token_logprobs
-from sleeprl.losses.combined import (
-    LossOptions,
-    LossWeights,
-    add_metrics,
-    chunked_combined_loss,
-)
+from sleeprl.losses.combined import add_metrics, chunked_combined_loss
+from sleeprl.losses.types import LossOptions, LossWeights
 from sleeprl.memory import checkpoint as ckpt
 from sleeprl.memory.gated_mlp import (
     keep_held,
@@ -116,7 +112,7 @@ class Trainer:
             Means over the whole batch, by name, the same on every rank.
         """
         counts_P3 = count_tokens(rows, parts)
-        metered = sum(row.student_length() for row in rows if parts[row.part].quiet)
+        metered = sum(row.student_length() for row in rows if parts[row.part].activity_penalty)
         length, budget = TrainingExample.student_length, self.options.micro_batch_tokens
         micro = micro_batches(rows, length, budget, rank=self.rank, ranks=self.world)
         own = [row for batch in micro for row in batch if row is not PADDING_EXAMPLE]
@@ -131,7 +127,7 @@ class Trainer:
         for number, batch in enumerate(micro):
             loss_fn = partial(
                 chunked_combined_loss,
-                window=make_loss_batch(
+                batch=make_loss_batch(
                     batch, self.device, [target_of.get(id(row)) for row in batch]
                 ),
                 parts=parts,
@@ -176,11 +172,11 @@ class Trainer:
         # The expert's activity is wanted for each text, so each has a sequence of its own.
         prompts, responses = [r.prompt_ids for r in batch], [r.response_ids for r in batch]
         asked = [part.to(self.device) for part in padded(prompts, responses)]
-        weights = [parts[row.part].quiet if row.part else 0.0 for row in batch]
+        weights = [parts[row.part].activity_penalty if row.part else 0.0 for row in batch]
         weights_B1 = torch.tensor(weights, device=self.device)[:, None]
         with measure_activity(self.engine.module, weights_B1 * asked[1] / metered) as meter:
             loss, metrics = self.engine(loss_fn, *asked, judged=with_values)
-        return loss + meter.total, {**metrics, "quiet": float(meter.total.detach())}
+        return loss + meter.total, {**metrics, "activity_penalty": float(meter.total.detach())}
 
     def add_ewc_penalty(self, rows: Sequence[TrainingExample], strength: float) -> None:
         """Let every later step pull the model back to the smaller self (EWC). Collective.

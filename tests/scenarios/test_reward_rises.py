@@ -39,10 +39,10 @@ class AboutPets:
         return float(any(word in dream.pair[0] for word in ("pet", "animal")))
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
     """The embedded model with a newborn expert, and a lake with one text to hold on to."""
-    place = tmp_path_factory.mktemp("rises")
+    place = tmp_path
     slots = widen(EMBEDDED, place / "wide", 1, 32, "float32")
     newborn(place / "wide", place / "born", slots, seed=7)
     chat = ChatFormatter(place / "wide")
@@ -56,16 +56,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_a_reward_rises(place: Path) -> None:
+def dream(place: Path, steps: int, *words: str) -> list[dict[str, Any]]:
+    """Dream on the embedded model; returns the metrics of every step."""
     config = cfg.load(
         None,
         [
-            f"dreaming.steps={STEPS}", "dreaming.tasks_per_step=2", "dreaming.group_size=12",
+            f"dreaming.steps={steps}", "dreaming.tasks_per_step=2",
             "dreaming.max_staleness=0", "dreaming.max_tokens=40", "dreaming.loss.replay_kl=0",
-            "dreaming.loss.sft=0",
-            f"dreaming.reward={__name__}.AboutPets", "dreaming.trial_questions=1",
-            "resources.engine=torch", "resources.cpus=2", f"runs={place}", "seed=5",
+            "dreaming.loss.sft=0", "dreaming.trial_questions=1",
+            "resources.engine=torch", "resources.cpus=2", f"runs={place}", "seed=5", *words,
         ],
     )  # fmt: skip
     people = fresh_people(5, 4)
@@ -75,13 +74,29 @@ def test_a_reward_rises(place: Path) -> None:
     fleet = engines(place)
     try:
         phase.run_dreaming(
-            config, fleet, TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.01, STEPS),
+            config, fleet, TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.01, steps),
             place / "born", chat, day, probes, place, chat.prompt(day[0])[:64], print,
             lambda _, metrics: told.append(metrics),
         )  # fmt: skip
     finally:
         fleet.shutdown()
+    return told
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_reward_rises(place: Path) -> None:
+    told = dream(place, STEPS, "dreaming.group_size=12", f"dreaming.reward={__name__}.AboutPets")
     rewards = [metrics["reward"] for metrics in told]
     assert len(rewards) == STEPS
     assert fmean(rewards[:3]) < 0.35, "it has something to learn"
     assert fmean(rewards[-3:]) > fmean(rewards[:3]) + 0.4, rewards
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_example_of_an_algorithm_learns_with_a_critic(place: Path) -> None:
+    told = dream(
+        place, 3, "dreaming.group_size=4", "dreaming.algorithm=examples.my_algorithm.ActorCritic"
+    )
+    errors = [metrics["dream/value"] for metrics in told]
+    assert len(errors) == 3 and all(error >= 0.0 for error in errors)
+    assert max(errors) > 0.0, "the critic has something to learn"

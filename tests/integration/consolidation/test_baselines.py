@@ -28,8 +28,8 @@ from sleeprl.consolidation.ray_job import limit_to_budget
 from sleeprl.consolidation.train_loop import Job
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import Trajectory, to_batch
-from sleeprl.losses.combined import LossWeights
 from sleeprl.losses.ewc import diagonal_fisher, ewc_gradient, ewc_penalty
+from sleeprl.losses.types import LossWeights
 from sleeprl.memory.checkpoint import scatter_columns
 from sleeprl.memory.gated_mlp import load_training_form
 from sleeprl.night.phases import phases_of

@@ -22,8 +22,9 @@ from sleeprl.config.validation import validate_plugins
 from sleeprl.consolidation import student_rollouts
 from sleeprl.consolidation.methods import loss_weights
 from sleeprl.data.trajectory import Trajectory
-from sleeprl.losses.combined import LossBatch, LossOptions, LossWeights, combined_loss, token_counts
+from sleeprl.losses.combined import combined_loss, token_counts
 from sleeprl.losses.divergence import divergence
+from sleeprl.losses.types import LossBatch, LossOptions, LossWeights
 from sleeprl.memory.checkpoint import widen
 from sleeprl.plugins import PluginError, create
 from sleeprl.rollout.types import Completion
@@ -80,7 +81,7 @@ def rolled_out(
         for text in group
     ]
     chat: Any = Letters()
-    loss = LossOptions(policy=create(config.algorithm, "algorithm", {}), limit=12)
+    loss = LossOptions(algorithm=create(config.algorithm, "algorithm", {}), max_response_tokens=12)
     judge = lambda pairs: [a == b for a, b in pairs]  # noqa: E731
     return student_rollouts.score_rollouts(drawn, said, config, chat, judge, loss)[:2]
 
@@ -97,7 +98,7 @@ def test_the_algorithm_gives_the_advantages(name: str) -> None:
     assert [row.advantage for row in made] == pytest.approx(expected)
     assert (made[2].advantage is None) == (name == "dapo_unscaled"), "passes over equal rewards"
     assert {row.part for row in made} == {STUDENT}
-    assert made[0].teacher_prompt_ids == [2, 3] and made[0].behaviour == [-1.0] * 4
+    assert made[0].teacher_prompt_ids == [2, 3] and made[0].rollout_logprobs == [-1.0] * 4
 
 
 def test_the_reward_is_the_configured_one() -> None:
@@ -136,7 +137,7 @@ def test_a_row_without_an_advantage_is_not_a_zero_to_average_with() -> None:
             mask_BR=torch.ones(len(of), 2),
             part=["student"] * len(of),
             advantages_BR=torch.tensor([[math.nan if a is None else a] for a in advantages]),
-            behaviour_BR=torch.full((len(of), 2), -2.0, dtype=torch.float64),
+            rollout_logprobs_BR=torch.full((len(of), 2), -2.0, dtype=torch.float64),
             teacher_logits_BRV=torch.ones(len(of), 2, 7, dtype=torch.float64),
         )
         counts = token_counts(parts, window.part, [2] * len(of), advantages)

@@ -539,7 +539,7 @@ def test_a_group_is_equal_where_the_algorithm_finds_nothing_to_learn(
     # What the algorithm makes of length is part of it.
     short, long = dream(chat, 0, "no"), dream(chat, 1, "n" * 38)
     assert equal(short, long)
-    assert not equal(short, long, overlong=20)
+    assert not equal(short, long, overlong_buffer_tokens=20)
     plain = rewarding(f"{users}.looks")
     assert plain.score(to_batch(same), {t.id: t for t in TASKS}).is_informative
 

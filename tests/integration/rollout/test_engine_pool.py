@@ -26,7 +26,7 @@ from sleeprl.config.schema import DreamingConfig
 from sleeprl.data.trajectory import Trajectory, to_batch
 from sleeprl.dreaming import trainer_actor as learning
 from sleeprl.dreaming.types import algorithm_of
-from sleeprl.losses.combined import LossOptions
+from sleeprl.losses.types import LossOptions
 from sleeprl.memory.checkpoint import WEIGHTS
 from sleeprl.rollout.engine import EngineOptions, spawn_engine
 from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool, StaleEngine
@@ -275,7 +275,7 @@ def test_tokens_that_are_too_old_are_read_and_not_learned_from(
     told = actor.step([to_batch(dreams)]).metrics
     assert [row.prompt_ids for row in learned] == [[1, 2, 7, 8], [1, 2]]
     assert [row.response_ids for row in learned] == [[9], [7, 8]]
-    assert [row.behaviour for row in learned] == [[-5.0], [-5.0, -6.0]]
+    assert [row.rollout_logprobs for row in learned] == [[-5.0], [-5.0, -6.0]]
     assert (told["tokens_too_old"], told["staleness_max"]) == (4.0, 1.0)
     assert told["staleness_tokens"] == {"0": 1, "1": 2}
     assert told["reward"] == 1.0  # of all three, as their advantages

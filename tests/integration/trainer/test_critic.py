@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sleeprl.algorithms.ppo import PPO
-from sleeprl.losses.combined import LossOptions, LossWeights
 from sleeprl.losses.off_policy import ImportanceWeight
+from sleeprl.losses.types import LossOptions, LossWeights
 from sleeprl.memory.checkpoint import widen
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.trainer import Trainer
@@ -20,7 +20,7 @@ from tests.support.models import make_tiny_model
 STEPS = 25
 # Only the critic learns: the policy's advantages are all 0.
 LOSS = LossOptions(
-    policy=PPO(value_clip=10.0, value_weight=1.0), correction=ImportanceWeight("off")
+    algorithm=PPO(value_clip=10.0, value_weight=1.0), importance_weight=ImportanceWeight("off")
 )
 PARTS = {"student": LossWeights(pg=1.0), "new": LossWeights()}
 

@@ -25,7 +25,7 @@ from tests.support.models import make_tiny_model
 from tests.unit.memory.test_growth import CLOSE, far, logits, randomise
 
 WIDTH, SLOT = 8, 1
-QUIET = {**PARTS, REPLAY: replace(PARTS[REPLAY], quiet=20.0)}
+QUIET = {**PARTS, REPLAY: replace(PARTS[REPLAY], activity_penalty=20.0)}
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,10 @@ def test_the_gate_learns_to_close_at_any_world_size(wide: Path, tmp_path: Path) 
         for key, tensor in alone.items():
             torch.testing.assert_close(tensor, shared[key], atol=1e-5, rtol=1e-4)
     for told, same in zip(one.numbers["quiet"], two.numbers["quiet"], strict=True):
-        assert told["quiet"] == pytest.approx(same["quiet"], rel=1e-4, abs=1e-9)
-    assert all("quiet" not in step for step in one.numbers["loud"])
+        assert told["activity_penalty"] == pytest.approx(
+            same["activity_penalty"], rel=1e-4, abs=1e-9
+        )
+    assert all("activity_penalty" not in step for step in one.numbers["loud"])
     assert loudness(wide, tmp_path / "quiet-1.safetensors") < 0.5 * loudness(
         wide, tmp_path / "loud-1.safetensors"
     )
@@ -150,8 +152,12 @@ def test_only_where_there_is_a_gate_to_close() -> None:
         name: loss_weights(method, method.objective(config.consolidation), 0)
         for name, method in METHODS.items()
     }
-    assert parts["seeding"][REPLAY].quiet == 0.5
-    assert parts["no_growth"][REPLAY].quiet == parts["replay"][REPLAY].quiet == 0.0
+    assert parts["seeding"][REPLAY].activity_penalty == 0.5
+    assert (
+        parts["no_growth"][REPLAY].activity_penalty
+        == parts["replay"][REPLAY].activity_penalty
+        == 0.0
+    )
     words = ["consolidation.expert_gate=0.5", "memory.growth=low_rank"]
     with pytest.raises(ConfigError, match=r"expert_gate=0\.5.*memory\.growth=low_rank"):
         cfg.load(None, words)

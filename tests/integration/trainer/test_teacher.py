@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, ResourcesConfig
-from sleeprl.losses.combined import LossWeights
+from sleeprl.losses.types import LossWeights
 from sleeprl.memory.slots import GATED_MLP
 from sleeprl.trainer.batching import Targets, TrainingExample
 from sleeprl.trainer.teacher import TeacherActor, Teachers, launch_teachers

@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sleeprl.losses.combined import LossOptions, LossWeights
 from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_tail
+from sleeprl.losses.types import LossOptions, LossWeights
 from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, scatter_columns, widen, write_grown
 from sleeprl.memory.gated_mlp import grow, load_training_form, smaller_self
 from sleeprl.memory.growth import growth_named
@@ -73,7 +73,7 @@ def rows(seed: int, count: int = 9) -> list[TrainingExample]:
                 part,
                 teacher_prompt_ids=draw(10, 20) if part == "new" else None,
                 advantage=(-1.0) ** index * 0.5 if part == "student" else 0.0,
-                behaviour=[-5.5] * len(response) if part == "student" else [],
+                rollout_logprobs=[-5.5] * len(response) if part == "student" else [],
                 age=index // 3 if part == "student" else None,
             )
         )
@@ -569,7 +569,7 @@ def plain_step(directory: Path) -> tuple[float, float, dict[str, Tensor]]:
         kl = generalised_jsd(kept, on_support(student, ids), LOSS.beta).sum()
         total = weight.kl * kl - weight.ce * logp.sum()
         if weight.pg:
-            ratio = (logp.detach() - torch.tensor(row.behaviour)).exp().clamp(max=2.0)
+            ratio = (logp.detach() - torch.tensor(row.rollout_logprobs)).exp().clamp(max=2.0)
             total = total - weight.pg * row.advantage * (ratio * logp).sum()
             # In value the ratio learner / proximal is 1, so the term is weight * -A * ratio.
             total = total - weight.pg * row.advantage * (ratio * (1 - logp.detach())).sum()

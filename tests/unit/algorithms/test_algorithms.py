@@ -14,19 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sleeprl import algorithms
 from sleeprl.algorithms.base import RewardBatch
 from sleeprl.algorithms.dapo import DAPO
 from sleeprl.algorithms.ppo import PPO
-from sleeprl.losses.combined import (
-    LossBatch,
-    LossOptions,
-    LossWeights,
-    chunked_combined_loss,
-    combined_loss,
-    token_counts,
-)
+from sleeprl.losses.combined import chunked_combined_loss, combined_loss, token_counts
 from sleeprl.losses.off_policy import ImportanceWeight
 from sleeprl.losses.reference_kl import ESTIMATORS, reference_kl
+from sleeprl.losses.types import LossBatch, LossOptions, LossWeights
 from sleeprl.plugins import BUILTIN, PluginError, create
 from tests.references import trl_losses
 
@@ -89,10 +84,10 @@ def test_options_of_the_advantages() -> None:
 
 def test_an_overlong_dream_pays_on_a_line() -> None:
     """DAPO's eq. 13: nothing up to limit - overlong, all of the penalty at the limit."""
-    dapo = DAPO(overlong=4, overlong_penalty=2.0)
+    dapo = DAPO(overlong_buffer_tokens=4, overlong_penalty=2.0)
     seen = RewardBatch([1.0, 1.0, None, 1.0, 1.0], ["g"] * 5, [5, 6, 9, 8, 10], 10)
-    assert dapo.shaped(seen) == [1.0, 1.0, None, 0.0, -1.0]
-    assert DAPO().shaped(seen) == list(seen.rewards)
+    assert dapo.shape_rewards(seen) == [1.0, 1.0, None, 0.0, -1.0]
+    assert DAPO().shape_rewards(seen) == list(seen.rewards)
     found = dapo.advantages(seen)
     assert found[0] == found[1] and found[0] > found[3] > found[4]  # type: ignore[operator]
 
@@ -139,7 +134,7 @@ def two_rows(ratios: Tensor) -> tuple[Tensor, LossBatch]:
         mask_BR=torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64),
         part=["dream"] * 2,
         advantages_BR=torch.tensor([[1.0], [-3.0]], dtype=torch.float64),
-        behaviour_BR=now - ratios.log(),
+        rollout_logprobs_BR=now - ratios.log(),
     )
     return logits, window
 
@@ -155,7 +150,9 @@ def loss_of(
     logits, window = two_rows(ratios)
     counts = token_counts(PARTS, window.part, [2, 1])
     settings = LossOptions(
-        policy=make(name, **options), limit=LIMIT, correction=ImportanceWeight(correction)
+        algorithm=make(name, **options),
+        max_response_tokens=LIMIT,
+        importance_weight=ImportanceWeight(correction),
     )
     loss, metrics = combined_loss(logits, window, PARTS, counts, settings)
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -195,7 +192,7 @@ MEANS = {
 @pytest.mark.parametrize("name", SURROGATES)
 def test_the_clipped_surrogates_by_hand(name: str) -> None:
     ratios, values, slopes = SURROGATES[name]
-    weights = torch.tensor(MEANS[make(name).mean], dtype=torch.float64)
+    weights = torch.tensor(MEANS[make(name).loss_aggregation], dtype=torch.float64)
     loss, found, metrics = loss_of(name, ratios, "off")
     assert loss.item() == pytest.approx(float((torch.tensor(values).double() * weights).sum()))
     assert metrics["dream/pg"] == pytest.approx(loss.item())
@@ -232,7 +229,7 @@ def test_on_policy_all_are_reinforce(name: str) -> None:
     ones = torch.ones(2, 2, dtype=torch.float64)
     for correction in ("off", "token"):
         _, slopes, _ = loss_of(name, ones, correction)
-        weights = torch.tensor(MEANS[make(name).mean], dtype=torch.float64)
+        weights = torch.tensor(MEANS[make(name).loss_aggregation], dtype=torch.float64)
         if name == "rloo":  # a text is one action: its tokens are added up
             weights = weights * torch.tensor([[2.0], [1.0]])
         expected = torch.tensor([[-1.0, -1.0], [3.0, 0.0]], dtype=torch.float64) * weights
@@ -251,8 +248,8 @@ def test_with_a_correction_the_ratio_is_taken_to_the_current_policy(name: str) -
 
 
 def test_a_mean_over_a_constant_needs_the_constant() -> None:
-    with pytest.raises(ValueError, match="limit=0"):
-        LossOptions(policy=make("dr_grpo"))
+    with pytest.raises(ValueError, match="max_response_tokens=0"):
+        LossOptions(algorithm=make("dr_grpo"))
 
 
 @pytest.mark.parametrize(
@@ -260,10 +257,18 @@ def test_a_mean_over_a_constant_needs_the_constant() -> None:
     [
         ("grpo", {"clip": 0.1}, r"algorithm 'grpo' with options .*'clip'"),
         ("gspo", {"clip_low": -1.0}, "clip_low=-1.0 must be at least 0"),
-        ("dapo", {"mean": "median"}, "mean='median' must be one of token, sequence, constant"),
-        ("dapo", {"overlong": -1}, "overlong=-1"),
-        ("dapo", {"redraws": -1}, "redraws=-1 must be a whole number"),
-        ("dapo_unscaled", {"redraws": 0.5}, "redraws=0.5 must be a whole number"),
+        (
+            "dapo",
+            {"loss_aggregation": "median"},
+            "='median' must be one of token, sequence, constant",
+        ),
+        ("dapo", {"overlong_buffer_tokens": -1}, "overlong_buffer_tokens=-1"),
+        ("dapo", {"max_resample_rounds": -1}, "max_resample_rounds=-1 must be a whole number"),
+        (
+            "dapo_unscaled",
+            {"max_resample_rounds": 0.5},
+            "max_resample_rounds=0.5 must be a whole number",
+        ),
         ("dap", {}, "did you mean 'dapo'"),
     ],
 )
@@ -272,13 +277,45 @@ def test_a_wrong_option_is_told(name: str, options: dict[str, Any], told: str) -
         make(name, **options)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_shows_the_flags(name: str) -> None:
+    (row,) = [
+        line.split()
+        for line in (algorithms.__doc__ or "").splitlines()
+        if line.split()[:1] == [name]
+    ]
+    algorithm, said = make(name), {"yes": True, "no": False}
+    assert row[-3] == algorithm.loss_aggregation
+    assert said[row[-2]] == algorithm.compares_within_group
+    assert said[row[-1]] == algorithm.needs_critic
+    assert ("none" in row) == (not algorithm.has_ratio)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(
+    rewards=st.lists(st.sampled_from([None, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(1, 10), min_size=5, max_size=5),
+)
+def test_a_group_is_informative_where_it_has_an_advantage(
+    name: str, rewards: list[float | None], lengths: list[int]
+) -> None:
+    """Of algorithms that look at a group or at single rewards; the others need the whole batch."""
+    options = {"overlong_buffer_tokens": 4} if name.startswith("dapo") else {}
+    algorithm = make(name, **options)
+    seen = RewardBatch(rewards, ["g"] * len(rewards), lengths[: len(rewards)], 10)
+    if algorithm.compares_within_group or name == "rest_em":
+        assert algorithm.is_informative(seen) == any(algorithm.advantages(seen))
+    else:
+        assert algorithm.is_informative(seen) == any(r is not None for r in rewards)
+
+
 # --- the critic -----------------------------------------------------------------------
 
 
 def test_generalised_advantages_by_hand() -> None:
-    ppo = PPO(discount=0.5, trace=0.5, whiten=False)
+    ppo = PPO(gamma=0.5, gae_lambda=0.5, whiten=False)
     # Values 1, 2, 4, then the end with reward 8: surprises 0.5*2-1 = 0, 0.5*4-2 = 0, 8-4 = 4.
-    advantages, returns = ppo.estimate([8.0], [[1.0, 2.0, 4.0]])
+    advantages, returns = ppo.estimate_advantages([8.0], [[1.0, 2.0, 4.0]])
     assert advantages == [[0.25, 1.0, 4.0]]
     assert returns == [[1.25, 3.0, 8.0]]
 
@@ -286,16 +323,18 @@ def test_generalised_advantages_by_hand() -> None:
 @given(st.lists(st.floats(-2, 2), min_size=1, max_size=6), st.floats(-3, 3))
 def test_the_ends_of_lambda(values: list[float], reward: float) -> None:
     """lambda = 1 is the reward minus the value; lambda = 0 one step's surprise."""
-    ((whole,), (returns,)) = PPO(trace=1.0, whiten=False).estimate([reward], [values])
+    ((whole,), (returns,)) = PPO(gae_lambda=1.0, whiten=False).estimate_advantages(
+        [reward], [values]
+    )
     assert whole == pytest.approx([reward - v for v in values], abs=1e-9)
     assert returns == pytest.approx([reward] * len(values), abs=1e-9)
-    ((one,), _) = PPO(trace=0.0, whiten=False).estimate([reward], [values])
+    ((one,), _) = PPO(gae_lambda=0.0, whiten=False).estimate_advantages([reward], [values])
     following = [*values[1:], reward]
     assert one == pytest.approx([b - a for a, b in zip(values, following, strict=True)])
 
 
 def test_whitened_advantages_and_an_unscored_text() -> None:
-    advantages, returns = PPO().estimate([1.0, None, 0.0], [[0.5, 0.5], [0.3], [0.1]])
+    advantages, returns = PPO().estimate_advantages([1.0, None, 0.0], [[0.5, 0.5], [0.3], [0.1]])
     flat = torch.tensor([a for row in advantages if row for a in row])
     assert float(flat.mean()) == pytest.approx(0.0, abs=1e-6)
     assert float(flat.std()) == pytest.approx(1.0, abs=1e-6)
@@ -320,7 +359,9 @@ def test_the_critic_s_loss_is_a_stream() -> None:
     critic = torch.tensor([[0.1, 0.2], [0.1, 9.0]], dtype=torch.float64, requires_grad=True)
     counts = token_counts(PARTS, window.part, [2, 1])
     head = torch.eye(3, dtype=torch.float64)
-    options = LossOptions(policy=PPO(value_weight=0.5), correction=ImportanceWeight("off"))
+    options = LossOptions(
+        algorithm=PPO(value_weight=0.5), importance_weight=ImportanceWeight("off")
+    )
     loss, metrics = chunked_combined_loss(
         logits, head, window, PARTS, counts, options, critic_BR=critic
     )
@@ -374,17 +415,17 @@ def test_in_expectation_the_estimators_are_the_kl(seed: int) -> None:
 def test_the_kl_joins_the_policy_s_loss() -> None:
     logits, window = two_rows(torch.ones(2, 2, dtype=torch.float64))
     counts = token_counts(PARTS, window.part, [2, 1])
-    options = LossOptions(policy=make("grpo"), correction=ImportanceWeight("off"))
+    options = LossOptions(algorithm=make("grpo"), importance_weight=ImportanceWeight("off"))
     plain, _ = combined_loss(logits, window, PARTS, counts, options)
-    held = replace(options, reference=0.1, reference_estimator="k2")
+    held = replace(options, reference_kl=0.1, reference_estimator="k2")
     with pytest.raises(ValueError, match=r"weight 0\.1"):
         combined_loss(logits, window, PARTS, counts, held)
-    window.reference_BR = window.behaviour_BR - 0.5
+    window.reference_logprobs_BR = window.rollout_logprobs_BR - 0.5
     got, metrics = combined_loss(logits, window, PARTS, counts, held)
     assert got.item() == pytest.approx(plain.item() + 0.1 * 0.125)
     assert metrics["dream/reference_kl"] == pytest.approx(math.exp(-0.5) - 0.5)
     with pytest.raises(ValueError, match="'k4' must be one of k1, k2, k3"):
-        reference_kl(window.behaviour_BR, window.behaviour_BR, "k4")
+        reference_kl(window.rollout_logprobs_BR, window.rollout_logprobs_BR, "k4")
 
 
 # --- against TRL ------------------------------------------------------------------------
@@ -405,14 +446,14 @@ def test_the_loss_is_trl_s(name: str) -> None:
         mask_BR=made["mask"],
         part=["dream"] * 4,
         advantages_BR=torch.tensor(trl_losses.ADVANTAGES, dtype=torch.float64)[:, None],
-        behaviour_BR=made["old"],
-        reference_BR=made["ref"],
+        rollout_logprobs_BR=made["old"],
+        reference_logprobs_BR=made["ref"],
     )
     options = LossOptions(
-        policy=make("grpo" if name == "reference" else name),
-        limit=trl_losses.LIMIT,
-        correction=ImportanceWeight("off"),
-        reference=trl_losses.BETA if name == "reference" else 0.0,
+        algorithm=make("grpo" if name == "reference" else name),
+        max_response_tokens=trl_losses.LIMIT,
+        importance_weight=ImportanceWeight("off"),
+        reference_kl=trl_losses.BETA if name == "reference" else 0.0,
     )
     counts = token_counts(PARTS, window.part, trl_losses.LENGTHS)
     loss, _ = combined_loss(logits, window, PARTS, counts, options)

@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from sleeprl import cli
+from sleeprl.algorithms.base import GroupClipped
 from sleeprl.config import loader as cfg
 from sleeprl.config import validation
 from sleeprl.config.aliases import ALIASES, rename_old_keys
@@ -415,6 +416,41 @@ def test_staleness_needs_a_correction() -> None:
     cfg.load(None, ["dreaming.max_staleness=1", "dreaming.algorithm=gspo", words[1]])
 
 
+def test_old_options_of_an_algorithm_are_read_with_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = ["dreaming.algorithm=ppo", "dreaming.algorithm_options={discount: 0.9, trace: 0.5}"]
+    with caplog.at_level(logging.WARNING):
+        config = cfg.load(None, words)
+    assert config.dreaming.algorithm_options == {"gamma": 0.9, "gae_lambda": 0.5}
+    (line,) = caplog.messages
+    assert "discount is now gamma, trace is now gae_lambda" in line
+    own = cfg.load(None, ["dreaming.algorithm=mine.Own", words[1]])
+    assert own.dreaming.algorithm_options == {"discount": 0.9, "trace": 0.5}
+
+
+class OwnClipped(GroupClipped):
+    """An algorithm of a user's own."""
+
+
+@pytest.mark.parametrize("name", ["grpo", f"{__name__}.OwnClipped"])
+def test_a_group_of_one_is_refused_by_the_algorithm_s_own_flag(name: str) -> None:
+    words = [f"dreaming.algorithm={name}", "dreaming.group_size=1"]
+    with pytest.raises(ConfigError, match=r"dreaming\.group_size=1 leaves"):
+        validation.validate_plugins(cfg.load(None, words))
+    validation.validate_plugins(cfg.load(None, [words[0], "dreaming.group_size=2"]))
+
+
+def test_a_critic_of_ones_own_is_for_dreaming_alone() -> None:
+    with pytest.raises(ConfigError, match="needs a critic"):
+        validation.validate_plugins(
+            cfg.load(None, ["consolidation.algorithm=examples.my_algorithm.ActorCritic"])
+        )
+    validation.validate_plugins(
+        cfg.load(None, ["dreaming.algorithm=examples.my_algorithm.ActorCritic"])
+    )
+
+
 def test_a_temperature_needs_a_correction() -> None:
     words = ["dreaming.temperature=0.7", "dreaming.importance_weight.level=off"]
     message = refused(*words)
@@ -434,7 +470,7 @@ def test_questions_of_ones_own_need_a_day_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dreaming", "consolidation"])
 def test_a_group_of_one_has_nothing_to_compare(name: str) -> None:
     one, algorithm = f"{name}.group_size=1", f"{name}.algorithm="
-    for compares in validation._WITHIN_GROUP:
+    for compares in ("grpo", "dr_grpo", "dapo", "dapo_unscaled", "gspo", "cispo", "rloo"):
         message = refused(one, algorithm + compares)
         assert one in message and algorithm + compares in message
     option = f"{name}.algorithm_options.group_baseline="
@@ -558,7 +594,7 @@ def test_offloading_needs_a_gpu_to_take_the_load_off() -> None:
     [
         ("dreaming.reward_options.foo=1", "dreaming.reward_options", "takes scale"),
         ("consolidation.judge_options.foo=1", "consolidation.judge_options", "takes learner, chat"),
-        ("dreaming.algorithm_options.foo=1", "dreaming.algorithm_options", "redraws"),
+        ("dreaming.algorithm_options.foo=1", "dreaming.algorithm_options", "max_resample_rounds"),
         ("consolidation.judge=embedding", "consolidation.judge: ", "'model'"),
         (
             "dreaming.curriculum=examples.brief_reward.brief",

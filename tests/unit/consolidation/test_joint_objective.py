@@ -14,9 +14,10 @@ from sleeprl.algorithms.dapo import DAPOUnscaled
 from sleeprl.consolidation.imitation_reward import lexical
 from sleeprl.consolidation.judges import same_by_embedding, same_by_verdict
 from sleeprl.consolidation.objective import on_policy_share, seeding_weights
-from sleeprl.losses.combined import LossBatch, LossOptions, LossWeights, combined_loss, token_counts
+from sleeprl.losses.combined import combined_loss, token_counts
 from sleeprl.losses.divergence import generalised_jsd
 from sleeprl.losses.off_policy import ImportanceWeight
+from sleeprl.losses.types import LossBatch, LossOptions, LossWeights
 
 share = st.floats(0.0, 1.0)
 rewards_of_a_batch = st.lists(st.one_of(st.none(), st.integers(0, 4)), min_size=1, max_size=12)
@@ -87,7 +88,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor, LossBatch, list[int]]:
         mask_BR=(torch.arange(4) < torch.tensor(lengths)[:, None]).double(),
         part=["texts", "rollouts", "rollouts", "texts"],
         advantages_BR=torch.tensor([0.0, 0.7, -0.3, 0.0], dtype=torch.float64)[:, None],
-        behaviour_BR=now + 0.3 * normal(seed + 2, 4, 4),
+        rollout_logprobs_BR=now + 0.3 * normal(seed + 2, 4, 4),
         teacher_logits_BRV=teacher,
     )
     return logits, teacher, window, lengths
@@ -100,7 +101,10 @@ def joint(seed: int, beta: float, step: int = 0, **objective: float) -> tuple[fl
     parts = {"texts": weights.texts, "rollouts": weights.rollouts}
     counts = token_counts(parts, window.part, lengths)
     options = LossOptions(
-        beta=beta, support="full", policy=DAPOUnscaled(), correction=ImportanceWeight("off")
+        beta=beta,
+        support="full",
+        algorithm=DAPOUnscaled(),
+        importance_weight=ImportanceWeight("off"),
     )
     loss, _ = combined_loss(logits, window, parts, counts, options)
     loss.backward()
@@ -129,7 +133,10 @@ def grpo(seed: int) -> tuple[float, Tensor]:
     for r in (1, 2):
         for t in range(lengths[r]):
             logprob = logits[r, t].log_softmax(-1)[window.tokens_BR[r, t]]
-            rho, advantage = (logprob - window.behaviour_BR[r, t]).exp(), window.advantages_BR[r, 0]
+            rho, advantage = (
+                (logprob - window.rollout_logprobs_BR[r, t]).exp(),
+                window.advantages_BR[r, 0],
+            )
             tokens.append(-torch.minimum(rho * advantage, rho.clamp(0.8, 1.28) * advantage))
     loss = torch.stack(tokens).mean()
     loss.backward()

@@ -13,14 +13,7 @@ from torch import Tensor
 
 from sleeprl.losses import chunked
 from sleeprl.losses.chunked import chunked_values
-from sleeprl.losses.combined import (
-    LossBatch,
-    LossOptions,
-    LossWeights,
-    chunked_combined_loss,
-    combined_loss,
-    token_counts,
-)
+from sleeprl.losses.combined import chunked_combined_loss, combined_loss, token_counts
 from sleeprl.losses.divergence import (
     TopK,
     divergence,
@@ -29,6 +22,7 @@ from sleeprl.losses.divergence import (
     top_k_with_tail,
 )
 from sleeprl.losses.off_policy import ImportanceWeight
+from sleeprl.losses.types import LossBatch, LossOptions, LossWeights
 from sleeprl.plugins import BUILTIN, create
 
 BETAS = [0.0, 0.3, 1.0]
@@ -275,10 +269,12 @@ def batch(source: str, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, 
         mask_BR=(torch.arange(R) < torch.tensor(LENGTHS)[:, None]).double(),
         part=PART_OF,
         advantages_BR=torch.tensor([0.0, 0.0, 1.5, 0.0, -0.5, 0.0, 0.0]).double()[:, None],
-        behaviour_BR=-normal(34, B, R).abs(),
+        rollout_logprobs_BR=-normal(34, B, R).abs(),
     )
     if source == "top-k":
-        window.teacher_ids_BRK, window.teacher_BRK1 = top_k_with_tail(teacher_logits, top_k)
+        window.teacher_ids_BRK, window.teacher_logprobs_BRK1 = top_k_with_tail(
+            teacher_logits, top_k
+        )
     elif source == "hidden":
         window.teacher_hidden_BRH = teacher_hidden
     else:
@@ -310,11 +306,11 @@ def test_chunked_stream_loss_is_stream_loss(
     options = LossOptions(
         beta=beta,
         top_k=top_k,
-        correction=ImportanceWeight(level),
+        importance_weight=ImportanceWeight(level),
         support="teacher" if source == "top-k" else support,
         pointwise_clip=clip,
-        policy=create(name, "algorithm", {}),
-        limit=9,
+        algorithm=create(name, "algorithm", {}),
+        max_response_tokens=9,
     )
     counts = token_counts(PARTS, PART_OF, LENGTHS)
     naive_source = "logits" if source == "hidden" else source

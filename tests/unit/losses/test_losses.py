@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sleeprl.consolidation.imitation_reward import imitation_reward, lexical, semantic
-from sleeprl.losses.combined import (
-    LossBatch,
-    LossOptions,
-    LossWeights,
-    add_metrics,
-    combined_loss,
-    token_counts,
-)
+from sleeprl.losses.combined import add_metrics, combined_loss, token_counts
 from sleeprl.losses.divergence import FLOOR, generalised_jsd, on_support, top_k_with_tail
 from sleeprl.losses.off_policy import ImportanceWeight, mismatch_metrics
+from sleeprl.losses.types import LossBatch, LossOptions, LossWeights
 from sleeprl.text.normalise import normalise
 
 E = math.e
@@ -326,7 +320,7 @@ PARTS = {
 }
 LENGTHS = [5, 2, 4, 1, 3, 5]
 PART_OF = ["new", "replay", "student", "new", "student", "replay"]
-OPTIONS = LossOptions(beta=0.3, top_k=4, correction=ImportanceWeight("token", "truncate"))
+OPTIONS = LossOptions(beta=0.3, top_k=4, importance_weight=ImportanceWeight("token", "truncate"))
 V, R = 11, 5
 
 
@@ -342,9 +336,9 @@ def window(rows: list[int]) -> tuple[Tensor, LossBatch]:
         mask_BR=mask[rows],
         part=[PART_OF[row] for row in rows],
         advantages_BR=torch.tensor([0.0, 0.0, 1.5, 0.0, -0.5, 0.0])[rows, None],
-        behaviour_BR=-logits(16, 6, R).abs()[rows],
+        rollout_logprobs_BR=-logits(16, 6, R).abs()[rows],
         teacher_ids_BRK=teacher_ids[rows],
-        teacher_BRK1=teacher[rows],
+        teacher_logprobs_BRK1=teacher[rows],
     )
 
 
@@ -364,13 +358,13 @@ def test_stream_loss_by_hand() -> None:
     loss, metrics = combined_loss(raw, batch, PARTS, token_counts(PARTS, PART_OF, LENGTHS), OPTIONS)
     # Token by token, in the plainest way there is.
     totals = dict.fromkeys(["new/ce", "new/kl", "replay/kl", "student/pg", "student/kl"], 0.0)
-    assert batch.teacher_ids_BRK is not None and batch.teacher_BRK1 is not None
+    assert batch.teacher_ids_BRK is not None and batch.teacher_logprobs_BRK1 is not None
     for row, (part, length) in enumerate(zip(PART_OF, LENGTHS, strict=True)):
         for t in range(length):
             logp = raw[row, t].detach().log_softmax(-1)
             chosen = float(logp[batch.tokens_BR[row, t]])
             kept = batch.teacher_ids_BRK[row, t]
-            p = batch.teacher_BRK1[row, t].exp()
+            p = batch.teacher_logprobs_BRK1[row, t].exp()
             q = torch.cat([logp[kept].exp(), 1 - logp[kept].exp().sum(-1, keepdim=True)])
             m = OPTIONS.beta * p + (1 - OPTIONS.beta) * q
             jsd = OPTIONS.beta * (p * (p / m).log()).sum()
@@ -380,7 +374,7 @@ def test_stream_loss_by_hand() -> None:
             if part == "new":
                 totals["new/ce"] -= chosen / 6
             if part == "student":
-                weight = min(2.0, math.exp(chosen - float(batch.behaviour_BR[row, t])))
+                weight = min(2.0, math.exp(chosen - float(batch.rollout_logprobs_BR[row, t])))
                 totals["student/pg"] -= weight * float(batch.advantages_BR[row, 0]) / 7
     for key, value in totals.items():
         assert metrics[key] == pytest.approx(value, abs=1e-5), key
@@ -394,11 +388,11 @@ def test_stream_loss_by_hand() -> None:
 @pytest.mark.parametrize("level", ["token", "off"])
 def test_what_a_correction_does_is_recorded_also_when_it_is_off(level: str) -> None:
     raw, batch = window(list(range(6)))
-    options = dataclasses.replace(OPTIONS, correction=ImportanceWeight(level))
+    options = dataclasses.replace(OPTIONS, importance_weight=ImportanceWeight(level))
     _, metrics = combined_loss(raw, batch, PARTS, token_counts(PARTS, PART_OF, LENGTHS), options)
     chosen = raw.detach().log_softmax(-1).gather(-1, batch.tokens_BR[..., None])[..., 0]
     mine = batch.mask_BR * torch.tensor([part == "student" for part in PART_OF])[:, None] == 1
-    ratios = (chosen - batch.behaviour_BR)[mine].exp()
+    ratios = (chosen - batch.rollout_logprobs_BR)[mine].exp()
     weights = ratios.clamp(max=2.0) if level == "token" else torch.ones_like(ratios)
     assert metrics["student/weight_mean"] == pytest.approx(float(weights.mean()), abs=1e-5)
     outside = float(((ratios < 0.5) | (ratios > 2.0)).float().mean())

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sleeprl.losses.combined import LossOptions, LossWeights, chunked_combined_loss, token_counts
+from sleeprl.losses.combined import chunked_combined_loss, token_counts
+from sleeprl.losses.types import LossOptions, LossWeights
 from sleeprl.trainer import packing as layout
 from sleeprl.trainer.batching import TrainingExample, make_loss_batch
 from sleeprl.trainer.packed_attention import PackedSequences
@@ -129,7 +130,7 @@ def test_loss_and_gradient_are_those_of_texts_on_their_own(
     counts_P3 = token_counts(PARTS, ["dream"] * len(ROWS), [len(r) for r in RESPONSES])
     within = partial(
         chunked_combined_loss,
-        window=make_loss_batch(ROWS, CPU),
+        batch=make_loss_batch(ROWS, CPU),
         parts=PARTS,
         counts_P3=counts_P3,
         options=LossOptions(),
