@@ -98,8 +98,8 @@ def test_wandb_keeps_an_offline_run(run: SinkRun, monkeypatch: pytest.MonkeyPatc
 def test_the_example_writes_what_a_run_directory_logs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "examples")])
-    sinks = "reporting.sinks=[my_metrics_sink.CsvSink]"
+    monkeypatch.chdir(ROOT)
+    sinks = "reporting.sinks=[examples.my_metrics_sink.CsvSink]"
     config = load(None, [sinks, f"runs={tmp_path}", "name=first"])
     validate_plugins(config)
     directory = RunDirectory(config, NightProgress([("dreaming", "Dream")]))
