@@ -96,7 +96,7 @@ def _link(match: re.Match[str], where: str) -> str:
     if _FILE.match(text) and not (ROOT / text).exists():
         raise PluginError(f"{where}: there is no file {text!r} in the repository")
     setting = _SETTING.match(text)
-    is_file = text.endswith((".py", ".json", ".jsonl", ".md", ".yaml", ".safetensors"))
+    is_file = text.endswith((".py", ".json", ".jsonl", ".md", ".yaml", ".gradients"))
     if bracket or is_file or not setting or setting[1].partition(".")[0] not in SECTIONS:
         return match[0]
     key, known = setting[1], reference.setting_names()

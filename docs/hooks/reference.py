@@ -19,8 +19,10 @@ from results import table
 
 from sleeprl import cli
 from sleeprl.config.describe import describe_settings
+from sleeprl.config.schema import NightConfig
 from sleeprl.data.trajectory import TRAJECTORY_SCHEMA, VERSION_KEY, Trajectory
 from sleeprl.lineage import Manifest
+from sleeprl.night.phases import phases_of, rows_of
 from sleeprl.plugins import BUILTIN, resolve
 from sleeprl.reporting.metric_reference import METRIC_REFERENCE
 
@@ -125,6 +127,18 @@ def command_line() -> str:
     return "\n\n".join(parts)
 
 
+def phase_table(about: dict[str, str]) -> str:
+    """Write the phases of a night as the terminal names them, with what a page says about each.
+
+    Args:
+        about: By key of the phase; all phases of a night with one baseline must be there.
+    """
+    rows = rows_of(phases_of(NightConfig()))
+    if missing := {key for key, _ in rows} ^ about.keys():
+        raise KeyError(f"phases that are not explained, or do not exist: {sorted(missing)}")
+    return table(["phase", "what it says"], [[f"**{title}**", about[key]] for key, title in rows])
+
+
 # --- plug-ins ----------------------------------------------------------------------------------------
 
 
@@ -215,5 +229,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "schema_version": schema_version,
     "algorithms": algorithms,
     "metrics": metrics,
+    "phase_table": phase_table,
 }
 """What a page may call."""

@@ -7,6 +7,7 @@ name differs from today's, ``METHODS`` and ``COMMANDS`` map it.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from sleeprl.config.aliases import ALIASES
+from sleeprl.reporting.summary_table import BeforeAfterTable
 from sleeprl.reporting.summary_view import wilson_interval
 
 ROOT = Path(__file__).parents[2]
@@ -178,6 +182,14 @@ def readme_table() -> str:
             for n, s in ((name, states[name]) for name in rows)
         ],
     )
+
+
+def night_output() -> str:
+    """Print the table at the end of a night as the terminal shows it, of the first recorded night."""
+    console = Console(width=80, file=io.StringIO(), record=True, color_system=None)
+    console.print(BeforeAfterTable(load("night")["nights"][0] | {"baselines": {}}))
+    lines = console.export_text().strip().splitlines()
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def night_ahead() -> str:

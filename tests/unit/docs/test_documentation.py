@@ -156,8 +156,9 @@ def _accept_others(program: str, arguments: list[str]) -> None:
 # --- figures and names ---------------------------------------------------------------------------------
 
 
-def test_the_table_of_the_readme_is_drawn_from_the_results() -> None:
-    drawn = runpy.run_path(str(ROOT / "docs" / "hooks" / "results.py"))["readme_table"]()
+@pytest.mark.parametrize("name", ["readme_table", "night_output"])
+def test_the_figures_of_the_readme_are_drawn_from_the_results(name: str) -> None:
+    drawn = runpy.run_path(str(ROOT / "docs" / "hooks" / "results.py"))[name]()
     assert drawn in (ROOT / "README.md").read_text()
 
 
