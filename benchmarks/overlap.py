@@ -118,14 +118,14 @@ def dream(
         pin(actors.learners.call("pid"), cores[-1])
         pipeline = phase.assemble(config, actors, engines, tasks, chat, position, print)
         steps: list[dict[str, float]] = []
-        WAITS.lap()
+        WAITS.take_idle()
         began = time.monotonic()
         pipeline.run(lambda _, metrics: steps.append(metrics))
         seconds = time.monotonic() - began
         fleet.version += dreaming.steps + 1
     finally:
         actors.kill()
-    idle = WAITS.lap()
+    idle = WAITS.take_idle()
     return {
         "seconds": seconds,
         "idle": {name: idle.get(name, {}) for name in ACTORS},

@@ -118,7 +118,7 @@ class ActorGroup:
         values = [None if ref in unfinished else value_of(ref) for ref in refs]
         failures = [(i, v) for i, v in zip(called, values, strict=True) if isinstance(v, Failure)]
         failures += [(index, self.probe.silence()) for index in dead]
-        failures.sort(key=lambda pair: pair[1].kind is FailureKind.DATA)
+        failures.sort(key=lambda pair: pair[1].kind is FailureKind.FATAL)
         if failures:
             index, failure = failures[0]
             raise ActorFailure(f"{self.name}-{index}.{method}", failure)
@@ -216,7 +216,7 @@ class ActorGroup:
         health = self.health
         if not (health.working or health.having(HealthState.SUSPECT)):  # which may answer yet
             message = f"none may be given work: {health}"
-            raise ActorFailure(self.name, Failure(FailureKind.INFRA, message))
+            raise ActorFailure(self.name, Failure(FailureKind.RETRYABLE, message))
         return bool(health.working)
 
     def log_tail(self, index: int | None = None) -> list[str]:
@@ -252,7 +252,7 @@ class ActorGroup:
     def _detach(self, index: int, how: str) -> None:
         if self.actors[index] is None:
             raise ValueError(f"{self.name}-{index} was removed; it cannot be {how}")
-        self._calls.detach(index, Failure(FailureKind.INFRA, f"{self.name}-{index} was {how}"))
+        self._calls.detach(index, Failure(FailureKind.RETRYABLE, f"{self.name}-{index} was {how}"))
         ray.kill(self.actors[index])
 
     def start(self, members: Sequence[int]) -> None:

@@ -1,9 +1,10 @@
-"""What failed in an actor, in plain data, and its root cause on one screen. Imports no ray."""
+"""Describes a failed call to an actor as plain data, and shows its root cause. Imports no ray."""
 
 from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,31 +15,34 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-TRACE_LINES, LOG_LINES, MESSAGE = 6, 6, 380  # lines, lines, characters
-_QUIET = re.compile(r":(job_id|actor_name|task_name):")  # what Ray itself writes into a log
-_NO_CODE = (
+TRACE_LINES, LOG_LINES = 6, 6
+MESSAGE_CHARACTERS = 380
+_RAY_LINE = re.compile(r":(job_id|actor_name|task_name):")
+"""What Ray itself writes into the log of a worker."""
+_NO_EXIT_CODE = (
     "its process is gone, without an exit code: killed (out of memory?), crashed, or os._exit"
 )
 
 
 class FailureKind(StrEnum):
-    """INFRA may be retried elsewhere; DATA is a fault of the work or of the code, and is loud."""
+    """Whether the same call may succeed elsewhere."""
 
-    INFRA = "infra"
-    DATA = "data"
+    RETRYABLE = "retryable"
+    """A process or a machine failed."""
+    FATAL = "fatal"
+    """The work or the code is at fault, and so is everything unknown."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A call that failed. Made on the actor's side: exception types are lost on the way.
-
-    pid: of the process in which the root cause is; 0 where that is not known.
-    """
+    """A call that failed. The actor's side makes it, because exception types are lost on the way."""
 
     kind: FailureKind
     message: str
     trace: str = ""
+    """Traceback of the root cause."""
     pid: int = 0
+    """Process in which the root cause is; 0 where that is not known."""
 
 
 class ActorFailure(RuntimeError):
@@ -51,74 +55,86 @@ class ActorFailure(RuntimeError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """It crosses processes: a job's worker raises it, the driver tells it."""
+        """Pickle by its arguments: a job's worker raises it, the driver shows it."""
         return type(self), (self.where, self.failure)
 
 
 def pid_in(text: str) -> int:
-    """The process that one of Ray's messages is about, or 0."""
+    """Return the process that one of Ray's messages is about, or 0."""
     found = re.search(r"\bpid[:=] ?(\d+)", text)
     return int(found.group(1)) if found else 0
 
 
 def short_reason(message: str) -> str:
-    """Ray's account of an actor's death, in one line."""
+    """Return Ray's account of an actor's death in one line."""
     detail = re.search(r"Worker exit detail: (.*)", message)
     if detail is None:
         return message.strip().partition("\n")[0]
     if "connection error code 2" in detail.group(1):
-        return _NO_CODE
+        return _NO_EXIT_CODE
     code = re.search(r"exit code (-?\d+)", detail.group(1))
     return f"its process ended with exit code {code.group(1)}" if code else detail.group(1)
 
 
 def failure_panel(error: BaseException) -> RenderableType | None:
-    """Actor, reason, where it happened and the end of its log, in at most 25 lines of 100 columns;
-    None for an error that is not an actor's."""
-    found = next((each for each in _chain(error) if isinstance(each, ActorFailure)), None)
-    if found is not None:
-        where, failure = found.where, found.failure
-    else:
-        died = next((each for each in _chain(error) if hasattr(each, "actor_id")), None)
-        if died is None:
-            return None
-        where, failure = (
-            "an actor",
-            Failure(FailureKind.INFRA, short_reason(str(died)), pid=pid_in(str(died))),
-        )
-    parts = [Text(" ".join(failure.message.split())[:MESSAGE], style="bold")]
-    trace = failure.trace.strip().splitlines() if failure.kind is FailureKind.DATA else []
+    """Return which actor failed, why, where in the code, and the end of its log.
+
+    What does not fit into a line is wrapped. Returns None for an error that is not an actor's.
+    """
+    found = _find_failure(error)
+    if found is None:
+        return None
+    where, failure = found
+    message = textwrap.shorten(failure.message, MESSAGE_CHARACTERS, placeholder=" …")
+    parts = [Text(message, style="bold", overflow="fold")]
+    trace = failure.trace.strip().splitlines() if failure.kind is FailureKind.FATAL else []
     if trace:
         parts += [Text(), *_lines(trace[-TRACE_LINES:])]
     path, log = log_tail(failure.pid)
     if log:
-        parts += [Text(f"\nthe end of its log, {path}:", style="dim"), *_lines(log)]
+        header = Text(f"\nthe end of its log, {path}:", style="dim", overflow="fold")
+        parts += [header, *_lines(log)]
     elif failure.pid:
         parts.append(Text(f"\nprocess {failure.pid} left no log on this host", style="dim"))
-    return Panel(Group(*parts), title=f"{where} failed ({failure.kind})", border_style="red")
+    title = Text(f"{where} failed ({failure.kind})")
+    return Panel(Group(*parts), title=title, border_style="red")
+
+
+def _find_failure(error: BaseException) -> tuple[str, Failure] | None:
+    """Return the actor and its failure among an error and its causes."""
+    errors = list(_chain(error))
+    for each in errors:
+        if isinstance(each, ActorFailure):
+            return each.where, each.failure
+    for each in errors:
+        if hasattr(each, "actor_id"):  # Ray's own error of a dead actor
+            reason, pid = short_reason(str(each)), pid_in(str(each))
+            return "an actor", Failure(FailureKind.RETRYABLE, reason, pid=pid)
+    return None
 
 
 def log_tail(pid: int, lines: int = LOG_LINES) -> tuple[Path | None, list[str]]:
-    """The last lines that a worker process on this host wrote, and the file they are in: what it
-    wrote to stderr, or, where that is nothing, to stdout. The session that wrote last counts."""
+    """Return the file and the last lines of a worker process on this host.
+
+    They are what it wrote to stderr or, where that is nothing, to stdout, in the newest session.
+    """
     logs = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
     for kind in ("err", "out"):
         files = list(logs.glob(f"session_2*/logs/worker-*-{pid}.{kind}")) if pid else []
         for path in sorted(files, key=lambda file: file.stat().st_mtime)[-1:]:
             text = path.read_text(errors="replace").splitlines()
-            wrote = [line for line in text if line.strip() and not _QUIET.match(line)]
-            if wrote:
-                return path, wrote[-lines:]
+            written = [line for line in text if line.strip() and not _RAY_LINE.match(line)]
+            if written:
+                return path, written[-lines:]
     return None, []
 
 
 def _lines(lines: list[str]) -> list[Text]:
-    """One line each on the screen, whatever its length."""
-    return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+    return [Text(line, overflow="fold") for line in lines]
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those in which it has its cause: Python's, Ray's, and Ray Train's by worker."""
+    """Yield an error and its causes: Python's, Ray's, and Ray Train's by worker."""
     waiting, seen = [error], set[int]()
     while waiting:
         each = waiting.pop(0)

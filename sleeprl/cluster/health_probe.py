@@ -71,7 +71,9 @@ class HealthProbe:
 
     def silence(self) -> Failure:
         """Return the failure of a member that is DEAD because it did not answer."""
-        return Failure(FailureKind.INFRA, f"it did not answer for {self.health.dead_after:.0f} s")
+        return Failure(
+            FailureKind.RETRYABLE, f"it did not answer for {self.health.dead_after:.0f} s"
+        )
 
     def ping(self, members: Iterable[int]) -> None:
         """Send a ping to these members, but to none that has one to answer."""

@@ -28,13 +28,13 @@ def classify(error: BaseException) -> Failure:
         if root.actor_init_failed:  # its constructor raised, which another process would do too
             last = str(root).strip().splitlines()[-1]
             return Failure(
-                FailureKind.DATA, f"it did not start: {last}", str(root), pid_in(str(root))
+                FailureKind.FATAL, f"it did not start: {last}", str(root), pid_in(str(root))
             )
-        return Failure(FailureKind.INFRA, short_reason(str(root)), "", pid_in(str(root)))
+        return Failure(FailureKind.RETRYABLE, short_reason(str(root)), "", pid_in(str(root)))
     lost = isinstance(root, RayError | ConnectionError | TimeoutError | MemoryError)
     lost = lost or type(root).__name__ in UNFIT
     trace = "".join(traceback.format_exception(error)[-6:])
-    kind = FailureKind.INFRA if lost else FailureKind.DATA
+    kind = FailureKind.RETRYABLE if lost else FailureKind.FATAL
     return Failure(kind, f"{type(root).__name__}: {root}", trace, os.getpid())
 
 

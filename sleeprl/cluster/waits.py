@@ -1,8 +1,7 @@
-"""The one helper through which every wait goes.
+"""Records every wait: who waits for which target, since when and why.
 
-It knows at any moment who waits for whom since when, adds up idle seconds per
-waiter and kind of wait, and lets a watchdog say in words which wait has stalled.
-``WAITS`` are this process's; calls of an ``ActorGroup`` are in it by themselves.
+Idle seconds add up by waiter and kind of wait, and a watchdog names the waits that have stalled.
+``WAITS`` are those of this process; an ``ActorGroup`` records its calls there by itself.
 """
 
 from __future__ import annotations
@@ -36,138 +35,156 @@ _log = logging.getLogger(__name__)
 LogTail = Callable[[], list[str]]
 
 
-def _nothing() -> list[str]:
+def _no_lines() -> list[str]:
     return []
 
 
 @dataclass(frozen=True, eq=False)
 class Wait:
-    """One wait that is going on. ``since`` is in seconds of the clock of its ``Waits``. wrote: the
-    last lines of who is waited for."""
+    """One wait that is going on."""
 
     waiter: str
-    whom: str
+    target: str
+    """What is waited for: an actor or a process."""
     what: str
+    """What it is to deliver."""
     kind: WaitKind
     since: float
-    log_tail: LogTail = _nothing
+    """In seconds of the clock of its ``Waits``."""
+    log_tail: LogTail = _no_lines
+    """Returns the last lines that the target wrote."""
 
     def describe(self, now: float) -> str:
-        """'learner has waited 62 s for data from engine-0: batch 12'."""
+        """Write it as 'learner has waited 62 s for data from engine-0: batch 12'."""
         waited_s = f"{now - self.since:.0f} s"
-        return f"{self.waiter} has waited {waited_s} for {_FOR[self.kind]} {self.whom}: {self.what}"
+        return (
+            f"{self.waiter} has waited {waited_s} for {_FOR[self.kind]} {self.target}: {self.what}"
+        )
 
 
 class Waits:
-    """The waits of one process.
+    """Keeps the waits of one process.
 
-    Invariant: every second of a waiter is attributed at most once. While several of
-    its waits overlap, as in concurrent tasks of one driver, the second belongs to
-    the one that began first, so that a waiter's idle time never exceeds the time
-    that went by. A task whose idleness is of interest by itself is its own waiter.
+    Guarantees:
+        * Every second of a waiter is attributed at most once. Where its waits overlap, as in
+          concurrent tasks of one driver, a second belongs to the one that began first. So a
+          waiter's idle time never exceeds the time that passed.
+        * It is safe to use from several threads.
 
-    Safe to use from several threads. In async code, put the plain ``with`` around
-    the ``await``: ``with waits.on("engine-0", what="batch 3", kind="generate"): await reply``.
+    A task whose idleness is of interest by itself is a waiter of its own. In async code, put the plain
+    ``with`` around the ``await``:
+    ``with waits.on("engine-0", what="batch 3", kind="generate"): await reply``.
     """
 
     def __init__(
         self, waiter: str = "driver", *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``waiter``: this process, who waits when ``on`` does not say; ``clock`` is in seconds."""
+        """Start without waits.
+
+        Args:
+            waiter: Name of this process, which waits where no other waiter is given.
+            clock: Returns seconds.
+        """
         self.clock = clock
         self.waiter = waiter
         self._lock = threading.Lock()
         self._open: dict[str, list[Wait]] = defaultdict(list)
-        self._looked: set[Wait] = set()
-        self._settled_at: dict[str, float] = {}
+        self._polled: set[Wait] = set()
+        self._credited_at: dict[str, float] = {}
         self._idle: dict[str, dict[WaitKind, float]] = defaultdict(lambda: defaultdict(float))
         self._totals: dict[WaitKind, float] = defaultdict(float)
 
     @contextmanager
     def on(
         self,
-        whom: str,
+        target: str,
         *,
         what: str,
         kind: WaitKind,
         waiter: str | None = None,
-        log_tail: LogTail = _nothing,
+        log_tail: LogTail = _no_lines,
     ) -> Iterator[Wait]:
-        """Everything in the block is ``waiter`` waiting for ``whom`` because of ``what``."""
+        """Record that ``waiter`` waits for ``target`` as long as the block lasts.
+
+        Raises:
+            ValueError: There is no such kind of wait.
+        """
         if kind not in WAIT_KINDS:
             raise ValueError(f"kind of wait {kind!r} is unknown; use one of {WAIT_KINDS}")
         waiter = waiter or self.waiter
         with self._lock:
-            wait = Wait(waiter, whom, what, kind, self._settle(waiter), log_tail)
+            wait = Wait(waiter, target, what, kind, self._credit_idle(waiter), log_tail)
             self._open[waiter].append(wait)
         try:
             yield wait
         finally:
             with self._lock:
-                self._settle(waiter)
+                self._credit_idle(waiter)
                 self._open[waiter].remove(wait)
 
-    def now(
+    def set_target(
         self,
         waiter: str,
-        whom: str | None,
+        target: str | None,
         *,
         what: str = "",
         kind: WaitKind = "data",
-        log_tail: LogTail = _nothing,
+        log_tail: LogTail = _no_lines,
     ) -> None:
-        """For a loop that looks instead of blocking: from now on ``waiter`` waits for ``whom``, or,
-        with None, for nobody. Saying the same again changes nothing."""
+        """Record that ``waiter`` waits for ``target`` from now on, or for nothing where it is None.
+
+        For a loop that polls instead of blocking. Recording the same target again changes nothing.
+        """
         with self._lock:
-            open_ = next((w for w in self._open[waiter] if w in self._looked), None)
-            if open_ is not None and (open_.whom, open_.kind) == (whom, kind):
+            open_ = next((w for w in self._open[waiter] if w in self._polled), None)
+            if open_ is not None and (open_.target, open_.kind) == (target, kind):
                 return
-            since = self._settle(waiter)
+            since = self._credit_idle(waiter)
             if open_ is not None:
                 self._open[waiter].remove(open_)
-                self._looked.remove(open_)
-            if whom is not None:
-                wait = Wait(waiter, whom, what, kind, since, log_tail)
+                self._polled.remove(open_)
+            if target is not None:
+                wait = Wait(waiter, target, what, kind, since, log_tail)
                 self._open[waiter].append(wait)
-                self._looked.add(wait)
+                self._polled.add(wait)
 
     def current(self) -> list[Wait]:
-        """The waits going on now, oldest first."""
+        """Return the waits going on now, oldest first."""
         with self._lock:
             return sorted((w for ws in self._open.values() for w in ws), key=lambda w: w.since)
 
     def idle(self) -> dict[str, dict[str, float]]:
-        """Idle seconds per waiter and kind so far, those of open waits included.
+        """Return idle seconds by waiter and kind so far, with those of the waits going on.
 
         This is the layout of ``idle`` in ``summary.json``.
         """
         with self._lock:
             for waiter in self._open:
-                self._settle(waiter)
+                self._credit_idle(waiter)
             return {waiter: {str(k): s for k, s in of.items()} for waiter, of in self._idle.items()}
 
     def total(self, kind: WaitKind) -> float:
-        """Idle seconds of one kind so far, of all waiters together, whatever ``lap`` has told."""
+        """Return idle seconds of one kind, of all waiters together. ``take_idle`` resets none of it."""
         with self._lock:
             for waiter in self._open:
-                self._settle(waiter)
+                self._credit_idle(waiter)
             return self._totals[kind]
 
-    def lap(self) -> dict[str, dict[str, float]]:
-        """Idle seconds since the last lap, as ``idle`` tells them, which then begins anew."""
+    def take_idle(self) -> dict[str, dict[str, float]]:
+        """Return ``idle()`` and reset it to zero."""
         found = self.idle()
         with self._lock:
             self._idle.clear()
         return found
 
-    def _settle(self, waiter: str) -> float:
-        """Credit the time since the last call to the oldest open wait; returns now (s)."""
+    def _credit_idle(self, waiter: str) -> float:
+        """Credit the time since the last call to the waiter's oldest wait; return the time in s."""
         now = self.clock()
         if self._open[waiter]:
-            kind, passed = self._open[waiter][0].kind, now - self._settled_at[waiter]
+            kind, passed = self._open[waiter][0].kind, now - self._credited_at[waiter]
             self._idle[waiter][kind] += passed
             self._totals[kind] += passed
-        self._settled_at[waiter] = now
+        self._credited_at[waiter] = now
         return now
 
 
@@ -179,11 +196,10 @@ def to_stderr(message: str) -> None:
 
 
 class Watchdog:
-    """Says which wait has stalled: once at the limit, then each time its length doubles.
+    """Reports a wait that has stalled: once at the limit, then each time its length doubles.
 
-    ``on_stall`` gets one readable message, which follows the chain when the one
-    waited for is itself waiting, and says so when the chain closes; below it, what the last
-    in the chain wrote last.
+    ``on_stall`` gets one readable message. Where the target waits itself, the message follows the
+    chain and says whether it closes. Below it are the last lines that the end of the chain wrote.
     """
 
     def __init__(
@@ -240,10 +256,10 @@ class Watchdog:
 
 
 def _chain(wait: Wait, current: list[Wait], now: float) -> tuple[str, Wait]:
-    """Who waits for whom, for whom, ... in one sentence; and the last of them."""
+    """Return who waits for what, along the chain, in one sentence; and the last wait of it."""
     message, seen = wait.describe(now), {wait.waiter}
     while True:
-        following = next((w for w in current if w.waiter == wait.whom), None)
+        following = next((w for w in current if w.waiter == wait.target), None)
         if following is None:
             return message, wait
         if following.waiter in seen:

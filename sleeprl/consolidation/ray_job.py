@@ -220,11 +220,11 @@ def _follow(processes: TrainingProcesses, on_metrics: OnMetrics) -> dict[str, An
         return [f"each worker wants {processes.needs}, free are {free}", *log_tail(pid)[1]]
 
     while alive:
-        WAITS.now(name, "the learner", what="its next step", kind=kind, log_tail=describe)
+        WAITS.set_target(name, "the learner", what="its next step", kind=kind, log_tail=describe)
         processes.thread.join(POLL_S)
         alive = processes.thread.is_alive()
         for record in ray.get(processes.channel.drain.remote()):
-            WAITS.now(name, None)
+            WAITS.set_target(name, None)
             # Ray Train keeps only the metrics of checkpoints, so the end comes this way too.
             if "end" in record:
                 end = record["end"]
@@ -234,5 +234,5 @@ def _follow(processes: TrainingProcesses, on_metrics: OnMetrics) -> dict[str, An
                 kind = "train"
             else:
                 on_metrics(record)
-    WAITS.now(name, None)
+    WAITS.set_target(name, None)
     return end

@@ -271,9 +271,9 @@ def run_dreaming(
         with WAITS.on("dreaming's actors", what="their start", kind="start"):
             actors.start(position, engines)
         pipeline = assemble(config, actors, engines, tasks, chat, position, on_restart)
-        WAITS.lap()
+        WAITS.take_idle()
         pipeline.run(on_step)
-        idle = WAITS.lap()
+        idle = WAITS.take_idle()
         last = actors.learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]
         fleet.version = last
     finally:

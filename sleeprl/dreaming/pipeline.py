@@ -106,7 +106,7 @@ class Pipeline:
                 time.sleep(pause := 0.0 if moved else min(0.02, pause + 0.001))
         finally:
             for name in self.actors:
-                WAITS.now(name, None)
+                WAITS.set_target(name, None)
 
     def _restore(self) -> None:
         """Take up the groups of the checkpoint."""
@@ -161,7 +161,7 @@ class Pipeline:
                 writer = f"engine-{result.actor}"
                 reason = f"{writer} wrote with policy version {oldest}, older than allowed"
             if reason:
-                self._lose(number, Failure(FailureKind.INFRA, reason), rollout.batch)
+                self._lose(number, Failure(FailureKind.RETRYABLE, reason), rollout.batch)
             else:
                 self.store.advance(number, "scoring", rollout.batch)
 
@@ -183,7 +183,7 @@ class Pipeline:
             number, failure = int(result.tag), result.failure
             if failure is None:
                 finished.append((number, result))
-            elif failure.kind is FailureKind.DATA:
+            elif failure.kind is FailureKind.FATAL:
                 raise ActorFailure(f"{group.name}-{result.actor}, group {number}", failure)
             else:
                 self._lose(number, failure)
@@ -263,7 +263,7 @@ class Pipeline:
         dead = len(self.engines.health.having(HealthState.DEAD))  # no work, whatever they received
         if unverified := max(sent.num_unverified, dead):
             reason = f"{unverified} did not end the update verified"
-            raise ActorFailure("engines", Failure(FailureKind.INFRA, reason))
+            raise ActorFailure("engines", Failure(FailureKind.RETRYABLE, reason))
         self.scorers.call("set_expert", expert=sent.expert)
         return dict(sent.metrics)
 
@@ -292,4 +292,4 @@ class Pipeline:
         busy["engine"] &= not (self.colocated and self.step)
         for name, source, what, kind in self.store.counts.idle(busy):
             log_tail = self.actors[source].log_tail if source else list
-            WAITS.now(name, source, what=what, kind=kind, log_tail=log_tail)
+            WAITS.set_target(name, source, what=what, kind=kind, log_tail=log_tail)

@@ -45,7 +45,7 @@ class RecoveryManager:
         Raises:
             ActorFailure: it is not retryable, or there were too many.
         """
-        if failure.failure.kind is FailureKind.DATA:
+        if failure.failure.kind is FailureKind.FATAL:
             raise failure
         self.dead = {group.name: group.probe_dead() for group in (self.engines, self.learner)}
         stale = [f"engine-{index}" for index in self.engines.health.having(HealthState.STALE)]

@@ -239,7 +239,7 @@ class UpdateRound:
                 answers[engine] = value
                 continue
             where = f"{group.name}-{engine}.{method}"
-            if value.kind is FailureKind.DATA:
+            if value.kind is FailureKind.FATAL:
                 raise ActorFailure(where, value)
             group.note(engine, event)
             self.failed[engine] = Failure(value.kind, f"{where}: {value.message}")

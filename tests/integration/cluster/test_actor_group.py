@@ -136,7 +136,7 @@ def test_the_calls_of_a_removed_member_are_told_lost(two: ActorGroup) -> None:
     lost = [r for r in found.values() if r.failure is not None]
     assert len(lost) == 2 and {r.actor for r in lost} == {0}
     assert all(
-        r.failure.kind is FailureKind.INFRA and "was removed" in r.failure.message for r in lost
+        r.failure.kind is FailureKind.RETRYABLE and "was removed" in r.failure.message for r in lost
     )
     kept = [r for r in found.values() if r.failure is None]
     assert {r.actor for r in kept} == {1} and gone not in {r.value for r in kept}
@@ -156,7 +156,9 @@ def test_one_that_died_comes_back_through_a_restart_and_an_update(two: ActorGrou
     assert two.submit("work", "first", seconds=30.0) and two.submit("work", "second", seconds=0.5)
     os.kill(pid(two, 0), signal.SIGKILL)
     found = {result.tag: result for result in all_of(two)}
-    assert found["first"].failure is not None and found["first"].failure.kind is FailureKind.INFRA
+    assert (
+        found["first"].failure is not None and found["first"].failure.kind is FailureKind.RETRYABLE
+    )
     assert found["second"].failure is None
     assert two.health[0] is HealthState.DEAD and two.probe_dead() == [0]
     with pytest.raises(ActorFailure, match=r"engine-0\.work"):
@@ -217,7 +219,7 @@ def test_silence_for_too_long_is_death_and_its_calls_are_lost(
         (lost,) = all_of(two)
         assert (lost.actor, lost.tag) == (0, "never") and lost.failure is not None
         assert (
-            lost.failure.kind is FailureKind.INFRA
+            lost.failure.kind is FailureKind.RETRYABLE
             and "did not answer for 1 s" in lost.failure.message
         )
         assert 0 in two.probe_dead(0.1) and 0 not in two.health.working
@@ -240,7 +242,7 @@ def test_who_is_silent_for_too_long_is_not_waited_for_by_those_that_ask_all(
         pytest.raises(ActorFailure, match=r"engine-1\.work.*did not answer for 1 s") as told,
     ):
         two.call("work")
-    assert told.value.failure.kind is FailureKind.INFRA and two.probe_dead(0.1) == [1]
+    assert told.value.failure.kind is FailureKind.RETRYABLE and two.probe_dead(0.1) == [1]
 
 
 def test_one_that_answers_too_late_is_no_less_dead_while_another_still_works(

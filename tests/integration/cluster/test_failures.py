@@ -70,10 +70,10 @@ def fails(how: str) -> ActorFailure:
 @pytest.mark.parametrize(
     ("how", "kind", "reason"),
     [
-        ("exit", FailureKind.INFRA, "without an exit code"),
-        ("sys.exit", FailureKind.INFRA, "its process ended with exit code 3"),
-        ("kill", FailureKind.INFRA, "without an exit code"),
-        ("raise", FailureKind.DATA, "ValueError: wrong"),
+        ("exit", FailureKind.RETRYABLE, "without an exit code"),
+        ("sys.exit", FailureKind.RETRYABLE, "its process ended with exit code 3"),
+        ("kill", FailureKind.RETRYABLE, "without an exit code"),
+        ("raise", FailureKind.FATAL, "ValueError: wrong"),
     ],
 )
 def test_the_root_cause_is_on_one_screen(how: str, kind: FailureKind, reason: str) -> None:
@@ -93,7 +93,7 @@ def test_the_one_who_died_is_told_not_the_one_who_noticed() -> None:
     with pytest.raises(ActorFailure) as caught:
         ActorGroup("learner", [outer]).call("ask", other=inner, how="kill")
     failure = caught.value.failure
-    assert failure.kind is FailureKind.INFRA and failure.message.startswith("inner-0.fail: ")
+    assert failure.kind is FailureKind.RETRYABLE and failure.message.startswith("inner-0.fail: ")
     assert "line 99 before kill" in log_tail(failure.pid)[1]
 
 
@@ -101,7 +101,7 @@ def test_the_one_who_died_is_told_not_the_one_who_noticed() -> None:
 def test_one_that_never_started_is_not_restarted() -> None:
     with pytest.raises(ActorFailure) as caught:
         ActorGroup("reward", [ray.remote(NeverStarts).options(num_cpus=0).remote()]).call("ping")
-    assert caught.value.failure.kind is FailureKind.DATA
+    assert caught.value.failure.kind is FailureKind.FATAL
     assert "no such thing" in shown(caught.value)
 
 
@@ -130,8 +130,8 @@ def test_the_command_shows_the_panel(
 
 def test_what_is_no_actors_is_left_to_others() -> None:
     assert failure_panel(ValueError("a setting")) is None
-    assert classify(ValueError("x")).kind is FailureKind.DATA
-    assert classify(ConnectionError("x")).kind is FailureKind.INFRA
+    assert classify(ValueError("x")).kind is FailureKind.FATAL
+    assert classify(ConnectionError("x")).kind is FailureKind.RETRYABLE
 
 
 @pytest.mark.usefixtures("local_ray")

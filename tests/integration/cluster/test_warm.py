@@ -69,7 +69,7 @@ def test_a_constructor_that_fails_is_told_by_every_call(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ActorFailure, match="start=-1") as failed:
             group.call("add", number=1)
-        assert failed.value.failure.kind is FailureKind.DATA
+        assert failed.value.failure.kind is FailureKind.FATAL
     group.kill()
 
 

@@ -112,7 +112,7 @@ def test_a_stale_engine_gets_no_work_until_an_update_verifies(
     # Whoever does not know and asks it all the same is refused, as by an engine that is gone.
     with pytest.raises(ActorFailure, match="engine-1 is STALE since version 1") as refused:
         fleet.group.call("logprobs", sequences=[IDS])
-    assert refused.value.failure.kind is FailureKind.INFRA
+    assert refused.value.failure.kind is FailureKind.RETRYABLE
     certificates = fleet.publish(weights.items(), right)
     assert [c.verified for c in certificates] == [True, True]
     assert states(fleet) == [HealthState.HEALTHY] * 2
@@ -216,7 +216,7 @@ def test_an_engine_that_falls_silent_at_work_does_not_hang_who_waits(
             fleet.generate(PROMPTS, SAMPLING)
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert silent.value.failure.kind is FailureKind.INFRA
+    assert silent.value.failure.kind is FailureKind.RETRYABLE
     assert states(fleet) == [HealthState.HEALTHY, HealthState.DEAD]
     assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
 

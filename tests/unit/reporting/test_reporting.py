@@ -246,9 +246,9 @@ def test_a_lap_begins_anew_in_the_middle_of_a_wait() -> None:
     waits = Waits(clock=clock)
     with waits.on("engine", what="a start", kind="start"):
         clock.now += 5
-        assert waits.lap() == {"driver": {"start": 5}}
+        assert waits.take_idle() == {"driver": {"start": 5}}
         clock.now += 2
-    assert waits.lap() == {"driver": {"start": 2}} and waits.lap() == {}
+    assert waits.take_idle() == {"driver": {"start": 2}} and waits.take_idle() == {}
     with waits.on("another", what="a start", kind="start", waiter="train"):
         clock.now += 1
         assert waits.total("start") == 8, "of all waiters, through every lap"
@@ -257,18 +257,18 @@ def test_a_lap_begins_anew_in_the_middle_of_a_wait() -> None:
 def test_a_loop_that_looks_says_who_waits_and_who_no_longer() -> None:
     clock = Clock()
     waits = Waits(clock=clock)
-    waits.now("learner", "engine", what="4 groups", kind="data")
+    waits.set_target("learner", "engine", what="4 groups", kind="data")
     clock.now += 3
-    waits.now("learner", "engine", what="3 groups", kind="data")
+    waits.set_target("learner", "engine", what="3 groups", kind="data")
     (wait,) = waits.current()
     assert wait.describe(clock()) == "learner has waited 3 s for data from engine: 4 groups"
     clock.now += 2
-    waits.now("learner", "scorer", what="3 groups", kind="data")  # another wait, since now
+    waits.set_target("learner", "scorer", what="3 groups", kind="data")  # another wait, since now
     assert [w.since for w in waits.current()] == [clock()]
     clock.now += 1
-    waits.now("learner", None)
+    waits.set_target("learner", None)
     clock.now += 7
-    waits.now("learner", None)
+    waits.set_target("learner", None)
     assert waits.current() == [] and waits.idle() == {"learner": {"data": 6}}
 
 
@@ -316,7 +316,7 @@ def test_current_names_who_waits_for_whom_oldest_first() -> None:
     with waits.on("engine-0", what="batch 7", kind="data", waiter="learner"):
         clock.now += 2
         with waits.on("learner", what="room", kind="gate", waiter="engine-0"):
-            told = [(w.waiter, w.whom, w.what, w.kind, w.since) for w in waits.current()]
+            told = [(w.waiter, w.target, w.what, w.kind, w.since) for w in waits.current()]
     assert told == [
         ("learner", "engine-0", "batch 7", "data", 100.0),
         ("engine-0", "learner", "room", "gate", 102.0),
