@@ -46,8 +46,9 @@ from sleeprl.models.resolve import EMBEDDED
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.utils.machine import available_cpus
-from sleeprl.weight_sync.base import TransportConfig, WeightTransport, make_transport
-from sleeprl.weight_sync.buckets import Mapped, receive
+from sleeprl.weight_sync.base import TransportConfig, WeightTransport
+from sleeprl.weight_sync.buckets import Mapped, receive_bucket
+from sleeprl.weight_sync.factory import make_transport
 from sleeprl.weight_sync.shared_memory import BUCKET_BYTES, Segment
 from sleeprl.weight_sync.verification import checksum
 
@@ -113,7 +114,7 @@ def receiver(pipe: Connection, shapes: Mapping[str, tuple[list[int], torch.dtype
             pipe.send(time.process_time())
             continue
         info, copying = told
-        tensors = receive(**info)[1]
+        tensors = receive_bucket(info)
         for name, tensor in tensors if copying else ():
             place[name].copy_(tensor)
         pipe.send(time.process_time())

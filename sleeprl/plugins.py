@@ -46,6 +46,12 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "ppo": "sleeprl.algorithms.ppo.PPO",
         "rest_em": "sleeprl.algorithms.rest_em.RestEM",
     },
+    "transport": {
+        "shared_memory": "sleeprl.weight_sync.shared_memory.SharedMemoryTransport",
+        "disk": "sleeprl.weight_sync.disk.DiskTransport",
+        "nccl": "sleeprl.weight_sync.nccl.NcclTransport",
+        "ipc": "sleeprl.weight_sync.ipc.IpcTransport",
+    },
     "metric": {},
     "metrics_sink": {
         "tensorboard": "sleeprl.reporting.sinks.tensorboard_sink.TensorBoardSink",
@@ -63,6 +69,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
 ADDED_ARGUMENTS: Mapping[str, Collection[str]] = {
     "curriculum": ("tasks", "seed"),
     "engine": ("name", "options"),
+    "transport": ("config",),
     "judge": ("learner", "chat"),
     "metrics_sink": ("run",),
 }

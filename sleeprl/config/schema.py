@@ -322,11 +322,10 @@ class ResourcesConfig:
     """KV cache of one CPU engine, in GiB."""
     engine_gpu_memory_utilization: float = field(default=0.4, metadata=bounds(gt=0, le=1))
     """Share of a GPU's memory that vLLM takes."""
-    transport: str = field(
-        default="shared_memory", metadata=choices(("shared_memory", "disk", "nccl", "ipc"))
-    )
+    transport: str = field(default="shared_memory", metadata=plugin("transport"))
     """How new weights reach the engines: ``shared_memory`` on the learner's host, ``disk`` below
-    ``runs`` on any host, vLLM's ``nccl`` between GPUs or ``ipc`` within one GPU."""
+    ``runs`` on any host, vLLM's ``nccl`` between GPUs or ``ipc`` within one GPU, or a
+    ``WeightTransport`` of your own by dotted path."""
     update_mode: str = field(default="keep", metadata=choices(("keep", "drain", "abort")))
     """What becomes of running requests when new weights come: ``keep`` freezes them, ``drain``
     waits for their end, ``abort`` goes on from their tokens without what the old weights cached."""

@@ -192,16 +192,25 @@ def _check_cores(resources: ResourcesConfig) -> None:
         )
 
 
+def _transport_class(resources: ResourcesConfig) -> Any:
+    """Return the transport's class, for its capabilities; importing it takes torch."""
+    try:
+        return plugins.resolve(resources.transport, "transport")
+    except plugins.PluginError as error:
+        raise ConfigError(f"resources.transport: {error}") from None
+
+
 def _check_transport(resources: ResourcesConfig) -> None:
-    if resources.transport not in ("nccl", "ipc"):
-        return
-    for key in ("engine_gpus", "learner_gpus"):
+    if resources.transport == ResourcesConfig().transport:
+        return  # it asks for nothing
+    transport = _transport_class(resources)
+    for key in ("engine_gpus", "learner_gpus") if transport.needs_gpu else ():
         if not getattr(resources, key):
             raise ConfigError(
                 f"resources.transport={resources.transport} goes from GPU to GPU, but "
                 f"resources.{key}=0; set resources.transport=shared_memory, or give it a GPU"
             )
-    if resources.engine != "vllm":
+    if transport.vllm_backend is not None and resources.engine != "vllm":
         raise ConfigError(
             f"resources.transport={resources.transport} is vLLM's, but "
             f"resources.engine={resources.engine}; set resources.transport=shared_memory"
@@ -224,10 +233,11 @@ def _check_layout(resources: ResourcesConfig) -> None:
             f"resources.layout=colocated shares one device, but {given} do not fit on one; lower "
             "them, for example to 0.5 each, or set resources.layout=decoupled"
         )
-    if resources.transport == "nccl":
+    if not _transport_class(resources).shares_gpu:
         raise ConfigError(
-            "resources.layout=colocated shares one GPU, on which resources.transport=nccl cannot "
-            "have two ranks; set resources.transport=ipc, or shared_memory"
+            "resources.layout=colocated shares one GPU, on which "
+            f"resources.transport={resources.transport} cannot have two ranks; "
+            "set resources.transport=ipc, or shared_memory"
         )
 
 
@@ -238,10 +248,10 @@ def _check_tensor_parallel(resources: ResourcesConfig) -> None:
     given = f"resources.engine_tensor_parallel={ranks}"
     if resources.engine == "torch":
         raise ConfigError(f"{given} is vLLM's, but resources.engine=torch; set one of them back")
-    if resources.transport == "ipc":
+    if not _transport_class(resources).spans_gpus:
         raise ConfigError(
-            f"{given} spreads an engine over GPUs, but resources.transport=ipc stays within the "
-            "learner's; set resources.transport=nccl or shared_memory"
+            f"{given} spreads an engine over GPUs, but resources.transport={resources.transport} "
+            "stays within the learner's; set resources.transport=nccl or shared_memory"
         )
     gpus, cpus = resources.engine_gpus, resources.engine_cpus
     if gpus and gpus != ranks:
@@ -270,7 +280,8 @@ def _check_elastic(resources: ResourcesConfig) -> None:
             f"{given}, but a Ray of this machine's own stays as large as it is; join a cluster with "
             "resources.address, or set learner_workers_max=0"
         )
-    if resources.transport != "disk":
+    transport = _transport_class(resources)
+    if transport.same_host or transport.needs_gpu:
         raise ConfigError(
             f"{given}, but resources.transport={resources.transport} needs the learner's first worker "
             "on the engines' host, and an elastic one may be anywhere; set transport=disk"

@@ -33,7 +33,7 @@ from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.publish import publish_from_gpu
 from sleeprl.utils.files import atomic_directory, atomic_path
-from sleeprl.weight_sync.base import BETWEEN_GPUS
+from sleeprl.weight_sync.factory import transport_class
 from sleeprl.weight_sync.verification import Canary
 
 
@@ -313,7 +313,7 @@ class ModelStages:
     ) -> None:
         """Send weights that no trainer holds to all engines."""
         resources = self.config.resources
-        if resources.transport in BETWEEN_GPUS:
+        if transport_class(resources.transport).needs_gpu:
             publish_from_gpu(engines, tensors, canary, resources.learner_gpus)
         else:
             engines.publish(tensors, canary)

@@ -26,6 +26,7 @@ from sleeprl.rollout.types import (
 )
 from sleeprl.rollout.update_guard import UpdateGuard
 from sleeprl.weight_sync.base import TransportConfig
+from sleeprl.weight_sync.factory import transport_class
 from sleeprl.weight_sync.verification import Canary, UpdateReceipt
 
 
@@ -39,6 +40,7 @@ class BaseEngine(AsyncRemoteActor):
     def __init__(self, name: str, options: EngineOptions) -> None:
         self.name = name
         self.options = options
+        self.transport = transport_class(options.transport.kind)
         self.updates = UpdateGuard(name)
         self._asleep = False
         self._groups: dict[str, Callable[[], pa.RecordBatch]] = {}

@@ -18,7 +18,8 @@ from sleeprl.cluster.runtime import create_placement_group, remove_placement_gro
 from sleeprl.cluster.waits import WAITS
 from sleeprl.rollout.engine import EngineOptions, spawn_engine
 from sleeprl.rollout.types import Completion, SamplingParams
-from sleeprl.weight_sync.base import ON_ONE_HOST, NamedTensor, WeightTransport, make_transport
+from sleeprl.weight_sync.base import NamedTensor, WeightTransport
+from sleeprl.weight_sync.factory import make_transport, transport_class
 from sleeprl.weight_sync.verification import Canary, UpdateReceipt
 
 UPDATE_TIMEOUT_S = 600.0
@@ -60,7 +61,7 @@ class EnginePool:
         Raises ResourceError where the cluster has no room for them.
         """
         # Through memory weights reach this host's engines only; else one host is as good as two.
-        near = options.transport.kind in ON_ONE_HOST
+        near = transport_class(options.transport.kind).same_host
         placement = create_placement_group(count, cpus, gpus, "STRICT_PACK" if near else "PACK")
         handles = [
             spawn_engine(index, options, cpus, gpus, engine, placement) for index in range(count)

@@ -22,7 +22,6 @@ from torch import Tensor
 from sleeprl.rollout.base_engine import BaseEngine
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.types import EMPTY, RUNNING, Completion, SamplingParams
-from sleeprl.weight_sync.buckets import receive
 
 
 class TorchEngine(BaseEngine):
@@ -134,7 +133,7 @@ class TorchEngine(BaseEngine):
 
     async def _load(self, update_info: dict[str, Any]) -> None:
         own = self.model.state_dict()
-        for name, tensor in receive(**update_info)[1]:
+        for name, tensor in self.transport.receive(update_info):
             if name not in own:
                 raise KeyError(f"{self.name} was sent {name!r}, which its model does not have")
             own[name].copy_(tensor)

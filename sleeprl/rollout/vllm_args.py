@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from sleeprl.rollout.engine import EngineOptions
+from sleeprl.weight_sync.vllm_plugin import BACKEND
 
-WORKER_EXTENSION = "sleeprl.weight_sync.vllm_receiver.Reports"
+WORKER_EXTENSION = "sleeprl.weight_sync.vllm_receiver.FaultReport"
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
-def set_environment(options: EngineOptions) -> None:
-    """Set the variables that vLLM reads when it is imported and started."""
+def set_environment(options: EngineOptions, of_transport: Mapping[str, str]) -> None:
+    """Set the variables that vLLM reads when it is imported and started.
+
+    Args:
+        options: What the engine is to be.
+        of_transport: Variables that its transport needs.
+    """
+    os.environ.update(of_transport)
     if options.gpu:
         # Nothing is sampled by top-p or top-k here, whose kernels would be compiled at the start.
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
@@ -24,20 +32,17 @@ def set_environment(options: EngineOptions) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # Eager anyway; without this the first batch waits 16 s for stray compilations.
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
-    if options.transport.kind == "ipc":  # handles are no plain data; this host's trainer made them
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # A partial update warns once per module that was not sent; the canary is what checks it.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
-def engine_args(options: EngineOptions, backend: str, *, reports_faults: bool) -> Any:
+def engine_args(options: EngineOptions, backend: str) -> Any:
     """Build vLLM's ``AsyncEngineArgs``; imports vLLM.
 
     Args:
         options: What the engine is to be.
         backend: Name of the weight receiver with vLLM's factory.
-        reports_faults: Whether that receiver keeps its faults for ``weight_fault``.
     """
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
@@ -53,7 +58,7 @@ def engine_args(options: EngineOptions, backend: str, *, reports_faults: bool) -
         max_num_seqs=128,
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=backend),
-        worker_extension_cls=WORKER_EXTENSION if reports_faults else "",
+        worker_extension_cls=WORKER_EXTENSION if backend == BACKEND else "",
         disable_log_stats=True,
         **(_gpu_args(options) if options.gpu else _cpu_args(options)),
         **_executor_args(options),

@@ -13,8 +13,7 @@ from sleeprl.rollout.base_engine import BaseEngine
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.types import EMPTY, RUNNING, Completion, SamplingParams, concat_completions
 from sleeprl.rollout.vllm_args import engine_args, set_environment
-from sleeprl.weight_sync.base import BETWEEN_GPUS
-from sleeprl.weight_sync.buckets import BACKEND
+from sleeprl.weight_sync.vllm_plugin import BACKEND
 
 PAUSE_MODES = {"keep": "keep", "drain": "wait", "abort": "abort"}
 """vLLM's word for each update mode."""
@@ -37,20 +36,19 @@ class VLLMEngine(BaseEngine):
         """Whether vLLM has been told of an update and not of its end."""
         self._pieces: dict[str, Completion] = {}
         """Of requests that an update ended: their tokens up to then."""
-        self._reports_faults = options.transport.kind not in BETWEEN_GPUS
+        self._receives = self.transport.vllm_backend is None
+        """Whether weights come by the transport's ``receive``, not by a receiver of vLLM's."""
         self._frees_memory = options.gpu and options.colocated
         """Whether vLLM is started with its sleep mode."""
 
     async def start(self) -> float:
         """Bring vLLM up; return the seconds that took."""
         began = time.monotonic()
-        set_environment(self.options)
+        set_environment(self.options, self.transport.vllm_environment)
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        backend = BACKEND if self._reports_faults else self.options.transport.kind
-        self.llm = AsyncLLM.from_engine_args(
-            engine_args(self.options, backend, reports_faults=self._reports_faults)
-        )
+        backend = self.transport.vllm_backend or BACKEND
+        self.llm = AsyncLLM.from_engine_args(engine_args(self.options, backend))
         await self.llm.update_weight_version(str(self.updates.version))
         return time.monotonic() - began
 
@@ -161,6 +159,8 @@ class VLLMEngine(BaseEngine):
     async def _load(self, update_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        if self._receives:
+            update_info = {"transport": self.options.transport.kind, "bucket": update_info}
         try:
             await self.llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
         except Exception:
@@ -171,15 +171,15 @@ class VLLMEngine(BaseEngine):
     async def _commit(self) -> None:
         await self.llm.finish_weight_update(weight_version=str(self.updates.version))
         self._update_open = False
-        if self._reports_faults:
+        if self._receives:
             faults: list[str | None] = await self.llm.collective_rpc("weight_fault")
             for rank, fault in enumerate(faults):
                 if fault is not None:
                     raise RuntimeError(f"rank {rank}: {fault}")
 
     async def _resume(self, *, ending: bool) -> None:
-        if ending:
-            await self.llm.pause_generation(mode="abort", clear_cache=False)
+        if ending:  # a version may be sent again, and would match blocks of these wrong weights
+            await self.llm.pause_generation(mode="abort", clear_cache=True)
         await self.llm.resume_generation()
 
     async def _sleep(self) -> None:

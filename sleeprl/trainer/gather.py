@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sleeprl.trainer.state import trained_parameters
-from sleeprl.weight_sync.base import NamedTensor, split
+from sleeprl.weight_sync.base import NamedTensor, split_tensors
 
 GATHER_BYTES = 64 << 20
 
@@ -30,7 +30,7 @@ def gather_whole(
             it has no elements and no shape. A larger one is gathered alone.
         keep: Whether this rank wants them. Without it, it takes part and yields nothing.
     """
-    for group in split(parameters, limit):
+    for group in split_tensors(parameters, limit):
         yield from _gather(group, keep)
 
 

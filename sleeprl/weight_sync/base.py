@@ -1,14 +1,14 @@
-"""How new weights travel from the learner to the engines: the contract, and the choice.
+"""How new weights travel from the trainer to the engines: the contract of a transport.
 
-An update is ``begin(version)``, every bucket, ``finish``, and then each engine's certificate:
+An update is ``begin(version)``, every bucket, ``finish``, and then each engine's receipt:
 it ends verified at the new version, or stale and gets no work. Imports no ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -16,68 +16,80 @@ NamedTensor = tuple[str, Tensor]
 """A tensor under its name in the checkpoint."""
 
 
-ON_ONE_HOST = ("shared_memory", "ipc")
-"""Kinds of delivery that do not leave the sender's host."""
-BETWEEN_GPUS = ("nccl", "ipc")
-"""Kinds of delivery whose sender must have a GPU."""
-
-
 @dataclass(frozen=True)
 class TransportConfig:
-    """kind: ``shared_memory``, ``disk``, ``nccl`` or ``ipc``. mode: what becomes of running
-    requests: ``keep`` freezes them, ``drain`` waits for them, ``abort`` ends them and goes on
-    from the tokens they have. directory: of ``disk``, seen by learner and engines alike.
-    ranks: processes of one engine, each of which takes the whole tensors and keeps its shard."""
+    """How an engine wants to be sent weights."""
 
     kind: str = "shared_memory"
+    """A plug-in of kind ``transport``: a short name or a dotted path."""
     mode: str = "keep"
+    """What becomes of running requests: ``keep`` freezes them, ``drain`` waits for them, ``abort``
+    ends them and goes on from the tokens they have."""
     directory: str = ""
+    """For transports through files: a directory that trainer and engines see alike."""
     ranks: int = 1
+    """Processes of one engine, each of which takes the whole tensors and keeps its shard."""
 
 
 class WeightTransport(Protocol):
-    """The sender's side.
+    """A way for weights from the trainer into the engines: both of its sides.
 
-    What ``connect`` and ``buckets`` yield must be under way to the engines before the
-    generator goes on: a collective transport then does its own part of it. The memory
-    behind a bucket is written again when the next but one is asked for, so that a bucket
-    is packed while the one before it is loaded, and no more than two exist. ``tensors``
-    is read to its end in the caller's thread, because its gathers are collective.
+    A plug-in of kind ``transport`` is a subclass. The trainer's process makes one object of it
+    with the ``TransportConfig`` of the engines; engines call ``receive`` of the class alone.
+
+    Guarantees that an implementation gives:
+
+    * What ``connect`` and ``buckets`` yield is under way to the engines before the generator goes
+      on: a collective transport then does its own part of it.
+    * The memory behind a bucket stays as it is until the next but one is requested, so that a
+      bucket is packed while the one before it is loaded.
+    * ``tensors`` is read to its end in the caller's thread, because its gathers are collective.
     """
 
-    backend: str
-    """Name of the receiving side with vLLM's factory."""
+    same_host: ClassVar[bool] = False
+    """Whether it reaches engines on the sender's host only."""
+    needs_gpu: ClassVar[bool] = False
+    """Whether trainer and engines must have GPUs."""
+    shares_gpu: ClassVar[bool] = True
+    """Whether trainer and engine may be on one GPU."""
+    spans_gpus: ClassVar[bool] = True
+    """Whether one engine may be spread over several GPUs."""
+    vllm_backend: ClassVar[str | None] = None
+    """Name of a receiver that vLLM has itself, which replaces ``receive``; no other engine can then
+    be sent weights. None for a transport that every engine receives by ``receive``."""
+    vllm_environment: ClassVar[Mapping[str, str]] = {}
+    """Variables that a vLLM engine needs for it."""
+
+    def __init__(self, config: TransportConfig) -> None: ...
 
     def connect(self, engines: int) -> Iterator[list[dict[str, Any]]]:
-        """Once for each set of engines: what each of them is told to join with, if anything."""
-        ...
+        """Yield what each of so many engines must be told to join, where there is something.
 
-    def begin(self, version: int) -> None: ...
+        Runs once for each set of engines, also after ``close``.
+        """
+        yield from ()
+
+    def begin(self, version: int) -> None:
+        """Prepare for the buckets of a version."""
 
     def buckets(self, tensors: Iterable[NamedTensor]) -> Iterator[dict[str, Any]]:
-        """What ``load_bucket`` of every engine is called with: plain data, whole tensors."""
+        """Pack tensors and yield, for each bucket, what ``receive`` needs of it: plain data."""
         ...
+
+    @staticmethod
+    def receive(bucket: Mapping[str, Any]) -> Iterable[NamedTensor]:
+        """Return the whole tensors of a bucket. Runs in every process of every engine.
+
+        Raises:
+            Exception: anything; the engine's update then fails and its receipt says why.
+        """
+        raise NotImplementedError
 
     def finish(self) -> None:
-        """All engines have loaded, or failed to."""
-        ...
+        """Clean up after the last bucket: all engines have loaded, or failed to."""
 
-    def close(self) -> None: ...
-
-
-def make_transport(delivery: TransportConfig) -> WeightTransport:
-    """Raises TransportError for one that this machine cannot run."""
-    if delivery.kind == "shared_memory":
-        from sleeprl.weight_sync.shared_memory import SharedMemoryTransport
-
-        return SharedMemoryTransport()
-    if delivery.kind == "disk":
-        from sleeprl.weight_sync.disk import DiskTransport
-
-        return DiskTransport(delivery.directory)
-    from sleeprl.weight_sync.gpu import IpcTransport, NcclTransport
-
-    return NcclTransport(delivery.ranks) if delivery.kind == "nccl" else IpcTransport()
+    def close(self) -> None:
+        """Let go of what is held between updates. ``connect`` may follow."""
 
 
 class TransportError(RuntimeError):
@@ -85,15 +97,18 @@ class TransportError(RuntimeError):
 
 
 class StuckTransport(TransportError):
-    """A thread of this process is in a collective that will not end. Another collective beside it
-    may hang too, so the process must take part in none."""
+    """A thread of this process is in a collective that will not end.
+
+    Another collective beside it may hang too, so the process must take part in none.
+    """
 
 
-def split(tensors: Iterable[NamedTensor], limit: int) -> Iterator[list[NamedTensor]]:
-    """Whole tensors, in their order, at most ``limit`` bytes together; or one that is larger.
+def split_tensors(tensors: Iterable[NamedTensor], limit: int) -> Iterator[list[NamedTensor]]:
+    """Group whole tensors in their order. No more than one group and the next tensor are held.
 
-    Also of parameters in a ZeRO-3 partition, which say themselves that they have no elements.
-    No more than one group and the tensor after it are held.
+    Args:
+        tensors: Also parameters of a ZeRO-3 partition, which report that they have no elements.
+        limit: The most bytes of a group; a larger tensor has one to itself.
     """
     group: list[NamedTensor] = []
     size = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -22,14 +22,12 @@ from torch import Tensor
 from sleeprl.weight_sync.base import NamedTensor
 from sleeprl.weight_sync.verification import check, checksum
 
-BACKEND = "sleeprl"
-"""Under this name vLLM knows the receiver of such files."""
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each tensor of a group is: names, dtypes, shapes, and offsets in bytes."""
+    """Where each tensor of a group is; offsets and size are in bytes."""
 
     names: list[str]
     dtypes: list[str]
@@ -44,19 +42,26 @@ class Layout:
 
 @dataclass(frozen=True)
 class Bucket:
-    """What is about to be sent."""
+    """What is about to be sent: where each tensor goes, and checksums of some of them."""
 
     layout: Layout
     checksums: dict[str, int]
 
     def describe(self, path: str, nbytes: int, inode: int | None = None) -> dict[str, Any]:
-        """The update info. nbytes: of the file. inode: of one that is written again and again, and
-        is kept mapped; its path means another file on another host."""
+        """Describe the bucket for ``receive_bucket``.
+
+        Args:
+            path: Of the file.
+            nbytes: Size of the file.
+            inode: Of a file that is written again and again, and kept mapped by the receiver;
+                on another host its path means another file.
+        """
         file = {"path": path, "nbytes": nbytes, "inode": inode}
         return {"file": file, "layout": self.layout.text, "checksums": self.checksums}
 
 
 def plan_bucket(group: Sequence[NamedTensor], version: int) -> Bucket:
+    """Lay tensors out one behind the other. The version picks which of them get a checksum."""
     layout = _laid_out(tuple((name, t.dtype, t.shape) for name, t in group))
     sample = (group[0], group[version % len(group)])  # in time, each
     return Bucket(layout, {name: checksum(tensor) for name, tensor in sample})
@@ -77,16 +82,19 @@ def _laid_out(group: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> Layout:
     )
 
 
-def receive(
-    file: dict[str, Any], layout: str, checksums: dict[str, int]
-) -> tuple[torch.UntypedStorage, list[NamedTensor]]:
-    """The file's memory and the tensors in it, after their checksums.
+def receive_bucket(bucket: Mapping[str, Any]) -> list[NamedTensor]:
+    """Map a bucket's file, check the tensors in it, and return them; they share its memory.
 
-    Raises Corrupted for a tensor that is not what was sent, and FileNotFoundError where the
-    file is not, or another: on another host than the sender's, mapping it would create it,
-    full of zeros, without a word.
+    Args:
+        bucket: What ``Bucket.describe`` returned: the file's path, size in bytes, and inode where
+            it is one that is written again; the JSON text of a ``Layout``; the sender's checksums.
+
+    Raises:
+        CorruptedWeights: a tensor is not what was sent.
+        FileNotFoundError: the file is not there, or is another one. On another host than the
+            sender's, mapping would create it, full of zeros, without an error.
     """
-    path, inode, nbytes = file["path"], file["inode"], file["nbytes"]
+    path, inode, nbytes = (bucket["file"][key] for key in ("path", "inode", "nbytes"))
     try:
         there = os.stat(path)
     except FileNotFoundError:
@@ -98,9 +106,9 @@ def receive(
             "resources.transport=disk and keep `runs` on a file system that all hosts see"
         )
     memory = Mapped(path, nbytes) if inode is None else _kept(path, inode, nbytes)
-    tensors = memory.views(layout)
-    check(tensors, checksums)
-    return memory.storage, tensors
+    tensors = memory.views(bucket["layout"])
+    check(tensors, bucket["checksums"])
+    return tensors
 
 
 class Mapped:
@@ -111,7 +119,7 @@ class Mapped:
         self._views: dict[str, list[NamedTensor]] = {}
 
     def views(self, layout: str) -> list[NamedTensor]:
-        """The tensors of a layout's text; made once."""
+        """Return the tensors of a layout's text, which are made once."""
         if layout not in self._views:
             self._views[layout] = list(_views(self.storage, Layout(**json.loads(layout))))
         return self._views[layout]

@@ -11,10 +11,16 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
-from sleeprl.weight_sync.base import NamedTensor, TransportError, split
-from sleeprl.weight_sync.buckets import BACKEND, Mapped, plan_bucket
+from sleeprl.weight_sync.base import (
+    NamedTensor,
+    TransportConfig,
+    TransportError,
+    WeightTransport,
+    split_tensors,
+)
+from sleeprl.weight_sync.buckets import Mapped, plan_bucket, receive_bucket
 
 BUCKET_BYTES = 8 << 20
 
@@ -33,12 +39,13 @@ class Segment:
         self.memory = Mapped(self.path, nbytes)
 
 
-class SharedMemoryTransport:
-    """A ``WeightTransport`` for engines on the sender's host."""
+class SharedMemoryTransport(WeightTransport):
+    """Copies buckets into two segments that the engines on the sender's host map."""
 
-    backend = BACKEND
+    same_host: ClassVar[bool] = True
+    receive = staticmethod(receive_bucket)
 
-    def __init__(self, limit: int = BUCKET_BYTES) -> None:
+    def __init__(self, config: TransportConfig, limit: int = BUCKET_BYTES) -> None:
         if not hasattr(os, "memfd_create"):
             raise TransportError(
                 "resources.transport=shared_memory needs Linux; set resources.transport=disk"
@@ -47,14 +54,11 @@ class SharedMemoryTransport:
         self._version = 0
         self._segments: list[Segment] = []
 
-    def connect(self, engines: int) -> Iterator[list[dict[str, Any]]]:
-        yield from ()
-
     def begin(self, version: int) -> None:
         self._version = version
 
     def buckets(self, tensors: Iterable[NamedTensor]) -> Iterator[dict[str, Any]]:
-        for number, group in enumerate(split(tensors, self.limit)):
+        for number, group in enumerate(split_tensors(tensors, self.limit)):
             bucket = plan_bucket(group, self._version)
             segment = self._segment(number % 2, bucket.layout.nbytes)
             targets = segment.memory.views(bucket.layout.text)
@@ -63,15 +67,12 @@ class SharedMemoryTransport:
             yield bucket.describe(segment.path, segment.nbytes, segment.inode)
 
     def _segment(self, turn: int, nbytes: int) -> Segment:
-        """The one whose turn it is, a larger one in its place where it is too small."""
+        """Return the segment whose turn it is, made larger where it is too small."""
         if turn == len(self._segments):
             self._segments.append(Segment(max(nbytes, self.limit)))
         elif self._segments[turn].nbytes < nbytes:
             self._segments[turn] = Segment(nbytes)
         return self._segments[turn]
-
-    def finish(self) -> None:
-        pass
 
     def close(self) -> None:
         self._segments.clear()

@@ -39,7 +39,7 @@ from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.torch_engine import TorchEngine
 from sleeprl.rollout.types import Completion, RolloutRequest, SamplingParams
 from sleeprl.rollout.vllm_engine import VLLMEngine
-from sleeprl.weight_sync import gpu
+from sleeprl.weight_sync import gpu_common, nccl
 from sleeprl.weight_sync.base import TransportConfig, TransportError, WeightTransport
 from sleeprl.weight_sync.disk import DiskTransport
 from sleeprl.weight_sync.shared_memory import SharedMemoryTransport
@@ -74,12 +74,12 @@ class Rig:
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.version = 0
         self.directory = checkpoint.parent / "weights"
-        self.shared_memory = SharedMemoryTransport()
+        self.shared_memory = SharedMemoryTransport(TransportConfig())
 
     def transport(self, kind: str, limit: int) -> WeightTransport:
         """Of every kind that runs without a GPU."""
         if kind == "disk":
-            return DiskTransport(str(self.directory), limit)
+            return DiskTransport(TransportConfig(directory=str(self.directory)), limit)
         self.shared_memory.limit = limit  # one for the whole file, as a learner has
         return self.shared_memory
 
@@ -881,13 +881,13 @@ def test_what_vllm_s_own_engines_are_told_fits_their_interface() -> None:
     """As far as it goes without a GPU: their dataclasses take our messages."""
     from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
 
-    infos = gpu.join_infos("10.0.0.1", 29500, 2)
+    infos = nccl.connect_infos("10.0.0.1", 29500, 2)
     parsed = [nccl_engine.NCCLWeightTransferInitInfo(**info) for info in infos]
     assert [info.rank_offset for info in parsed] == [1, 2]
     assert {info.world_size for info in parsed} == {3} and all(info.packed for info in parsed)
-    of_two_ranks = gpu.join_infos("10.0.0.1", 29500, 2, ranks=2)
+    of_two_ranks = nccl.connect_infos("10.0.0.1", 29500, 2, ranks=2)
     assert [(info["rank_offset"], info["world_size"]) for info in of_two_ranks] == [(1, 5), (3, 5)]
-    told = gpu.metadata([("w", torch.ones(2, 3, dtype=torch.bfloat16))])
+    told = gpu_common.describe_tensors([("w", torch.ones(2, 3, dtype=torch.bfloat16))])
     update = nccl_engine.NCCLWeightTransferUpdateInfo(**told)
     assert (update.names, update.dtype_names, update.shapes) == (["w"], ["bfloat16"], [[2, 3]])
     handles = [{"GPU-0": (None,)}]
@@ -916,11 +916,11 @@ def test_trap_6_after_a_timeout_no_other_thread_is_in_the_group(
         hanging.clear()
 
     hanging, group = threading.Event(), Group()
-    monkeypatch.setattr(gpu, "_need_gpu", lambda kind: None)
-    monkeypatch.setattr(gpu, "COLLECTIVE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(gpu_common, "require_gpu", lambda kind: None)
+    monkeypatch.setattr(gpu_common, "COLLECTIVE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
     monkeypatch.setattr(packed_tensor, "packed_nccl_broadcast_producer", broadcast)
-    transport = gpu.NcclTransport()
+    transport = nccl.NcclTransport(TransportConfig("nccl"))
     transport._group = group
     transport.begin(1)
     buckets = transport.buckets([("w", torch.ones(4))])

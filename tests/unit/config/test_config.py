@@ -542,7 +542,7 @@ def test_transports_between_gpus_need_gpus(kind: str) -> None:
 
 
 def test_transport_and_update_mode_are_of_those_there_are() -> None:
-    assert "shared_memory, disk, nccl, ipc" in refused("resources.transport=pigeon")
+    assert "Known: disk, ipc, nccl, shared_memory" in refused("resources.transport=pigeon")
     assert "keep, drain, abort" in refused("resources.update_mode=stop")
 
 

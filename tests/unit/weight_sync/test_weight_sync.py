@@ -24,17 +24,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sleeprl.trainer.publish import publish
-from sleeprl.weight_sync import gpu
+from sleeprl.weight_sync import gpu_common
 from sleeprl.weight_sync.base import (
     StuckTransport,
     TransportConfig,
     TransportError,
     WeightTransport,
-    make_transport,
-    split,
+    split_tensors,
 )
-from sleeprl.weight_sync.buckets import ALIGNMENT, receive
+from sleeprl.weight_sync.buckets import ALIGNMENT, receive_bucket
 from sleeprl.weight_sync.disk import DiskTransport
+from sleeprl.weight_sync.factory import make_transport
 from sleeprl.weight_sync.shared_memory import SharedMemoryTransport
 from sleeprl.weight_sync.verification import (
     Canary,
@@ -50,6 +50,10 @@ Named = tuple[str, Tensor]
 Make = Callable[[int], WeightTransport]
 
 
+def on_disk(directory: Path) -> TransportConfig:
+    return TransportConfig("disk", directory=str(directory))
+
+
 @pytest.fixture(params=["shared_memory", "disk"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     """A transport of each kind that runs without a GPU, by its bucket limit."""
@@ -57,9 +61,9 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
 
     def make(limit: int) -> WeightTransport:
         if request.param == "disk":
-            made.append(DiskTransport(str(tmp_path / "weights"), limit))
+            made.append(DiskTransport(on_disk(tmp_path / "weights"), limit))
         else:
-            made.append(SharedMemoryTransport(limit))
+            made.append(SharedMemoryTransport(TransportConfig(), limit))
         return made[-1]
 
     yield make
@@ -87,7 +91,7 @@ def send(
     """Each bucket as an engine takes it, one at a time."""
     transport.begin(version)
     for info in transport.buckets(iter(tensors)):
-        yield info, receive(**info)[1]
+        yield info, receive_bucket(info)
     transport.finish()
 
 
@@ -171,22 +175,22 @@ def test_trap_6_the_gathers_stay_in_the_callers_thread(make: Make) -> None:
 def test_trap_10_a_collective_with_a_dead_peer_ends_in_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    monkeypatch.setattr(gpu_common, "ABORT_TIMEOUT_S", 0.2)
     hanging = threading.Event()
     began = time.monotonic()
     wait = lambda: hanging.wait(60)  # noqa: E731
     for abort in (None, lambda: None):
         with pytest.raises(StuckTransport, match=r"waited 0 s for a broadcast.*--resume"):
-            gpu.within(0.2, "a broadcast", wait, abort)
+            gpu_common.run_with_timeout(0.2, "a broadcast", wait, abort)
     assert time.monotonic() - began < 30
     threads = [t for t in threading.enumerate() if t.name == "sleeprl: a broadcast"]
     assert len(threads) == 2 and all(t.daemon for t in threads), "they would keep the process"
     hanging.clear()
     with pytest.raises(TimeoutError, match="waited 0 s for a broadcast; an engine may be dead"):
-        gpu.within(0.2, "a broadcast", wait, hanging.set)
-    assert gpu.within(5.0, "a sum", lambda: 1 + 1) == 2
+        gpu_common.run_with_timeout(0.2, "a broadcast", wait, hanging.set)
+    assert gpu_common.run_with_timeout(5.0, "a sum", lambda: 1 + 1) == 2
     with pytest.raises(ZeroDivisionError):
-        gpu.within(5.0, "a fraction", lambda: 1 / 0)
+        gpu_common.run_with_timeout(5.0, "a fraction", lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("error", [TimeoutError, StuckTransport])
@@ -204,8 +208,8 @@ def test_trap_6_no_gather_beside_a_collective_that_hangs(error: type[Exception])
         raise error("an engine may be dead")
 
     learner: Any = SimpleNamespace(
-        rank=0, export=export, meet=lambda: None, release=lambda: None,
-        canary=lambda ids: Canary(ids, [], 1.0),
+        rank=0, export=export, long_barrier=lambda: None, options=SimpleNamespace(gpu=False),
+        make_canary=lambda ids: Canary(ids, [], 1.0),
     )  # fmt: skip
     fleet: Any = SimpleNamespace(begin=lambda: None, send=send)
     with pytest.raises(error):
@@ -220,7 +224,7 @@ def test_a_bucket_stays_as_it_is_until_the_next_but_one(make: Make) -> None:
     transport.begin(1)
     before: Tensor | None = None
     for number, info in enumerate(transport.buckets(iter(tensors))):
-        ((_, got),) = receive(**info)[1]
+        ((_, got),) = receive_bucket(info)
         assert (got == number).all()
         assert before is None or (before == number - 1).all()
         before = got
@@ -228,7 +232,7 @@ def test_a_bucket_stays_as_it_is_until_the_next_but_one(make: Make) -> None:
 
 
 def test_shared_memory_is_mapped_in_place_and_written_again() -> None:
-    transport = SharedMemoryTransport(64)
+    transport = SharedMemoryTransport(TransportConfig(), 64)
     received = list(send(transport, [(str(i), torch.full((16,), float(i))) for i in range(3)]))
     assert received[0][0]["file"] == received[2][0]["file"]
     assert (received[0][1][0][1] == 2).all()  # the same memory, as the third bucket left it
@@ -237,7 +241,7 @@ def test_shared_memory_is_mapped_in_place_and_written_again() -> None:
 
 
 def test_the_views_of_a_layout_are_made_once_and_go_with_their_segment() -> None:
-    transport = SharedMemoryTransport(256)
+    transport = SharedMemoryTransport(TransportConfig(), 256)
     first, second, other = (
         next(send(transport, [("w", torch.full(shape, 7.0))], version))[1][0][1]
         for version, shape in enumerate([(4, 4), (4, 4), (2, 8)])
@@ -255,7 +259,7 @@ def test_a_tensor_larger_than_a_bucket_has_one_of_its_own(make: Make) -> None:
 
 
 def test_a_segment_leaves_nothing_behind() -> None:
-    transport = SharedMemoryTransport(64)
+    transport = SharedMemoryTransport(TransportConfig(), 64)
     ((info, _),) = send(transport, [("w", torch.ones(4))])
     path = info["file"]["path"]
     segment = os.stat(path)
@@ -266,21 +270,21 @@ def test_a_segment_leaves_nothing_behind() -> None:
 
 
 def test_weights_that_are_not_on_this_host_are_not_taken_for_zeros(tmp_path: Path) -> None:
-    transport = SharedMemoryTransport(64)
+    transport = SharedMemoryTransport(TransportConfig(), 64)
     ((info, _),) = send(transport, [("w", torch.ones(4))])
     other = tmp_path / "other"
     for file in ({"path": str(other)}, {"inode": 1}, {"nbytes": 128}):
         with pytest.raises(FileNotFoundError, match=r"resources\.transport=disk"):
-            receive(**{**info, "file": {**info["file"], **file}})
+            receive_bucket({**info, "file": {**info["file"], **file}})
     assert not other.exists()
 
 
 def test_disk_removes_what_a_killed_sender_left(tmp_path: Path) -> None:
-    first = DiskTransport(str(tmp_path), 64)
+    first = DiskTransport(on_disk(tmp_path), 64)
     first.begin(1)
     left = next(first.buckets([("w", torch.ones(4))]))
     assert Path(left["file"]["path"]).exists()
-    second = DiskTransport(str(tmp_path), 64)
+    second = DiskTransport(on_disk(tmp_path), 64)
     assert len(list(send(second, [("w", torch.ones(4))], version=2))) == 1
     assert not list(tmp_path.iterdir())
 
@@ -306,7 +310,7 @@ def test_split_reads_one_tensor_ahead() -> None:
             read.append(number)
             yield str(number), torch.ones(16)
 
-    groups = split(tensors(), 128)
+    groups = split_tensors(tensors(), 128)
     assert [name for name, _ in next(groups)] == ["0", "1"]
     assert read == [0, 1, 2]
 
@@ -343,7 +347,7 @@ def test_in_time_every_tensor_is_checked(make: Make) -> None:
         for info in transport.buckets(tensors):
             assert "layers.0" in info["checksums"] and len(info["checksums"]) <= 2
             checked += info["checksums"]
-            receive(**info)
+            receive_bucket(info)
         transport.finish()
     assert {name for name, _ in tensors} == set(checked)
 
@@ -355,7 +359,7 @@ def test_a_damaged_tensor_is_named(make: Make) -> None:
         with open(info["file"]["path"], "r+b") as file:
             file.write(b"x")
         with pytest.raises(CorruptedWeights, match="first did not arrive as it was sent"):
-            receive(**info)
+            receive_bucket(info)
     transport.finish()
 
 
