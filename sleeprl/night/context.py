@@ -20,7 +20,7 @@ from sleeprl.night.run_dir import ANSWERS, RunDirectory
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.options import TrainerOptions
-from sleeprl.weight_sync.base import BETWEEN_GPUS
+from sleeprl.weight_sync.factory import transport_class
 
 OnStep = Callable[[int], None]
 DAY, STUDY, TRAIN = "day.json", "study.json", "train"
@@ -118,7 +118,7 @@ class Night:
         Where weights go between GPUs, the trainer's GPU is needed for them until the transfer begins.
         """
         config, stages = self.config, self.stages
-        if config.resources.transport in BETWEEN_GPUS:
+        if transport_class(config.resources.transport).needs_gpu:
             return
         key, seeding = stages.step_key(step), config.consolidation
         if not self.run.is_done(key):
@@ -136,7 +136,7 @@ class Night:
         """
         done = {trained, *self.run.state["results"]}
         missing = [name for name in self.config.baselines if name not in done]
-        if missing and self.config.resources.transport not in BETWEEN_GPUS:
+        if missing and not transport_class(self.config.resources.transport).needs_gpu:
             name, seeding = missing[0], self.config.consolidation
             step = self.stages.context_step if METHODS[name].grows else None
             options = self.stages.trainer_options(step, seeding.learning_rate, seeding.steps)

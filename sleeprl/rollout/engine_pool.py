@@ -210,8 +210,8 @@ class UpdateRound:
 
     transport: WeightTransport
 
-    def __init__(self, fleet: EnginePool, engines: Sequence[int]) -> None:
-        self.fleet = fleet
+    def __init__(self, pool: EnginePool, engines: Sequence[int]) -> None:
+        self.pool = pool
         self.engines = list(engines)
         self.failed: dict[int, Failure] = {}
         self._under_way: tuple[str, dict[int, Any]] = "", {}
@@ -224,12 +224,12 @@ class UpdateRound:
         self.start(method, dict.fromkeys(self.engines, kwargs))
 
     def start(self, method: str, per_engine: Mapping[int, Mapping[str, Any]]) -> None:
-        self._under_way = method, self.fleet._send(method, per_engine)
+        self._under_way = method, self.pool._send(method, per_engine)
 
     def finish_call(self) -> dict[int, Any]:
         """The answers to the call that is under way. Raises ActorFailure for a fault of the code."""
         (method, refs), self._under_way = self._under_way, ("", {})
-        patience, group = self.fleet._patience, self.fleet.group
+        patience, group = self.pool._patience, self.pool.group
         with WAITS.on(group.name, what=method, kind="sync", log_tail=group.log_tail):
             if refs:
                 ray.wait(list(refs.values()), num_returns=len(refs), timeout=patience)
@@ -250,13 +250,13 @@ class UpdateRound:
     def certificates(self, found: Mapping[int, UpdateReceipt]) -> list[UpdateReceipt]:
         """Of all engines that were to be updated, in their order, and noted."""
         for engine, one in found.items():
-            self.fleet.group.note(
+            self.pool.group.note(
                 engine, HealthEvent.VERIFIED if one.verified else HealthEvent.UNVERIFIED
             )
         lost = {
             engine: UpdateReceipt(
-                f"{self.fleet.group.name}-{engine}",
-                self.fleet.version,
+                f"{self.pool.group.name}-{engine}",
+                self.pool.version,
                 False,
                 None,
                 None,

@@ -23,7 +23,7 @@ from sleeprl.weight_sync.verification import Canary
 CANARY = "canary.json"
 
 
-def publish(learner: Trainer, fleet: EnginePool, canary: list[int]) -> dict[str, float]:
+def publish(learner: Trainer, pool: EnginePool, canary: list[int]) -> dict[str, float]:
     """Send what the learner trained to every engine, in flight. Collective over the ranks.
 
     canary: token ids that both sides score afterwards. Returns how long generation
@@ -42,10 +42,10 @@ def publish(learner: Trainer, fleet: EnginePool, canary: list[int]) -> dict[str,
         return {}
     try:
         try:
-            update = fleet.begin()
+            update = pool.begin()
         finally:
             learner.long_barrier()  # no gather has begun that others would hold for as long as engines drain
-        certificates = fleet.send(update, tensors, expected)
+        certificates = pool.send(update, tensors, expected)
     except StuckTransport:
         tensors = iter(())  # a gather beside the collective that hangs would hang as well
         raise
@@ -61,26 +61,26 @@ def publish(learner: Trainer, fleet: EnginePool, canary: list[int]) -> dict[str,
 
 
 def publish_from_gpu(
-    fleet: EnginePool, tensors: Iterable[NamedTensor], canary: Canary | None, gpus: float
+    pool: EnginePool, tensors: Iterable[NamedTensor], canary: Canary | None, gpus: float
 ) -> None:
     """``EnginePool.publish`` by a process that has ``gpus``: between GPUs one that has none, as the driver,
     cannot send."""
-    version = fleet.version + 1
+    version = pool.version + 1
     send = ray.remote(_send).options(num_cpus=0, num_gpus=gpus)
     with WAITS.on("the sender", what="all weights", kind="sync"):
-        verified = ray.get(send.remote(fleet.group.actors, version, dict(tensors), canary))
-    fleet.version = version
-    fleet.group.updated(verified)
+        verified = ray.get(send.remote(pool.group.actors, version, dict(tensors), canary))
+    pool.version = version
+    pool.group.updated(verified)
 
 
 def _send(
     engines: Sequence[Any], version: int, tensors: Mapping[str, Tensor], canary: Canary | None
 ) -> list[int]:
     """Who ended verified."""
-    fleet = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
-    fleet.publish(tensors.items(), canary, version)
-    fleet.disconnect()
-    return fleet.health.working
+    pool = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
+    pool.publish(tensors.items(), canary, version)
+    pool.disconnect()
+    return pool.health.working
 
 
 def save_trained(learner: Trainer, directory: Path, canary: list[int]) -> None:
