@@ -208,16 +208,27 @@ def metrics(file: str) -> str:
     )
 
 
+FLAGS = (
+    "loss_aggregation",
+    "needs_critic",
+    "compares_within_group",
+    "has_ratio",
+    "max_resample_rounds",
+)
+
+
 def algorithms() -> str:
-    """Write each algorithm with its options and what it asks of the pipeline."""
+    """Write each algorithm with its flags and its options."""
     rows = []
     for name in BUILTIN["algorithm"]:
         thing = resolve(name, "algorithm")
-        options = ", ".join(
-            f"`{p.name}={p.default}`" for p in inspect.signature(thing).parameters.values()
-        )
-        rows.append([f"`{name}`", options, first_sentence(thing)])
-    return table(["name", "options and defaults", "what it is"], rows)
+        made, options = thing(), inspect.signature(thing).parameters.values()
+        flags = [getattr(made, flag) for flag in FLAGS]
+        shown = ["yes" if f is True else "" if f is False else str(f) for f in flags]
+        told = ", ".join(f"`{p.name}={p.default}`" for p in options if p.name not in FLAGS)
+        rows.append([f"`{name}`", first_sentence(thing), *shown, told])
+    head = ["name", "what it is", "loss is a mean over", "critic", "compares a group", "ratio"]
+    return table([*head, "resample rounds", "options and defaults"], rows)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
