@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from sleeprl import __version__
 from sleeprl.cli import app
-from sleeprl.config.aliases import ALIASES
+from sleeprl.config.aliases import ALGORITHM_OPTIONS, ALIASES
 from tests.support.paths import ROOT
 
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "cluster/README.md")
@@ -182,7 +182,8 @@ def test_an_included_file_is_there(page: Path) -> None:
 
 def test_renamed_settings_are_in_the_changelog() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
-    assert [old for old, new in ALIASES.items() if f"| `{old}` | `{new}` |" not in text] == []
+    renamed = {**ALIASES, **ALGORITHM_OPTIONS}
+    assert [old for old, new in renamed.items() if f"| `{old}` | `{new}` |" not in text] == []
 
 
 def test_the_citation_is_of_this_version() -> None:
