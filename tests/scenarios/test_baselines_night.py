@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.test_night import SMALL, sleeprl, summary
+from tests.support.nights import SMALL, sleeprl, summary
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_baselines_in_a_real_night(tmp_path: Path) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -24,39 +21,10 @@ from sleeprl.night.model_stages import ModelStages
 from sleeprl.night.run_dir import RunDirectory
 from sleeprl.reporting.metric_reference import undocumented_keys
 from sleeprl.reporting.progress import NightProgress
-from tests.integration.cluster.test_launch_files import another_ray
+from tests.support.nights import SMALL, sleeprl, summary
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.slow
-
-SMALL = [
-    "wake.people=4",
-    "self_study.pairs_per_document=32",
-    "self_study.facts_per_document=8",
-    "self_study.replay_questions=300",
-    "consolidation.steps=40",
-    "consolidation.batch_size=16",
-    "consolidation.checkpoint_every=16",
-    "dreaming.steps=2",
-    "dreaming.tasks_per_step=2",
-    "dreaming.group_size=4",
-    "evaluation.retention_questions=60",
-    "evaluation.perplexity_texts=10",
-    # 40 steps are for the plumbing; what a whole night keeps is measured in benchmarks/night.py.
-    "gate.max_retention_drop=0.5",
-    "gate.max_perplexity_ratio=5",
-]
-
-
-def sleeprl(*words: str, cwd: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sleeprl.cli", *words],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +39,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = sleeprl("night", "name=first", *two, *own, *SMALL, cwd=place)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
     return place
-
-
-def summary(place: Path, name: str = "first") -> dict:
-    return json.loads((place / "runs" / name / "summary.json").read_text())
 
 
 def test_the_night_teaches_and_is_measured(place: Path) -> None:
@@ -236,28 +200,3 @@ def test_plugins_by_dotted_path_run_with_real_actors(place: Path) -> None:
     assert set(state) == {"gaps"}  # of the example and no other curriculum
     assert set(state["gaps"]) == {"document-0", "document-1"}
     assert all(0 < gap < 100 for gap in state["gaps"].values())  # heard of, both
-
-
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.soak)])
-def test_tune_searches_a_consolidation(count: int, tmp_path: Path) -> None:
-    spec = yaml.safe_load((ROOT / "tuning" / "consolidation.yaml").read_text())
-    spec["trials"], spec["report_every"] = count, 16
-    rates = 0.003, 1e-6
-    spec["space"] = {"consolidation.learning_rate": {"choice": rates}}
-    spec["night"]["consolidation"]["steps"] = 32
-    spec["night"]["wake"]["people"] = 4
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(spec))
-    with another_ray():
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "tuning" / "search.py"), "search.yaml", "seed=1"],
-            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, timeout=590,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    trials = json.loads((tmp_path / "runs" / "search" / "trials.json").read_text())
-    # With this seed the first has the better rate. The others are stopped, and what they held is freed.
-    found = [(t["config"]["consolidation.learning_rate"], t["step"]) for t in trials]
-    assert found == [(rates[0], 32), (rates[1], 16), (rates[1], 16)][:count]
-    assert all(0 <= t["recall"] <= 1 for t in trials)
-    best = yaml.safe_load((tmp_path / "runs" / "search" / "best.yaml").read_text())
-    assert best["consolidation"]["learning_rate"] == rates[0]

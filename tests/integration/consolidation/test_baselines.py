@@ -37,7 +37,7 @@ from sleeprl.reporting.report import write_report
 from sleeprl.reporting.summary_table import BeforeAfterTable
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.trainer import Trainer
-from tests.integration.trainer.test_trainer import (
+from tests.support.ranks import (
     CE,
     LOSS,
     SLOTS,

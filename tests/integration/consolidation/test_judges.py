@@ -18,7 +18,8 @@ from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import NO, SAME_MEANING, YES
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.trainer import Trainer
-from tests.integration.trainer.test_trainer import (
+from tests.support.models import make_tiny_model
+from tests.support.ranks import (
     LOSS,
     PARTS,
     SLOTS,
@@ -28,7 +29,6 @@ from tests.integration.trainer.test_trainer import (
     reference_logprobs,
     rows,
 )
-from tests.support.models import make_tiny_model
 
 PAIRS = [("a cat", "a cat"), ("Oslo", "Bergen"), ("", "x"), ("She is a nurse.", "a nurse")]
 UNUSED: tuple[Trainer, ChatFormatter] = (None, None)  # type: ignore[assignment] - these judges need neither

@@ -30,8 +30,8 @@ from sleeprl.plugins import PluginError, create
 from sleeprl.rollout.types import Completion
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.trainer import Trainer
-from tests.integration.trainer.test_trainer import PARTS, SLOTS, Notes, launch, options, rows
 from tests.support.models import make_tiny_model
+from tests.support.ranks import PARTS, SLOTS, Notes, launch, options, rows
 
 # --- weights by step ----------------------------------------------------------------
 

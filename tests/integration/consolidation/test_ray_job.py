@@ -184,7 +184,7 @@ def expert(place: Path, name: str) -> dict[str, torch.Tensor]:
 def same(place: Path, name: str) -> None:
     """To the rounding of a log-probability, which in vLLM depends on what else is in the batch.
 
-    Without roll-outs it is the same to the bit: ``test_transactions``.
+    Without roll-outs it is the same to the bit: ``test_killed_night``.
     """
     whole, other = expert(place, "whole"), expert(place, name)
     assert whole.keys() == other.keys()

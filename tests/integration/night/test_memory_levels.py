@@ -285,7 +285,7 @@ def grown(
 
 def hand_on(directory: Path, notes: Any) -> None:
     """Level 1 (slots 0, 1) into slot 2, by two steps of the real learner; for each growth."""
-    from tests.integration.trainer.test_trainer import LOSS, PARTS, options, rows
+    from tests.support.ranks import LOSS, PARTS, options, rows
 
     for name in BUILTIN["growth"]:
         place = directory / name
@@ -317,7 +317,7 @@ def hand_on(directory: Path, notes: Any) -> None:
 def expected(
     directory: Path, texts: Sequence[TrainingExample], over: dict[str, Tensor] | None = None
 ) -> Any:
-    from tests.integration.trainer.test_trainer import reference_logprobs
+    from tests.support.ranks import reference_logprobs
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     model.load_state_dict(over or {}, strict=False)
@@ -325,7 +325,7 @@ def expected(
 
 
 def test_the_learner_of_a_transfer_has_both_selves(tmp_path: Path) -> None:
-    from tests.integration.trainer.test_trainer import launch, rows, same_logprobs
+    from tests.support.ranks import launch, rows, same_logprobs
 
     make_tiny_model(tmp_path / "plain", seed=5)
     for name in BUILTIN["growth"]:

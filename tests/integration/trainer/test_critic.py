@@ -14,8 +14,8 @@ from sleeprl.losses.types import LossOptions, LossWeights
 from sleeprl.memory.checkpoint import widen
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.trainer import Trainer
-from tests.integration.trainer.test_trainer import Notes, launch, options, rows
 from tests.support.models import make_tiny_model
+from tests.support.ranks import Notes, launch, options, rows
 
 STEPS = 25
 # Only the critic learns: the policy's advantages are all 0.

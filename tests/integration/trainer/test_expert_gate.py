@@ -20,8 +20,8 @@ from sleeprl.memory.gated_mlp import grow, load_training_form, measure_activity,
 from sleeprl.memory.growth import growth_named
 from sleeprl.memory.slots import LOW_RANK, Slots
 from sleeprl.trainer.trainer import Trainer
-from tests.integration.trainer.test_trainer import LOSS, PARTS, Notes, launch, options, rows
 from tests.support.models import make_tiny_model
+from tests.support.ranks import LOSS, PARTS, Notes, launch, options, rows
 from tests.unit.memory.test_growth import CLOSE, far, logits, randomise
 
 WIDTH, SLOT = 8, 1

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from sleeprl.memory.checkpoint import WEIGHTS
 from sleeprl.trainer.gather import gather_whole
 from sleeprl.trainer.trainer import Trainer
-from tests.integration.trainer.test_trainer import Notes, launch, options, write_checkpoints
+from tests.support.ranks import Notes, launch, options, write_checkpoints
 
 LIMIT = 60_000  # bytes of one gather; the model has 600,000
 

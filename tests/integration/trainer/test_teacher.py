@@ -22,8 +22,8 @@ from sleeprl.trainer.batching import Targets, TrainingExample
 from sleeprl.trainer.teacher import TeacherActor, Teachers, launch_teachers
 from sleeprl.trainer.trainer import Trainer
 from tests.integration.night.test_memory_levels import grown
-from tests.integration.trainer.test_trainer import LOSS, PARTS, Notes, close, launch, options, rows
 from tests.support.models import make_tiny_model
+from tests.support.ranks import LOSS, PARTS, Notes, close, launch, options, rows
 
 HELD = (0, 1)
 """Slots that only the smaller self has, as when a level is handed on."""

@@ -9,404 +9,39 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from datetime import timedelta
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sleeprl.losses.divergence import generalised_jsd, on_support, top_k_with_tail
-from sleeprl.losses.types import LossOptions, LossWeights
-from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, scatter_columns, widen, write_grown
+from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, scatter_columns
 from sleeprl.memory.gated_mlp import grow, load_training_form, smaller_self
-from sleeprl.memory.growth import growth_named
-from sleeprl.memory.slots import LOW_RANK, Slots
-from sleeprl.trainer import batching as batches
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.deepspeed_config import deepspeed_config, gather_by_layer
-from sleeprl.trainer.options import TrainerOptions
-from sleeprl.trainer.publish import publish
-from sleeprl.trainer.trainer import Trainer
-from sleeprl.weight_sync.verification import UpdateReceipt
-from tests.support.models import make_tiny_model
-
-SLOTS = Slots(96, 8, 3)
-PARTS = {
-    "new": LossWeights(kl=0.7, ce=0.5),
-    "student": LossWeights(pg=0.6, kl=0.3),
-    "replay": LossWeights(kl=0.4),
-}
-LOSS = LossOptions(beta=0.2, top_k=8)
-CE = {"text": LossWeights(ce=1.0)}
-
-
-def rows(seed: int, count: int = 9) -> list[TrainingExample]:
-    """Rows of all three parts, of unequal lengths, some with a teacher's own prompt."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int) -> list[int]:
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(3, 250, (length,), generator=generator).tolist()
-
-    made = []
-    for index in range(count):
-        part = list(PARTS)[index % 3]
-        prompt, response = draw(2, 9), draw(1, 14)
-        made.append(
-            TrainingExample(
-                prompt,
-                response,
-                part,
-                teacher_prompt_ids=draw(10, 20) if part == "new" else None,
-                advantage=(-1.0) ** index * 0.5 if part == "student" else 0.0,
-                rollout_logprobs=[-5.5] * len(response) if part == "student" else [],
-                age=index // 3 if part == "student" else None,
-            )
-        )
-    return made
-
-
-def texts(seed: int) -> list[TrainingExample]:
-    return [replace(r, part="text", teacher_prompt_ids=None) for r in rows(seed)]
-
-
-def options(directory: Path, **changes: Any) -> TrainerOptions:
-    base = TrainerOptions(
-        checkpoint=str(directory / "wide"),
-        slot=1,
-        dtype="float32",
-        seed=7,
-        learning_rate=1e-2,
-        total_steps=10,
-        warmup=2,
-        weight_decay=0.1,
-        grad_clip=1.0,
-    )
-    return replace(base, **changes)
-
-
-class Notes:
-    """What a rank saw: numbers by name, tensors in one file each, errors by scene."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.numbers: dict[str, Any] = {}
-        self.errors: dict[str, str] = {}
-
-    def tensors(self, name: str, values: dict[str, Tensor]) -> None:
-        if dist.get_rank() == 0:
-            kept = {key: value.clone().contiguous() for key, value in values.items()}
-            save_file(kept, self.directory / f"{name}.safetensors")
-
-
-Scene = Callable[[Path, Notes], None]
-
-# --- what one rank does -------------------------------------------------------------
-# Each scene is on its own: an error in one is written down and the next one plays.
-
-
-def first_steps(directory: Path, notes: Notes) -> None:
-    learner = Trainer(options(directory))
-    seen = notes.numbers
-    batch = rows(1)
-    notes.tensors("born", learner.gather_expert())
-    seen["at birth"] = learner.logprobs(batch)
-    seen["at birth, smaller"] = learner.logprobs(batch, smaller=True)
-    seen["step-1"] = learner.step(batch, PARTS, LOSS)
-    notes.tensors("expert-1", learner.gather_expert())
-    seen["step-2"] = learner.step(rows(2), PARTS, LOSS)
-    notes.tensors("state-2", learner.state_dict())
-    notes.tensors("expert-2", learner.gather_expert())
-    notes.tensors("export-2", dict(learner.export()))
-    seen["after two"] = learner.logprobs(batch)
-    seen["after two, smaller"] = learner.logprobs(batch, smaller=True)
-    canary = learner.make_canary(list(range(20, 50)))
-    seen["canary"] = (canary.token_ids, canary.logprobs, canary.fresh)
-    seen["step-3"] = learner.step(rows(3), PARTS, LOSS)
-    notes.tensors("state-3", learner.state_dict())
-    seen["step-4"] = learner.step(rows(4), PARTS, LOSS)
-
-
-def one_text(directory: Path, notes: Notes) -> None:
-    learner = Trainer(options(directory))
-    started: list[str] = []
-    sys.addaudithook(lambda what, of: started.append(of[0]) if what == "subprocess.Popen" else None)
-    notes.numbers["one text"] = learner.step(rows(1)[:1], PARTS, LOSS)
-    notes.numbers["started by a step"] = list(started)
-    notes.tensors("expert-one-text", learner.gather_expert())
-
-
-def micro_batches(directory: Path, notes: Notes) -> None:
-    other = Trainer(options(directory, micro_batch_tokens=40))
-    notes.numbers["small micro-batches"] = other.step(rows(1), PARTS, LOSS)
-    notes.tensors("expert-1-micro", other.gather_expert())
-
-
-def resuming(directory: Path, notes: Notes) -> None:
-    seen = notes.numbers
-    resumed = Trainer(options(directory, seed=8))
-    notes.tensors("born-8", resumed.gather_expert())
-    resumed.load_state_dict(load_file(directory / "state-2.safetensors"))
-    seen["resumed"] = resumed.steps
-    seen["resumed, after two"] = resumed.logprobs(rows(1))
-    seen["resumed, step-3"] = resumed.step(rows(3), PARTS, LOSS)
-    notes.tensors("state-3-resumed", resumed.state_dict())
-
-
-def resuming_after_a_step(directory: Path, notes: Notes) -> None:
-    resumed = Trainer(options(directory, seed=8))
-    resumed.step(rows(4), PARTS, LOSS)
-    resumed.load_state_dict(load_file(directory / "state-2.safetensors"))
-    resumed.step(rows(3), PARTS, LOSS)
-    notes.tensors("state-3-warm", resumed.state_dict())
-
-
-def state_before_the_first_step(directory: Path, notes: Notes) -> None:
-    learner = Trainer(options(directory))
-    state = learner.state_dict()
-    fresh = Trainer(options(directory, seed=8))
-    fresh.load_state_dict(state)
-    notes.numbers["restarted"] = fresh.steps
-    fresh.step(rows(1), PARTS, LOSS)
-    notes.tensors("expert-1-restarted", fresh.gather_expert())
-
-
-def placing(directory: Path, notes: Notes) -> None:
-    placed = Trainer(options(directory, seed=9))
-    placed.set_expert(load_file(directory / "expert-2.safetensors"))
-    notes.numbers["placed"] = placed.logprobs(rows(1))
-    notes.tensors("expert-placed", placed.gather_expert())
-    placed.step(rows(2), PARTS, LOSS)
-    notes.tensors("expert-placed-1", placed.gather_expert())
-
-
-def bfloat16(directory: Path, notes: Notes) -> None:
-    half = Trainer(options(directory, dtype="bfloat16"))
-    notes.numbers["half sums in"] = str(half.optimizer.gradient_accumulation_dtype)
-    half.step(rows(1), PARTS, LOSS)
-    half.step(rows(2), PARTS, LOSS)
-    state = half.state_dict()
-    half.step(rows(3), PARTS, LOSS)
-    notes.tensors("half-3", half.state_dict())
-    again = Trainer(options(directory, dtype="bfloat16", seed=8))
-    again.load_state_dict(state)
-    again.step(rows(3), PARTS, LOSS)
-    notes.tensors("half-3-resumed", again.state_dict())
-
-
-def offloading(directory: Path, notes: Notes) -> None:
-    """Here the host's memory is the only one, so nothing moves; but DeepSpeed goes the other way."""
-    for what in ("optimizer", "parameters"):
-        learner = Trainer(options(directory, offload=what))
-        stage = learner.optimizer
-        notes.numbers[f"offload {what}"] = (stage.offload_optimizer, stage.offload_param)
-        notes.numbers[f"offload {what}, step-1"] = learner.step(rows(1), PARTS, LOSS)
-        learner.step(rows(2), PARTS, LOSS)
-        notes.tensors(f"offload-{what}-2", learner.state_dict())
-        again = Trainer(options(directory, seed=8, offload=what))
-        again.load_state_dict(load_file(directory / f"offload-{what}-2.safetensors"))
-        again.step(rows(3), PARTS, LOSS)
-        notes.tensors(f"offload-{what}-3", again.state_dict())
-
-
-def every_parameter(directory: Path, notes: Notes) -> None:
-    whole = Trainer(options(directory, checkpoint=str(directory / "grown"), slot=None))
-    ids = list(range(20, 50))
-    notes.numbers["full, canaries"] = [whole.make_canary(ids)]
-    notes.tensors("full-export-0", dict(whole.export()))
-    notes.numbers["full, step-1"] = whole.step(texts(1), CE, LOSS)
-    notes.tensors("full-export-1", dict(whole.export()))
-    notes.numbers["full, after one"] = whole.logprobs(texts(1))
-    notes.numbers["full, canaries"] += [whole.make_canary(ids), whole.make_canary(ids[:9])]
-
-
-def low_rank(directory: Path, notes: Notes) -> None:
-    learner = Trainer(options(directory, checkpoint=str(directory / "low"), slot=0))
-    learner.step(rows(1), PARTS, LOSS)
-    learner.step(rows(2), PARTS, LOSS)
-    notes.tensors("low-export-2", dict(learner.export()))
-    notes.numbers["low, after two"] = learner.logprobs(rows(1))
-
-
-def nothing_to_learn_from(directory: Path, notes: Notes) -> None:
-    learner = Trainer(options(directory))
-    learner.step(rows(1), PARTS, LOSS)
-    notes.numbers["nothing"] = learner.step([], PARTS, LOSS)
-    learner.step(rows(2), PARTS, LOSS)
-    notes.tensors("expert-nothing", learner.gather_expert())
-
-
-def remembering(directory: Path, notes: Notes) -> None:
-    """The same texts twice, under a name and without one."""
-    for name, key in (("named", "text-{}"), ("unnamed", "")):
-        learner = Trainer(options(directory))
-        asked: list[int] = []
-        learner.engine.module.register_forward_hook(
-            lambda *_, asked=asked: None if torch.is_grad_enabled() else asked.append(1)
-        )
-        batch = [replace(r, key=key.format(i)) for i, r in enumerate(rows(1))]
-        notes.numbers[f"{name}, first"] = learner.step(batch, PARTS, LOSS)
-        notes.numbers[f"{name}, asked"] = len(asked)
-        notes.numbers[f"{name}, second"] = learner.step(batch, PARTS, LOSS)
-        notes.numbers[f"{name}, asked again"] = len(asked) - notes.numbers[f"{name}, asked"]
-        notes.tensors(f"expert-{name}", learner.gather_expert())
-
-
-# --- what two ranks do --------------------------------------------------------------
-
-
-def two_first_steps(directory: Path, notes: Notes) -> None:
-    seen = notes.numbers
-    learner = Trainer(options(directory))
-    notes.tensors("two-born", learner.gather_expert())
-    seen["step-1"] = learner.step(rows(1), PARTS, LOSS)
-    notes.tensors("two-expert-1", learner.gather_expert())
-    seen["step-2"] = learner.step(rows(2), PARTS, LOSS)
-    notes.tensors("two-state-2", learner.state_dict())
-    notes.tensors("two-export-2", dict(learner.export()))
-    seen["after two"] = learner.logprobs(rows(1))
-    seen["after two, smaller"] = learner.logprobs(rows(1), smaller=True)
-    seen["step-3"] = learner.step(rows(3), PARTS, LOSS)
-    notes.tensors("two-state-3", learner.state_dict())
-
-
-def two_resuming(directory: Path, notes: Notes) -> None:
-    dist.barrier()  # rank 0 has written the state
-    resumed = Trainer(options(directory, seed=8))
-    resumed.load_state_dict(load_file(directory / "two-state-2.safetensors"))
-    resumed.step(rows(3), PARTS, LOSS)
-    notes.tensors("two-state-3-resumed", resumed.state_dict())
-
-
-def moving(directory: Path, notes: Notes) -> None:
-    moved = Trainer(options(directory, seed=8))
-    moved.load_state_dict(load_file(directory / "state-2.safetensors"))  # of one rank
-    notes.numbers["moved, step-3"] = moved.step(rows(3), PARTS, LOSS)
-    notes.tensors("two-state-3-moved", moved.state_dict())
-
-
-def uneven(directory: Path, notes: Notes) -> None:
-    """One text for two ranks: one of them has nothing to do but to take part."""
-    learner = Trainer(options(directory))
-    notes.numbers["uneven"] = learner.step(rows(1)[:1], PARTS, LOSS)
-    notes.tensors("two-uneven", learner.gather_expert())
-
-
-def two_remembering(directory: Path, notes: Notes) -> None:
-    """In the second step only one rank's texts are known: the teacher is asked by both or none."""
-    for name, key in (("named", "text-{}"), ("unnamed", "")):
-        learner = Trainer(options(directory))
-        known = [replace(r, key=key.format(i)) for i, r in enumerate(rows(1))]
-        learner.step(known, PARTS, LOSS)
-        # The longest goes to rank 0, so the other gets a text that it has learned from before.
-        longest = [replace(r, prompt_ids=[5] * 40) for r in rows(2)[:1]]
-        mine = batches.micro_batches(known, TrainingExample.student_length, 8192, rank=1, ranks=2)[
-            0
-        ]
-        learner.step([*longest, mine[0]], PARTS, LOSS)
-        notes.tensors(f"two-expert-{name}", learner.gather_expert())
-
-
-class Drains:
-    """In the place of a fleet: its engines take a while to come to rest."""
-
-    def __init__(self, notes: Notes) -> None:
-        self.notes = notes
-
-    def begin(self) -> None:
-        time.sleep(1.0)
-        self.notes.numbers["at rest"] = time.monotonic()
-
-    def send(self, update: None, tensors: Iterator[Any], canary: Any) -> list[UpdateReceipt]:
-        self.notes.numbers["sent"] = len(list(tensors))
-        return [UpdateReceipt("engine-0", 1, True, 0.0, canary.tolerance, 0.0)]
-
-
-def two_publishing(directory: Path, notes: Notes) -> None:
-    learner: Any = Trainer(options(directory))
-    exported = learner.export
-
-    def export() -> Iterator[Any]:
-        notes.numbers["gathering"] = time.monotonic()
-        yield from exported()
-
-    learner.export = export
-    notes.numbers["published"] = publish(learner, Drains(notes), list(range(20, 50)))  # type: ignore[arg-type]
-
-
-ONE_RANK = (
-    first_steps,
-    one_text,
-    micro_batches,
-    resuming,
-    resuming_after_a_step,
-    state_before_the_first_step,
-    placing,
-    bfloat16,
-    offloading,
-    every_parameter,
-    low_rank,
-    nothing_to_learn_from,
-    remembering,
+from tests.integration.trainer.scenes import ONE_RANK, TWO_RANKS
+from tests.support.ranks import (
+    LOSS,
+    PARTS,
+    SLOTS,
+    close,
+    distance,
+    equal,
+    launch,
+    reference_logprobs,
+    rows,
+    same_logprobs,
+    texts,
+    write_checkpoints,
 )
-TWO_RANKS = (two_first_steps, two_resuming, moving, uneven, two_remembering, two_publishing)
-
-
-def work(rank: int, world: int, port: int, directory: Path, scenes: Sequence[Scene]) -> None:
-    """One rank: play the scenes, write down what was seen and what failed."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), DS_ACCELERATOR="cpu",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    notes = Notes(directory)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    for scene in scenes:
-        try:
-            scene(directory, notes)
-        except Exception:
-            notes.errors[scene.__name__] = traceback.format_exc()
-    torch.save((notes.numbers, notes.errors), directory / f"{world}-{rank}.pt")
-    dist.barrier()
-
-
-def launch(world: int, directory: Path, scenes: Sequence[Scene]) -> list[Notes]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    processes = [
-        context.Process(target=work, args=(rank, world, port, directory, scenes))
-        for rank in range(world)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        for process in processes:
-            process.start()
-    seen = []
-    for rank, process in enumerate(processes):
-        process.join(240)
-        if process.is_alive():
-            process.kill()
-        notes, path = Notes(directory), directory / f"{world}-{rank}.pt"
-        assert path.is_file(), f"rank {rank} of {world} died: exit code {process.exitcode}"
-        notes.numbers, notes.errors = torch.load(path, weights_only=False)
-        seen.append(notes)
-    return seen
 
 
 class Saw:
@@ -428,21 +63,6 @@ class Saw:
         return load_file(path)
 
 
-def write_checkpoints(directory: Path) -> None:
-    """``plain``, ``wide`` with empty slots, ``grown`` with an expert in slot 1, and ``low`` with
-    empty slots of low rank."""
-    make_tiny_model(directory / "plain", seed=4)
-    growth_named(LOW_RANK).prepare(directory / "plain", directory / "low", [2], 8, "float32")
-    widen(directory / "plain", directory / "wide", SLOTS.count, SLOTS.width, "float32")
-    generator = torch.Generator().manual_seed(11)
-    expert = {
-        f"model.layers.{layer}.mlp.{part}.weight": 0.3 * torch.randn(shape, generator=generator)
-        for layer in range(2)
-        for part, shape in (("gate_proj", (8, 64)), ("up_proj", (8, 64)), ("down_proj", (64, 8)))
-    }
-    write_grown(directory / "wide", directory / "grown", SLOTS, 1, expert)
-
-
 @pytest.fixture(scope="module")
 def saw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saw]:
     directory = tmp_path_factory.mktemp("learner")
@@ -451,41 +71,6 @@ def saw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saw]:
     torch.set_num_threads(1)
     yield Saw(directory)
     torch.set_num_threads(threads)
-
-
-def close(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-5) -> None:
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        apart = (tensor - b[name]).abs().max().item()
-        assert torch.allclose(tensor, b[name], atol=atol, rtol=1e-3), f"{name} differs by {apart}"
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different, different
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def reference_logprobs(model: nn.Module, batch: list[TrainingExample]) -> list[list[float]]:
-    """One row at a time, no padding, no wrapper."""
-    found = []
-    for row in batch:
-        ids = torch.tensor([row.prompt_ids + row.response_ids])
-        with torch.no_grad():
-            logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        chosen = logp.gather(-1, ids[0, 1:, None])[:, 0]
-        found.append(chosen[len(row.prompt_ids) - 1 :].tolist())
-    return found
-
-
-def same_logprobs(a: list[list[float]], b: list[list[float]], atol: float = 1e-4) -> None:
-    assert [len(x) for x in a] == [len(x) for x in b]
-    for x, y in zip(a, b, strict=True):
-        assert x == pytest.approx(y, abs=atol)
 
 
 @pytest.mark.parametrize("scene", [scene.__name__ for scene in (*ONE_RANK, *TWO_RANKS)])

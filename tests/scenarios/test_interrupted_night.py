@@ -1,0 +1,52 @@
+"""Ctrl-C ends a night and leaves nothing behind; one that is killed in its dreams goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from sleeprl.data.lake import Lake
+from sleeprl.dreaming.checkpoint import DreamingCheckpoint
+from tests.support.nights import SMALL, kill_when, night, sleeprl, steps, summary, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.timeout(1200)
+def test_ctrl_c_ends_everything_and_a_night_killed_in_its_dreams_goes_on(tmp_path: Path) -> None:
+    updates, groups, size = 4, 2, 4
+    words = [*SMALL, "wake.people=2", "name=cut", "baselines=[]", f"dreaming.steps={updates}"]
+    run = tmp_path / "runs" / "cut"
+    process = night(tmp_path, *words)
+    wait_until(lambda: len(steps(run)) > 20, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume" in out
+    time.sleep(5)
+    left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
+    assert left == "", "processes outlived Ctrl-C"
+
+    kill_when(lambda: len(steps(run, "dreaming")) >= 2, tmp_path, "--resume", "runs/cut")
+    kept = DreamingCheckpoint.load(run / "dreaming-state")
+    assert 2 <= kept.version < updates
+    finished = sleeprl("night", "--resume", "runs/cut", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    learnt = steps(run)
+    assert learnt[-1] == 40
+    again = [later for earlier, later in pairwise(learnt) if later <= earlier]
+    assert 16 < min(again) <= 40, "the consolidation went on from a checkpoint"
+    # A kill between the update and its record may tell an update twice, and trains it once.
+    dreamt = steps(run, "dreaming")
+    assert sorted(set(dreamt)) == list(range(1, updates + 1)) and len(dreamt) <= updates + 1
+    assert DreamingCheckpoint.load(run / "dreaming-state").version == updates
+    dreams = Lake(run / "lake").read("trajectories", ["purpose"]).to_pylist()
+    uids = [row["uid"] for row in dreams if row["purpose"] == "dream"]
+    assert len(uids) == len(set(uids)) == updates * groups * size
+    assert summary(tmp_path, "cut")["after"]["recall"] > 0.2
+    assert summary(tmp_path, "cut")["generation"]
