@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sleeprl.lineage.store import LineageStore
     from sleeprl.memory.growth import Growth
     from sleeprl.plugins import PluginError, register
+    from sleeprl.reporting.sinks.base import MetricsSink
     from sleeprl.rollout.engine import RolloutEngine
     from sleeprl.weight_sync.base import WeightTransport
 
@@ -48,6 +49,7 @@ _HOMES = {
     "Judge": "sleeprl.consolidation.judges",
     "Lake": "sleeprl.data.lake",
     "LineageStore": "sleeprl.lineage.store",
+    "MetricsSink": "sleeprl.reporting.sinks.base",
     "NightConfig": "sleeprl.config.schema",
     "NightPlan": "sleeprl.api",
     "NightResult": "sleeprl.api",
@@ -79,6 +81,7 @@ __all__ = [
     "Judge",
     "Lake",
     "LineageStore",
+    "MetricsSink",
     "NightConfig",
     "NightPlan",
     "NightResult",

@@ -24,7 +24,7 @@ from sleeprl.config.aliases import (
     rename_algorithm_options,
     rename_old_keys,
 )
-from sleeprl.config.schema import ConfigError, NightConfig, keys
+from sleeprl.config.schema import ConfigError, NightConfig, iter_fields, keys
 from sleeprl.config.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,6 @@ _TYPE_PROBLEMS: dict[type, str] = {
     str: "not text",
 }
 """What is wrong with a value that has not the type of its field."""
-_FREE_KEYS = (
-    "dreaming.reward_options.", "dreaming.curriculum_options.", "fixed_capacity.learning_rates.",
-    "consolidation.judge_options.", "consolidation.algorithm_options.", "dreaming.algorithm_options.",
-)  # fmt: skip
-"""Beginnings of keys whose last part is up to the user."""
 
 
 def load(
@@ -102,8 +97,11 @@ def to_dict(config: NightConfig) -> dict[str, Any]:
 
 def is_key(name: str) -> bool:
     """Tell whether something can be set under a dotted name: a setting or a section."""
-    known = any(key == name or key.startswith(f"{name}.") for key in keys())
-    return known or name.startswith(_FREE_KEYS)
+    for key, _, default in iter_fields(NightConfig()):
+        free = isinstance(default, dict) and name.startswith(f"{key}.")
+        if free or key == name or key.startswith(f"{name}."):
+            return True
+    return False
 
 
 def _build(
