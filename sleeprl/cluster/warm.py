@@ -16,6 +16,15 @@ import ray
 
 from sleeprl.cluster.failures import Failure
 from sleeprl.cluster.remote_actor import RemoteActor, classify
+from sleeprl.config.schema import ResourcesConfig
+
+
+def processes_may_wait(resources: ResourcesConfig) -> bool:
+    """Decide whether a trainer's processes may hold their cores while they wait for work.
+
+    Not where others may need them: a GPU, or a place in a cluster that is not this night's own.
+    """
+    return not (resources.learner_gpus or resources.elastic or resources.address)
 
 
 class WarmProcess(RemoteActor):

@@ -1,4 +1,4 @@
-"""What the driver and the workers of a training job tell each other."""
+"""What the driver and the workers of training jobs tell each other."""
 
 from __future__ import annotations
 
@@ -24,19 +24,30 @@ class Work:
 
 
 class JobChannel(RemoteActor):
-    """Holds the work of a job for its workers, and their records for the driver."""
+    """Holds the work for the workers, and their records for the driver."""
 
     def __init__(self) -> None:
         self._work: Work | None = None
+        self._number = 0
         self._records: list[dict[str, Any]] = []
 
     def give(self, work: Work) -> None:
-        """Set what is to be done; workers that are restarted find it again."""
-        self._work = work
+        """Set what is to be done next; workers that are restarted find it again."""
+        self._work, self._number = work, self._number + 1
 
-    def work(self) -> Work | None:
-        """Return what is to be done, None where it is not known yet."""
-        return self._work
+    def clear(self) -> None:
+        """Forget work that is done."""
+        self._work = None
+
+    def next_work(self, done: int) -> tuple[int, Work] | None:
+        """Return work and its number, None where there is none yet.
+
+        Args:
+            done: Number of the last work that whoever asks has done; 0 at first.
+        """
+        if self._work is None or self._number <= done:
+            return None
+        return self._number, self._work
 
     def put(self, record: dict[str, Any]) -> None:
         """Append a record."""

@@ -1,11 +1,12 @@
-"""Consolidation, and the baselines beside it, as Ray Train jobs.
+"""Consolidation, and the baselines beside it, as jobs of Ray Train.
 
-A job's processes may be started before its work is known: ``TrainingProcesses`` import and wait, and
-``run_job`` gives them the job.
+``TrainingProcesses`` may be started before their work is known: they import and wait. Where nobody else
+needs what they hold, they stay for the next job.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import threading
@@ -18,13 +19,14 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sleeprl.cluster.failures import log_tail
 from sleeprl.cluster.runtime import LEARNER_RESOURCE
 from sleeprl.cluster.waits import WAITS, WaitKind, Watchdog
+from sleeprl.cluster.warm import processes_may_wait
 from sleeprl.config.schema import ResourcesConfig
 from sleeprl.consolidation.job_channel import JobChannel, Work
 from sleeprl.consolidation.train_loop import Job, TrainWorker, load_data_mix
@@ -36,8 +38,10 @@ from sleeprl.trainer.teacher import launch_teachers
 OnMetrics = Callable[[dict[str, Any]], None]
 POLL_S = 0.2
 """Seconds between two looks at what the other side has to tell."""
+CHECKPOINTS = 2
+"""How many are kept: the last, and the one before it while the last is being written."""
 CLOSE_TIMEOUT_S = 10.0
-"""Seconds that workers without work may take to end."""
+"""Seconds that workers may take to end."""
 
 
 def limit_to_budget(job: Job, tokens: int) -> Job:
@@ -90,22 +94,33 @@ class RayTrainBackend:
 
 
 def _train_loop(arguments: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker.
+    """Do jobs until there are no more: the entry point of a Ray Train worker.
 
     Args:
-        arguments: ``channel``, and ``options``, those of the trainer to come.
+        arguments: ``channel``, and ``options``, those of the first trainer to come.
     """
-    backend = RayTrainBackend(arguments["channel"])
+    channel, done = arguments["channel"], 0
+    backend = RayTrainBackend(channel)
     backend.report({"pid": os.getpid()})
     WAITS.waiter = f"learner-{backend.rank}"
-    work: Work | None = ray.get(backend.channel.work.remote())
-    if work is None:
+    found: tuple[int, Work] | None = ray.get(channel.next_work.remote(done))
+    if found is None:
         warm_up(arguments["options"])
-    while work is None:
-        time.sleep(POLL_S)
-        work = ray.get(backend.channel.work.remote())
-    if work.job is None:
-        return
+    while True:
+        while found is None:
+            time.sleep(POLL_S)
+            found = ray.get(channel.next_work.remote(done))
+        done, work = found
+        if work.job is None:
+            return
+        _train(work, backend)
+        gc.collect()  # before the next model is loaded
+        found = None
+
+
+def _train(work: Work, backend: RayTrainBackend) -> None:
+    """Do one job."""
+    assert work.job is not None
     with Watchdog(WAITS, work.stall_seconds):
         worker = TrainWorker(work.job, work.engines, backend, work.teachers)
         backend.report({"ready": True})
@@ -113,10 +128,10 @@ def _train_loop(arguments: dict[str, Any]) -> None:
 
 
 class TrainingProcesses:
-    """The processes of one Ray Train job, which may be started before its work is known.
+    """The processes of Ray Train, which do one job after another.
 
-    Started again with the same ``storage`` and ``name`` after a crash, the job goes on from its last
-    checkpoint.
+    They may be started before their work is known. Started again with the same ``storage`` and ``name``
+    after a crash, they go on with a job from its last checkpoint.
     """
 
     def __init__(
@@ -132,7 +147,9 @@ class TrainingProcesses:
         """
         # Where the driver is, not on a node that may be taken away.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.name, self.resources, self.gpu = name, resources, options.gpu
+        self.name, self.resources = name, resources
+        self.pid = self.starts = 0
+        """Of rank 0 now, and how often the group was started."""
         self.channel = ray.remote(JobChannel).options(num_cpus=0, scheduling_strategy=here).remote()
         self.failures: list[BaseException] = []
         self.needs: dict[str, float] = {"CPU": resources.learner_cpus}
@@ -156,6 +173,7 @@ class TrainingProcesses:
                 name=name,
                 storage_path=str(storage.resolve()),
                 failure_config=FailureConfig(max_failures=resources.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS),
             ),
         )
         self.thread = threading.Thread(target=self._fit, name=f"train-{name}", daemon=True)
@@ -167,72 +185,80 @@ class TrainingProcesses:
         except BaseException as error:
             self.failures.append(error)
 
+    @property
+    def reusable(self) -> bool:
+        """Whether they can do another job.
+
+        Each job may have ``max_failures`` restarts, so processes that were restarted are not used again.
+        """
+        may_wait = processes_may_wait(self.resources)
+        return may_wait and self.starts <= 1 and self.thread.is_alive()
+
+    def run(self, job: Job, engines: EnginePool, on_metrics: OnMetrics) -> dict[str, Any]:
+        """Do a job to its end.
+
+        Args:
+            job: What to train.
+            engines: They get the weights, and write the rollouts.
+            on_metrics: Called with the record of each step, in order.
+
+        Returns:
+            ``step``, ``tokens``, ``version``, and which engines are ``verified`` at it.
+
+        Raises:
+            Exception: What Ray Train raises when the job has failed for good.
+        """
+        resources, options = self.resources, job.learner
+        teachers = launch_teachers(
+            resources, options.checkpoint, options.teacher_only_slots, options.dtype
+        )
+        work = Work(job, engines.group.actors, teachers, resources.stall_seconds)
+        ray.get(self.channel.give.remote(work))
+        try:
+            end = self._follow(on_metrics)
+            if end is None:
+                raise self.failures[0]
+            ray.get(self.channel.clear.remote())
+        finally:
+            for teacher in teachers:
+                ray.kill(teacher)
+        engines.version = int(end["version"])
+        engines.group.updated(end["verified"])
+        return end
+
+    def _follow(self, on_metrics: OnMetrics) -> dict[str, Any] | None:
+        """Pass on what the workers tell; returns the last record of the job, None where it failed."""
+        kind: WaitKind = "start"
+        alive = True
+        while alive:
+            WAITS.set_target(
+                self.name, "the learner", what="its next step", kind=kind, log_tail=self._describe
+            )
+            self.thread.join(POLL_S)
+            alive = self.thread.is_alive()
+            for record in ray.get(self.channel.drain.remote()):
+                WAITS.set_target(self.name, None)
+                # Ray Train keeps only the metrics of checkpoints, so the end comes this way too.
+                if "end" in record:
+                    return dict(record["end"])
+                if "pid" in record:  # a new group of workers
+                    self.pid, self.starts, kind = record["pid"], self.starts + 1, "start"
+                elif "ready" in record:
+                    kind = "train"
+                else:
+                    on_metrics(record)
+        WAITS.set_target(self.name, None)
+        return None
+
+    def _describe(self) -> list[str]:
+        """What the workers need, and what they wrote: Ray Train waits for them and says nothing."""
+        free = ray.available_resources()
+        free = {name: free.get(name, 0.0) for name in self.needs}
+        return [f"each worker wants {self.needs}, free are {free}", *log_tail(self.pid)[1]]
+
     def close(self) -> None:
-        """End processes that were given no work."""
+        """End them."""
         if self.thread.is_alive():
             ray.get(self.channel.give.remote(Work()))
             self.thread.join(CLOSE_TIMEOUT_S)
         ray.kill(self.channel)
-
-
-def run_job(
-    job: Job, processes: TrainingProcesses, engines: EnginePool, on_metrics: OnMetrics
-) -> dict[str, Any]:
-    """Give the processes their job, and follow it to its end.
-
-    Args:
-        job: What to train.
-        processes: Started with the options of the job's trainer; they are gone afterwards.
-        engines: They get the weights, and write the roll-outs.
-        on_metrics: Called with the record of each step, in order.
-
-    Returns:
-        ``step``, ``tokens``, ``version``, and which engines are ``verified`` at it.
-
-    Raises:
-        Exception: What Ray Train raises when the job has failed for good.
-    """
-    resources, options = processes.resources, job.learner
-    teachers = launch_teachers(
-        resources, options.checkpoint, options.teacher_only_slots, options.dtype
-    )
-    work = Work(job, engines.group.actors, teachers, resources.stall_seconds)
-    ray.get(processes.channel.give.remote(work))
-    end = _follow(processes, on_metrics)
-    for actor in (processes.channel, *teachers):
-        ray.kill(actor)
-    if processes.failures:
-        raise processes.failures[0]
-    engines.version = int(end["version"])
-    engines.group.updated(end["verified"])
-    return end
-
-
-def _follow(processes: TrainingProcesses, on_metrics: OnMetrics) -> dict[str, Any]:
-    """Pass on what the workers tell until they are done; returns the last record."""
-    end: dict[str, Any] = {}
-    name, alive, pid = processes.name, True, 0
-    kind: WaitKind = "start"
-
-    def describe() -> list[str]:  # Ray Train waits for workers and says nothing
-        free = ray.available_resources()
-        free = {name: free.get(name, 0.0) for name in processes.needs}
-        return [f"each worker wants {processes.needs}, free are {free}", *log_tail(pid)[1]]
-
-    while alive:
-        WAITS.set_target(name, "the learner", what="its next step", kind=kind, log_tail=describe)
-        processes.thread.join(POLL_S)
-        alive = processes.thread.is_alive()
-        for record in ray.get(processes.channel.drain.remote()):
-            WAITS.set_target(name, None)
-            # Ray Train keeps only the metrics of checkpoints, so the end comes this way too.
-            if "end" in record:
-                end = record["end"]
-            elif "pid" in record:  # a new group of workers
-                pid, kind = record["pid"], "start"
-            elif "ready" in record:
-                kind = "train"
-            else:
-                on_metrics(record)
-    WAITS.set_target(name, None)
-    return end

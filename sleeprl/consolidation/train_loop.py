@@ -91,8 +91,7 @@ class TrainLoopBackend(Protocol):
         ...
 
     def report(self, record: dict[str, Any]) -> None:
-        """Pass on a step's figures; at the end one record more: ``end`` with step, tokens, version, and
-        the engines that are verified at it."""
+        """Pass on a step's figures; at the end ``end``: step, tokens, version, verified engines."""
         ...
 
 
@@ -168,8 +167,7 @@ class TrainWorker:
     # --- rollouts -----------------------------------------------------------------
 
     def sync_rollouts(self, step: int) -> None:
-        """Every ``rollout_every`` steps, take the rollouts that the engines wrote meanwhile, send them
-        the present weights, and ask for the next ones.
+        """Every ``rollout_every`` steps: take the rollouts, send the weights, ask for the next rollouts.
 
         Generation overlaps learning, unless rollouts are all there is to learn from, or both share a
         device. Checkpoints are taken in between, where nothing is under way.
@@ -223,9 +221,8 @@ class TrainWorker:
         """Keep rollouts for the lake, under the step that is the first to learn from them."""
         if self.rank == 0:
             prefix = f"rollout-{self.job.name}-{self.trainer.steps + 1}"
-            self.unsaved += rollouts.to_trajectories(
-                prefix, drawn, completions, self.config, scores
-            )
+            more = rollouts.to_trajectories(prefix, drawn, completions, self.config, scores)
+            self.unsaved += more
 
     def _sleep_engines(self) -> None:
         """Where engines and trainer share a device, it is the trainer's until the next update."""
@@ -262,6 +259,7 @@ class TrainWorker:
             if self.rank == 0:
                 checkpoint.save_state(state)
                 position = {
+                    "job": self.job.name,
                     "tokens": self.tokens,
                     "version": self.engines.version,
                     "student_rows": [asdict(r) for r in self.student_rows],
@@ -275,8 +273,10 @@ class TrainWorker:
         with self.backend.latest_checkpoint() as directory:
             if directory is None:
                 return
-            TrainerCheckpoint(directory).restore(self.trainer)
             position = json.loads((directory / POSITION).read_text())
+            if position.get("job", self.job.name) != self.job.name:
+                return  # of a job before this one, in the same processes
+            TrainerCheckpoint(directory).restore(self.trainer)
         self.tokens = position["tokens"]
         self.engines.version = max(self.engines.version, position["version"])
         self.student_rows = [TrainingExample(**r) for r in position["student_rows"]]

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from sleeprl.cluster.actor_group import ActorGroup
 from sleeprl.cluster.waits import WAITS
-from sleeprl.cluster.warm import WARM
+from sleeprl.cluster.warm import WARM, processes_may_wait
 from sleeprl.config.schema import ConfigError, DreamingConfig, NightConfig
 from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import from_batch
@@ -177,9 +177,9 @@ def launch(
     options = EngineOptions.from_config(config, learner.checkpoint, learner.dtype)
 
     def new_learner(rank: int) -> Any:
-        return WARM.spawn(
-            DreamTrainer, job, rank, world, cpus=resources.learner_cpus, gpus=resources.learner_gpus
-        )
+        # The processes of consolidation may hold the cores, and wait.
+        cpus = 0 if processes_may_wait(resources) else resources.learner_cpus
+        return WARM.spawn(DreamTrainer, job, rank, world, cpus=cpus, gpus=resources.learner_gpus)
 
     curriculum = spawn_unreserved(
         CurriculumActor, dreaming.curriculum, dreaming.curriculum_options, tasks, config.seed

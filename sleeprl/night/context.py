@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from sleeprl.cluster.warm import processes_may_wait
 from sleeprl.config.methods import METHODS
 from sleeprl.config.schema import NightConfig
-from sleeprl.consolidation.ray_job import TrainingProcesses, run_job
+from sleeprl.consolidation.ray_job import TrainingProcesses
 from sleeprl.consolidation.train_loop import Job
 from sleeprl.dreaming.launch import prestart_actors
 from sleeprl.evaluation.measure import measure
@@ -25,6 +26,8 @@ from sleeprl.weight_sync.factory import transport_class
 OnStep = Callable[[int], None]
 DAY, STUDY, TRAIN = "day.json", "study.json", "train"
 """Files of a run that one phase writes and others read, and the directory of Ray Train's jobs."""
+SHARED = "session"
+"""Directory there of processes that do one job after another."""
 
 
 class Night:
@@ -123,7 +126,7 @@ class Night:
         key, seeding = stages.step_key(step), config.consolidation
         if not self.run.is_done(key):
             options = stages.trainer_options(step, seeding.learning_rate, seeding.steps)
-            self._processes = self._start_processes(options, key)
+            self.start_training(options, key)
         to_dream = config.dreaming.enabled and not self.run.is_done("dreaming")
         if to_dream and step == stages.last_step:
             prestart_actors(config, stages.dreaming_options())
@@ -140,14 +143,24 @@ class Night:
             name, seeding = missing[0], self.config.consolidation
             step = self.stages.context_step if METHODS[name].grows else None
             options = self.stages.trainer_options(step, seeding.learning_rate, seeding.steps)
-            self.stop_training()
-            self._processes = self._start_processes(options, name)
+            self.start_training(options, name)
 
-    def _start_processes(self, options: TrainerOptions, name: str) -> TrainingProcesses:
-        return TrainingProcesses(options, self.config.resources, self.run.dir / TRAIN, name)
+    def start_training(self, options: TrainerOptions, key: str) -> None:
+        """Start the processes of a training job, unless those of the job before it are still there.
+
+        Args:
+            options: Those of its trainer.
+            key: Key of its phase.
+        """
+        name = SHARED if processes_may_wait(self.config.resources) else key
+        if self._processes is not None and self._processes.name != name:
+            self.stop_training()
+        if self._processes is None:
+            place = self.run.dir / TRAIN
+            self._processes = TrainingProcesses(options, self.config.resources, place, name)
 
     def stop_training(self) -> None:
-        """End processes that were started for a job that did not come."""
+        """End the processes of training, if there are any."""
         processes, self._processes = self._processes, None
         if processes is not None:
             processes.close()
@@ -198,10 +211,9 @@ class Night:
             if on_step is not None:
                 on_step(step)
 
-        processes, self._processes = self._processes, None
-        if processes is not None and processes.name != key:
-            processes.close()
-            processes = None
-        if processes is None:
-            processes = self._start_processes(job.learner, key)
-        return run_job(job, processes, self.engines, on_metrics)
+        self.start_training(job.learner, key)
+        assert self._processes is not None
+        end = self._processes.run(job, self.engines, on_metrics)
+        if not self._processes.reusable:
+            self.stop_training()
+        return end

@@ -30,7 +30,7 @@ def drive(directory: Path, name: str) -> None:
     """The driver: one engine, and a job of two workers."""
     from sleeprl.cluster.runtime import cluster
     from sleeprl.config.schema import ResourcesConfig
-    from sleeprl.consolidation.ray_job import TrainingProcesses, run_job
+    from sleeprl.consolidation.ray_job import TrainingProcesses
     from sleeprl.rollout.engine import EngineOptions
     from sleeprl.rollout.engine_pool import EnginePool
 
@@ -53,7 +53,8 @@ def drive(directory: Path, name: str) -> None:
 
         work = job(directory, name)
         processes = TrainingProcesses(work.learner, resources, directory / "train", name)
-        end = run_job(work, processes, fleet, tell)
+        end = processes.run(work, fleet, tell)
+        processes.close()
         print("end", end["step"], end["tokens"], flush=True)
         fleet.shutdown()
 
