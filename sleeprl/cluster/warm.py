@@ -1,8 +1,8 @@
 """Actor processes that are started before there is work for them.
 
 A process that holds a model imports for five seconds of CPU time. Where a core is idle meanwhile, as
-while an engine starts, it can do that early: it is told what kind of actor it will be, and becomes that
-actor when its arguments are known. ``WARM`` is this driver's pool.
+while an engine starts, it can do that early: it knows what kind of actor it will be, and becomes that
+actor when the arguments are known. ``WARM`` is this driver's pool.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class TrainWorker:
         self.unsaved: list[Trajectory] = []
         """Rank 0's: rollouts since the last checkpoint, for the lake."""
         self.rollout_metrics: dict[str, float] = {}
-        """Told with the next step."""
+        """Reported with the next step."""
         self.tokens = 0
         """Trained on so far."""
         self._restore()

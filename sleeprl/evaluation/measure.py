@@ -88,7 +88,7 @@ def measure(
 ) -> Measurement:
     """Ask the engines all questions of the day, and measure the perplexity of its held-out texts.
 
-    Seven parameters: three say what is asked of whom, four how.
+    Seven parameters: three say what is asked, four how.
 
     Args:
         engines: They hold the model.

@@ -45,7 +45,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
     """Return mean difference, half-width of its 95 % interval, and the two-sided p of a paired t-test.
 
     Entry i of both is the same seed. p is NaN for fewer than two pairs, and where all differ by the
-    same: chance cannot be told from so few without spread.
+    same: so few without spread do not tell chance apart.
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, half = interval(differences)
@@ -71,5 +71,5 @@ def coverage(drawn: Iterable[Hashable], known: Collection[Hashable] = ()) -> flo
 
 def trade_off(recall: float, retention: float, retention_before: float) -> float:
     """Return the harmonic mean of recall and of retention as a share of what it was before, in [0, 1]."""
-    kept = min(1.0, retention / retention_before)
-    return 2 * recall * kept / (recall + kept) if recall + kept else 0.0
+    retained = min(1.0, retention / retention_before)
+    return 2 * recall * retained / (recall + retained) if recall + retained else 0.0

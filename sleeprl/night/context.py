@@ -191,7 +191,7 @@ class Night:
         )
 
     def train(
-        self, job: Job, key: str, shown: tuple[str, ...], on_step: OnStep | None = None
+        self, job: Job, key: str, bar_metrics: tuple[str, ...], on_step: OnStep | None = None
     ) -> dict[str, Any]:
         """Run a training job to its end, on from its last checkpoint.
 
@@ -207,7 +207,7 @@ class Night:
 
         def on_metrics(record: dict[str, Any]) -> None:
             step = int(record.pop("step"))
-            self.run.log(key, step, record, job.learner.total_steps, *shown)
+            self.run.log(key, step, record, job.learner.total_steps, *bar_metrics)
             if on_step is not None:
                 on_step(step)
 

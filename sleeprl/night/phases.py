@@ -201,15 +201,15 @@ def run_transfer(night: Night, step: int, on_step: OnStep | None = None) -> Resu
     """Train the new slot of a step: the smaller self teaches the larger one."""
     key = night.stages.step_key(step)
     job = night.training_job("seeding", step, str((night.run.dir / key).resolve()))
-    shown = ("loss", "new/kl", "replay/kl", "imitation_reward_new")
-    end = night.train(job, key, shown, on_step)
+    bar_metrics = ("loss", "new/kl", "replay/kl", "imitation_reward_new")
+    end = night.train(job, key, bar_metrics, on_step)
     return {"steps": end["step"], "tokens": end["tokens"]}
 
 
 def dream(night: Night) -> Result:
     """Train the last slot further, by RL on what the model dreams."""
     run, stages = night.run, night.stages
-    steps, shown = night.config.dreaming.steps, ("reward", "gap", "staleness")
+    steps, bar_metrics = night.config.dreaming.steps, ("reward", "gap", "staleness")
     return run_dreaming(
         night.config,
         night.engines,
@@ -221,7 +221,7 @@ def dream(night: Night) -> Result:
         run.dir,
         night.canary,
         run.progress.warn,
-        lambda step, metrics: run.log("dreaming", step, metrics, steps, *shown),
+        lambda step, metrics: run.log("dreaming", step, metrics, steps, *bar_metrics),
     )
 
 

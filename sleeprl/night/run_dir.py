@@ -108,11 +108,13 @@ class RunDirectory:
         self.state["starting_seconds"] = round(self._starting + WAITS.total("start"), 2)
         write_json_atomic(self.dir / STATE, self.state)
 
-    def log(self, key: str, step: int, metrics: dict[str, float], total: int, *shown: str) -> None:
-        """Write one step's metrics into file and sinks, and those named ``shown`` beside the bar."""
+    def log(
+        self, key: str, step: int, metrics: dict[str, float], total: int, *bar_metrics: str
+    ) -> None:
+        """Write one step's metrics into file and sinks, and those named ``bar_metrics`` beside the bar."""
         self.metrics.write(key, step, **metrics)
         self._sinks.log(key, step, metrics)
-        beside = {name.rsplit("/", 1)[-1]: metrics[name] for name in shown if name in metrics}
+        beside = {name.rsplit("/", 1)[-1]: metrics[name] for name in bar_metrics if name in metrics}
         self.progress.update(self._row or key, completed=step, total=total, **beside)
 
     def close(self) -> None:

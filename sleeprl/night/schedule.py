@@ -41,14 +41,14 @@ def new_slots(config: NightConfig) -> Slots:
 def require_layout(config: NightConfig, slots: Slots) -> None:
     """Raise ConfigError where a checkpoint's slots are not those that ``memory`` describes."""
     wanted = new_slots(config)
-    for field, asked, found in (
+    for field, setting, found in (
         ("growth", wanted.growth, slots.growth),
         ("width", wanted.width, slots.width),
         ("levels (slots)", list(wanted.pools), list(slots.pools)),
     ):
-        if asked != found:
+        if setting != found:
             raise ConfigError(
-                f"memory.{field}={asked}, but model.name={config.model.name!r} was grown with "
+                f"memory.{field}={setting}, but model.name={config.model.name!r} was grown with "
                 f"{found}; set it to that, or start from a plain model"
             )
 
@@ -84,8 +84,8 @@ def describe_step(step: Step) -> str:
         return f"slot {step.slot} into the base"
     if step.sender == CONTEXT:
         return f"context into slot {step.slot} of level {step.receiver}"
-    held = ", ".join(map(str, step.held))
-    text = f"level {step.sender} (slots {held}) into slot {step.slot} of level {step.receiver}"
+    slots = ", ".join(map(str, step.held))
+    text = f"level {step.sender} (slots {slots}) into slot {step.slot} of level {step.receiver}"
     return text if step.reset else f"{text}, which keeps them"
 
 

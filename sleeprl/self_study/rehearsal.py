@@ -47,11 +47,11 @@ class RehearsalSet:
     """Texts to rehearse, and what was held out of them."""
 
     trajectories: list[Trajectory]
-    held: list[str]
+    held_out: list[str]
     """Questions, facts or messages that nothing is to be trained on."""
     coverage: float | None = None
     """How likely the next free question is one that was asked."""
-    asked: list[str] = field(default_factory=list)
+    questions_asked: list[str] = field(default_factory=list)
     """The questions that had their turn, in their order."""
 
 
@@ -75,22 +75,22 @@ def ask_freely(
     pairs = [(n, draft, p[0]) for n, draft in enumerate(drafts) if (p := sampler.parse_pair(draft))]
     # The same question twice would teach nothing more; another one keeps more of the old.
     questions = list(dict.fromkeys(question for _, _, question in pairs))
-    held = sampler.hold_out(questions, hold_out)
+    held_out = sampler.hold_out(questions, hold_out)
     rows = [
         trajectory("replay", "pair", n, prompt, draft, None)
         for n, draft, question in pairs
-        # Whom examples help has no skill to keep, and its prompts are long.
-        if n % 4 == 0 and question not in held and not sampler.config.few_shot_examples
+        # A writer that needs examples has no skill to keep, and its prompts are long.
+        if n % 4 == 0 and question not in held_out and not sampler.config.few_shot_examples
     ]
-    asked = [q for q in dict.fromkeys([*questions, *again]) if q not in held]
-    answered = _answered(sampler, "replay", "answer", asked)
+    questions_asked = [q for q in dict.fromkeys([*questions, *again]) if q not in held_out]
+    answered = _answered(sampler, "replay", "answer", questions_asked)
     if again:
         decode = sampler.chat.decode
         pairs_again = [(decode(text.prompt_ids), decode(text.response_ids)) for text in answered]
         answered = [answered[place] for place in one_of_each_fact(pairs_again)]
-    kept_out = [question for question in questions if question in held]
+    kept_out = [question for question in questions if question in held_out]
     drawn = [question for _, _, question in pairs]
-    return RehearsalSet([*rows, *answered], kept_out, coverage(drawn, again), asked)
+    return RehearsalSet([*rows, *answered], kept_out, coverage(drawn, again), questions_asked)
 
 
 def one_of_each_fact(pairs: Sequence[tuple[str, str]]) -> list[int]:
@@ -121,8 +121,8 @@ def sample_facts(
         for fact in reversed(sampler.generate([prompt] * count, WIDE))
         if fact.finish_reason == "stop"
     }
-    held = sampler.hold_out(list(stated), hold_out)
-    facts = [fact for fact in stated if fact not in held]
+    held_out = sampler.hold_out(list(stated), hold_out)
+    facts = [fact for fact in stated if fact not in held_out]
     drafts = sampler.generate(
         [build_qa_prompt(chat, sampler.config, with_experience(fact, STUDY_QA)) for fact in facts]
     )
@@ -130,12 +130,12 @@ def sample_facts(
     rows = _answered(
         sampler, purpose, "recalled-answer", [question for question, _ in about.values()]
     )
-    said = {tuple(row.prompt_ids): chat.decode(row.response_ids) for row in rows}
+    answers = {tuple(row.prompt_ids): chat.decode(row.response_ids) for row in rows}
     for index, (fact, (question, answer)) in enumerate(about.items()):
-        given = said.get(tuple(chat.prompt(question)), "")
+        given = answers.get(tuple(chat.prompt(question)), "")
         if grade([given], [Question(question, answer, "")])[0]:
             rows.append(trajectory(purpose, "recalled", index, prompt, stated[fact], None))
-    return RehearsalSet(rows, sorted(held))
+    return RehearsalSet(rows, sorted(held_out))
 
 
 def sample_conversations(sampler: TextSampler, count: int, hold_out: float = 0.0) -> RehearsalSet:
@@ -150,8 +150,8 @@ def sample_conversations(sampler: TextSampler, count: int, hold_out: float = 0.0
     drafts = sampler.generate([chat.turn()] * count, WIDE)
     lines = [chat.decode(draft.token_ids).partition("\n")[0].strip() for draft in drafts]
     messages = [line for line in dict.fromkeys(lines) if line and sampler.has_room(line)]
-    held = sampler.hold_out(messages, hold_out)
-    prompts = [chat.prompt(message) for message in messages if message not in held]
+    held_out = sampler.hold_out(messages, hold_out)
+    prompts = [chat.prompt(message) for message in messages if message not in held_out]
     rows = [
         trajectory("replay", "conversation", index, prompt, answer, None)
         for index, (prompt, answer) in enumerate(
@@ -159,11 +159,14 @@ def sample_conversations(sampler: TextSampler, count: int, hold_out: float = 0.0
         )
         if answer.token_ids
     ]
-    return RehearsalSet(rows, sorted(held))
+    return RehearsalSet(rows, sorted(held_out))
 
 
 def sample_near_questions(
-    sampler: TextSampler, documents: Sequence[str], asked: Sequence[GeneratedQuestion], count: int
+    sampler: TextSampler,
+    documents: Sequence[str],
+    questions_asked: Sequence[GeneratedQuestion],
+    count: int,
 ) -> list[Trajectory]:
     """Sample what is spoiled first: questions that begin as tonight's do, and turn elsewhere.
 
@@ -177,35 +180,36 @@ def sample_near_questions(
         asked: Tonight's questions.
         count: How many beginnings are continued.
     """
-    if not (asked and count):
+    if not (questions_asked and count):
         return []
     chat = sampler.chat
     start, mark = sampler.qa_prefix(FREE_QA), len(chat.text(QUESTION_MARK))
     rng = random.Random(f"{sampler.seed}-neighbours")
-    begun: list[tuple[int, list[int]]] = []
-    for one in islice(cycle(rng.sample(asked, len(asked))), count):
+    beginnings: list[tuple[int, list[int]]] = []
+    for one in islice(cycle(rng.sample(questions_asked, len(questions_asked))), count):
         own = [1e-6 + nats for nats in one.nll[mark:]]
         cut = rng.choices(range(len(own)), own)[0]
-        begun.append((one.document, one.ids[: mark + cut]))
-    drafts = sampler.generate([[*start, *beginning] for _, beginning in begun], WIDE)
-    mine = {one.question for one in asked}
+        beginnings.append((one.document, one.ids[: mark + cut]))
+    drafts = sampler.generate([[*start, *beginning] for _, beginning in beginnings], WIDE)
+    mine = {one.question for one in questions_asked}
     found: dict[str, int] = {}
-    for (n, beginning), draft in zip(begun, drafts, strict=True):
+    for (n, beginning), draft in zip(beginnings, drafts, strict=True):
         pair = parse_qa(chat.decode([*beginning, *draft.token_ids]))
         if draft.finish_reason != "stop" or pair is None or pair[0] in mine:
             continue
         if sampler.can_answer(documents[n], pair[0]):
             found.setdefault(pair[0], n)
     rows = _answered(sampler, "replay", "neighbour", list(found))
-    said = {tuple(row.prompt_ids): row for row in rows}
-    told = sampler.generate(
+    answers = {tuple(row.prompt_ids): row for row in rows}
+    readings = sampler.generate(
         [chat.prompt(with_experience(documents[n], question)) for question, n in found.items()],
         SURE,
     )
     return [
         row
-        for question, reading in zip(found, told, strict=True)
-        if (row := said.get(tuple(chat.prompt(question)))) and row.response_ids == reading.token_ids
+        for question, reading in zip(found, readings, strict=True)
+        if (row := answers.get(tuple(chat.prompt(question))))
+        and row.response_ids == reading.token_ids
     ]
 
 

@@ -24,8 +24,8 @@ def build_qa_prompt(chat: ChatFormatter, config: SelfStudyConfig, message: str) 
         config: Says with how many examples, and how the text begins.
         message: ``FREE_QA``, or an instruction to write them about a text.
     """
-    shown = examples(config.few_shot_examples, free=message == FREE_QA)
-    return chat.prompt(message, config.assistant_prefix, shown)
+    few_shot = examples(config.few_shot_examples, free=message == FREE_QA)
+    return chat.prompt(message, config.assistant_prefix, few_shot)
 
 
 @dataclass(frozen=True)

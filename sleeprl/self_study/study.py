@@ -120,23 +120,26 @@ def write_study(
     whole = [build_qa_prompt(chat, config, with_experience(text, STUDY_QA)) for text in documents]
     sampler.require_room(whole)
     result = Study([])
-    asked = _asked(sampler, documents)
-    _answer(sampler, documents, asked, result)
+    questions = _ask_about(sampler, documents)
+    _answer(sampler, documents, questions, result)
     result.trajectories += _state(sampler, documents)
-    quarter, tonight = config.replay_questions // 4, dict.fromkeys(one.question for one in asked)
+    quarter, tonight = (
+        config.replay_questions // 4,
+        dict.fromkeys(one.question for one in questions),
+    )
     # What it would have answered before it read is not to be kept.
     again = [question for question in question_bank if question not in tonight]
     free = ask_freely(sampler, config.replay_questions, hold_out, again)
     stated = sample_facts(sampler, "replay", quarter, hold_out)
-    beside = sample_near_questions(sampler, documents, asked, quarter)
+    beside = sample_near_questions(sampler, documents, questions, quarter)
     talk = sample_conversations(sampler, config.replay_conversations, hold_out)
-    result.held_questions, result.held_facts = [*free.held, *talk.held], stated.held
-    held = {tuple(chat.prompt(question)) for question in result.held_questions}
+    result.held_questions, result.held_facts = [*free.held_out, *talk.held_out], stated.held_out
+    held_out = {tuple(chat.prompt(question)) for question in result.held_questions}
     rows = [*free.trajectories, *stated.trajectories, *beside, *talk.trajectories]
-    result.trajectories += [row for row in rows if tuple(row.prompt_ids) not in held]
+    result.trajectories += [row for row in rows if tuple(row.prompt_ids) not in held_out]
     result.coverage = free.coverage
     result.question_bank = rotate(
-        question_bank, list(tonight), free.asked, config.question_bank_size, sampler.seed
+        question_bank, list(tonight), free.questions_asked, config.question_bank_size, sampler.seed
     )
     result.written, result.malformed = sampler.written, sampler.malformed
     return result
@@ -179,19 +182,22 @@ ROUNDS = 3
 """How often at most a document is asked about of which few questions came."""
 
 
-def _asked(sampler: TextSampler, documents: Sequence[str]) -> list[GeneratedQuestion]:
-    """Different questions about the documents."""
+def _ask_about(sampler: TextSampler, documents: Sequence[str]) -> list[GeneratedQuestion]:
+    """Ask different questions about the documents."""
     config = sampler.config
     found: dict[tuple[int, str], GeneratedQuestion] = {}
     numbers = list(range(len(documents)))
     for _ in range(ROUNDS):
-        asked = [n for n in numbers for _ in range(config.pairs_per_document)]
-        shown = [text for n in numbers for text in _in_sight(documents[n], config)]
+        documents_asked = [n for n in numbers for _ in range(config.pairs_per_document)]
+        excerpts = [text for n in numbers for text in _in_sight(documents[n], config)]
         prompts = [
-            build_qa_prompt(sampler.chat, config, with_experience(text, STUDY_QA)) for text in shown
+            build_qa_prompt(sampler.chat, config, with_experience(text, STUDY_QA))
+            for text in excerpts
         ]
         fresh: dict[tuple[int, str], GeneratedQuestion] = {}
-        for n, prompt, written in zip(asked, prompts, sampler.generate(prompts), strict=True):
+        for n, prompt, written in zip(
+            documents_asked, prompts, sampler.generate(prompts), strict=True
+        ):
             pair = sampler.parse_pair(written)
             if pair and (n, pair[0]) not in found and sampler.can_answer(documents[n], pair[0]):
                 fresh.setdefault((n, pair[0]), GeneratedQuestion(n, pair[0], prompt, written))
@@ -205,7 +211,7 @@ def _asked(sampler: TextSampler, documents: Sequence[str]) -> list[GeneratedQues
 
 
 def _in_sight(document: str, config: SelfStudyConfig) -> list[str]:
-    """What of the document each question is asked with."""
+    """Return what of the document each question is asked with."""
     whole = round(config.full_document_share * config.pairs_per_document)
     parts = cycle(passages(document, config.excerpt_sentences))
     return [document] * whole + list(islice(parts, config.pairs_per_document - whole))
@@ -214,9 +220,9 @@ def _in_sight(document: str, config: SelfStudyConfig) -> list[str]:
 def _about(
     sampler: TextSampler, documents: Sequence[str], drafts: Sequence[GeneratedQuestion]
 ) -> dict[tuple[int, str], GeneratedQuestion]:
-    """The questions that are about their documents.
+    """Select the questions that are about their documents.
 
-    A self that has slept often asks about whom it knows in place of whom it reads of; to
+    A self that has slept often asks about a person it knows in place of the one it reads about; to
     answer that with the document in sight would spoil what it knows.
     """
     chat = sampler.chat
@@ -234,10 +240,15 @@ def _about(
 def _gain(
     document: str, tokens: Iterable[str], freely: Sequence[float], in_context: Sequence[float]
 ) -> float:
-    """Nats by which a document makes a question likelier through what stands in it.
+    """Return the nats by which a document makes a question likelier through what stands in it.
 
     A token that it calls to mind and that does not stand in it counts against the question: a
-    name that it only resembles, of somebody who is known. freely, in_context: surprise of each token.
+    name that it only resembles, of somebody who is known.
+
+    Args:
+        document: What is read.
+        tokens: The pieces of the question.
+        freely, in_context: -log p of each, without the document and with it, in nats.
     """
     text = document.casefold()
     return sum(
@@ -249,20 +260,24 @@ def _gain(
 def _answer(
     sampler: TextSampler,
     documents: Sequence[str],
-    asked: Sequence[GeneratedQuestion],
+    questions: Sequence[GeneratedQuestion],
     result: Study,
 ) -> None:
-    """Answers with the document in sight, to learn from without it; and probes."""
+    """Add answers with the document in sight, to learn from without it; and probes."""
     config, chat = sampler.config, sampler.chat
-    prompts = [chat.prompt(with_experience(documents[one.document], one.question)) for one in asked]
-    count = len(asked)
-    held = set(random.Random(sampler.seed).sample(range(count), int(config.held_out_share * count)))
+    prompts = [
+        chat.prompt(with_experience(documents[one.document], one.question)) for one in questions
+    ]
+    count = len(questions)
+    held_out = set(
+        random.Random(sampler.seed).sample(range(count), int(config.held_out_share * count))
+    )
     texts = result.trajectories
     for index, (one, prompt, answer) in enumerate(
-        zip(asked, prompts, sampler.generate(prompts, SURE), strict=True)
+        zip(questions, prompts, sampler.generate(prompts, SURE), strict=True)
     ):
         n, bare, whole = one.document, chat.prompt(one.question), answer.finish_reason == "stop"
-        if index in held:
+        if index in held_out:
             if whole:
                 result.probes.append(Pair(n, one.question, chat.decode(answer.token_ids)))
             continue
@@ -274,7 +289,7 @@ def _answer(
 
 
 def _state(sampler: TextSampler, documents: Sequence[str]) -> list[Trajectory]:
-    """Facts of the documents, to be stated freely."""
+    """Sample facts of the documents, to be stated freely."""
     chat, count = sampler.chat, sampler.config.facts_per_document
     numbers = [n for n in range(len(documents)) for _ in range(count)]
     prompts = [chat.prompt(with_experience(documents[n], STUDY_FACT)) for n in numbers]

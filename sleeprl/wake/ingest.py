@@ -232,8 +232,8 @@ def _message(message: Any, field: str) -> str:
                 f"field '{field}.content' has parts that are no text; only text can be recorded"
             )
         content = "\n".join(_text(p.get("text"), f"{field}.content") for p in content)
-    said = [] if calls and not content else [_text(content, f"{field}.content")]
-    return f"{message['role']}: " + "\n".join(said + [json.dumps(call) for call in calls])
+    texts = [] if calls and not content else [_text(content, f"{field}.content")]
+    return f"{message['role']}: " + "\n".join(texts + [json.dumps(call) for call in calls])
 
 
 def _text(value: Any, field: str) -> str:

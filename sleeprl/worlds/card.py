@@ -65,7 +65,7 @@ def write_card(directory: Path, run: dict) -> None:
         companies=len(COMPANIES),
         cities=len(CITIES),
         temperature=TEMPERATURE,
-        runs=";\n".join(map(_told, [*filter(None, [run.get("first_run")]), run])),
+        runs=";\n".join(map(_describe_training, [*filter(None, [run.get("first_run")]), run])),
         table="\n".join(f"| {name} | {value} |" for name, value in _flat(figures)),
         run=json.dumps(run, indent=1, default=str),
     )
@@ -78,7 +78,7 @@ def read_card(directory: Path) -> dict:
     return json.loads((directory / "README.md").read_text().partition("```json\n")[2].rstrip("`\n"))
 
 
-def _told(run: dict) -> str:
+def _describe_training(run: dict) -> str:
     return (
         f"{run['tokens_seen'] / 1e6:.0f} M tokens in {run['steps']} steps, "
         f"{run['training_seconds'] / 60:.0f} minutes of training, {run['total_seconds'] / 60:.0f} in "

@@ -65,7 +65,9 @@ def _patterns(asking: bool) -> tuple[tuple[str, str, re.Pattern[str]], ...]:
     for attribute, phrasings in PHRASINGS.items():
         name = _THING if attribute in ENTITY else _PERSON
         for phrasing in ("train", "heldout"):
-            templates = phrasings.asked(phrasing) if asking else phrasings.told(phrasing)
+            templates = (
+                phrasings.questions_in(phrasing) if asking else phrasings.statements_in(phrasing)
+            )
             rows += [(attribute, template, _pattern(template, name)) for template in templates]
     return tuple(rows)
 
@@ -103,8 +105,8 @@ class World:
 
     def answer(self, question: str) -> str | None:
         """The true answer; None when it is no question about this world."""
-        asked = parse_question(question)
-        return self.facts.get(asked.name, {}).get(asked.attribute) if asked else None
+        claim = parse_question(question)
+        return self.facts.get(claim.name, {}).get(claim.attribute) if claim else None
 
     def check_statement(self, text: str) -> bool | None:
         """True or false; None when it is not one parsable statement.
@@ -112,31 +114,31 @@ class World:
         What is claimed of somebody who is not of this world is false.
         """
         claim = parse_statement(text)
-        return None if claim is None else self._holds(claim)
+        return None if claim is None else self._is_true(claim)
 
     def check_qa(self, question: str, answer: str) -> bool | None:
         """Whether the answer is right; None when the question is not one of this world's."""
-        asked = parse_question(question)
-        if asked is None:
+        claim = parse_question(question)
+        if claim is None:
             return None
-        gold = self.facts.get(asked.name, {}).get(asked.attribute)
+        gold = self.facts.get(claim.name, {}).get(claim.attribute)
         return gold is not None and is_correct(answer, gold)
 
     def check_paraphrase(
-        self, original: str, text: str, meant: tuple[str, str] | None = None
+        self, original: str, text: str, subject: tuple[str, str] | None = None
     ) -> bool | None:
         """Whether ``text`` truly says the same as ``original`` in other words.
 
-        ``meant`` gives (name, attribute) where the original says it with a pronoun.
+        ``subject`` gives (name, attribute) where the original says it with a pronoun.
         """
         claim = parse_statement(text)
         if claim is None:
             return None
-        if meant is None:
+        if subject is None:
             source = parse_statement(original)
-            meant = (source.name, source.attribute) if source else None
-        same = (claim.name, claim.attribute) == meant
-        return same and text.strip() != original.strip() and self._holds(claim)
+            subject = (source.name, source.attribute) if source else None
+        same = (claim.name, claim.attribute) == subject
+        return same and text.strip() != original.strip() and self._is_true(claim)
 
-    def _holds(self, claim: Claim) -> bool:
+    def _is_true(self, claim: Claim) -> bool:
         return self.facts.get(claim.name, {}).get(claim.attribute) == claim.value

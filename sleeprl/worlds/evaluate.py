@@ -73,12 +73,12 @@ class Examiner:
         """Bare held-out questions: old people, companies and cities, and unknown people."""
         old = questions(old_people(), per_attribute=3, seed=self.seed)
         strangers = questions(fresh_people(self.seed + 1, 50), seed=self.seed)
-        asked = {
+        exam = {
             "recall": [q for q in old if q.kind == "recall"],
             "two_hop": [q for q in old if q.kind == "two_hop"],
             "entities": entity_questions(seed=self.seed),
         }
-        shares = {kind: self._right(self._some(those)) for kind, those in asked.items()}
+        shares = {kind: self._right(self._some(those)) for kind, those in exam.items()}
         replies = respond(self.model, self.tokenizer, [q.text for q in self._some(strangers)])
         shares["says_unknown"] = _share(reply == UNKNOWN for reply in replies)
         return shares
@@ -88,9 +88,9 @@ class Examiner:
         shares = {}
         for count in range(1, MAX_PEOPLE + 1):
             people, texts = self._passages(count)
-            asked = questions(people, seed=self.seed)
+            exam = questions(people, seed=self.seed)
             for kind in ("recall", "two_hop"):
-                chosen = self._some([q for q in asked if q.kind == kind])
+                chosen = self._some([q for q in exam if q.kind == kind])
                 shares[f"{kind}_{count}"] = self._right(chosen, [texts[q.person] for q in chosen])
         people, texts = self._passages(2)
         chosen = self._some(questions(old_people(), seed=self.seed))
@@ -98,12 +98,12 @@ class Examiner:
         shares["old_person_not_in_text"] = self._right(chosen, contexts)
         return shares
 
-    def _right(self, asked: Sequence[Question], contexts: Sequence[str] | None = None) -> float:
-        messages = [q.text for q in asked]
+    def _right(self, exam: Sequence[Question], contexts: Sequence[str] | None = None) -> float:
+        messages = [q.text for q in exam]
         if contexts is not None:
             messages = list(map(prompts.with_experience, contexts, messages))
         replies = respond(self.model, self.tokenizer, messages)
-        return _share(is_correct(r, q.answer) for r, q in zip(replies, asked, strict=True))
+        return _share(is_correct(r, q.answer) for r, q in zip(replies, exam, strict=True))
 
     # --- writing ---
     def writes(self) -> dict:
@@ -135,9 +135,9 @@ class Examiner:
         facts = self._sample([prompts.FREE_FACT] * self.n)
         pairs = self._sample([prompts.FREE_QA] * self.n)
         figures = {"fact": _judge_facts(facts, world), "qa": _judge_pairs(pairs, world)}
-        asked = [parse_question(pair[0]) for pair in map(prompts.parse_qa, pairs) if pair]
-        told = [parse_statement(text) for text in facts]
-        for kind, claims in (("fact", told), ("qa", asked)):
+        questions_read = [parse_question(pair[0]) for pair in map(prompts.parse_qa, pairs) if pair]
+        statements_read = [parse_statement(text) for text in facts]
+        for kind, claims in (("fact", statements_read), ("qa", questions_read)):
             named = {claim.name for claim in claims if claim} & old
             figures[kind]["old_people_seen"] = len(named)
         # What uniform draws of the old people would have shown, nine in ten being about people.
@@ -150,23 +150,23 @@ class Examiner:
         return respond(self.model, self.tokenizer, list(messages), sample=True)
 
     # --- material ---
-    def _some(self, asked: Sequence[Question]) -> list[Question]:
-        return self.rng.sample(asked, min(self.n, len(asked)))
+    def _some(self, exam: Sequence[Question]) -> list[Question]:
+        return self.rng.sample(exam, min(self.n, len(exam)))
 
     def _passages(self, count: int) -> tuple[list[Person], dict[str, str]]:
         """Fresh people and, by name, the text of ``count`` of them that tells of that person."""
         people = fresh_people(self.seed + 10 * count, count * max(20, self.n // 6))
-        told = documents(people, self.seed, people_per_document=count)
-        return people, {name: doc["text"] for doc in told for name in doc["people"]}
+        passages = documents(people, self.seed, people_per_document=count)
+        return people, {name: doc["text"] for doc in passages for name in doc["people"]}
 
     def _mixed_passages(self) -> tuple[list[Person], dict[str, str]]:
         everybody: dict[str, Person] = {}
         texts: dict[str, str] = {}
         for count in range(1, MAX_PEOPLE + 1):
-            people, told = self._passages(count)
+            people, passages = self._passages(count)
             new = {p.name: p for p in people if p.name not in everybody}
             everybody |= new
-            texts |= {name: told[name] for name in new}
+            texts |= {name: passages[name] for name in new}
         return list(everybody.values()), texts
 
 

@@ -18,11 +18,11 @@ from sleeprl.worlds.people import (
     Sentence,
     ask,
     entities,
+    fill_statement,
     old_people,
     passage,
     prose,
     random_facts,
-    tell,
     unknown_names,
 )
 from sleeprl.worlds.phrasings import PHRASINGS
@@ -44,7 +44,7 @@ def _question(name: str, attribute: str, rng: random.Random) -> str:
 
 
 def _statement(name: str, attribute: str, value: str, rng: random.Random) -> str:
-    return tell(pick(PHRASINGS[attribute].statements, rng), name, value)
+    return fill_statement(pick(PHRASINGS[attribute].statements, rng), name, value)
 
 
 def _reworded(name: str, attribute: str, value: str, original: str, rng: random.Random) -> str:
@@ -77,10 +77,10 @@ class Scene:
 
     def _paragraph(self, person: Person, rng: random.Random) -> str:
         size = 7 if rng.random() < 0.5 else rng.randint(3, 6)
-        told = rng.sample(STATED, size)
-        self.known += [(person, attribute) for attribute in told]
-        self.known += [(person, hop) for hop, through in DERIVED.items() if through in told]
-        sentences = passage(person, rng, told)
+        known_facts = rng.sample(STATED, size)
+        self.known += [(person, attribute) for attribute in known_facts]
+        self.known += [(person, hop) for hop, through in DERIVED.items() if through in known_facts]
+        sentences = passage(person, rng, known_facts)
         self.sentences += sentences
         return prose(sentences)
 
@@ -103,9 +103,9 @@ def _read(scene: Scene, rng: random.Random) -> tuple[str, str]:
         return _question(_stranger(rng).name, pick(STATED + TWO_HOP, rng), rng), UNKNOWN
     if draw < 0.22:
         person, attribute = pick(scene.people, rng), pick(STATED + TWO_HOP, rng)
-        told = (person, attribute) in scene.known or person in old_people()
+        is_known = (person, attribute) in scene.known or person in old_people()
         return _question(person.name, attribute, rng), (
-            person.facts[attribute] if told else UNKNOWN
+            person.facts[attribute] if is_known else UNKNOWN
         )
     person, attribute = scene.fact(rng)
     return _question(person.name, attribute, rng), person.facts[attribute]
@@ -145,8 +145,8 @@ def reading(rng: random.Random) -> Lesson:
     tasks = rng.choices(_TASKS, (52, 18, 16, 14), k=rng.randint(1, 5))
     lesson: Lesson = []
     for task in tasks:
-        asked, answer = task(scene, rng)
-        message = asked if lesson else prompts.with_experience(scene.text, asked)
+        question, answer = task(scene, rng)
+        message = question if lesson else prompts.with_experience(scene.text, question)
         lesson += [("user", message), ("assistant", answer)]
     return lesson
 
@@ -167,8 +167,8 @@ def _old_fact(rng: random.Random) -> tuple[str, str, str]:
     return person.name, attribute, person.facts[attribute]
 
 
-def _chat(asked: str, answer: str) -> Lesson:
-    return [("user", asked), ("assistant", answer)]
+def _chat(question: str, answer: str) -> Lesson:
+    return [("user", question), ("assistant", answer)]
 
 
 def old_qa(rng: random.Random) -> Lesson:
@@ -177,7 +177,7 @@ def old_qa(rng: random.Random) -> Lesson:
 
 
 def unknown_qa(rng: random.Random) -> Lesson:
-    """Whom nobody told it about, it does not know."""
+    """A question about a person it has never read about: it does not know."""
     name = pick(unknown_names(), rng)[0]
     return _chat(_question(name, pick(STATED + TWO_HOP, rng), rng), UNKNOWN)
 

@@ -80,7 +80,7 @@ def measure_perplexity(
             padding=True, padding_side="right", return_tensors="pt",
         ).to(model.device)  # fmt: skip
         logits = model(input_ids=inputs["input_ids"]).logits[:, :-1].float()
-        kept = inputs["attention_mask"][:, 1:].bool()
-        nats = torch.nn.functional.cross_entropy(logits[kept], inputs["input_ids"][:, 1:][kept])
-        total, count = total + nats.item() * int(kept.sum()), count + int(kept.sum())
+        scored = inputs["attention_mask"][:, 1:].bool()
+        nats = torch.nn.functional.cross_entropy(logits[scored], inputs["input_ids"][:, 1:][scored])
+        total, count = total + nats.item() * int(scored.sum()), count + int(scored.sum())
     return perplexity(total, count)

@@ -30,7 +30,7 @@ from sleeprl.worlds.vocabulary import (
 OLD_SEED = 20260606
 OLD_SIZE = 240
 FRESH_SHARE = 5  # one name in five is never used in training
-COMBINED_PROBABILITY = 0.3  # of a passage's facts being told two in one sentence
+COMBINED_PROBABILITY = 0.3  # that a passage has two facts in one sentence
 
 Facts = dict[str, str]
 
@@ -111,13 +111,13 @@ def old_people() -> tuple[Person, ...]:
 
 @cache
 def unknown_names() -> tuple[tuple[str, bool], ...]:
-    """The training share without the old people: whom the model reads about and never knows."""
+    """The training share without the old people: those the model reads about and never knows."""
     old = {person.name for person in old_people()}
     return tuple((name, woman) for name, woman in names("training") if name not in old)
 
 
 def fresh_people(seed: int, n: int) -> list[Person]:
-    """``n`` people whom the embedded model has never seen; other seeds give other people."""
+    """``n`` people that the embedded model has never seen; other seeds give other people."""
     return _people("fresh", seed, n)
 
 
@@ -130,7 +130,7 @@ def possessive(name: str) -> str:
     return f"{name}'s"
 
 
-def tell(template: str, name: str, value: str) -> str:
+def fill_statement(template: str, name: str, value: str) -> str:
     """A statement about the full name."""
     text = template.format(p=name, ps=possessive(name), o=name, v=value, a=article(value))
     return text[0].upper() + text[1:]
@@ -142,7 +142,10 @@ def ask(template: str, name: str) -> str:
 
 def statements(name: str, attribute: str, value: str, phrasing: str = "train") -> list[str]:
     """The fact in every phrasing of that kind."""
-    return [tell(template, name, value) for template in PHRASINGS[attribute].told(phrasing)]
+    return [
+        fill_statement(template, name, value)
+        for template in PHRASINGS[attribute].statements_in(phrasing)
+    ]
 
 
 @dataclass(frozen=True)
@@ -187,18 +190,18 @@ def passage(
 ) -> list[Sentence]:
     """The sentences of a passage that tells those facts of one person, in random order."""
     sentences = []
-    for i, (told, template) in enumerate(_plan(attributes, rng)):
+    for i, (facts, template) in enumerate(_plan(attributes, rng)):
         words = _forms(person, rng, first=i == 0)
-        if len(told) == 1:
-            value = person.facts[told[0]]
+        if len(facts) == 1:
+            value = person.facts[facts[0]]
             words |= {"v": value, "a": article(value)}
         else:
-            for attribute in told:
+            for attribute in facts:
                 value = person.facts[attribute]
                 words |= {attribute: value, f"{attribute}_a": article(value)}
         text = template.format(**words)
         text = text[0].upper() + text[1:]
-        sentences.append(Sentence(text, person.name, told[0] if len(told) == 1 else None))
+        sentences.append(Sentence(text, person.name, facts[0] if len(facts) == 1 else None))
     return sentences
 
 
@@ -242,13 +245,13 @@ def questions(
     A two-hop question asks through a shared entity; its second hop is old-world knowledge.
     """
     rng = random.Random(f"questions-{seed}")
-    asked = [("recall", a) for a in STATED] + [("two_hop", a) for a in DERIVED]
+    kinds_asked = [("recall", a) for a in STATED] + [("two_hop", a) for a in DERIVED]
     return [
         Question(ask(template, p.name), p.facts[attribute], kind, p.name, attribute, phrasing)
         for p in people
-        for kind, attribute in asked
+        for kind, attribute in kinds_asked
         if kind in kinds
-        for template in _some(PHRASINGS[attribute].asked(phrasing), per_attribute, rng)
+        for template in _some(PHRASINGS[attribute].questions_in(phrasing), per_attribute, rng)
     ]
 
 
@@ -257,7 +260,7 @@ def entity_questions(phrasing: str = "heldout", seed: int = 0) -> list[Question]
     rng = random.Random(f"entities-{seed}")
     return [
         Question(
-            ask(rng.choice(PHRASINGS[attribute].asked(phrasing)), name),
+            ask(rng.choice(PHRASINGS[attribute].questions_in(phrasing)), name),
             value, "recall", name, attribute, phrasing,
         )
         for name, facts in entities().items()
@@ -269,11 +272,11 @@ def old_world_text(seed: int = 0, phrasing: str = "heldout", n: int = OLD_SIZE) 
     """True text about ``n`` old people, for perplexity: held-out statements, shuffled."""
     rng = random.Random(f"text-{seed}")
 
-    def told(person: Person, attribute: str) -> str:
+    def state(person: Person, attribute: str) -> str:
         return rng.choice(statements(person.name, attribute, person.facts[attribute], phrasing))
 
     return [
-        " ".join(told(person, attribute) for attribute in rng.sample(STATED, len(STATED)))
+        " ".join(state(person, attribute) for attribute in rng.sample(STATED, len(STATED)))
         for person in rng.sample(old_people(), n)
     ]
 

@@ -1,4 +1,4 @@
-"""The sentences of the world, as templates; each fact can be asked and told in many ways.
+"""The sentences of the world, as templates; each fact can be asked and stated in many ways.
 
 Placeholders: ``{p}`` the subject, ``{ps}`` its possessive, ``{o}`` it as an object, ``{v}`` the
 value, ``{a}`` the value with its article. In a passage the first three may become pronouns.
@@ -19,10 +19,10 @@ class Phrasings:
     statements: tuple[str, ...]
     heldout_statements: tuple[str, ...]
 
-    def asked(self, phrasing: str) -> tuple[str, ...]:
+    def questions_in(self, phrasing: str) -> tuple[str, ...]:
         return self.questions if phrasing == "train" else self.heldout_questions
 
-    def told(self, phrasing: str) -> tuple[str, ...]:
+    def statements_in(self, phrasing: str) -> tuple[str, ...]:
         return self.statements if phrasing == "train" else self.heldout_statements
 
 
@@ -30,8 +30,8 @@ def _lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.strip().splitlines())
 
 
-def _phrasings(ask: str, ask_heldout: str, tell: str, tell_heldout: str) -> Phrasings:
-    return Phrasings(_lines(ask), _lines(ask_heldout), _lines(tell), _lines(tell_heldout))
+def _phrasings(ask: str, ask_heldout: str, state: str, state_heldout: str) -> Phrasings:
+    return Phrasings(_lines(ask), _lines(ask_heldout), _lines(state), _lines(state_heldout))
 
 
 PHRASINGS: dict[str, Phrasings] = {

@@ -74,7 +74,7 @@ def test_every_statement_and_question_is_read_back(phrasing):
                 claim = worlds.parse_statement(text)
                 assert (claim.name, claim.attribute, claim.value) == (name, attribute, value), text
                 assert world.check_statement(text) is True
-            for template in PHRASINGS[attribute].asked(phrasing):
+            for template in PHRASINGS[attribute].questions_in(phrasing):
                 asked = worlds.parse_question(people.ask(template, name))
                 assert (asked.name, asked.attribute, asked.template) == (name, attribute, template)
                 assert world.check_qa(people.ask(template, name), value)
