@@ -100,7 +100,7 @@ def test_paraphrases_keep_the_fact_and_change_the_words():
     assert world.check_paraphrase(one, one) is False
     assert world.check_paraphrase(one, other) is False
     assert world.check_paraphrase(one, "Nonsense.") is None
-    assert world.check_paraphrase("She has it.", two, meant=(person.name, "pet")) is True
+    assert world.check_paraphrase("She has it.", two, subject=(person.name, "pet")) is True
 
 
 @pytest.mark.parametrize(
