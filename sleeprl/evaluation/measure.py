@@ -84,11 +84,9 @@ def measure(
     *,
     with_context: bool,
     max_tokens: int,
-    max_length: int,
+    max_length: int,  # parameters: four say what is asked, three how
 ) -> Measurement:
     """Ask the engines all questions of the day, and measure the perplexity of its held-out texts.
-
-    Seven parameters: three say what is asked, four how.
 
     Args:
         engines: They hold the model.

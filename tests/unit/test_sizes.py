@@ -26,20 +26,16 @@ LONG_CLASSES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {
     "cli.py::night": 90,
     "config/validation.py::check": 98,
-    "consolidation/ray_job.py::run": 89,
 }
 MANY_PARAMETERS: dict[str, int] = {
-    "consolidation/imitation_reward.py::imitation_reward": 8,
     "dreaming/launch.py::assemble": 7,
     "dreaming/launch.py::run_dreaming": 11,
     "dreaming/scorer.py::LearningGainScorer.__init__": 8,
-    "evaluation/measure.py::measure": 7,
     "losses/combined.py::_streams": 8,
     "losses/combined.py::chunked_combined_loss": 9,
     "memory/checkpoint.py::write_grown": 7,
     "memory/growth.py::Growth.write": 7,
     "memory/low_rank.py::LowRankGrowth.write": 7,
-    "self_study/study.py::study": 9,
     "trainer/packed_attention.py::_by_text": 8,
 }
 LATE_ATTRIBUTES: dict[str, int] = {
