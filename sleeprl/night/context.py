@@ -116,20 +116,21 @@ class Night:
     # --- training -----------------------------------------------------------------
 
     def prestart_training(self, step: int) -> None:
-        """Start the processes of a transfer and of dreaming while a core is idle: they import and wait.
+        """Start the processes of a transfer while a core is idle: they import and wait.
 
         Where weights go between GPUs, the trainer's GPU is needed for them until the transfer begins.
         """
-        config, stages = self.config, self.stages
-        if transport_class(config.resources.transport).needs_gpu:
+        key, seeding = self.stages.step_key(step), self.config.consolidation
+        if transport_class(self.config.resources.transport).needs_gpu or self.run.is_done(key):
             return
-        key, seeding = stages.step_key(step), config.consolidation
-        if not self.run.is_done(key):
-            options = stages.trainer_options(step, seeding.learning_rate, seeding.steps)
-            self.start_training(options, key)
-        to_dream = config.dreaming.enabled and not self.run.is_done("dreaming")
-        if to_dream and step == stages.last_step:
-            prestart_actors(config, stages.dreaming_options())
+        options = self.stages.trainer_options(step, seeding.learning_rate, seeding.steps)
+        self.start_training(options, key)
+
+    def prestart_dreaming(self, step: int) -> None:
+        """Start the processes of dreaming while a core is idle, where it follows this step."""
+        to_dream = self.config.dreaming.enabled and not self.run.is_done("dreaming")
+        if to_dream and step == self.stages.last_step:
+            prestart_actors(self.config, self.stages.dreaming_options())
 
     def prestart_baseline(self, trained: str = "") -> None:
         """Start the processes of the next baseline, if there is one, while the engines measure.

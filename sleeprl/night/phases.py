@@ -102,11 +102,16 @@ def learn_in_wake(night: Night) -> Result:
 
 
 def prepare_engines(night: Night) -> Result:
-    """Start the engines with the model that the next step needs, and beside them what trains it."""
+    """Start the engines with the model that the next step needs, and beside them what trains it.
+
+    An engine starts on one core; while it writes the study, another is idle too.
+    """
     step = night.stages.next_step
     if not isinstance(night.stages.steps[step], Merge):
         night.prestart_training(step)
-    return {"engines": len(night.start_engines(step).group)}
+    engines = night.start_engines(step)
+    night.prestart_dreaming(step)
+    return {"engines": len(engines.group)}
 
 
 def study_day(night: Night) -> Result:
