@@ -124,7 +124,7 @@ def tune_baseline(
                     before = results["before"]["before"]
                     rows.append({"seed": seed, "rate": rate, **figures, "before": before})
                     rows[-1]["trade_off"] = traded(figures, before)
-                night.stop_engines()
+                night.close()
     means = {rate: fmean(r["trade_off"] for r in rows if r["rate"] == rate) for rate in rates}
     best = max(means, key=means.__getitem__)
     return {

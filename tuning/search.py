@@ -127,7 +127,10 @@ def trial(
             value = score(figures, before, config.gate.max_retention_drop)
             tune.report({"score": value, "step": step, **figures})
 
-    run_transfer(night, 0, report)
+    try:
+        run_transfer(night, 0, report)
+    finally:
+        night.stop_training()
 
 
 def search(path: Path, words: list[str], console: Console) -> Path:
@@ -152,6 +155,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
         with cluster(config.resources, state_api=True):
             night = Night(run)
             run_evening(night)
+            night.stop_training()  # the trials need its cores
             results = tune.Tuner(
                 tune.with_resources(
                     tune.with_parameters(
@@ -182,7 +186,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
                     name="search", storage_path=str((run.dir / "tune").resolve()), verbose=0
                 ),
             ).fit()
-            night.stop_engines()
+            night.close()
         run.close()
     rows = [{"config": r.config, **(r.metrics or {})} for r in results]
     write_json_atomic(run.dir / "trials.json", rows)

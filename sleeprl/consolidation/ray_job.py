@@ -66,11 +66,13 @@ class RayTrainBackend:
         """
         self.channel = channel
         self.rank = ray.train.get_context().get_world_rank()
+        self.resumes = True
+        """Whether a checkpoint may be of the present job: not where these processes did one before it."""
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
         """Yield the directory of the last checkpoint, if there is one."""
-        checkpoint = ray.train.get_checkpoint()
+        checkpoint = ray.train.get_checkpoint() if self.resumes else None
         if checkpoint is None:
             yield None
             return
@@ -115,7 +117,7 @@ def _train_loop(arguments: dict[str, Any]) -> None:
             return
         _train(work, backend)
         gc.collect()  # before the next model is loaded
-        found = None
+        found, backend.resumes = None, False
 
 
 def _train(work: Work, backend: RayTrainBackend) -> None:

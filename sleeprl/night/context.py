@@ -160,6 +160,11 @@ class Night:
             place = self.run.dir / TRAIN
             self._processes = TrainingProcesses(options, self.config.resources, place, name)
 
+    def close(self) -> None:
+        """End all processes that the night has started."""
+        self.stop_training()
+        self.stop_engines()
+
     def stop_training(self) -> None:
         """End the processes of training, if there are any."""
         processes, self._processes = self._processes, None

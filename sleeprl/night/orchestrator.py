@@ -86,8 +86,7 @@ def run_phases(
         for phase in phases:
             run_phase(night, phase, on_phase)
     finally:
-        night.stop_training()
-        night.stop_engines()
+        night.close()
 
 
 def run_evening(night: Night) -> None:

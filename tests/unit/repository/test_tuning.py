@@ -65,7 +65,7 @@ class Search:
         monkeypatch.setattr(self.module, "run_evening", self.evening)
 
     def night(self, run: Any) -> SimpleNamespace:
-        return SimpleNamespace(engines=None, stop_engines=lambda: None)
+        return SimpleNamespace(engines=None, close=lambda: None, stop_training=lambda: None)
 
     def evening(self, _: Any) -> None:
         self.evenings += 1
