@@ -259,8 +259,8 @@ def run_baseline(night: Night, name: str) -> Result:
 
 
 def commit(night: Night) -> Result:
-    """End the engines, and keep the grown model as a generation if it passes the gate."""
-    night.stop_engines()
+    """End all processes, and keep the grown model as a generation if it passes the gate."""
+    night.close()
     return commit_generation(night.run, night.stages)
 
 
