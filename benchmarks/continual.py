@@ -152,7 +152,7 @@ class Lab:
     variant: what these settings are called, empty for the night's own."""
 
     config: NightConfig
-    fleet: EnginePool
+    pool: EnginePool
     base: Path
     work: Path
     console: Console
@@ -181,14 +181,14 @@ def chain(
         if done < nights and not (models / f"after-{done}").is_dir():
             sys.exit(f"{place} has {done} nights and {models} no model to go on from; move it away")
     if record is None:
-        lab.fleet.publish(all_tensors(lab.base))
+        lab.pool.publish(all_tensors(lab.base))
         before = examine(lab, lived, 0, with_context=False)["retention"]
         told = {"method": lab.variant or method, "seed": seed, **made_with, "before": before}
         record = {**told, "nights": []}
     for night in range(len(record["nights"]), nights):
         before, after = models / f"after-{night}", models / f"after-{night + 1}"
         start = before if night and method != IN_CONTEXT else lab.base
-        lab.fleet.publish(all_tensors(start))
+        lab.pool.publish(all_tensors(start))
         learnt: dict[str, Any] = {}
         if method == IN_CONTEXT:
             after.mkdir(parents=True, exist_ok=True)
@@ -228,11 +228,11 @@ def learn_day(
         if reads == (PASSAGE,):
             written = Study([])
         elif step is None or step.teacher_has_context:
-            sampler = TextSampler(lab.fleet, chat, wanted, seed, longest)
+            sampler = TextSampler(lab.pool, chat, wanted, seed, longest)
             written = write_study(sampler, documents, question_bank=kept)
             kept = written.question_bank
         else:
-            sampler = TextSampler(lab.fleet, chat, wanted, seed + number, longest)
+            sampler = TextSampler(lab.pool, chat, wanted, seed + number, longest)
             written = write_rehearsal(sampler, kept)
         place = scratch / str(number)
         Lake(place / "lake").append(to_batch(written.trajectories), "trajectories")
@@ -249,14 +249,14 @@ def learn_day(
             lake=str(place / "lake"),
             output=str(place),
             canary=chat.prompt(documents[0])[:64],
-            first_version=lab.fleet.version + 1,
+            first_version=lab.pool.version + 1,
             passages=[chat.text(text)[:longest] for text in documents],
         )
         shell = InProcess()
         tokens = TOKENS if lab.variant in WHOLE else TOKENS // len(steps)
-        learn(limit_to_budget(job, tokens), lab.fleet.group.actors, shell)
+        learn(limit_to_budget(job, tokens), lab.pool.group.actors, shell)
         gc.collect()
-        lab.fleet.version = shell.end["version"]
+        lab.pool.record_update(shell.end["version"])
         told = {name: told[name] + shell.end[key] for name, key in TOLD.items()}
         target = after if number == len(steps) - 1 else place / "self"
         with atomic_directory(target, overwrite=True) as directory:
@@ -304,7 +304,7 @@ def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[st
     for day in lived.probes[: night + 1]:
         probes += day
     answers = ask(
-        lab.fleet, lab.chat, probes, with_context=with_context,
+        lab.pool, lab.chat, probes, with_context=with_context,
         max_tokens=lab.config.evaluation.max_tokens,
     )  # fmt: skip
     right = dict(zip(map(id, probes), grade(answers, probes), strict=True))
@@ -314,7 +314,7 @@ def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[st
 
     past, asked = lived.probes[: night + 1], lived.probes[night]
     read = ask(
-        lab.fleet, lab.chat, asked, with_context=True,
+        lab.pool, lab.chat, asked, with_context=True,
         max_tokens=lab.config.evaluation.max_tokens,
     )  # fmt: skip
     return {
@@ -323,7 +323,7 @@ def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[st
         "reading": fmean(grade(read, asked)),
         "retention": share("retention", old),
         "perplexity": measure_perplexity(
-            lab.fleet, lab.chat, lived.texts, lab.config.model.max_length - 1
+            lab.pool, lab.chat, lived.texts, lab.config.model.max_length - 1
         )[0],
     }
 
@@ -415,12 +415,12 @@ def laboratory(
     with cluster(config.resources):
         options = EngineOptions.from_config(config, str(base.resolve()), "float32")
         resources = config.resources
-        fleet = EnginePool.launch(1, options, resources.engine_cpus, 0, resources.engine)
+        pool = EnginePool.launch(1, options, resources.engine_cpus, 0, resources.engine)
         try:
             told = [*SETTINGS, *sets, *(w for w in words if not w.startswith("resources."))]
-            yield Lab(config, fleet, base, work, console, told, variant)
+            yield Lab(config, pool, base, work, console, told, variant)
         finally:
-            fleet.shutdown()
+            pool.shutdown()
     # Torch's alone leaves DeepSpeed's group behind, which is there if anything was trained.
     group = deepspeed.comm if deepspeed.comm.is_initialized() else dist
     group.destroy_process_group()

@@ -232,11 +232,11 @@ def an_engine(checkpoint: Path, delivery: TransportConfig) -> Iterator[EnginePoo
         gpu_utilization=0.3, seed=0, transport=delivery,
     )  # fmt: skip
     with cluster(ResourcesConfig()):
-        fleet = EnginePool.launch(1, options, 1, 0.5)
+        pool = EnginePool.launch(1, options, 1, 0.5)
         try:
-            yield fleet
+            yield pool
         finally:
-            fleet.shutdown()
+            pool.shutdown()
 
 
 def updates(work: Path) -> Iterator[dict[str, Any]]:
@@ -253,16 +253,16 @@ def updates(work: Path) -> Iterator[dict[str, Any]]:
             for name, tensor in weights.items():
                 target[name].copy_(tensor)
 
-        with an_engine(first, TransportConfig(kind)) as fleet:
-            was = fleet.logprobs([canary.token_ids])[0]
+        with an_engine(first, TransportConfig(kind)) as pool:
+            was = pool.logprobs([canary.token_ids])[0]
             certificates: list[UpdateReceipt] = []
 
             def publish(
-                fleet: EnginePool = fleet,
+                pool: EnginePool = pool,
                 weights: dict[str, Tensor] = weights,
                 certificates: list[UpdateReceipt] = certificates,
             ) -> None:
-                certificates += fleet.publish(weights.items(), canary)
+                certificates += pool.publish(weights.items(), canary)
 
             spent = seconds(publish, UPDATES)
         if not all(one.verified for one in certificates):

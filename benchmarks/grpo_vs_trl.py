@@ -143,7 +143,7 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
             model=model, dtype="float32", max_length=512, threads=threads, memory_gb=1.0,
             gpu=False, gpu_utilization=0.4, seed=seed,
         )  # fmt: skip
-        fleet = EnginePool.launch(1, options, cpus=0, gpus=0)
+        pool = EnginePool.launch(1, options, cpus=0, gpus=0)
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=0, world_size=1)
         # A cosine so long that the rate is constant.
@@ -160,7 +160,7 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
             numbers = range(step * PROMPTS, (step + 1) * PROMPTS)
             repeated = [prompts[n % len(prompts)] for n in numbers for _ in range(GROUP)]
             sampling = [SamplingParams(MAX_TOKENS, 1.0, rng.randrange(2**31)) for _ in repeated]
-            return repeated, fleet.generate_later(repeated, sampling)
+            return repeated, pool.generate_later(repeated, sampling)
 
         asked_now, pending = ask(0)
         for step in range(steps):
@@ -180,12 +180,12 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
             ]
             learner.step(rows, parts, loss)
             clock.lap("learn")
-            publish(learner, fleet, prompts[0])
+            publish(learner, pool, prompts[0])
             clock.lap("publish")
             clock.tick(fmean(rewards), fmean(lengths))
             if not ahead and step + 1 < steps:
                 asked_now, pending = ask(step + 1)
-        fleet.shutdown()
+        pool.shutdown()
         dist.destroy_process_group()
         return clock.steps
 

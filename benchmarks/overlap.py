@@ -94,7 +94,7 @@ def pin(pids: Collection[int], core: int) -> None:
 
 
 def dream(
-    config: NightConfig, fleet: EnginePool, place: Path, run_dir: Path, cores: Sequence[int]
+    config: NightConfig, pool: EnginePool, place: Path, run_dir: Path, cores: Sequence[int]
 ) -> dict[str, Any]:
     """One phase of dreaming on fresh learners: seconds, and idle seconds of each actor by kind."""
     people = fresh_people(0, 20)
@@ -107,8 +107,8 @@ def dream(
         str(place / "model"), 0, "float32", SLOT_SEED, dreaming.learning_rate, dreaming.steps
     )
     canary = chat.prompt(told[0]["text"])
-    job = phase.learner_job(config, options, place / "born", place, canary, fleet.version + 1)
-    engines = fleet.lease(phase.max_groups_in_flight(dreaming))
+    job = phase.learner_job(config, options, place / "born", place, canary, pool.version + 1)
+    engines = pool.lease(phase.max_groups_in_flight(dreaming))
     actors = phase.launch(config, job, tasks)
     try:
         position = DreamingCheckpoint.load(run_dir, job.first_version)
@@ -122,7 +122,7 @@ def dream(
         began = time.monotonic()
         pipeline.run(lambda _, metrics: steps.append(metrics))
         seconds = time.monotonic() - began
-        fleet.version += dreaming.steps + 1
+        pool.record_update(pool.version + dreaming.steps + 1)
     finally:
         actors.kill()
     idle = WAITS.take_idle()
@@ -148,9 +148,9 @@ def measure(
                 model=str(place / "model"), dtype="float32", max_length=512, threads=1,
                 memory_gb=1.0, gpu=False, gpu_utilization=0.4, seed=0,
             )  # fmt: skip
-            fleet = EnginePool.launch(1, options, cpus=1, gpus=0)
-            pin(fleet.group.call("pid"), cores[0])
-            fleet.generate([[5, 6, 7]] * 24, [SamplingParams(64)] * 24)  # the first batch is slow
+            pool = EnginePool.launch(1, options, cpus=1, gpus=0)
+            pin(pool.group.call("pid"), cores[0])
+            pool.generate([[5, 6, 7]] * 24, [SamplingParams(64)] * 24)  # the first batch is slow
             for number in range(pairs):
                 pair = {}
                 for staleness in (0, 1)[:: (-1) ** number]:
@@ -159,10 +159,10 @@ def measure(
                     )
                     name = "decoupled" if staleness else "synchronous"
                     run_dir = place / f"{name}-{number}"
-                    pair[name] = dream(config, fleet, place, run_dir, cores)
+                    pair[name] = dream(config, pool, place, run_dir, cores)
                     console.print(number, name, pair[name])
                 found.append(pair)
-            fleet.shutdown()
+            pool.shutdown()
     return found
 
 

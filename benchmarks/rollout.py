@@ -180,11 +180,11 @@ def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
     alone.start()
     theirs.close()  # so that we hear if it dies
     assert ours.recv() == "ready"  # two that start at once would measure each other's memory
-    fleet = EnginePool.launch(1, options, cpus=0, gpus=0.5 * setting.gpu)
-    group = fleet.lease(setting.requests // GROUP)
+    pool = EnginePool.launch(1, options, cpus=0, gpus=0.5 * setting.gpu)
+    group = pool.lease(setting.requests // GROUP)
 
     def by_generate(batch: Batch) -> list[list[int]]:
-        return [completion.token_ids for completion in fleet.generate(*batch)]
+        return [completion.token_ids for completion in pool.generate(*batch)]
 
     def by_us() -> float:
         return cpu_seconds(None, alone.pid)
@@ -214,7 +214,7 @@ def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
             pairs.append({**pair, "same": sum(same) / len(same)})
     ours.send(None)
     alone.join()
-    fleet.shutdown()
+    pool.shutdown()
 
     def speeds(side: str, clock: str) -> list[float]:
         return [pair[side]["tokens"] / pair[side][clock] for pair in pairs]

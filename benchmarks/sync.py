@@ -239,16 +239,16 @@ def measure_engine(
         seed=0,
         transport=delivery,
     )
-    fleet = EnginePool.launch(1, options, 1, 0)
+    pool = EnginePool.launch(1, options, 1, 0)
 
     def update() -> None:
-        fleet.publish(weights.items())
+        pool.publish(weights.items())
 
     try:
         update()
         return [seconds(update) for _ in range(repeats)]
     finally:
-        fleet.shutdown()
+        pool.shutdown()
 
 
 # --- the table ----------------------------------------------------------------------

@@ -106,7 +106,7 @@ def quiet() -> NightProgress:
 
 
 def trial(
-    choice: dict[str, Any], settings: dict[str, Any], evening: str, fleet: EnginePool, every: int
+    choice: dict[str, Any], settings: dict[str, Any], evening: str, pool: EnginePool, every: int
 ) -> None:
     """Consolidate with ``choice`` from the evening's texts; report every ``every`` steps."""
     config = cfg.from_dict(settings, words_of(choice))
@@ -118,7 +118,7 @@ def trial(
             target.symlink_to(source)
         else:
             shutil.copy(source, target)
-    night = Night(RunDirectory(config, quiet()), engines=fleet)
+    night = Night(RunDirectory(config, quiet()), engines=pool)
     before = night.run.result("before")["before"]
 
     def report(step: int) -> None:
@@ -162,7 +162,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
                         trial,
                         settings=cfg.to_dict(config),
                         evening=str(run.dir.resolve()),
-                        fleet=night.engines,
+                        pool=night.engines,
                         every=int(spec["report_every"]),
                     ),
                     {"CPU": 1},

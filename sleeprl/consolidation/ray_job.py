@@ -224,8 +224,7 @@ class TrainingProcesses:
         finally:
             for teacher in teachers:
                 ray.kill(teacher)
-        engines.version = int(end["version"])
-        engines.group.updated(end["verified"])
+        engines.record_update(int(end["version"]), end["verified"])
         return end
 
     def _follow(self, on_metrics: OnMetrics) -> dict[str, Any] | None:

@@ -119,8 +119,8 @@ class TrainWorker:
         self.job, self.backend = job, backend
         self.trainer = Trainer(job.learner, Teachers(teachers) if teachers else None)
         self.rank, self.world = self.trainer.rank, self.trainer.world
-        self.engines = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
-        self.engines.version = job.first_version - 1
+        group = ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S)
+        self.engines = EnginePool(group, version=job.first_version - 1)
         self._sleep_engines()
         method = METHODS[job.method]
         self.config = config = method.objective(job.config)
@@ -278,7 +278,7 @@ class TrainWorker:
                 return  # of a job before this one, in the same processes
             TrainerCheckpoint(directory).restore(self.trainer)
         self.tokens = position["tokens"]
-        self.engines.version = max(self.engines.version, position["version"])
+        self.engines.record_update(max(self.engines.version, position["version"]))
         self.student_rows = [TrainingExample(**r) for r in position["student_rows"]]
 
     def finish(self) -> None:

@@ -171,7 +171,7 @@ def launch(
     tasks: Sequence[Task],
     placement: Any = None,
 ) -> Actors:
-    """placement: of the fleet; a restarted engine takes its place there."""
+    """placement: of the pool; a restarted engine takes its place there."""
     dreaming, resources, learner = config.dreaming, config.resources, job.learner
     world = resources.learner_workers
     options = EngineOptions.from_config(config, learner.checkpoint, learner.dtype)
@@ -246,7 +246,7 @@ def max_groups_in_flight(dreaming: DreamingConfig) -> int:
 
 def run_dreaming(
     config: NightConfig,
-    fleet: EnginePool,
+    pool: EnginePool,
     learner: TrainerOptions,
     expert: Path,
     chat: ChatFormatter,
@@ -263,10 +263,10 @@ def run_dreaming(
     """
     dreaming = config.dreaming
     tasks = make_tasks(documents, probes, config.seed)
-    position = DreamingCheckpoint.load((run_dir / "dreaming-state").resolve(), fleet.version + 1)
+    position = DreamingCheckpoint.load((run_dir / "dreaming-state").resolve(), pool.version + 1)
     job = learner_job(config, learner, expert, run_dir, canary, position.first_version)
-    engines = fleet.lease(max_groups_in_flight(dreaming))
-    actors = launch(config, job, tasks, fleet.placement)
+    engines = pool.lease(max_groups_in_flight(dreaming))
+    actors = launch(config, job, tasks, pool.placement)
     try:
         with WAITS.on("dreaming's actors", what="their start", kind="start"):
             actors.start(position, engines)
@@ -275,7 +275,7 @@ def run_dreaming(
         pipeline.run(on_step)
         idle = WAITS.take_idle()
         last = actors.learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]
-        fleet.version = last
+        pool.record_update(last)
     finally:
         actors.kill()
     return {

@@ -76,7 +76,7 @@ class DreamTrainer(RemoteActor):
 
     def __init__(self, job: DreamTrainerJob, rank: int, world: int) -> None:
         self.job, self.rank, self.world = job, rank, world
-        self.fleet = EnginePool(ActorGroup("engine", []))
+        self.pool = EnginePool(ActorGroup("engine", []))
 
     def rendezvous(self) -> str:
         with socket.socket() as probe:
@@ -131,19 +131,19 @@ class DreamTrainer(RemoteActor):
 
         May be done again: a version is known by the number of steps, not of publications.
         """
-        if list(engines) != self.fleet.group.actors:
-            self.fleet.disconnect()
-            self.fleet = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
-        self.fleet.version = self.job.first_version - 1 + self.learner.steps
+        if list(engines) != self.pool.group.actors:
+            self.pool.disconnect()
+            self.pool = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
+        version = self.job.first_version + self.learner.steps
         # Collective, so first: what follows may fail on rank 0 alone.
         expert = self.learner.gather_expert()
         with Watchdog(WAITS, self.job.stall_seconds):
-            metrics: dict[str, Any] = publish(self.learner, self.fleet, self.job.canary)
+            metrics: dict[str, Any] = publish(self.learner, self.pool, self.job.canary, version)
         if self.rank != 0:
             return None
         unverified = int(metrics.pop("stale_engines"))
-        verified = self.fleet.health.working
-        return PublishResult(self.fleet.version, metrics, verified, unverified, ray.put(expert))
+        verified = self.pool.health.working
+        return PublishResult(self.pool.version, metrics, verified, unverified, ray.put(expert))
 
     def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> StepResult:
         """One update on whole groups of dreams, by reference. redrawn: groups that were set aside
@@ -240,7 +240,7 @@ class DreamTrainer(RemoteActor):
 
     def finish(self, output: str) -> int:
         save_trained(self.learner, Path(output), self.job.canary)
-        return self.fleet.version
+        return self.pool.version
 
 
 def _there(batches: Sequence[Any]) -> Iterator[pa.RecordBatch]:

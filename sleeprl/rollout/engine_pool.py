@@ -1,23 +1,22 @@
-"""The rollout engines of a night as one thing: generate on all, send weights to all."""
+"""Rollout engines as one thing: generate on all of them, send weights to all of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from sleeprl.cluster.actor_group import ActorGroup
-from sleeprl.cluster.failures import ActorFailure, Failure, FailureKind
-from sleeprl.cluster.health import GroupHealth, HealthEvent, HealthState
-from sleeprl.cluster.remote_actor import classify
+from sleeprl.cluster.failures import ActorFailure, Failure
+from sleeprl.cluster.health import GroupHealth, HealthState
 from sleeprl.cluster.runtime import create_placement_group, remove_placement_group
 from sleeprl.cluster.waits import WAITS
 from sleeprl.rollout.engine import EngineOptions, spawn_engine
 from sleeprl.rollout.types import Completion, SamplingParams
+from sleeprl.rollout.update_round import UpdateRound
 from sleeprl.weight_sync.base import NamedTensor, WeightTransport
 from sleeprl.weight_sync.factory import make_transport, transport_class
 from sleeprl.weight_sync.verification import Canary, UpdateReceipt
@@ -35,20 +34,41 @@ class StaleEngine(ConnectionError):
 
 
 class EnginePool:
-    """Engines behind an ``ActorGroup``. Versions are given by the caller and only grow.
+    """Rollout engines that generate with the weights that a trainer publishes.
 
-    Only engines that ended the last update verified get work; what is known of each is the group's
-    ``health``. patience: seconds after which an engine that does not answer during an update counts
-    as not updated. placement: Ray's placement group of the engines, removed with them.
+    It needs a running Ray (``ray.init()``) and no night:
+
+        pool = EnginePool.launch(2, options, cpus=1, gpus=0)
+        completions = pool.generate(prompts, sampling)
+        receipts = pool.publish(model.state_dict().items(), canary)
+        pool.shutdown()
+
+    Guarantees:
+
+    * Only engines that ended the last update verified get work; what is known of each is in
+      ``health``.
+    * ``version`` is advanced by the receipts of an update, and by nothing else.
     """
 
     def __init__(
-        self, group: ActorGroup, patience: float = UPDATE_TIMEOUT_S, placement: Any = None
+        self,
+        group: ActorGroup,
+        update_timeout: float = UPDATE_TIMEOUT_S,
+        placement: Any = None,
+        version: int = 0,
     ) -> None:
+        """
+        Args:
+            group: The engines. ``launch`` makes one.
+            update_timeout: Seconds after which an engine that does not answer a step of an update
+                counts as not updated.
+            placement: Ray's placement group of the engines, which is removed with them.
+            version: The policy version of the weights that they hold.
+        """
         self.group = group
-        self.version = 0
         self.placement = placement
-        self._patience = patience
+        self._version = version
+        self._update_timeout = update_timeout
         self._transport: WeightTransport | None = None
         self._connected: list[Any] = []
 
@@ -56,11 +76,20 @@ class EnginePool:
     def launch(
         cls, count: int, options: EngineOptions, cpus: float, gpus: float, engine: str = "vllm"
     ) -> EnginePool:
-        """Start ``count`` engines of a kind at once and wait until all can generate.
+        """Start engines at once and wait until all can generate.
 
-        Raises ResourceError where the cluster has no room for them.
+        Args:
+            count: How many.
+            options: What each of them is started with.
+            cpus: Cores that each reserves.
+            gpus: GPUs that each reserves.
+            engine: A plug-in of kind ``engine``: ``vllm``, ``torch``, or a dotted path.
+
+        Raises:
+            ResourceError: the cluster has no room for them.
+            ActorFailure: an engine did not start.
         """
-        # Through memory weights reach this host's engines only; else one host is as good as two.
+        # A transport of one host reaches no other; else one host is as good as two.
         near = transport_class(options.transport.kind).same_host
         placement = create_placement_group(count, cpus, gpus, "STRICT_PACK" if near else "PACK")
         handles = [
@@ -74,6 +103,11 @@ class EnginePool:
         """What is known of each engine."""
         return self.group.health
 
+    @property
+    def version(self) -> int:
+        """The policy version that the last update sent."""
+        return self._version
+
     def lease(self, in_flight: int) -> ActorGroup:
         """Return the engines for calls of the caller's own, at most ``in_flight`` under way on each."""
         self.group.limit_in_flight(in_flight)
@@ -84,40 +118,57 @@ class EnginePool:
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]
     ) -> list[Completion]:
-        """One completion per prompt, in their order, spread evenly over the engines."""
+        """Generate one response per prompt, spread evenly over the engines.
+
+        Args:
+            prompts: Token ids of each.
+            sampling: How to sample each.
+
+        Returns:
+            One completion per prompt, in their order.
+
+        Raises:
+            StaleEngine: no engine may be given work.
+            ActorFailure: an engine failed, or is DEAD before it answers.
+        """
         return self.generate_later(prompts, sampling).wait()
 
     def generate_later(
         self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]
     ) -> PendingResults:
-        """The same without waiting; the engines work while the caller does something else."""
+        """Like ``generate`` without waiting; the engines work while the caller does something else."""
         return self._spread("generate", prompts=prompts, sampling=sampling)
 
     def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        """For each sequence of T ids the T-1 log-probabilities of ids 1..T-1, in nats."""
+        """Score texts with the engines' weights.
+
+        Args:
+            sequences: Token ids of each.
+
+        Returns:
+            For each sequence of T ids the T-1 log-probabilities of ids 1..T-1, in nats.
+        """
         return self._spread("logprobs", sequences=sequences).wait()
 
     def _spread(self, method: str, **columns: Sequence[Any]) -> PendingResults:
-        self.group.poll_health()
-        with WAITS.on(
-            self.group.name, what="an answer", kind="generate", log_tail=self.group.log_tail
-        ):
+        group = self.group
+        group.poll_health()
+        with WAITS.on(group.name, what="an answer", kind="generate", log_tail=group.log_tail):
             while not self.health.working and self.health.having(HealthState.SUSPECT):
                 time.sleep(0.1)  # it may answer yet; if not, it will be dead
-                self.group.poll_health()
+                group.poll_health()
         engines = self.health.working
         if not engines:
             raise StaleEngine(f"no engine may be given work: {self.health}")
-        total = len(next(iter(columns.values())))
-        shares = {
-            engine: {name: list(values[turn :: len(engines)]) for name, values in columns.items()}
-            for turn, engine in enumerate(engines)
-        }
-        return PendingResults(self.group, method, self._send(method, shares), total)
+        refs = {}
+        for turn, engine in enumerate(engines):
+            share = {name: list(values[turn :: len(engines)]) for name, values in columns.items()}
+            refs[engine] = group.call_one(engine, method, **share)
+        return PendingResults(group, method, refs, len(next(iter(columns.values()))))
 
     def sleep(self) -> None:
-        """All engines that are there leave the device to others, until the next update."""
-        UpdateRound(self, self.health.updatable).call("sleep")
+        """Let all present engines leave the device to others, until the next update."""
+        self._round(self.version).call("sleep")
 
     # --- weights ------------------------------------------------------------------
 
@@ -127,55 +178,87 @@ class EnginePool:
         canary: Canary | None = None,
         version: int | None = None,
     ) -> list[UpdateReceipt]:
-        """Send weights to every engine that is there; those that end verified get work again.
+        """Send weights to every present engine; those that end verified get work again.
 
-        Raises StaleEngine when none does, and ActorFailure for a fault of the code.
+        Requests that run meanwhile lose no token.
+
+        Args:
+            tensors: Whole tensors under their names in the checkpoint; all of them, or those that
+                changed. Parts that an engine fuses, such as gate and up projections, go together.
+            canary: A text and the log-probabilities that the new weights give it. Without one,
+                only checksums prove what arrived.
+            version: Of these weights; by default the one after ``version``.
+
+        Returns:
+            One receipt per engine, in order.
+
+        Raises:
+            StaleEngine: no engine ended verified.
+            ActorFailure: for a fault of the code.
         """
         return self.send(self.begin(version), tensors, canary)
 
     def begin(self, version: int | None = None) -> UpdateRound:
-        """Bring what runs on every engine that is there to rest: with ``update_mode=drain`` that
-        takes as long as the longest request. ``send`` must follow."""
-        self.version = self.version + 1 if version is None else version
-        update = UpdateRound(self, self.health.updatable)
-        update.transport = self._connect(update)
-        update.transport.begin(self.version)
-        update.call("begin_update", version=self.version)
+        """Bring what runs on every present engine to rest. ``send`` must follow.
+
+        With ``update_mode=drain`` that takes as long as the longest request.
+        """
+        update = self._round(self.version + 1 if version is None else version)
+        self._connect(update).begin(update.version)
+        update.call("begin_update", version=update.version)
         return update
 
     def send(
         self, update: UpdateRound, tensors: Iterable[NamedTensor], canary: Canary | None = None
     ) -> list[UpdateReceipt]:
-        """The rest of ``publish``."""
-        transport = update.transport
+        """Send weights to engines that are at rest; see ``publish``."""
+        transport = self._transport
+        if transport is None:
+            raise RuntimeError("send() must follow begin()")
         try:
             for info in transport.buckets(tensors):
                 update.finish_call()  # of the bucket before, which was loaded meanwhile
-                update.start_call("load_bucket", update_info=info)
+                update.start_call(
+                    "load_bucket", {engine: {"update_info": info} for engine in update.engines}
+                )
             update.finish_call()
         finally:
             transport.finish()
-        certificates = update.certificates(update.call("finish_update", canary=canary))
-        if not any(certificate.verified for certificate in certificates):
-            raise StaleEngine("; ".join(map(str, certificates)) or "no engine is left")
-        return certificates
+        receipts = update.settle(update.call("finish_update", canary=canary))
+        self._version = update.version
+        if not any(receipt.verified for receipt in receipts):
+            raise StaleEngine("; ".join(map(str, receipts)) or "no engine is left")
+        return receipts
+
+    def record_update(self, version: int, verified: Iterable[int] | None = None) -> None:
+        """Take over the receipts of updates that another process sent to these engines.
+
+        Args:
+            version: Of the last of them.
+            verified: The engines that ended it verified; None where ``health`` knows already.
+        """
+        self._version = version
+        if verified is not None:
+            self.group.updated(verified)
+
+    def _round(self, version: int) -> UpdateRound:
+        return UpdateRound(self.group, self.health.updatable, version, self._update_timeout)
 
     def _connect(self, update: UpdateRound) -> WeightTransport:
-        """The transport that the engines were started for, joined with those in the update."""
+        """Return the transport that the engines were started for, connected to those in the update."""
         if self._transport is None:
-            deliveries = update.call("transport_config")
-            if not deliveries:
-                raise StaleEngine(
-                    "no engine answers: " + "; ".join(map(str, update.failed.values()))
-                )
-            self._transport = make_transport(next(iter(deliveries.values())))
+            configs = update.call("transport_config")
+            if not configs:
+                failures = "; ".join(map(str, update.failed.values()))
+                raise StaleEngine(f"no engine answers: {failures}")
+            self._transport = make_transport(next(iter(configs.values())))
         taking_part = [self.group.actors[engine] for engine in update.engines]
         if self._connected != taking_part:
             if self._connected:
                 self._transport.close()
             for infos in self._transport.connect(len(update.engines)):
-                told = dict(zip(update.engines, infos, strict=True))
-                update.start("connect", {engine: {"info": info} for engine, info in told.items()})
+                pairs = zip(update.engines, infos, strict=True)
+                update.start_call("connect", {engine: {"info": info} for engine, info in pairs})
             update.finish_call()
             self._connected = taking_part
         return self._transport
@@ -197,101 +280,24 @@ class EnginePool:
             self.group.kill()
             remove_placement_group(self.placement)
 
-    def _send(self, method: str, per_engine: Mapping[int, Mapping[str, Any]]) -> dict[int, Any]:
-        call = lambda actor, **kwargs: getattr(actor, method)(**kwargs)  # noqa: E731
-        actors = self.group.actors
-        return {
-            engine: actors[engine].apply.remote(call, **kw) for engine, kw in per_engine.items()
-        }
-
-
-class UpdateRound:
-    """One update over the engines that still take part in it; who fails drops out."""
-
-    transport: WeightTransport
-
-    def __init__(self, pool: EnginePool, engines: Sequence[int]) -> None:
-        self.pool = pool
-        self.engines = list(engines)
-        self.failed: dict[int, Failure] = {}
-        self._under_way: tuple[str, dict[int, Any]] = "", {}
-
-    def call(self, method: str, **kwargs: Any) -> dict[int, Any]:
-        self.start_call(method, **kwargs)
-        return self.finish_call()
-
-    def start_call(self, method: str, **kwargs: Any) -> None:
-        self.start(method, dict.fromkeys(self.engines, kwargs))
-
-    def start(self, method: str, per_engine: Mapping[int, Mapping[str, Any]]) -> None:
-        self._under_way = method, self.pool._send(method, per_engine)
-
-    def finish_call(self) -> dict[int, Any]:
-        """The answers to the call that is under way. Raises ActorFailure for a fault of the code."""
-        (method, refs), self._under_way = self._under_way, ("", {})
-        patience, group = self.pool._patience, self.pool.group
-        with WAITS.on(group.name, what=method, kind="sync", log_tail=group.log_tail):
-            if refs:
-                ray.wait(list(refs.values()), num_returns=len(refs), timeout=patience)
-        answers = {}
-        for engine, ref in refs.items():
-            value, event = _answer(ref)
-            if not isinstance(value, Failure):
-                answers[engine] = value
-                continue
-            where = f"{group.name}-{engine}.{method}"
-            if value.kind is FailureKind.FATAL:
-                raise ActorFailure(where, value)
-            group.note(engine, event)
-            self.failed[engine] = Failure(value.kind, f"{where}: {value.message}")
-            self.engines.remove(engine)
-        return answers
-
-    def certificates(self, found: Mapping[int, UpdateReceipt]) -> list[UpdateReceipt]:
-        """Of all engines that were to be updated, in their order, and noted."""
-        for engine, one in found.items():
-            self.pool.group.note(
-                engine, HealthEvent.VERIFIED if one.verified else HealthEvent.UNVERIFIED
-            )
-        lost = {
-            engine: UpdateReceipt(
-                f"{self.pool.group.name}-{engine}",
-                self.pool.version,
-                False,
-                None,
-                None,
-                0.0,
-                failure.message,
-            )
-            for engine, failure in self.failed.items()
-        }
-        return [one for _, one in sorted({**found, **lost}.items())]
-
-
-def _answer(ref: Any) -> tuple[Any, HealthEvent]:
-    """A call's value or Failure, and what a failure says of the engine."""
-    try:
-        return ray.get(ref, timeout=0.1), HealthEvent.UNVERIFIED
-    except GetTimeoutError as error:
-        return classify(error), HealthEvent.UNVERIFIED
-    except RayActorError as error:
-        return classify(error), HealthEvent.LOST
-    except RayError as error:
-        return classify(error), HealthEvent.UNVERIFIED
-
 
 @dataclass(frozen=True)
 class PendingResults:
-    """Work spread over the engines that may not be done yet. refs: by engine."""
+    """Work spread over the engines, which may not be done yet."""
 
     group: ActorGroup
     method: str
     refs: dict[int, Any]
+    """Each engine's call."""
     total: int
+    """How many results there will be."""
 
     def wait(self) -> list[Any]:
-        """What was asked for, in its order. Raises ActorFailure for the first that failed, or is DEAD
-        before it answers."""
+        """Return the results in the order of the requests.
+
+        Raises:
+            ActorFailure: for the first call that failed, or whose engine is DEAD before it answers.
+        """
         merged: list[Any] = [None] * self.total
         for turn, (engine, ref) in enumerate(self.refs.items()):
             answers = self.group.wait(engine, ref, self.method)

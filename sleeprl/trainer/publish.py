@@ -23,10 +23,13 @@ from sleeprl.weight_sync.verification import Canary
 CANARY = "canary.json"
 
 
-def publish(learner: Trainer, pool: EnginePool, canary: list[int]) -> dict[str, float]:
+def publish(
+    learner: Trainer, pool: EnginePool, canary: list[int], version: int | None = None
+) -> dict[str, float]:
     """Send what the learner trained to every engine, in flight. Collective over the ranks.
 
-    canary: token ids that both sides score afterwards. Returns how long generation
+    canary: token ids that both sides score afterwards. version: of these weights; by default the
+    one after the pool's. Returns how long generation
     stood still (seconds), how far the two sides differ (nats), and how many engines did not
     end verified; empty but on rank 0. Raises StuckTransport, which leaves the other ranks in a
     gather: the run has to end.
@@ -42,7 +45,7 @@ def publish(learner: Trainer, pool: EnginePool, canary: list[int]) -> dict[str, 
         return {}
     try:
         try:
-            update = pool.begin()
+            update = pool.begin(version)
         finally:
             learner.long_barrier()  # no gather has begun that others would hold for as long as engines drain
         certificates = pool.send(update, tensors, expected)
@@ -69,8 +72,7 @@ def publish_from_gpu(
     send = ray.remote(_send).options(num_cpus=0, num_gpus=gpus)
     with WAITS.on("the sender", what="all weights", kind="sync"):
         verified = ray.get(send.remote(pool.group.actors, version, dict(tensors), canary))
-    pool.version = version
-    pool.group.updated(verified)
+    pool.record_update(version, verified)
 
 
 def _send(

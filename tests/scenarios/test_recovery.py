@@ -70,7 +70,7 @@ def dream(
     place: Path,  # noqa: F811
     run: Path,
     on_step: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
-    fleet: EnginePool | None = None,
+    pool: EnginePool | None = None,
     failures: int = 0,
     told: Callable[[str], None] = print,
     staleness: int = 0,
@@ -82,12 +82,12 @@ def dream(
     config.resources.max_failures = failures
     if not (run / "lake").is_dir():
         shutil.copytree(place / "loop" / "lake", run / "lake")
-    fleet = fleet or engines(place)
+    pool = pool or engines(place)
     phase.run_dreaming(
-        config, fleet, learner(place), place / "born", chat, DOCUMENTS, PROBES, run,
+        config, pool, learner(place), place / "born", chat, DOCUMENTS, PROBES, run,
         chat.prompt(DOCUMENTS[0]), told, on_step,
     )  # fmt: skip
-    fleet.shutdown()
+    pool.shutdown()
 
 
 def outcome(run: Path) -> Outcome:
@@ -172,7 +172,7 @@ def test_engines_and_learner_are_replayed_alone(
     init()
     try:
         found = replay_trainer(config, job, tmp_path, unbroken / "dreaming")
-        fleet = engines(place)  # the newborn expert is zero, so they have its weights
+        pool = engines(place)  # the newborn expert is zero, so they have its weights
         tasks = {task.id: task for task in phase.make_tasks(DOCUMENTS, PROBES, config.seed)}
         requests = [
             request(
@@ -181,8 +181,8 @@ def test_engines_and_learner_are_replayed_alone(
             )
             for number, task in enumerate(position.task_ids[:6])
         ]  # fmt: skip
-        wrote = _generate_and_score(config, fleet, job, tasks, requests, tmp_path)
-        fleet.shutdown()
+        wrote = _generate_and_score(config, pool, job, tasks, requests, tmp_path)
+        pool.shutdown()
     finally:
         ray.shutdown()
     assert (found.groups, found.work) == (UPDATES * GROUPS, UPDATES)
@@ -236,9 +236,9 @@ def test_engines_and_a_learner_worker_die_and_the_same_is_learned(
     try:
         options = phase.EngineOptions.from_config(config, str(place / "wide"), "float32")
         first = phase.spawn_engine(0, options, 1, 0, "tests.scenarios.test_recovery.Mortal")
-        fleet = EnginePool(ActorGroup("engine", [first]))
-        fleet.group.call("start")
-        dream(place, tmp_path / "run", on_step, fleet, failures=4, told=told.append)
+        pool = EnginePool(ActorGroup("engine", [first]))
+        pool.group.call("start")
+        dream(place, tmp_path / "run", on_step, pool, failures=4, told=told.append)
     finally:
         ray.shutdown()
     assert list(moments.iterdir()) == [] and victims == ["Mortal", "DreamTrainer"]

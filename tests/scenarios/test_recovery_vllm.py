@@ -119,20 +119,20 @@ def test_a_vllm_engine_and_a_rank_of_the_learner_die_and_every_group_is_learned_
     init()
     try:
         options = phase.EngineOptions.from_config(config, str(place / "wide"), "float32")
-        fleet = EnginePool(
+        pool = EnginePool(
             ActorGroup(
                 "engine",
                 [phase.spawn_engine(0, options, 1, 0, config.resources.engine)],
                 silence=LIVENESS_TIMEOUT_S,
             )
         )
-        fleet.group.call("start")
+        pool.group.call("start")
         phase.run_dreaming(
-            config, fleet, learner(place), place / "born", chat, DOCUMENTS, PROBES, run,
+            config, pool, learner(place), place / "born", chat, DOCUMENTS, PROBES, run,
             chat.prompt(DOCUMENTS[0]), told.append, on_step,
         )  # fmt: skip
         assert len(cores()) == 1, "a killed engine left its core behind"
-        fleet.shutdown()
+        pool.shutdown()
     finally:
         ray.shutdown()
     assert list(moments.iterdir()) == []

@@ -71,15 +71,15 @@ def dream(place: Path, steps: int, *words: str) -> list[dict[str, Any]]:
     day = [told["text"] for told in documents(people, 5, 2)]
     probes = [Pair(n, f"Who is in text {n}?", people[2 * n].name) for n in range(len(day))]
     chat, told = ChatFormatter(place / "wide"), list[dict[str, Any]]()
-    fleet = engines(place)
+    pool = engines(place)
     try:
         phase.run_dreaming(
-            config, fleet, TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.01, steps),
+            config, pool, TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.01, steps),
             place / "born", chat, day, probes, place, chat.prompt(day[0])[:64], print,
             lambda _, metrics: told.append(metrics),
         )  # fmt: skip
     finally:
-        fleet.shutdown()
+        pool.shutdown()
     return told
 
 

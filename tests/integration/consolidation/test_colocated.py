@@ -83,11 +83,11 @@ def test_no_token_is_made_while_a_consolidation_steps(
         canary=chat.prompt("Ann lives in Oslo."),
         first_version=1,
     )  # fmt: skip
-    fleet = engines(place, "tests.integration.dreaming.test_staleness.Noted")
+    pool = engines(place, "tests.integration.dreaming.test_staleness.Noted")
     worker = ray.remote(Worker).options(num_cpus=0).remote()
-    ended = ray.get(worker.learn.remote(job, fleet.group.actors, f"file://{tmp_path}/meet"))
-    (awake,) = fleet.logprobs([chat.prompt("Eve sings.")])
-    fleet.shutdown()
+    ended = ray.get(worker.learn.remote(job, pool.group.actors, f"file://{tmp_path}/meet"))
+    (awake,) = pool.logprobs([chat.prompt("Eve sings.")])
+    pool.shutdown()
     ray.kill(worker)
     assert len(awake) > 0 and [step for step, _ in ended] == list(range(1, 2 * EVERY + 1))
     # Between the ends of these two steps there is nothing but the second.

@@ -44,7 +44,7 @@ def drive(directory: Path, name: str) -> None:
             model=str(directory / "wide"), dtype="float32", max_length=128, threads=1,
             memory_gb=0.2, gpu=False, gpu_utilization=0.4, seed=0,
         )  # fmt: skip
-        fleet = EnginePool.launch(1, options, 1, 0)
+        pool = EnginePool.launch(1, options, 1, 0)
 
         def tell(record: dict[str, Any]) -> None:
             print("step", int(record["step"]), record["loss"], int(record["workers"]), flush=True)
@@ -53,10 +53,10 @@ def drive(directory: Path, name: str) -> None:
 
         work = job(directory, name)
         processes = TrainingProcesses(work.learner, resources, directory / "train", name)
-        end = processes.run(work, fleet, tell)
+        end = processes.run(work, pool, tell)
         processes.close()
         print("end", end["step"], end["tokens"], flush=True)
-        fleet.shutdown()
+        pool.shutdown()
 
 
 @contextmanager

@@ -47,14 +47,14 @@ class Telling(Worker):
 
 @contextmanager
 def working(kind: type[Worker], job: Job, directory: Path) -> Iterator[Any]:
-    fleet = engines(directory)
+    pool = engines(directory)
     worker = ray.remote(kind).options(num_cpus=0).remote()
     meet = f"file://{job.output}-{kind.__name__}"
     try:
-        yield worker.learn.remote(job, fleet.group.actors, meet)
+        yield worker.learn.remote(job, pool.group.actors, meet)
     finally:
         ray.kill(worker)
-        fleet.shutdown()
+        pool.shutdown()
 
 
 @pytest.mark.slow

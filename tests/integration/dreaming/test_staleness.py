@@ -142,26 +142,26 @@ def by_the_pipeline(
     place: Path, config: NightConfig, chat: ChatFormatter, name: str = "pipeline"
 ) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
-    fleet = engines(place, config.resources.engine)
+    pool = engines(place, config.resources.engine)
     phase.run_dreaming(
-        config, fleet, learner(place), place / "born", chat, DOCUMENTS, PROBES,
+        config, pool, learner(place), place / "born", chat, DOCUMENTS, PROBES,
         place / name, chat.prompt(DOCUMENTS[0]), print, lambda _, metrics: told.append(metrics),
     )  # fmt: skip
-    fleet.shutdown()
+    pool.shutdown()
     return told
 
 
 def by_a_loop(place: Path, config: NightConfig, chat: ChatFormatter) -> list[dict[str, Any]]:
     """The same actors, one call after the other."""
     dreaming, told = config.dreaming, []
-    fleet = engines(place)
+    pool = engines(place)
     tasks = phase.make_tasks(DOCUMENTS, PROBES, config.seed)
     job = DreamTrainerJob(
         learner(place), dreaming, str(place / "born"), str(place / "loop" / "lake"), config.seed,
         config.consolidation.beta, config.consolidation.top_k, chat.prompt(DOCUMENTS[0]), 1, 60.0,
     )  # fmt: skip
     actors = phase.launch(config, job, tasks)
-    actors.start(DreamingCheckpoint(place / "nowhere"), fleet.group)
+    actors.start(DreamingCheckpoint(place / "nowhere"), pool.group)
     of, numbers = {task.id: task for task in tasks}, count()
     for step in range(STEPS):
         batches: list[Any] = []
@@ -175,7 +175,7 @@ def by_a_loop(place: Path, config: NightConfig, chat: ChatFormatter) -> list[dic
                 task.id, tuple(f"dream-{number}-{n}" for n in range(4)),
                 build_qa_prompt(chat, config.self_study, task.message), tuple(sampling),
             )  # fmt: skip
-            (wrote,) = fleet.group.call("rollout", request=group)
+            (wrote,) = pool.group.call("rollout", request=group)
             scored: ScoreResult = actors.scorers.call("score", batch=wrote.batch, tasks=of)[0]
             judged: RewardResult = actors.rewards.call("score", batch=scored.batch, tasks=of)[0]
             aside = not judged.is_informative and len(redrawn) < 2
@@ -183,12 +183,12 @@ def by_a_loop(place: Path, config: NightConfig, chat: ChatFormatter) -> list[dic
         outcome: StepResult = actors.learners.call("step", batches=batches, redrawn=redrawn)[0]
         told.append({**outcome.metrics} | {"redrawn": len(redrawn)})
         actors.learners.call("save", directory=str(place / "loop" / f"version-{step}"), groups={})
-        sent: PublishResult = actors.learners.call("publish", engines=fleet.group.actors)[0]
+        sent: PublishResult = actors.learners.call("publish", engines=pool.group.actors)[0]
         actors.scorers.call("set_expert", expert=sent.expert)
         actors.curriculum.call("observe", outcomes=outcome.outcomes)
     actors.learners.call("finish", output=str(place / "loop" / "dreaming"))
     actors.kill()
-    fleet.shutdown()
+    pool.shutdown()
     return told
 
 

@@ -237,8 +237,8 @@ def test_what_is_rehearsed_is_written_freely(tiny_model: Path) -> None:
             return format_qa(f"old {number}?", "guess"), "stop"
         return f"answer to {message}", "stop"
 
-    fleet = Script(chat, author)
-    written = write_rehearsal(TextSampler(fleet, chat, CONFIG, 0, 512))  # type: ignore[arg-type]
+    pool = Script(chat, author)
+    written = write_rehearsal(TextSampler(pool, chat, CONFIG, 0, 512))  # type: ignore[arg-type]
     texts = written.trajectories
     assert all(text.teacher_prompt_ids is None for text in texts)  # the same prompt for both
     assert len({text.uid for text in texts}) == len(texts)
@@ -428,9 +428,9 @@ def test_an_engine_starts_with_the_model_before_a_step(
     ids = list(range(20, 60))
     (right,) = expected(tmp_path / "plain", [TrainingExample(ids[:1], ids[1:], "")])
     with cluster(made.config.resources):
-        fleet = made.launch_engines(1)
-        (found,) = fleet.logprobs([ids])
-        fleet.shutdown()
+        pool = made.launch_engines(1)
+        (found,) = pool.logprobs([ids])
+        pool.shutdown()
     assert found == pytest.approx(right, abs=1e-3)
 
 

@@ -79,8 +79,8 @@ def answers(directory: Path, ranks: int) -> tuple[EnginePool, list[Completion]]:
     options = EngineOptions(
         str(directory), "float32", 128, ranks, 1.0, False, 0.4, 0, tensor_parallel=ranks
     )
-    fleet = EnginePool.launch(1, options, ranks, 0)
-    return fleet, fleet.generate(PROMPTS, GREEDY)
+    pool = EnginePool.launch(1, options, ranks, 0)
+    return pool, pool.generate(PROMPTS, GREEDY)
 
 
 def same(found: list[Completion], right: list[Completion]) -> None:

@@ -229,7 +229,7 @@ def two_remembering(directory: Path, notes: Notes) -> None:
 
 
 class Drains:
-    """In the place of a fleet: its engines take a while to come to rest."""
+    """In the place of a pool: its engines take a while to come to rest."""
 
     def __init__(self, notes: Notes) -> None:
         self.notes = notes

@@ -1,7 +1,7 @@
 """Whole parameters out of real ZeRO-3, on two ranks: the traps of doing so, each under its name.
 
 The numbers are those of the lists of traps that trainers with ZeRO-3 fell into. Those of the
-transports are in ``test_weights``, of the engines in ``test_engine``, of the fleet in ``test_fleet``.
+transports are in ``test_weights``, of the engines in ``test_engine``, of the pool in ``test_fleet``.
 """
 
 from __future__ import annotations

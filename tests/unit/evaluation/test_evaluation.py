@@ -138,7 +138,7 @@ def test_a_day_round_trip(tmp_path: Path) -> None:
 
 
 class Script:
-    """In the place of a fleet: answers what is written down for a prompt."""
+    """In the place of a pool: answers what is written down for a prompt."""
 
     def __init__(self, chat: ChatFormatter, answers: dict[str, str]) -> None:
         self.chat = chat
@@ -176,7 +176,7 @@ def chat(tiny_model: Path) -> ChatFormatter:
 def test_the_context_stands_before_the_question_only_where_it_is_asked_for(
     chat: ChatFormatter,
 ) -> None:
-    fleet = Script(
+    pool = Script(
         chat,
         {
             "Where is Ann?": "I cannot know",
@@ -186,13 +186,13 @@ def test_the_context_stands_before_the_question_only_where_it_is_asked_for(
             "Ann lives in Oslo.\n\nIs Ann north?": "yes",
         },
     )
-    without = ask(fleet, chat, DAY.probes, with_context=False, max_tokens=9)  # type: ignore[arg-type]
+    without = ask(pool, chat, DAY.probes, with_context=False, max_tokens=9)  # type: ignore[arg-type]
     assert without == ["I cannot know", "yes", "Paris"]
-    with_context = ask(fleet, chat, DAY.probes, with_context=True, max_tokens=9)  # type: ignore[arg-type]
+    with_context = ask(pool, chat, DAY.probes, with_context=True, max_tokens=9)  # type: ignore[arg-type]
     assert with_context == ["Oslo", "yes", "Paris"]
-    assert {(s.temperature, s.max_tokens) for s in fleet.sampling} == {(0.0, 9)}
+    assert {(s.temperature, s.max_tokens) for s in pool.sampling} == {(0.0, 9)}
     figures = measure(
-        fleet, chat, DAY, KINDS, with_context=False, max_tokens=9, max_length=64,
+        pool, chat, DAY, KINDS, with_context=False, max_tokens=9, max_length=64,
     ).figures  # type: ignore[arg-type]  # fmt: skip
     # "abc" has two scored tokens of probability 1/2 and 1/3; single letters have none.
     assert figures == {
@@ -209,9 +209,9 @@ def test_what_was_lost_is_old_knowledge_that_was_right(tmp_path: Path, chat: Cha
     probes = [Question(question, "yes", kind) for question, kind in kinds.items()]
     day = Day([], probes)
     for name, said in (("before", "yes yes yes no"), ("after", "no no yes yes")):
-        fleet = Script(chat, dict(zip("abcd", said.split(), strict=True)))
+        pool = Script(chat, dict(zip("abcd", said.split(), strict=True)))
         measured = measure(
-            fleet, chat, day, KINDS, with_context=False, max_tokens=9, max_length=64,
+            pool, chat, day, KINDS, with_context=False, max_tokens=9, max_length=64,
         )  # type: ignore[arg-type]  # fmt: skip
         measured.save(tmp_path / "answers" / f"{name}.jsonl", Lake(tmp_path / "lake"))
     rows = from_batch(Lake(tmp_path / "lake").read("trajectories"))
@@ -283,7 +283,7 @@ class Unsure(Script):
 
 
 def test_what_is_known_is_what_is_said_each_time(chat: ChatFormatter) -> None:
-    fleet = Unsure(
+    pool = Unsure(
         chat,
         {
             "sure": ["Paris", "It is Paris.", "paris"],
@@ -293,11 +293,11 @@ def test_what_is_known_is_what_is_said_each_time(chat: ChatFormatter) -> None:
         },
     )
     asked, config = ["sure", "guess", "sure", "silent", "late"], EvaluationConfig()
-    day = ask_own_questions(DAY, asked, fleet, chat, config)  # type: ignore[arg-type]
+    day = ask_own_questions(DAY, asked, pool, chat, config)  # type: ignore[arg-type]
     told = [probe for probe in DAY.probes if probe.kind != "retention"]
     assert day.probes == [*told, Question("sure", "Paris", "retention")]
     assert day.texts == DAY.texts
-    heat = [(s.temperature, s.seed) for s in fleet.sampling]
+    heat = [(s.temperature, s.seed) for s in pool.sampling]
     assert heat == [(0.0, None), (0.5, 1), (0.5, 2)]
 
 
@@ -319,31 +319,31 @@ def test_texts_of_ones_own_are_stated_and_written_until_they_are_enough(
     chat: ChatFormatter,
 ) -> None:
     """What is cut off counts, for it is only read; what is empty does not."""
-    fleet, config = Talker(chat), EvaluationConfig(perplexity_texts=5, max_tokens=7)
-    day = write_own_texts(DAY, ["a", "b"], fleet, chat, config)  # type: ignore[arg-type]
+    pool, config = Talker(chat), EvaluationConfig(perplexity_texts=5, max_tokens=7)
+    day = write_own_texts(DAY, ["a", "b"], pool, chat, config)  # type: ignore[arg-type]
     assert day.texts == ["a", "b", "It is 0.", "It is 2."] and day.probes == DAY.probes
     assert day.answering == FREE_FACT and DAY.answering == ""
-    assert {(s.max_tokens, s.temperature) for _, s in fleet.asked} == {(7, 1.0)}
-    assert {message for message, _ in fleet.asked} == {FREE_FACT}
-    enough = write_own_texts(DAY, list("abcdefg"), fleet, chat, config)  # type: ignore[arg-type]
-    assert enough.texts == list("abcde") and len(fleet.asked) == 3
+    assert {(s.max_tokens, s.temperature) for _, s in pool.asked} == {(7, 1.0)}
+    assert {message for message, _ in pool.asked} == {FREE_FACT}
+    enough = write_own_texts(DAY, list("abcdefg"), pool, chat, config)  # type: ignore[arg-type]
+    assert enough.texts == list("abcde") and len(pool.asked) == 3
 
 
 def test_perplexity_is_per_token_over_all_texts(chat: ChatFormatter) -> None:
-    fleet = Script(chat, {})
-    value, count = measure_perplexity(fleet, chat, ["ab", "abcd"], 64)  # type: ignore[arg-type]
+    pool = Script(chat, {})
+    value, count = measure_perplexity(pool, chat, ["ab", "abcd"], 64)  # type: ignore[arg-type]
     assert count == 4
     assert value == pytest.approx((2 * 2 * 3 * 4) ** 0.25)
-    assert measure_perplexity(fleet, chat, ["abcd"], 3)[1] == 2  # type: ignore[arg-type]
-    assert measure_perplexity(fleet, chat, ["a", ""], 64) == (None, 0)  # type: ignore[arg-type]
+    assert measure_perplexity(pool, chat, ["abcd"], 3)[1] == 2  # type: ignore[arg-type]
+    assert measure_perplexity(pool, chat, ["a", ""], 64) == (None, 0)  # type: ignore[arg-type]
 
 
 def test_perplexity_of_answers_is_of_what_stands_behind_the_message(chat: ChatFormatter) -> None:
-    fleet, start = Script(chat, {}), len(chat.prompt("tell me"))
-    value, count = measure_perplexity(fleet, chat, ["ab", "a", ""], 64, "tell me")  # type: ignore[arg-type]
+    pool, start = Script(chat, {}), len(chat.prompt("tell me"))
+    value, count = measure_perplexity(pool, chat, ["ab", "a", ""], 64, "tell me")  # type: ignore[arg-type]
     told = [1 + start + place for place in (0, 1, 0)]
     assert count == 3 and value == pytest.approx(math.prod(told) ** (1 / 3))
-    cut = measure_perplexity(fleet, chat, ["ab"], start + 1, "tell me")  # type: ignore[arg-type]
+    cut = measure_perplexity(pool, chat, ["ab"], start + 1, "tell me")  # type: ignore[arg-type]
     assert cut == (pytest.approx(told[0]), 1)
 
 

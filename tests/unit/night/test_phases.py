@@ -153,11 +153,11 @@ def test_dreaming_hands_its_actors_whole_paths(
 
     monkeypatch.setattr(launch.DreamingCheckpoint, "load", load)
     monkeypatch.setattr(launch, "make_tasks", lambda *_: ["a task"])
-    fleet: Any = SimpleNamespace(version=3)
+    pool: Any = SimpleNamespace(version=3)
     nothing: Any = None
     with pytest.raises(Found):
         launch.run_dreaming(
-            cfg.load(None, []), fleet, nothing, Path("expert"), nothing, [], [], Path("runs/n"),
+            cfg.load(None, []), pool, nothing, Path("expert"), nothing, [], [], Path("runs/n"),
             [], print, nothing,
         )  # fmt: skip
     assert asked == [tmp_path / "runs/n/dreaming-state"]

@@ -106,7 +106,7 @@ Author = Callable[[str, int], tuple[str, str]]
 
 
 class Script:
-    """In the place of a fleet: ``author(message, how often it was asked)`` writes each text."""
+    """In the place of a pool: ``author(message, how often it was asked)`` writes each text."""
 
     version = 3
 
@@ -185,7 +185,7 @@ CONFIG = SelfStudyConfig(
 
 
 def study(
-    fleet: Any,
+    pool: Any,
     chat: ChatFormatter,
     documents: Sequence[str],
     config: SelfStudyConfig,
@@ -194,15 +194,15 @@ def study(
     on_written: Callable[[int], None] = lambda _: None,
     **settings: Any,
 ) -> Study:
-    sampler = TextSampler(fleet, chat, config, seed, longest, on_written)
+    sampler = TextSampler(pool, chat, config, seed, longest, on_written)
     return write_study(sampler, documents, **settings)
 
 
 def written(
     chat: ChatFormatter, seed: int = 0, config: SelfStudyConfig = CONFIG, who: Author = author
 ):  # type: ignore[no-untyped-def]
-    fleet = Script(chat, who)
-    return fleet, study(fleet, chat, DOCUMENTS, config, seed, 512)  # type: ignore[arg-type]
+    pool = Script(chat, who)
+    return pool, study(pool, chat, DOCUMENTS, config, seed, 512)  # type: ignore[arg-type]
 
 
 def test_every_second_question_is_asked_with_a_few_sentences_in_sight(chat: ChatFormatter) -> None:
@@ -210,9 +210,9 @@ def test_every_second_question_is_asked_with_a_few_sentences_in_sight(chat: Chat
     assert passages(long, 1) == ["Ann lives in Oslo.", "She sings!", "Has she a cat?", "No."]
     assert passages(long, 3) == ["Ann lives in Oslo. She sings! Has she a cat?", "No."]
     config = replace(CONFIG, excerpt_sentences=1, pairs_per_document=12)
-    fleet = Script(chat, author)
-    result = study(fleet, chat, [long, DOCUMENTS[1]], config, 0, 512)  # type: ignore[arg-type]
-    asked = [said for said in map(chat.decode, fleet.prompts) if said.endswith(STUDY_QA)]
+    pool = Script(chat, author)
+    result = study(pool, chat, [long, DOCUMENTS[1]], config, 0, 512)  # type: ignore[arg-type]
+    asked = [said for said in map(chat.decode, pool.prompts) if said.endswith(STUDY_QA)]
     asked = [said for said in asked if not said.startswith("fact")]
     seen = [said.removesuffix(STUDY_QA).strip() for said in asked]
     four = passages(long, 1)
@@ -232,8 +232,8 @@ def test_what_is_not_about_the_document_is_dropped_and_it_is_asked_about_again(
             return format_qa(f"elsewhere {number}?", "no"), "stop"
         return author(message, number)
 
-    fleet, result = written(chat, config=replace(CONFIG, full_document_share=1.0), who=wanders)
-    asked = {d: fleet.asked[f"{d}\n\n{STUDY_QA}"] for d in DOCUMENTS}
+    pool, result = written(chat, config=replace(CONFIG, full_document_share=1.0), who=wanders)
+    asked = {d: pool.asked[f"{d}\n\n{STUDY_QA}"] for d in DOCUMENTS}
     assert asked == {DOCUMENTS[0]: 30, DOCUMENTS[1]: 3 * 30}
     new = [t for t in result.trajectories if t.task_id.startswith(("answer-", "study-"))]
     assert new and {t.task_id.split("-")[1] for t in new} == {"0"}
@@ -276,20 +276,20 @@ def test_what_leaves_no_room_for_an_answer_is_not_asked(chat: ChatFormatter) -> 
             return f"{long} {number}?\nAnswer: guess", "stop"
         return author(message, number)
 
-    fleet = Script(chat, rambles)
+    pool = Script(chat, rambles)
     whole = [chat.prompt(with_experience(text, STUDY_QA)) for text in DOCUMENTS]
     length = max(map(len, whole)) + CONFIG.max_tokens + 20
-    result = study(fleet, chat, DOCUMENTS, CONFIG, 0, length)  # type: ignore[arg-type]
+    result = study(pool, chat, DOCUMENTS, CONFIG, 0, length)  # type: ignore[arg-type]
     assert any(text.task_id == "neighbour" for text in result.trajectories)
     assert any(text.task_id == "answer-0" for text in result.trajectories)
     read = [text.teacher_prompt_ids or text.prompt_ids for text in result.trajectories]
     assert not any(long in chat.decode(ids) for ids in read)
-    assert max(map(len, fleet.prompts)) <= length - CONFIG.max_tokens
+    assert max(map(len, pool.prompts)) <= length - CONFIG.max_tokens
 
 
 def test_neighbours_are_of_every_document(chat: ChatFormatter) -> None:
-    fleet = Script(chat, author)
-    sampler = TextSampler(fleet, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
+    pool = Script(chat, author)
+    sampler = TextSampler(pool, chat, CONFIG, 0, 512)  # type: ignore[arg-type]
     drafts = [replace(ANN, document=n, question=f"{w} {i}?")
               for n, w in enumerate(("Ann", "Bob")) for i in range(20)]  # fmt: skip
     ids = [chat.text(f"Question: {draft.question}") for draft in drafts]
@@ -298,7 +298,7 @@ def test_neighbours_are_of_every_document(chat: ChatFormatter) -> None:
         sampler, DOCUMENTS, asked, 10
     )  # fewer than the first document has questions
     for document in DOCUMENTS:
-        assert any(chat.decode(prompt).startswith(document) for prompt in fleet.prompts)
+        assert any(chat.decode(prompt).startswith(document) for prompt in pool.prompts)
 
 
 def test_probes_are_kept_out_of_training(chat: ChatFormatter) -> None:
@@ -358,9 +358,9 @@ def test_what_was_asked_on_earlier_nights_is_asked_again(chat: ChatFormatter) ->
     assert set(first.question_bank[: len(tonight)]) == tonight  # the least settled before the rest
     assert set(first.question_bank[len(tonight) :]) == free
     known = [*sorted(tonight)[:3], *(f"long ago {n}?" for n in range(150))]
-    fleet = Script(chat, author)
-    second = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, question_bank=known)  # type: ignore[arg-type]
-    assert fleet.asked[FREE_QA] == CONFIG.replay_questions // 2
+    pool = Script(chat, author)
+    second = study(pool, chat, DOCUMENTS, CONFIG, 0, 512, question_bank=known)  # type: ignore[arg-type]
+    assert pool.asked[FREE_QA] == CONFIG.replay_questions // 2
     rehearsed = [chat.decode(t.prompt_ids) for t in second.trajectories if t.task_id == "answer"]
     assert len(set(rehearsed)) == len(rehearsed)
     asked, waits = (
@@ -382,9 +382,9 @@ def test_what_was_asked_on_earlier_nights_is_asked_again(chat: ChatFormatter) ->
         512,  # type: ignore[arg-type]
     )
     assert none.question_bank == []
-    fleet = Script(chat, author)  # a few in the notebook stand in for a few
-    study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, question_bank=known[-9:])  # type: ignore[arg-type]
-    assert fleet.asked[FREE_QA] == CONFIG.replay_questions - 9
+    pool = Script(chat, author)  # a few in the notebook stand in for a few
+    study(pool, chat, DOCUMENTS, CONFIG, 0, 512, question_bank=known[-9:])  # type: ignore[arg-type]
+    assert pool.asked[FREE_QA] == CONFIG.replay_questions - 9
 
 
 HOMES = {  # names are rarer than what is asked about them
@@ -414,16 +414,16 @@ def test_the_same_fact_of_earlier_nights_is_not_rehearsed_twice(chat: ChatFormat
     def lives(message: str, number: int) -> tuple[str, str]:
         return ("Oslo", "stop") if message in known else author(message, number)
 
-    fleet = Script(chat, lives)
-    found = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, question_bank=known)  # type: ignore[arg-type]
+    pool = Script(chat, lives)
+    found = study(pool, chat, DOCUMENTS, CONFIG, 0, 512, question_bank=known)  # type: ignore[arg-type]
     asked = [chat.decode(t.prompt_ids) for t in found.trajectories if t.task_id == "answer"]
     assert [q for q in asked if q in known] == known[: len(HOMES)]
     assert set(known) <= set(found.question_bank)  # they had their turn
 
 
 def test_answers_are_sure_and_questions_are_not(chat: ChatFormatter) -> None:
-    fleet, result = written(chat)
-    heat = {tuple(p): s.temperature for p, s in zip(fleet.prompts, fleet.sampling, strict=True)}
+    pool, result = written(chat)
+    heat = {tuple(p): s.temperature for p, s in zip(pool.prompts, pool.sampling, strict=True)}
     for text in result.trajectories:
         answers = text.task_id.split("-")[0] in {"answer", "neighbour"} or "answer" in text.task_id
         asked = heat[tuple(text.teacher_prompt_ids or text.prompt_ids)]
@@ -451,8 +451,8 @@ def test_asking_about_what_it_reads_is_rehearsed(chat: ChatFormatter) -> None:
 
 def test_what_retention_asks_is_not_trained_on(chat: ChatFormatter) -> None:
     whole = written(chat)[1]
-    fleet = Script(chat, author)
-    result = study(fleet, chat, DOCUMENTS, CONFIG, 0, 512, hold_out=0.25)  # type: ignore[arg-type]
+    pool = Script(chat, author)
+    result = study(pool, chat, DOCUMENTS, CONFIG, 0, 512, hold_out=0.25)  # type: ignore[arg-type]
 
     def asked(of: Study) -> list[str]:
         return [chat.decode(t.prompt_ids) for t in of.trajectories if t.task_id == "answer"]
@@ -516,9 +516,9 @@ def test_it_says_how_much_is_written(chat: ChatFormatter) -> None:
 
 
 def test_what_is_stated_is_rehearsed_where_its_own_answer_bears_it_out(chat: ChatFormatter) -> None:
-    fleet, result = written(chat)
+    pool, result = written(chat)
     count = CONFIG.replay_questions // 4
-    assert fleet.asked[FREE_FACT] == count
+    assert pool.asked[FREE_FACT] == count
     stated = {n for n in range(count) if n % 4 != 3}  # the others were not whole
     facts = [t for t in result.trajectories if t.task_id == "recalled"]
     assert {chat.decode(t.response_ids) for t in facts} == {f"fact {n}" for n in stated if n % 2}
@@ -544,10 +544,10 @@ def test_neighbours_begin_as_tonights_questions_do_and_need_no_document(
         )
         return way.removeprefix(begun.strip()) + "\nAnswer: Bergen", "stop"
 
-    fleet = Script(chat, wanders)
+    pool = Script(chat, wanders)
     config = replace(CONFIG, assistant_prefix="Question:")
     for settings in (CONFIG, config):
-        sampler = TextSampler(fleet, chat, settings, 0, 512)  # type: ignore[arg-type]
+        sampler = TextSampler(pool, chat, settings, 0, 512)  # type: ignore[arg-type]
         asked = _about(sampler, DOCUMENTS, [ANN]).values()
         rows = sample_near_questions(sampler, DOCUMENTS, list(asked), 40)
         found = {chat.decode(row.prompt_ids) for row in rows}
@@ -584,22 +584,22 @@ def test_a_question_is_cut_off_where_it_would_have_gone_on_otherwise(chat: ChatF
 
 
 def test_only_whole_texts_are_kept_and_all_are_counted(chat: ChatFormatter) -> None:
-    fleet, result = written(chat)
+    pool, result = written(chat)
     assert all(t.finish_reason == "stop" for t in result.trajectories)
     assert all(t.response_ids[-1] == chat.end for t in result.trajectories)
-    assert result.written == len(fleet.prompts)
+    assert result.written == len(pool.prompts)
     # Of 30 and of 60 questions every seventh is long, and every fifth of the others no pair; of
     # the facts every fourth is long.
     assert result.malformed == 2 * (4 + 6) + (8 + 11) + 2 * 2 + 3
 
 
 def test_uids_and_seeds_are_all_different_and_repeat(chat: ChatFormatter) -> None:
-    fleet, result = written(chat)
+    pool, result = written(chat)
     uids = [t.uid for t in result.trajectories]
     assert len(set(uids)) == len(uids)
-    seeds = [s.seed for s in fleet.sampling]
+    seeds = [s.seed for s in pool.sampling]
     assert None not in seeds and len(set(seeds)) == len(seeds)
-    assert {s.max_tokens for s in fleet.sampling} == {32}
+    assert {s.max_tokens for s in pool.sampling} == {32}
     again, same = written(chat)
     assert [s.seed for s in again.sampling] == seeds
     assert same.trajectories == result.trajectories and same.probes == result.probes
@@ -641,11 +641,11 @@ def test_no_replay_and_no_usable_pair(chat: ChatFormatter) -> None:
 def test_a_document_that_does_not_fit_is_refused_before_anything_is_written(
     chat: ChatFormatter,
 ) -> None:
-    fleet = Script(chat, author)
+    pool = Script(chat, author)
     with pytest.raises((ValueError, ConfigError), match=r"model\.max_length=64") as caught:
-        study(fleet, chat, ["word " * 30], CONFIG, 0, 64)  # type: ignore[arg-type]
+        study(pool, chat, ["word " * 30], CONFIG, 0, 64)  # type: ignore[arg-type]
     assert "raise model.max_length" in str(caught.value)
-    assert fleet.prompts == []
+    assert pool.prompts == []
 
 
 def test_a_study_is_saved_without_its_trajectories(chat: ChatFormatter, tmp_path: Path) -> None:

@@ -211,9 +211,9 @@ def test_trap_6_no_gather_beside_a_collective_that_hangs(error: type[Exception])
         rank=0, export=export, long_barrier=lambda: None, options=SimpleNamespace(gpu=False),
         make_canary=lambda ids: Canary(ids, [], 1.0),
     )  # fmt: skip
-    fleet: Any = SimpleNamespace(begin=lambda: None, send=send)
+    pool: Any = SimpleNamespace(begin=lambda version: None, send=send)
     with pytest.raises(error):
-        publish(learner, fleet, [1, 2])
+        publish(learner, pool, [1, 2])
     assert gathers == ([0] if error is StuckTransport else [0, 1, 2, 3, 4])
 
 
