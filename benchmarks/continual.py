@@ -404,7 +404,7 @@ def laboratory(
     config = cfg.load(None, [levels, *SETTINGS, *sets, *words])
     work.mkdir(parents=True, exist_ok=True)
     base, empty = work / f"base{variant}", new_slots(config)
-    growth_named(config.memory.growth).prepare(
+    growth_named(config.memory.growth).add_slots(
         find_model(config), base, empty.pools, empty.width, "float32"
     )
     with socket.socket() as free:

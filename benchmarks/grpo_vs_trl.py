@@ -133,7 +133,7 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
     from sleeprl.text.chat import ChatFormatter
     from sleeprl.trainer.batching import TrainingExample
     from sleeprl.trainer.options import TrainerOptions
-    from sleeprl.trainer.publish import publish
+    from sleeprl.trainer.publish import publish_weights
     from sleeprl.trainer.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as scratch, cluster(ResourcesConfig()):
@@ -180,7 +180,7 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
             ]
             learner.step(rows, parts, loss)
             clock.lap("learn")
-            publish(learner, pool, prompts[0])
+            publish_weights(learner, pool, prompts[0])
             clock.lap("publish")
             clock.tick(fmean(rewards), fmean(lengths))
             if not ahead and step + 1 < steps:

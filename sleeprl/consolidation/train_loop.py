@@ -35,7 +35,7 @@ from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.checkpoint import TrainerCheckpoint
 from sleeprl.trainer.options import TrainerOptions
-from sleeprl.trainer.publish import publish, save_trained
+from sleeprl.trainer.publish import publish_weights, save_trained
 from sleeprl.trainer.teacher import Teachers
 from sleeprl.trainer.trainer import Trainer
 
@@ -181,7 +181,7 @@ class TrainWorker:
             self._save_checkpoint(step)
         if not reads_rollouts:
             return
-        self.rollout_metrics.update(publish(self.trainer, self.engines, self.job.canary))
+        self.rollout_metrics.update(publish_weights(self.trainer, self.engines, self.job.canary))
         if self.rank == 0:
             rng = random.Random(f"{self.job.seed}-rollouts-{step}")
             old = round(config.rollout_prompts * self.data.replay_share)
@@ -288,7 +288,7 @@ class TrainWorker:
             self._keep_for_lake(drawn, pending.wait(), None)
         self._write_lake()
         self.trainer.finalise()
-        publish(self.trainer, self.engines, self.job.canary)
+        publish_weights(self.trainer, self.engines, self.job.canary)
         if self.job.output:
             save_trained(self.trainer, Path(self.job.output), self.job.canary)
         end = {

@@ -48,7 +48,7 @@ from sleeprl.text.prompts import parse_qa
 from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.checkpoint import TrainerCheckpoint
 from sleeprl.trainer.options import TrainerOptions
-from sleeprl.trainer.publish import publish, save_trained
+from sleeprl.trainer.publish import publish_weights, save_trained
 from sleeprl.trainer.trainer import Trainer
 from sleeprl.utils.files import atomic_directory
 
@@ -138,7 +138,9 @@ class DreamTrainer(RemoteActor):
         # Collective, so first: what follows may fail on rank 0 alone.
         expert = self.learner.gather_expert()
         with Watchdog(WAITS, self.job.stall_seconds):
-            metrics: dict[str, Any] = publish(self.learner, self.pool, self.job.canary, version)
+            metrics: dict[str, Any] = publish_weights(
+                self.learner, self.pool, self.job.canary, version
+            )
         if self.rank != 0:
             return None
         unverified = int(metrics.pop("stale_engines"))

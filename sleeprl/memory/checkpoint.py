@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.gated_mlp import COLUMN_DIM, PROJECTIONS, mlps, require_projections
 from sleeprl.memory.slots import Slots
 from sleeprl.utils.files import atomic_directory
@@ -105,33 +106,23 @@ def training_name(name: str) -> str:
     return name.replace(".mlp.", ".mlp.expert.")
 
 
-def fold(
-    checkpoint: Path,
-    slots: Slots,
-    slot: int,
-    expert: Mapping[str, Tensor],
-    *,
-    reset: Collection[int] = (),
-    wake: Mapping[str, Tensor] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """The MLP tensors of ``checkpoint`` with ``expert`` written into ``slot``.
+def fold(checkpoint: Path, slots: Slots, update: ExpertUpdate) -> Iterator[tuple[str, Tensor]]:
+    """Yield the MLP tensors of a checkpoint after an update.
 
-    Before that, and in this order: ``wake`` (accumulated gradients by checkpoint name)
-    is subtracted, and the slots in ``reset`` are emptied.
-
-    Yields whole fused groups (gate, up and down of a layer): an engine that packs
+    They come as whole fused groups (gate, up and down of a layer): an engine that packs
     gate and up together computes nonsense when it is sent only one of them.
     """
-    require_projections(wake or {}, expert)
+    expert, gradients = update.expert, update.wake_gradients or {}
+    require_projections(gradients, expert)
     with safe_open(checkpoint / WEIGHTS, framework="pt") as base:
         for name in sorted(expert, key=layer_order):
             tensor = base.get_tensor(name)
-            if wake and name in wake:
-                tensor = (tensor.float() - wake[name]).to(tensor.dtype)
+            if name in gradients:
+                tensor = (tensor.float() - gradients[name]).to(tensor.dtype)
             dim = COLUMN_DIM[name.split(".")[-2]]
-            for emptied in reset:
+            for emptied in update.reset:
                 columns_of(tensor, dim, slots, emptied).zero_()
-            columns_of(tensor, dim, slots, slot).copy_(expert[name])
+            columns_of(tensor, dim, slots, update.slot).copy_(expert[name])
             yield name, tensor
 
 
@@ -152,25 +143,16 @@ def all_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     yield from load_file(checkpoint / WEIGHTS).items()
 
 
-def write_grown(
-    checkpoint: Path,
-    target: Path,
-    slots: Slots,
-    slot: int,
-    expert: Mapping[str, Tensor],
-    *,
-    reset: Collection[int] = (),
-    wake: Mapping[str, Tensor] | None = None,
-) -> Slots:
-    """Write the grown model into the directory ``target``: plain checkpoint plus slot layout.
+def write_grown(checkpoint: Path, target: Path, slots: Slots, update: ExpertUpdate) -> Slots:
+    """Write the grown model into ``target``, a plain checkpoint and the layout of its slots.
 
-    The *update* stage (method.md 2.3): what is accumulated in wake is applied, the
-    sender's slots are reset, the expert is written; see ``fold``.
+    Returns:
+        That layout.
     """
-    grown = slots.freed(reset).filled(slot)
+    grown = update.layout_after(slots)
     shutil.copytree(checkpoint, target, dirs_exist_ok=True)
     tensors = load_file(checkpoint / WEIGHTS)
-    tensors.update(fold(checkpoint, slots, slot, expert, reset=reset, wake=wake))
+    tensors.update(fold(checkpoint, slots, update))
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
     grown.save(target)
     return grown

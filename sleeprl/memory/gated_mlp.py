@@ -32,14 +32,14 @@ class UnsupportedModel(ValueError):
 class Expert(nn.Module):
     """down(act(gate(x)) * up(x)) with ``width`` hidden units; zero at birth (down = 0).
 
-    routed: with a gate of its own that opens or closes all its units at once: one
+    gated: with a gate of its own that opens or closes all its units at once: one
         direction r, so that gate(x) becomes gate(x) + r . x. A unit far below zero is silent
         (silu, gelu). It is no more than r added to every row of the gate projection, which is
         how a checkpoint has it (``checkpoint.expert_tensors``): no router is ever served.
     """
 
     def __init__(
-        self, hidden: int, width: int, act: nn.Module, dtype: torch.dtype, routed: bool = False
+        self, hidden: int, width: int, act: nn.Module, dtype: torch.dtype, gated: bool = False
     ) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden, width, bias=False, dtype=dtype)
@@ -49,7 +49,7 @@ class Expert(nn.Module):
         for projection in (self.gate_proj, self.up_proj):
             nn.init.normal_(projection.weight, std=hidden**-0.5)
         nn.init.zeros_(self.down_proj.weight)
-        self.router = nn.Linear(hidden, 1, bias=False, dtype=dtype) if routed else None
+        self.router = nn.Linear(hidden, 1, bias=False, dtype=dtype) if gated else None
         if self.router is not None:
             nn.init.zeros_(self.router.weight)
 
@@ -86,13 +86,13 @@ class ModuleWithExpert(nn.Module):
         self.slot = slot
         self.smaller = smaller
         self.enabled = enabled
-        self.listener: ActivationMeter | None = None
+        self.meter: ActivationMeter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        base, said = self.base(x), self.expert(x)
-        if self.listener is not None:
-            self.listener(base, said)
-        return base + float(self.enabled) * said
+        base, expert_out = self.base(x), self.expert(x)
+        if self.meter is not None:
+            self.meter(base, expert_out)
+        return base + float(self.enabled) * expert_out
 
 
 class ActivationMeter:
@@ -105,11 +105,11 @@ class ActivationMeter:
         self.weights_BT = weights_BT
         self.total = weights_BT.new_zeros(())
 
-    def __call__(self, base_BTH: Tensor, said_BTH: Tensor) -> None:
+    def __call__(self, base_BTH: Tensor, expert_BTH: Tensor) -> None:
         at = self.weights_BT != 0
         base_N = base_BTH.detach()[at].float().square().sum(-1)
-        said_N = said_BTH[at].float().square().sum(-1)
-        self.total = self.total + (self.weights_BT[at] * said_N / base_N.clamp(min=1e-6)).sum()
+        expert_N = expert_BTH[at].float().square().sum(-1)
+        self.total = self.total + (self.weights_BT[at] * expert_N / base_N.clamp(min=1e-6)).sum()
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -164,13 +164,13 @@ def shrink(model: nn.Module, columns: list[int]) -> None:
 
 
 def grow(
-    model: nn.Module, width: int, seed: int, slot: int | None = None, *, routed: bool = False
+    model: nn.Module, width: int, seed: int, slot: int | None = None, *, gated: bool = False
 ) -> list[nn.Parameter]:
     """Put one expert beside every MLP and freeze all else; returns the new parameters.
 
     Deterministic by ``seed``, whatever else drew random numbers before.
     """
-    return put_beside(model, mlps(model), lambda mlp: _newborn(mlp, width, routed), seed, slot)
+    return put_beside(model, mlps(model), lambda mlp: _newborn(mlp, width, gated), seed, slot)
 
 
 def put_beside(
@@ -193,10 +193,10 @@ def put_beside(
     return fresh
 
 
-def _newborn(mlp: nn.Module, width: int, routed: bool = False) -> Expert:
+def _newborn(mlp: nn.Module, width: int, gated: bool = False) -> Expert:
     weight = projection(mlp, "gate_proj").weight
     act = getattr(innermost(mlp), "act_fn")  # noqa: B009 - a submodule, not a tensor
-    return Expert(weight.shape[1], width, act, weight.dtype, routed)
+    return Expert(weight.shape[1], width, act, weight.dtype, gated)
 
 
 def _cut(mlp: nn.Module, columns: slice) -> Expert:
@@ -222,14 +222,14 @@ def smaller_self(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def become_smaller(model: nn.Module) -> None:
+def become_smaller_self(model: nn.Module) -> None:
     """The smaller self for good."""
     for module in model.modules():
         if isinstance(module, ModuleWithExpert):
             module.enabled = module.smaller
 
 
-def keep_held(model: nn.Module) -> None:
+def enable_teacher_slots(model: nn.Module) -> None:
     """The larger self with all that the smaller self has, for good: nothing was reset."""
     for module in model.modules():
         if isinstance(module, ModuleWithExpert) and module.smaller:
@@ -242,14 +242,14 @@ def measure_activity(model: nn.Module, weights_BT: Tensor) -> Iterator[Activatio
     newborn = [
         m for m in model.modules() if isinstance(m, ModuleWithExpert) and _is_trained(m.expert)
     ]
-    listener = ActivationMeter(weights_BT / max(1, len(newborn)))
+    meter = ActivationMeter(weights_BT / max(1, len(newborn)))
     try:
         for module in newborn:
-            module.listener = listener
-        yield listener
+            module.meter = meter
+        yield meter
     finally:
         for module in newborn:
-            module.listener = None
+            module.meter = None
 
 
 def _is_trained(module: nn.Module) -> bool:
@@ -280,28 +280,32 @@ def load_training_form(
     directory: Path,
     slots: Slots,
     dtype: torch.dtype,
-    held: Collection[int] = (),
-    wake: Mapping[str, Tensor] | None = None,
+    teacher_only_slots: Collection[int] = (),
+    wake_gradients: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """A checkpoint with only its occupied columns, in eval mode on the CPU.
+    """Load a checkpoint with only its occupied columns, in eval mode on the CPU.
 
-    held: slots that only the smaller self has (``Transfer.held``): frozen experts
-        beside the MLPs, each with its switch.
-    wake: gradients accumulated for the sender's base, by checkpoint name and at the
-        checkpoint's width. The larger self has them applied, the smaller self not
-        (the *compute* stage, method.md 2.3).
+    Args:
+        directory: The checkpoint.
+        slots: Its layout.
+        dtype: Type of the parameters.
+        teacher_only_slots: Slots that only the smaller self has (``Transfer.teacher_only``):
+            frozen experts beside the MLPs, each with its switch.
+        wake_gradients: Gradients accumulated for the sender's base, by checkpoint name and at the
+            checkpoint's width. The larger self has them applied, the smaller self not (the
+            *compute* stage, method.md 2.3).
     """
     from transformers import AutoModelForCausalLM
 
-    slots.require_used(held)
+    slots.require_used(teacher_only_slots)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     cut = {
         slot: [(name, _cut(mlp, slots.columns(slot))) for name, mlp in mlps(model)]
-        for slot in sorted(held)
+        for slot in sorted(teacher_only_slots)
     }
-    columns = slots.occupied_columns(set(slots.used) - set(held))
+    columns = slots.occupied_columns(set(slots.used) - set(teacher_only_slots))
     shrink(model, columns)
-    apply_in_larger_self(model, wake or {}, torch.tensor(columns))
+    apply_in_larger_self(model, wake_gradients or {}, torch.tensor(columns))
     for slot, experts in cut.items():
         for name, expert in experts:
             mlp = model.get_submodule(name)
@@ -312,11 +316,11 @@ def load_training_form(
 
 
 def apply_in_larger_self(
-    model: nn.Module, wake: Mapping[str, Tensor], columns: Tensor | None = None
+    model: nn.Module, gradients: Mapping[str, Tensor], columns: Tensor | None = None
 ) -> None:
     """Projections W that the larger self sees as W - g: (W - g) x = W x + (-g) x.
 
-    wake: g by the name of W, a projection of an MLP. columns: those of g that W still
+    gradients: g by the name of W, a projection of an MLP. columns: those of g that W still
     has; all by default.
     """
     places = {
@@ -324,8 +328,8 @@ def apply_in_larger_self(
         for name, mlp in mlps(model)
         for part in PROJECTIONS
     }
-    require_projections(wake, places)
-    for name, gradient in wake.items():
+    require_projections(gradients, places)
+    for name, gradient in gradients.items():
         mlp, part = places[name]
         layer = mlp.get_submodule(part)
         weight = projection(mlp, part).weight
@@ -337,7 +341,7 @@ def apply_in_larger_self(
         mlp.set_submodule(part, ModuleWithExpert(layer, shift.requires_grad_(False)))
 
 
-def require_projections(wake: Mapping[str, Tensor], known: Collection[str]) -> None:
-    """Raises ValueError for a gradient of something else than an MLP projection."""
-    if unknown := sorted(set(wake) - set(known)):
+def require_projections(gradients: Mapping[str, Tensor], known: Collection[str]) -> None:
+    """Raise ValueError for a gradient of something else than an MLP projection."""
+    if unknown := sorted(set(gradients) - set(known)):
         raise ValueError(f"wake has gradients for {unknown}; only MLP projections learn in wake")

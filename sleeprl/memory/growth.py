@@ -1,7 +1,7 @@
 """How a model grows: one protocol for the gated-MLP and the low-rank expert.
 
 Which of them a checkpoint's slots hold is in its ``slots.json``; ``growth_of`` gives it.
-Switching is the same for both: ``experts.smaller_self`` and ``experts.switched``.
+Switching is the same for both: ``gated_mlp.smaller_self`` and ``gated_mlp.switched``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sleeprl.memory import checkpoint as ckpt
-from sleeprl.memory import gated_mlp as experts
+from sleeprl.memory import gated_mlp
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.slots import FILE, LOW_RANK, Slots
 from sleeprl.memory.transfer import Merge, Step
 from sleeprl.plugins import create
@@ -24,19 +25,23 @@ from sleeprl.plugins import create
 class Growth(Protocol):
     """A kind of expert, and the checkpoints that have room for it.
 
-    Function preserving: at birth the training form's logits are the same to the bit;
-    every written form computes what the training form did, within the dtype's rounding.
-    An expert is a mapping from checkpoint names to its tensors (``checkpoint.expert_tensors``
-    of a training form). wake, where it is taken: gradients accumulated for the sender's
-    base (``wake_learning``), by checkpoint name; the update subtracts them.
+    Guarantees:
+
+    * At birth the training form's logits are the same to the bit.
+    * Every written form computes what the training form did, within the dtype's rounding.
     """
 
-    def prepare(
+    def add_slots(
         self, source: Path, target: Path, pools: Sequence[int], width: int, dtype: str
     ) -> Slots:
-        """Write ``source`` with empty slots of ``width``: ``pools[l]`` of them for level l + 1.
+        """Write a checkpoint again with empty slots; one that has slots already is copied.
 
-        A checkpoint that already has slots is copied with the slots it has.
+        Args:
+            source: Directory of a Hugging Face checkpoint.
+            target: Directory to write.
+            pools: Number of slots of each level, fastest first.
+            width: Hidden units, or rank, of a slot.
+            dtype: torch's name of the parameters' type.
         """
 
     def load(
@@ -44,10 +49,19 @@ class Growth(Protocol):
         directory: Path,
         slots: Slots,
         dtype: torch.dtype,
-        held: Collection[int] = (),
-        wake: Mapping[str, Tensor] | None = None,
+        teacher_only_slots: Collection[int] = (),
+        wake_gradients: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
-        """The training form. held: slots that only the smaller self has (``Transfer.held``)."""
+        """Return the training form, in eval mode on the CPU.
+
+        Args:
+            directory: A checkpoint with slots.
+            slots: Its layout.
+            dtype: Type of the parameters.
+            teacher_only_slots: Slots that only the smaller self has (``Transfer.teacher_only``).
+            wake_gradients: Accumulated gradients by checkpoint name, which only the larger self
+                has applied (the *compute* stage, method.md 2.3).
+        """
 
     def grow(
         self,
@@ -56,58 +70,46 @@ class Growth(Protocol):
         seed: int,
         slot: int | None = None,
         *,
-        routed: bool = False,
+        gated: bool = False,
     ) -> list[nn.Parameter]:
-        """A newborn expert, the only thing that gets gradients; returns its parameters.
+        """Add a new expert, the only thing that gets gradients, and return its parameters.
 
-        routed: with a gate of its own (``experts.Expert``), where the kind has one.
+        Args:
+            model: A training form.
+            width: Hidden units, or rank, of the expert.
+            seed: Of its first weights.
+            slot: Where it will live.
+            gated: Give it a gate of its own (``gated_mlp.Expert``), where the kind has one.
         """
 
     def fold(
-        self,
-        checkpoint: Path,
-        slots: Slots,
-        slot: int,
-        expert: Mapping[str, Tensor],
-        *,
-        reset: Collection[int] = (),
-        wake: Mapping[str, Tensor] | None = None,
+        self, checkpoint: Path, slots: Slots, update: ExpertUpdate
     ) -> Iterator[tuple[str, Tensor]]:
-        """Dense MLP tensors of the larger self, for an engine; whole layers."""
+        """Yield the dense MLP tensors of the larger self for an engine, whole layers at a time."""
 
     def tensors(self, checkpoint: Path, slots: Slots) -> Iterator[tuple[str, Tensor]]:
-        """Dense MLP tensors of the checkpoint as it is: what takes ``fold`` back."""
+        """Yield the dense MLP tensors of the checkpoint as it is, which take ``fold`` back."""
 
-    def write(
-        self,
-        checkpoint: Path,
-        target: Path,
-        slots: Slots,
-        slot: int,
-        expert: Mapping[str, Tensor],
-        *,
-        reset: Collection[int] = (),
-        wake: Mapping[str, Tensor] | None = None,
-    ) -> Slots:
-        """The *update* stage: apply ``wake``, empty ``reset``, fill ``slot``; a new checkpoint."""
+    def write(self, checkpoint: Path, target: Path, slots: Slots, update: ExpertUpdate) -> Slots:
+        """Write the checkpoint after the update, and return its layout."""
 
     def merge(self, checkpoint: Path, target: Path, slots: Slots, slot: int) -> Slots:
-        """A checkpoint in which ``slot`` is part of the base, and free."""
+        """Write a checkpoint in which ``slot`` is part of the base and free; return its layout."""
 
     def export(self, checkpoint: Path, target: Path) -> None:
-        """A plain checkpoint, without slots, that computes the same."""
+        """Write a plain checkpoint, without slots, that computes the same."""
 
 
 class GatedMLPGrowth:
     """Growth by gated-MLP experts: the checkpoint is a plain, wider model at any time."""
 
-    def prepare(
+    def add_slots(
         self, source: Path, target: Path, pools: Sequence[int], width: int, dtype: str
     ) -> Slots:
         return ckpt.widen(source, target, sum(pools), width, dtype, pools)
 
-    load = staticmethod(experts.load_training_form)
-    grow = staticmethod(experts.grow)
+    load = staticmethod(gated_mlp.load_training_form)
+    grow = staticmethod(gated_mlp.grow)
     fold = staticmethod(ckpt.fold)
     write = staticmethod(ckpt.write_grown)
     merge = staticmethod(ckpt.write_merged)
@@ -122,19 +124,22 @@ class GatedMLPGrowth:
 
 
 def growth_named(name: str) -> Growth:
-    """By short name (``gated_mlp``, ``low_rank``), entry point or dotted path."""
+    """Return a growth by short name (``gated_mlp``, ``low_rank``), entry point or dotted path."""
     growth: Growth = create(name, "growth", {})
     return growth
 
 
 def growth_of(slots: Slots) -> Growth:
-    """The growth that a checkpoint's slots are for."""
+    """Return the growth that a checkpoint's slots are for."""
     return growth_named(slots.growth)
 
 
 def engine_extra_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]] | None:
-    """What an engine that has loaded a checkpoint must be sent still, if anything: of a low-rank model
-    the slots, which lie beside its weights, as the dense tensors that they make."""
+    """Return what an engine that has loaded a checkpoint must be sent still, if anything.
+
+    The slots of a low-rank model lie beside its weights; they are sent as the dense tensors that
+    they make.
+    """
     slots = Slots.load(checkpoint)
     if slots is None or slots.growth != LOW_RANK or not slots.used:
         return None
@@ -147,15 +152,28 @@ def update(
     slots: Slots,
     step: Step,
     expert: Mapping[str, Tensor] | None = None,
-    wake: Mapping[str, Tensor] | None = None,
+    wake_gradients: Mapping[str, Tensor] | None = None,
 ) -> Slots:
     """Carry out one step of ``transfer.plan``: write the model after it into ``target``.
 
-    expert: what was trained for a ``Transfer``; a ``Merge`` needs none.
+    Args:
+        checkpoint: The model before the step.
+        target: Directory to write.
+        slots: Layout of the checkpoint.
+        step: A ``Transfer`` or a ``Merge``.
+        expert: What was trained for a ``Transfer``; a ``Merge`` needs none.
+        wake_gradients: See ``ExpertUpdate``.
+
+    Returns:
+        The layout after the step.
+
+    Raises:
+        ValueError: A transfer without its expert.
     """
     growth = growth_of(slots)
     if isinstance(step, Merge):
         return growth.merge(checkpoint, target, slots, step.slot)
     if expert is None:
         raise ValueError(f"the transfer into slot {step.slot} needs the expert that was trained")
-    return growth.write(checkpoint, target, slots, step.slot, expert, reset=step.reset, wake=wake)
+    change = ExpertUpdate(step.slot, expert, step.reset, wake_gradients)
+    return growth.write(checkpoint, target, slots, change)

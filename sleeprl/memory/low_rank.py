@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sleeprl.memory.checkpoint import WAKE, WEIGHTS, columns_of, mlp_tensors
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.gated_mlp import (
     PROJECTIONS,
     ModuleWithExpert,
@@ -57,7 +58,7 @@ class LowRank(nn.Module):
 class LowRankGrowth:
     """Growth by low-rank experts; see ``growth.Growth`` for what each method promises."""
 
-    def prepare(
+    def add_slots(
         self, source: Path, target: Path, pools: Sequence[int], width: int, dtype: str
     ) -> Slots:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,14 +91,14 @@ class LowRankGrowth:
         directory: Path,
         slots: Slots,
         dtype: torch.dtype,
-        held: Collection[int] = (),
-        wake: Mapping[str, Tensor] | None = None,
+        teacher_only_slots: Collection[int] = (),
+        wake_gradients: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        slots.require_used(held)
+        slots.require_used(teacher_only_slots)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-        apply_in_larger_self(model, wake or {})
+        apply_in_larger_self(model, wake_gradients or {})
         factors = _read_adapter(directory)
         for slot in slots.used:
             for name, layer in _projections(model):
@@ -108,7 +109,7 @@ class LowRankGrowth:
                         weight = expert.get_parameter(f"{factor}.weight")
                         weight.copy_(columns_of(whole, dim, slots, slot))
                 grown = ModuleWithExpert(
-                    layer, expert, slot, smaller=True, enabled=slot not in held
+                    layer, expert, slot, smaller=True, enabled=slot not in teacher_only_slots
                 )
                 model.set_submodule(name, grown)
         return model.eval().requires_grad_(False)
@@ -120,46 +121,29 @@ class LowRankGrowth:
         seed: int,
         slot: int | None = None,
         *,
-        routed: bool = False,
+        gated: bool = False,
     ) -> list[nn.Parameter]:
-        if routed:
+        if gated:
             raise ValueError("a low-rank expert has no units that a gate of its own could close")
         make: Callable[[nn.Module], nn.Module] = lambda layer: _newborn(layer, width)  # noqa: E731
         return put_beside(model, _projections(model), make, seed, slot)
 
     def fold(
-        self,
-        checkpoint: Path,
-        slots: Slots,
-        slot: int,
-        expert: Mapping[str, Tensor],
-        *,
-        reset: Collection[int] = (),
-        wake: Mapping[str, Tensor] | None = None,
+        self, checkpoint: Path, slots: Slots, update: ExpertUpdate
     ) -> Iterator[tuple[str, Tensor]]:
-        grown = slots.freed(reset).filled(slot)
-        factors = _put(_read_adapter(checkpoint), slots, slot, expert, reset)
-        yield from _merge(checkpoint, factors, grown, grown.used, wake)
+        grown = update.layout_after(slots)
+        factors = _put(_read_adapter(checkpoint), slots, update)
+        yield from _merge(checkpoint, factors, grown, grown.used, update.wake_gradients)
 
     def tensors(self, checkpoint: Path, slots: Slots) -> Iterator[tuple[str, Tensor]]:
         yield from _merge(checkpoint, _read_adapter(checkpoint), slots, slots.used)
 
-    def write(
-        self,
-        checkpoint: Path,
-        target: Path,
-        slots: Slots,
-        slot: int,
-        expert: Mapping[str, Tensor],
-        *,
-        reset: Collection[int] = (),
-        wake: Mapping[str, Tensor] | None = None,
-    ) -> Slots:
-        grown = slots.freed(reset).filled(slot)
-        factors = _put(_read_adapter(checkpoint), slots, slot, expert, reset)
+    def write(self, checkpoint: Path, target: Path, slots: Slots, update: ExpertUpdate) -> Slots:
+        grown, gradients = update.layout_after(slots), update.wake_gradients
+        factors = _put(_read_adapter(checkpoint), slots, update)
         shutil.copytree(checkpoint, target, dirs_exist_ok=True)
-        if wake:
-            _write_weights(checkpoint, target, _merge(checkpoint, factors, grown, (), wake))
+        if gradients:
+            _write_weights(checkpoint, target, _merge(checkpoint, factors, grown, (), gradients))
         _write_adapter(target / ADAPTER, factors)
         grown.save(target)
         return grown
@@ -169,7 +153,7 @@ class LowRankGrowth:
         factors = _read_adapter(checkpoint)
         shutil.copytree(checkpoint, target, dirs_exist_ok=True)
         _write_weights(checkpoint, target, _merge(checkpoint, factors, slots, [slot]))
-        _write_adapter(target / ADAPTER, _put(factors, slots, None, {}, [slot]))
+        _write_adapter(target / ADAPTER, _empty(factors, slots, [slot]))
         merged.save(target)
         return merged
 
@@ -218,21 +202,22 @@ def _rank_dim(name: str) -> int:
     return RANK_DIM[name.split(".")[-2]]
 
 
-def _put(
-    factors: Mapping[str, Tensor],
-    slots: Slots,
-    slot: int | None,
-    expert: Mapping[str, Tensor],
-    reset: Collection[int],
+def _put(factors: Mapping[str, Tensor], slots: Slots, update: ExpertUpdate) -> dict[str, Tensor]:
+    """Return the adapter's tensors with slots emptied and the expert in its slot."""
+    changed = _empty(factors, slots, update.reset)
+    for name, tensor in changed.items():
+        columns_of(tensor, _rank_dim(name), slots, update.slot).copy_(update.expert[name])
+    return changed
+
+
+def _empty(
+    factors: Mapping[str, Tensor], slots: Slots, reset: Collection[int]
 ) -> dict[str, Tensor]:
-    """The adapter's tensors with ``reset`` emptied and ``expert`` in ``slot``."""
+    """Return copies of the adapter's tensors with the slots ``reset`` zero."""
     changed = {name: tensor.clone() for name, tensor in factors.items()}
     for name, tensor in changed.items():
-        dim = _rank_dim(name)
-        for emptied in reset:
-            columns_of(tensor, dim, slots, emptied).zero_()
-        if slot is not None:
-            columns_of(tensor, dim, slots, slot).copy_(expert[name])
+        for slot in reset:
+            columns_of(tensor, _rank_dim(name), slots, slot).zero_()
     return changed
 
 
@@ -241,10 +226,10 @@ def _merge(
     factors: Mapping[str, Tensor],
     slots: Slots,
     on: Collection[int],
-    wake: Mapping[str, Tensor] | None = None,
+    wake_gradients: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every MLP weight as W - g + SCALE * B A over the slots ``on``; whole layers, in float32."""
-    gradients = wake or {}
+    """Yield every MLP weight as W - g + SCALE * B A over the slots ``on``; whole layers, in float32."""
+    gradients = wake_gradients or {}
     ranks = torch.tensor(slots.occupied_columns(on), dtype=torch.long)
     base = dict(mlp_tensors(checkpoint))
     require_projections(gradients, base)

@@ -36,7 +36,7 @@ class Transfer:
     student_on: slots of the larger self while it learns; ``slot`` among them, with its
         new content.
     slot: the one to be trained; nothing else changes while it is.
-    reset: slots emptied afterwards: ``held``, or none where a level keeps what it handed
+    reset: slots emptied afterwards: ``teacher_only``, or none where a level keeps what it handed
         on. A level that is distilled into itself has ``slot`` among them: it is emptied
         first, then takes the new expert.
     """
@@ -54,8 +54,8 @@ class Transfer:
         return self.sender == CONTEXT
 
     @property
-    def held(self) -> tuple[int, ...]:
-        """Slots whose content only the teacher has: those of the sender."""
+    def teacher_only(self) -> tuple[int, ...]:
+        """The slots whose content only the teacher has: those of the sender."""
         beside = set(self.student_on) - {self.slot}
         return tuple(slot for slot in self.teacher_on if slot not in beside)
 
@@ -158,7 +158,7 @@ def _room(slots: Slots, when_full: WhenFull) -> tuple[Step, ...]:
 
 
 def _transfer(slots: Slots, sender: int, receiver: int, slot: int, reset: bool = True) -> Transfer:
-    held = () if sender == CONTEXT else slots.used_in(sender)
-    beside = tuple(number for number in slots.used if number not in held)
-    emptied = held if reset else ()
+    teacher_only = () if sender == CONTEXT else slots.used_in(sender)
+    beside = tuple(number for number in slots.used if number not in teacher_only)
+    emptied = teacher_only if reset else ()
     return Transfer(sender, receiver, slots.used, (*beside, slot), slot, emptied)

@@ -20,6 +20,7 @@ from torch import Tensor
 from sleeprl.config.schema import NightConfig
 from sleeprl.data.lake import Lake
 from sleeprl.memory.checkpoint import EXPERT, WAKE, widen
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.growth import engine_extra_tensors, growth_named, growth_of, update
 from sleeprl.memory.slots import LOW_RANK, Slots
 from sleeprl.memory.transfer import Merge, Step, Transfer, from_dict, to_dict
@@ -59,8 +60,8 @@ def build_trainer_options(
     return TrainerOptions(
         checkpoint=str(checkpoint.resolve()),
         slot=step.slot if step else None,
-        teacher_only_slots=step.held if step else (),
-        keep_sender_slots=step is not None and step.held != step.reset,
+        teacher_only_slots=step.teacher_only if step else (),
+        keep_sender_slots=step is not None and step.teacher_only != step.reset,
         dtype=dtype,
         seed=config.seed,
         learning_rate=rate,
@@ -107,7 +108,7 @@ class ModelStages:
         boundaries = clock.advance(schedule.elapsed_units(config, lengths))
         steps = schedule.steps_of(config, slots or schedule.new_slots(config), boundaries)
         growth, empty = growth_named(config.memory.growth), schedule.new_slots(config)
-        growth.prepare(source, self._directory(0), empty.pools, empty.width, self.dtype)
+        growth.add_slots(source, self._directory(0), empty.pools, empty.width, self.dtype)
         return {
             "parent": manifest.id if manifest else None,
             "clock": clock.state_dict(),
@@ -263,10 +264,12 @@ class ModelStages:
         return growth_of(slots).fold(
             self.checkpoint_before(self.last_step),
             slots,
-            step.slot,
-            expert,
-            reset=step.reset,
-            wake=self.wake_gradients(self.last_step),
+            ExpertUpdate(
+                step.slot,
+                expert,
+                reset=step.reset,
+                wake_gradients=self.wake_gradients(self.last_step),
+            ),
         )
 
     def dense_checkpoint(self) -> Path:

@@ -84,7 +84,7 @@ def describe_step(step: Step) -> str:
         return f"slot {step.slot} into the base"
     if step.sender == CONTEXT:
         return f"context into slot {step.slot} of level {step.receiver}"
-    slots = ", ".join(map(str, step.held))
+    slots = ", ".join(map(str, step.teacher_only))
     text = f"level {step.sender} (slots {slots}) into slot {step.slot} of level {step.receiver}"
     return text if step.reset else f"{text}, which keeps them"
 

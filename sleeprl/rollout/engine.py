@@ -67,14 +67,16 @@ class EngineOptions:
     """Torch's name of the type that it computes in, such as ``float32``."""
     max_length: int
     """The most tokens of a prompt and its response."""
-    threads: int
+    threads: int = 1
     """CPU threads of all its processes together; without effect on a GPU."""
-    memory_gb: float
+    memory_gb: float = 1.0
     """Memory of the KV cache of all its processes together, in GB; without effect on a GPU."""
-    gpu: bool
-    gpu_utilization: float
+    gpu: bool = False
+    """Whether it runs on a GPU."""
+    gpu_utilization: float = 0.4
     """The share of the GPU's memory that vLLM may take."""
-    seed: int
+    seed: int = 0
+    """Of requests without a seed of their own."""
     transport: TransportConfig = TransportConfig()
     colocated: bool = False
     """A trainer works on the same device while the engine sleeps."""

@@ -111,8 +111,8 @@ def use(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
-def asked(texts: PackedSequences) -> dict[str, Any]:
-    """What to call such a model with, beside the ids [1, T]."""
+def model_arguments(texts: PackedSequences) -> dict[str, Any]:
+    """Return what to call such a model with, beside the ids [1, T]."""
     positions_1T = texts.positions_1T
     # A mask of four dimensions is handed down as it is; without one transformers would make one.
     unused = positions_1T[:, None, None]

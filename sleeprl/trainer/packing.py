@@ -37,11 +37,13 @@ class Group:
 def inputs(
     prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device
 ) -> Inputs:
-    """What ``ResponseModel`` reads, in the layout that takes less work."""
+    """Return what ``ResponseModel`` reads, in the layout that takes less work."""
     groups = pack(prompts, responses)
-    asked = padded(prompts, responses) if groups is None else packed(prompts, responses, groups)
-    ids_ST, attends, index_BR = asked
-    return ids_ST.to(device), attends.to(device), index_BR.to(device)
+    if groups is None:
+        ids_ST, attends, index_BR = padded(prompts, responses)
+        return ids_ST.to(device), attends.to(device), index_BR.to(device)
+    ids_ST, texts, index_BR = packed(prompts, responses, groups)
+    return ids_ST.to(device), texts.to(device), index_BR.to(device)
 
 
 def padded(

@@ -1,4 +1,4 @@
-"""A learner's weights into the engines, with the proof that they arrived."""
+"""Send a trainer's weights to the engines, with the proof that they arrived."""
 
 from __future__ import annotations
 
@@ -23,16 +23,24 @@ from sleeprl.weight_sync.verification import Canary
 CANARY = "canary.json"
 
 
-def publish(
+def publish_weights(
     learner: Trainer, pool: EnginePool, canary: list[int], version: int | None = None
 ) -> dict[str, float]:
-    """Send what the learner trained to every engine, in flight. Collective over the ranks.
+    """Send what was trained to every engine, in flight. Collective over the ranks.
 
-    canary: token ids that both sides score afterwards. version: of these weights; by default the
-    one after the pool's. Returns how long generation
-    stood still (seconds), how far the two sides differ (nats), and how many engines did not
-    end verified; empty but on rank 0. Raises StuckTransport, which leaves the other ranks in a
-    gather: the run has to end.
+    Args:
+        learner: The trainer, the same call on each of its ranks.
+        pool: Rank 0's engines.
+        canary: Token ids that both sides score afterwards.
+        version: Of these weights; by default the one after the pool's.
+
+    Returns:
+        On rank 0: seconds that generation stood still, the largest difference of the two sides in
+        nats, and how many engines did not end verified. Elsewhere nothing.
+
+    Raises:
+        StuckTransport: The transport hangs, which leaves the other ranks in a gather: the run has
+            to end.
     """
     expected = learner.make_canary(canary)
     if learner.options.gpu and learner.options.colocated:
@@ -66,8 +74,7 @@ def publish(
 def publish_from_gpu(
     pool: EnginePool, tensors: Iterable[NamedTensor], canary: Canary | None, gpus: float
 ) -> None:
-    """``EnginePool.publish`` by a process that has ``gpus``: between GPUs one that has none, as the driver,
-    cannot send."""
+    """Call ``EnginePool.publish`` in a process that has GPUs: between GPUs the driver cannot send."""
     version = pool.version + 1
     send = ray.remote(_send).options(num_cpus=0, num_gpus=gpus)
     with WAITS.on("the sender", what="all weights", kind="sync"):
@@ -78,7 +85,7 @@ def publish_from_gpu(
 def _send(
     engines: Sequence[Any], version: int, tensors: Mapping[str, Tensor], canary: Canary | None
 ) -> list[int]:
-    """Who ended verified."""
+    """Return the numbers of the engines that ended verified."""
     pool = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
     pool.publish(tensors.items(), canary, version)
     pool.disconnect()
@@ -86,9 +93,9 @@ def _send(
 
 
 def save_trained(learner: Trainer, directory: Path, canary: list[int]) -> None:
-    """Write what was trained, and what an engine that holds it must answer. Collective.
+    """Write what was trained, and the canary of an engine that has it. Collective.
 
-    It is the expert alone, or of a model that was trained in full what it exports.
+    A model that grows writes its expert alone, one that is trained in full all that it exports.
     """
     grown = learner.options.slot is not None
     tensors = learner.gather_expert() if grown else dict(learner.export())

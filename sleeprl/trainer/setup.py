@@ -55,7 +55,7 @@ def load_module(
         trained = _all_but_tied(model)
     else:
         trained = growth.grow(
-            model, slots.width, options.seed, options.slot, routed=options.gated_expert
+            model, slots.width, options.seed, options.slot, gated=options.gated_expert
         )
     gather_by_layer(model)
     module = ResponseModel(model, critic=options.critic)

@@ -16,7 +16,7 @@ from sleeprl.memory.slots import Slots
 from sleeprl.trainer.batching import PADDING_EXAMPLE, Targets, TrainingExample, micro_batches
 from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.response_model import ResponseModel
-from sleeprl.trainer.teacher import Teachers, teach
+from sleeprl.trainer.teacher import Teachers, compute_targets
 from sleeprl.trainer.teacher_cache import TeacherCache
 
 
@@ -72,7 +72,7 @@ class SmallerSelf:
             return self._teachers.targets(rows, k, budget) if rows else []
         found: dict[int, Targets] = {}
         for batch in self._equalise_batches(rows):
-            answers = teach(self.forward, batch, k, self._device)
+            answers = compute_targets(self.forward, batch, k, self._device)
             found |= zip(map(id, batch), answers, strict=True)
         return [found[id(row)] for row in rows]
 

@@ -22,8 +22,9 @@ from sleeprl.losses.chunked import token_logprobs
 from sleeprl.losses.combined import add_metrics, chunked_combined_loss
 from sleeprl.losses.types import LossOptions, LossWeights
 from sleeprl.memory import checkpoint as ckpt
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.gated_mlp import (
-    keep_held,
+    enable_teacher_slots,
     measure_activity,
 )
 from sleeprl.memory.growth import growth_of
@@ -166,16 +167,16 @@ class Trainer:
         with_values = self.options.critic
         if not metered:
             loss, metrics = self.engine(
-                loss_fn, *student_inputs(batch, self.device), judged=with_values
+                loss_fn, *student_inputs(batch, self.device), with_values=with_values
             )
             return loss, metrics
         # The expert's activity is wanted for each text, so each has a sequence of its own.
         prompts, responses = [r.prompt_ids for r in batch], [r.response_ids for r in batch]
-        asked = [part.to(self.device) for part in padded(prompts, responses)]
+        padded_inputs = [part.to(self.device) for part in padded(prompts, responses)]
         weights = [parts[row.part].activity_penalty if row.part else 0.0 for row in batch]
         weights_B1 = torch.tensor(weights, device=self.device)[:, None]
-        with measure_activity(self.engine.module, weights_B1 * asked[1] / metered) as meter:
-            loss, metrics = self.engine(loss_fn, *asked, judged=with_values)
+        with measure_activity(self.engine.module, weights_B1 * padded_inputs[1] / metered) as meter:
+            loss, metrics = self.engine(loss_fn, *padded_inputs, with_values=with_values)
         return loss + meter.total, {**metrics, "activity_penalty": float(meter.total.detach())}
 
     def add_ewc_penalty(self, rows: Sequence[TrainingExample], strength: float) -> None:
@@ -222,7 +223,9 @@ class Trainer:
         budget = self.options.micro_batch_tokens
         read = lambda hidden_BRH, head_VH, critic_BR: critic_BR  # noqa: E731
         for batch in micro_batches(rows, TrainingExample.student_length, budget, rank=0, ranks=1):
-            values_BR = self.engine(read, *student_inputs(batch, self.device), judged=True).tolist()
+            values_BR = self.engine(
+                read, *student_inputs(batch, self.device), with_values=True
+            ).tolist()
             found |= {
                 id(row): values[: len(row.response_ids)]
                 for row, values in zip(batch, values_BR, strict=True)
@@ -265,14 +268,9 @@ class Trainer:
         if self.options.slot is not None:
             expert = ckpt.expert_tensors(dict(gather_trained(self.engine.module, keep=first)))
             if first:
-                yield from self.growth.fold(
-                    self.directory,
-                    self.slots,
-                    self.options.slot,
-                    expert,
-                    reset=self._reset_slots,
-                    wake=self._wake_gradients,
-                )
+                slot, reset = self.options.slot, self._reset_slots
+                update = ExpertUpdate(slot, expert, reset, self._wake_gradients)
+                yield from self.growth.fold(self.directory, self.slots, update)
             return
         for name, tensor in gather_trained(self.engine.module, keep=first):
             name = name.removeprefix("model.")
@@ -281,7 +279,7 @@ class Trainer:
     def finalise(self) -> None:
         """Become the generation this makes, after the last step: turn on what the sender keeps."""
         if self.options.keep_sender_slots:
-            keep_held(self.engine.module)
+            enable_teacher_slots(self.engine.module)
             self._reset_slots = ()
 
     def state_dict(self) -> dict[str, Tensor]:

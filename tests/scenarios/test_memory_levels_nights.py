@@ -21,6 +21,7 @@ from sleeprl.data.trajectory import from_batch
 from sleeprl.evaluation.questions import Day, is_correct
 from sleeprl.lineage import LineageStore
 from sleeprl.memory.checkpoint import EXPERT, WAKE, WEIGHTS
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.gated_mlp import COLUMN_DIM
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
@@ -193,7 +194,7 @@ def test_a_chain_of_nights_hands_on_and_makes_room(tmp_path: Path) -> None:
     growth = growth_of(slots)
     silent = {n: torch.zeros_like(t) for n, t in load_file(run / "dreaming" / EXPERT).items()}
     full = store.commit(
-        lambda target: growth.write(two, target, slots, 3, silent),
+        lambda target: growth.write(two, target, slots, ExpertUpdate(3, silent)),
         replace(manifest, transaction="filled", parent=two.name),
     )
     store.set_head(full)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sleeprl.losses.types import LossOptions, LossWeights
 from sleeprl.memory.checkpoint import widen, write_grown
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.growth import growth_named
 from sleeprl.memory.slots import LOW_RANK, Slots
 from sleeprl.trainer.batching import TrainingExample
@@ -146,7 +147,7 @@ def write_checkpoints(directory: Path) -> None:
     """``plain``, ``wide`` with empty slots, ``grown`` with an expert in slot 1, and ``low`` with
     empty slots of low rank."""
     make_tiny_model(directory / "plain", seed=4)
-    growth_named(LOW_RANK).prepare(directory / "plain", directory / "low", [2], 8, "float32")
+    growth_named(LOW_RANK).add_slots(directory / "plain", directory / "low", [2], 8, "float32")
     widen(directory / "plain", directory / "wide", SLOTS.count, SLOTS.width, "float32")
     generator = torch.Generator().manual_seed(11)
     expert = {
@@ -154,7 +155,7 @@ def write_checkpoints(directory: Path) -> None:
         for layer in range(2)
         for part, shape in (("gate_proj", (8, 64)), ("up_proj", (8, 64)), ("down_proj", (64, 8)))
     }
-    write_grown(directory / "wide", directory / "grown", SLOTS, 1, expert)
+    write_grown(directory / "wide", directory / "grown", SLOTS, ExpertUpdate(1, expert))
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-5) -> None:

@@ -25,6 +25,7 @@ from sleeprl.config import validation
 from sleeprl.config.schema import ConfigError, LevelConfig, MemoryConfig, NightConfig
 from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.memory.checkpoint import EXPERT, expert_tensors
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.growth import Growth, growth_named, growth_of
 from sleeprl.memory.levels import CONTEXT
 from sleeprl.memory.slots import GATED_MLP, LOW_RANK, Slots
@@ -274,11 +275,11 @@ def grown(
 ) -> Path:
     """A checkpoint in which the slots of ``order`` are in use, each doing something."""
     growth = growth_named(name)
-    growth.prepare(plain, place / "empty", pools, WIDTH, "float32")
+    growth.add_slots(plain, place / "empty", pools, WIDTH, "float32")
     last = place / "empty"
     for slot in order:
         expert = trained(growth, last, slot, seed=slot)
-        growth.write(last, place / f"with-{slot}", slots_of(last), slot, expert)
+        growth.write(last, place / f"with-{slot}", slots_of(last), ExpertUpdate(slot, expert))
         last = place / f"with-{slot}"
     return last
 
@@ -343,7 +344,7 @@ def test_the_learner_of_a_transfer_has_both_selves(tmp_path: Path) -> None:
         same_logprobs(seen[name, "born"], expected(place / "without", texts))
         expert = load_file(tmp_path / f"{name}-expert.safetensors")
         after = growth.write(
-            checkpoint, place / "after", slots_of(checkpoint), 2, expert, reset=(0, 1)
+            checkpoint, place / "after", slots_of(checkpoint), ExpertUpdate(2, expert, reset=(0, 1))
         )
         assert after.used == (3, 2)
         growth.export(place / "after", place / "larger")
@@ -358,7 +359,9 @@ def test_the_learner_of_a_transfer_has_both_selves(tmp_path: Path) -> None:
         exported = load_file(tmp_path / f"{name}-export.safetensors")
         same_logprobs(expected(place / "smaller", texts, exported), right)  # into an engine
         # Where the level keeps what it handed on, that is on again in the end.
-        kept = growth.write(checkpoint, place / "kept", slots_of(checkpoint), 2, expert)
+        kept = growth.write(
+            checkpoint, place / "kept", slots_of(checkpoint), ExpertUpdate(2, expert)
+        )
         assert kept.used == (3, 0, 1, 2)
         growth.export(place / "kept", place / "all")
         right = expected(place / "all", texts)

@@ -31,6 +31,7 @@ from sleeprl.memory.checkpoint import (
     mlp_tensors,
     widen,
 )
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.growth import growth_named, growth_of
 from sleeprl.memory.slots import GATED_MLP, LOW_RANK, Slots
 from sleeprl.plugins import BUILTIN, resolve
@@ -202,7 +203,7 @@ def grown(rig: Rig, seed: int = 1, scale: float = 0.4) -> dict[str, Tensor]:
     for name, tensor in mlp_tensors(rig.checkpoint):
         shape = [64, slots.width] if "down_proj" in name else [slots.width, 64]
         expert[name] = scale * torch.randn(shape, generator=generator, dtype=tensor.dtype)
-    return dict(fold(rig.checkpoint, slots, 0, expert))
+    return dict(fold(rig.checkpoint, slots, ExpertUpdate(0, expert)))
 
 
 def shaken(rig: Rig, seed: int = 1) -> dict[str, Tensor]:
@@ -667,7 +668,7 @@ def halves(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     def start(growth: str = GATED_MLP, dtype: str = "bfloat16") -> Rig:
         directory = tmp_path / growth
         if not directory.is_dir():
-            growth_named(growth).prepare(tmp_path / "plain", directory, [2], 8, "float32")
+            growth_named(growth).add_slots(tmp_path / "plain", directory, [2], 8, "float32")
         made.append(Rig(directory, f"{__name__}.Deaf", dtype))
         made[-1].run(made[-1].engine.start())
         return made[-1]
@@ -734,7 +735,7 @@ def test_trap_8_every_kind_of_expert_arrives_or_is_missed(
     for parameter in kind.grow(model, slots.width, 3, 0):
         torch.nn.init.normal_(parameter.data, 0.0, 0.1)
     expert = expert_tensors(dict(model.named_parameters()))
-    weights = dict(kind.fold(rig.checkpoint, slots, 0, expert))
+    weights = dict(kind.fold(rig.checkpoint, slots, ExpertUpdate(0, expert)))
     assert weights.keys() == {name for name, _ in mlp_tensors(rig.checkpoint)}
     right = Canary(CANARY_IDS, plain_logprobs(model, CANARY_IDS), 1e-4)
     rig.engine.deaf = True  # type: ignore[union-attr]

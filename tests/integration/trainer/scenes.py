@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from sleeprl.trainer import batching as batches
 from sleeprl.trainer.batching import TrainingExample
-from sleeprl.trainer.publish import publish
+from sleeprl.trainer.publish import publish_weights
 from sleeprl.trainer.trainer import Trainer
 from sleeprl.weight_sync.verification import UpdateReceipt
 from tests.support.ranks import CE, LOSS, PARTS, Notes, options, rows, texts
@@ -252,7 +252,7 @@ def two_publishing(directory: Path, notes: Notes) -> None:
         yield from exported()
 
     learner.export = export
-    notes.numbers["published"] = publish(learner, Drains(notes), list(range(20, 50)))  # type: ignore[arg-type]
+    notes.numbers["published"] = publish_weights(learner, Drains(notes), list(range(20, 50)))  # type: ignore[arg-type]
 
 
 ONE_RANK = (

@@ -16,6 +16,7 @@ from sleeprl.config.methods import METHODS, REPLAY
 from sleeprl.config.schema import ConfigError
 from sleeprl.consolidation.methods import loss_weights
 from sleeprl.memory.checkpoint import ROUTER, expert_tensors, widen, write_grown
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.gated_mlp import grow, load_training_form, measure_activity, smaller_self
 from sleeprl.memory.growth import growth_named
 from sleeprl.memory.slots import LOW_RANK, Slots
@@ -40,7 +41,7 @@ def routed(wide: Path) -> tuple[torch.nn.Module, list[torch.nn.Parameter], Slots
     slots = Slots.load(wide)
     assert slots is not None
     model = load_training_form(wide, slots, torch.float32)
-    return model, grow(model, WIDTH, 5, SLOT, routed=True), slots
+    return model, grow(model, WIDTH, 5, SLOT, gated=True), slots
 
 
 def test_at_birth_nothing_is_different_to_the_bit(wide: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_plain_checkpoint_computes_the_same(wide: Path, tmp_path: Path) -> Non
     randomise(fresh, 2)
     expert = expert_tensors(dict(model.named_parameters()))
     assert not any(name.endswith(ROUTER) for name in expert)
-    write_grown(wide, tmp_path / "grown", slots, SLOT, expert)
+    write_grown(wide, tmp_path / "grown", slots, ExpertUpdate(SLOT, expert))
     torch.testing.assert_close(logits(model), logits(tmp_path / "grown"), **CLOSE)
     for name, parameter in model.named_parameters():
         if name.endswith(ROUTER):
@@ -162,4 +163,4 @@ def test_only_where_there_is_a_gate_to_close() -> None:
     with pytest.raises(ConfigError, match=r"expert_gate=0\.5.*memory\.growth=low_rank"):
         cfg.load(None, words)
     with pytest.raises(ValueError, match="low-rank"):
-        growth_named(LOW_RANK).grow(torch.nn.Linear(2, 2), 1, 0, routed=True)
+        growth_named(LOW_RANK).grow(torch.nn.Linear(2, 2), 1, 0, gated=True)

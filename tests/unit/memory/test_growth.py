@@ -21,6 +21,7 @@ from sleeprl.memory.checkpoint import (
     scatter_columns,
     training_name,
 )
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.gated_mlp import (
     ModuleWithExpert,
     grow,
@@ -86,7 +87,7 @@ def filled(growth: Growth, checkpoint: Path, target: Path, slot: int, seed: int)
     """``checkpoint`` with something in ``slot``."""
     model = growth.load(checkpoint, slots_of(checkpoint), torch.float32)
     expert = born_and_trained(model, growth, slot, seed)
-    growth.write(checkpoint, target, slots_of(checkpoint), slot, expert)
+    growth.write(checkpoint, target, slots_of(checkpoint), ExpertUpdate(slot, expert))
     return target
 
 
@@ -104,7 +105,7 @@ def growth(request: pytest.FixtureRequest) -> Growth:
 @pytest.fixture(scope="module")
 def empty(plain: Path, growth: Growth, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("empty") / "checkpoint"
-    growth.prepare(plain, target, POOLS, WIDTH, "float32")
+    growth.add_slots(plain, target, POOLS, WIDTH, "float32")
     return target
 
 
@@ -134,7 +135,7 @@ def test_a_prepared_checkpoint_computes_what_the_plain_one_did(
 
 
 def test_preparing_twice_is_a_copy(two: Path, growth: Growth, tmp_path: Path) -> None:
-    again = growth.prepare(two, tmp_path / "again", (9,), 3, "float32")
+    again = growth.add_slots(two, tmp_path / "again", (9,), 3, "float32")
     assert again == slots_of(two) == slots_of(tmp_path / "again")
     assert fingerprint(tmp_path / "again") == fingerprint(two)
 
@@ -169,14 +170,16 @@ def test_birth_depends_on_the_seed_alone(empty: Path, growth: Growth) -> None:
 
 def test_loading_draws_no_random_numbers(two: Path, growth: Growth) -> None:
     mark = torch.get_rng_state()
-    growth.load(two, slots_of(two), torch.float32, held=(0,))
+    growth.load(two, slots_of(two), torch.float32, teacher_only_slots=(0,))
     assert torch.equal(torch.get_rng_state(), mark)
 
 
 def test_in_bfloat16(plain: Path, growth: Growth, tmp_path: Path) -> None:
-    growth.prepare(plain, tmp_path / "half", POOLS, WIDTH, "bfloat16")
+    growth.add_slots(plain, tmp_path / "half", POOLS, WIDTH, "bfloat16")
     filled(growth, tmp_path / "half", tmp_path / "one", 0, seed=5)
-    model = growth.load(tmp_path / "one", slots_of(tmp_path / "one"), torch.bfloat16, held=(0,))
+    model = growth.load(
+        tmp_path / "one", slots_of(tmp_path / "one"), torch.bfloat16, teacher_only_slots=(0,)
+    )
     growth.grow(model, WIDTH, 0)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with smaller_self(model):
@@ -199,7 +202,7 @@ def test_every_written_form_computes_what_was_trained(
     with smaller_self(model):
         assert torch.equal(logits(model), before)
 
-    grown = growth.write(two, tmp_path / "grown", slots, 2, expert)
+    grown = growth.write(two, tmp_path / "grown", slots, ExpertUpdate(2, expert))
     assert grown == slots_of(tmp_path / "grown") == slots.filled(2)
     again = growth.load(tmp_path / "grown", grown, torch.float32)
     torch.testing.assert_close(logits(again), trained, **CLOSE)
@@ -210,7 +213,7 @@ def test_every_written_form_computes_what_was_trained(
     assert not (tmp_path / "export" / ADAPTER).exists()
 
     engine = AutoModelForCausalLM.from_pretrained(two, dtype=torch.float32).eval()
-    sent = dict(growth.fold(two, slots, 2, expert))
+    sent = dict(growth.fold(two, slots, ExpertUpdate(2, expert)))
     layers = [name.split(".")[2] for name in sent]
     assert layers == sorted(layers) and len(sent) == 2 * 3  # whole groups, layer by layer
     engine.load_state_dict(sent, strict=False)
@@ -221,7 +224,7 @@ def test_every_written_form_computes_what_was_trained(
 
 def test_switching_off_is_exact_and_individual(two: Path, growth: Growth) -> None:
     slots = slots_of(two)
-    model = growth.load(two, slots, torch.float32, held=(0, 1))
+    model = growth.load(two, slots, torch.float32, teacher_only_slots=(0, 1))
     growth_seen = {m.slot for m in model.modules() if isinstance(m, ModuleWithExpert)}
     assert {0, 1} <= growth_seen
     kept = growth_seen - {0, 1}  # low-rank slots all have a switch; the gated 3 is in the base
@@ -241,7 +244,7 @@ def test_switching_off_is_exact_and_individual(two: Path, growth: Growth) -> Non
 
 def test_a_slot_that_is_not_in_use_cannot_be_held(two: Path, growth: Growth) -> None:
     with pytest.raises(ValueError, match=r"\[0, 2\] are not all in use"):
-        growth.load(two, slots_of(two), torch.float32, held=(0, 2))
+        growth.load(two, slots_of(two), torch.float32, teacher_only_slots=(0, 2))
 
 
 # --- compute, consolidate, update -------------------------------------------------
@@ -271,7 +274,7 @@ def test_a_fast_level_is_handed_to_the_next_slower_one(
     (step,) = plan(slots, sender=1)
     assert step == Transfer(1, 2, (3, 0, 1), (3, 4), slot=4, reset=(0, 1))
     on_disk = fingerprint(two)
-    model = growth.load(two, slots, torch.float32, held=step.reset)
+    model = growth.load(two, slots, torch.float32, teacher_only_slots=step.reset)
     with smaller_self(model):
         before = logits(model)
     torch.testing.assert_close(before, logits(growth.load(two, slots, torch.float32)), **CLOSE)
@@ -299,13 +302,13 @@ def test_a_fast_level_is_handed_to_the_next_slower_one(
     assert fingerprint(two) == on_disk
 
     engine = AutoModelForCausalLM.from_pretrained(two, dtype=torch.float32).eval()
-    sent = growth.fold(two, slots, step.slot, expert, reset=step.reset)
+    sent = growth.fold(two, slots, ExpertUpdate(step.slot, expert, reset=step.reset))
     engine.load_state_dict(dict(sent), strict=False)
     torch.testing.assert_close(logits(engine), logits(model), **CLOSE)
 
     # Without the reset the sender is on beside it: what it held is there twice.
     (step,) = plan(slots, sender=1, reset=False)
-    assert isinstance(step, Transfer) and step.held == (0, 1)
+    assert isinstance(step, Transfer) and step.teacher_only == (0, 1)
     kept = update(two, tmp_path / "kept", slots, step, expert)
     assert kept.used_in(1) == (0, 1) and kept.used_in(2) == (3, 4)
     twice = logits(growth.load(tmp_path / "kept", kept, torch.float32))
@@ -318,10 +321,10 @@ def test_a_reset_gives_the_model_without_those_slots(
     """4: the student before it learnt is the model that never had the sender's slots."""
     slots = slots_of(two)
     never = filled(growth, empty, tmp_path / "never", 3, seed=11)
-    student = growth.load(two, slots, torch.float32, held=(0, 1))
+    student = growth.load(two, slots, torch.float32, teacher_only_slots=(0, 1))
     assert torch.equal(logits(student), logits(growth.load(never, slots_of(never), torch.float32)))
     newborn = {n: torch.zeros_like(t) for n, t in born_and_trained(student, growth, 4, 1).items()}
-    growth.write(two, tmp_path / "reset", slots, 4, newborn, reset=(0, 1))
+    growth.write(two, tmp_path / "reset", slots, ExpertUpdate(4, newborn, reset=(0, 1)))
     growth.export(tmp_path / "reset", tmp_path / "reset-plain")
     growth.export(never, tmp_path / "never-plain")
     first, second = (load_file(tmp_path / f"{n}-plain" / WEIGHTS) for n in ("reset", "never"))
@@ -334,7 +337,7 @@ def test_the_context_goes_into_the_fastest_level(two: Path, growth: Growth, tmp_
     slots = slots_of(two)
     (step,) = plan(slots, CONTEXT)
     assert isinstance(step, Transfer) and step.slot == 2 and step.reset == ()
-    model = growth.load(two, slots, torch.float32, held=step.reset)
+    model = growth.load(two, slots, torch.float32, teacher_only_slots=step.reset)
     with smaller_self(model):
         teacher = logits(model)
     expert = born_and_trained(model, growth, step.slot, seed=6)
@@ -350,7 +353,7 @@ def test_only_a_transfer_s_own_columns_change_on_disk(
     slots = slots_of(two)
     (step,) = plan(slots, sender=1)
     assert isinstance(step, Transfer)
-    model = growth.load(two, slots, torch.float32, held=step.reset)
+    model = growth.load(two, slots, torch.float32, teacher_only_slots=step.reset)
     expert = born_and_trained(model, growth, step.slot, seed=8)
     update(two, tmp_path / "after", slots, step, expert)
     file = WEIGHTS if slots.growth == GATED_MLP else f"{ADAPTER}/{ADAPTER_WEIGHTS}"
@@ -387,7 +390,7 @@ def test_a_full_level_is_distilled_into_one_of_its_own_slots(
     slots = slots_of(full)
     room, then = plan(slots, sender=1, when_full="distil")
     assert isinstance(room, Transfer) and room.reset == (3, 4) and room.slot == 3
-    model = growth.load(full, slots, torch.float32, held=room.reset)
+    model = growth.load(full, slots, torch.float32, teacher_only_slots=room.reset)
     with smaller_self(model):
         teacher = logits(model)
     torch.testing.assert_close(teacher, logits(growth.load(full, slots, torch.float32)), **CLOSE)
@@ -417,7 +420,7 @@ def test_a_merged_slot_is_base_and_free(full: Path, growth: Growth, tmp_path: Pa
     # The slot is really empty: what is written into it now is all that it holds.
     model = growth.load(tmp_path / "merged", merged, torch.float32)
     expert = born_and_trained(model, growth, 3, seed=31)
-    grown = growth.write(tmp_path / "merged", tmp_path / "next", merged, 3, expert)
+    grown = growth.write(tmp_path / "merged", tmp_path / "next", merged, ExpertUpdate(3, expert))
     torch.testing.assert_close(
         logits(growth.load(tmp_path / "next", grown, torch.float32)), logits(model), **CLOSE
     )
@@ -426,7 +429,7 @@ def test_a_merged_slot_is_base_and_free(full: Path, growth: Growth, tmp_path: Pa
 
 def test_a_gated_slot_next_to_the_base_merges_to_the_bit(plain: Path, tmp_path: Path) -> None:
     growth = growth_named(GATED_MLP)
-    growth.prepare(plain, tmp_path / "empty", (2,), WIDTH, "float32")
+    growth.add_slots(plain, tmp_path / "empty", (2,), WIDTH, "float32")
     filled(growth, tmp_path / "empty", tmp_path / "one", 0, seed=2)
     filled(growth, tmp_path / "one", tmp_path / "two", 1, seed=3)
     slots = slots_of(tmp_path / "two")
@@ -478,8 +481,10 @@ def test_what_was_accumulated_in_wake_is_computed_then_applied(
     assert isinstance(step, Transfer)
     wake = wake_gradients(growth.load(two, slots, torch.float32).requires_grad_(True), slots)
     assert len(wake) == 3
-    without = growth.load(two, slots, torch.float32, held=step.reset)
-    model = growth.load(two, slots, torch.float32, held=step.reset, wake=wake)
+    without = growth.load(two, slots, torch.float32, teacher_only_slots=step.reset)
+    model = growth.load(
+        two, slots, torch.float32, teacher_only_slots=step.reset, wake_gradients=wake
+    )
     assert far(logits(model), logits(without))
     with smaller_self(model), smaller_self(without):
         assert torch.equal(logits(model), logits(without))  # computed, not applied
@@ -495,7 +500,9 @@ def test_what_was_accumulated_in_wake_is_computed_then_applied(
     student = growth.load(tmp_path / "after", after, torch.float32)
     torch.testing.assert_close(logits(student), logits(model), **CLOSE)
     engine = AutoModelForCausalLM.from_pretrained(two, dtype=torch.float32).eval()
-    sent = growth.fold(two, slots, step.slot, expert, reset=step.reset, wake=wake)
+    sent = growth.fold(
+        two, slots, ExpertUpdate(step.slot, expert, reset=step.reset, wake_gradients=wake)
+    )
     engine.load_state_dict(dict(sent), strict=False)
     torch.testing.assert_close(logits(engine), logits(model), **CLOSE)
 
@@ -533,10 +540,10 @@ def test_what_does_not_learn_in_wake_is_named(two: Path, growth: Growth, tmp_pat
     slots = slots_of(two)
     wrong = {"lm_head.weight": torch.zeros(320, 64)}
     with pytest.raises(ValueError, match="lm_head"):
-        growth.load(two, slots, torch.float32, wake=wrong)
+        growth.load(two, slots, torch.float32, wake_gradients=wrong)
     expert = born_and_trained(growth.load(two, slots, torch.float32), growth, 4, seed=1)
     with pytest.raises(ValueError, match="lm_head"):
-        list(growth.fold(two, slots, 4, expert, wake=wrong))
+        list(growth.fold(two, slots, ExpertUpdate(4, expert, wake_gradients=wrong)))
 
 
 # --- PEFT -------------------------------------------------------------------------
@@ -545,7 +552,7 @@ def test_what_does_not_learn_in_wake_is_named(two: Path, growth: Growth, tmp_pat
 @pytest.fixture(scope="module")
 def adapted(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place, growth = tmp_path_factory.mktemp("adapted"), growth_named(LOW_RANK)
-    growth.prepare(plain, place / "empty", (3,), WIDTH, "float32")
+    growth.add_slots(plain, place / "empty", (3,), WIDTH, "float32")
     filled(growth, place / "empty", place / "one", 2, seed=41)
     return filled(growth, place / "one", place / "two", 0, seed=42)
 
@@ -604,7 +611,7 @@ def test_an_unknown_growth_is_named() -> None:
 def test_the_gated_growth_is_what_the_night_has_used_all_along(plain: Path, tmp_path: Path) -> None:
     """An old layout file beside a checkpoint goes on working."""
     gated = growth_named(GATED_MLP)
-    gated.prepare(plain, tmp_path / "empty", POOLS, WIDTH, "float32")
+    gated.add_slots(plain, tmp_path / "empty", POOLS, WIDTH, "float32")
     filled(gated, tmp_path / "empty", tmp_path / "one", 0, seed=1)
     two = filled(gated, tmp_path / "one", tmp_path / "two", 1, seed=2)
     slots = slots_of(two)

@@ -202,12 +202,18 @@ def test_without_a_reset_a_level_keeps_what_it_handed_on() -> None:
     slots = THREE.filled(1).filled(4).filled(2).filled(0)
     (step,) = plan(slots, 1, reset=False)
     assert step == Transfer(1, 2, (1, 4, 2, 0), (4, 2, 3), slot=3, reset=())
-    assert isinstance(step, Transfer) and step.held == (1, 0)  # taught by them, without them
+    assert isinstance(step, Transfer) and step.teacher_only == (
+        1,
+        0,
+    )  # taught by them, without them
     assert step.after(slots).used == (1, 4, 2, 0, 3)
     full = THREE.filled(2).filled(5).filled(4)
     room, step = plan(full, 2, reset=False)
-    assert isinstance(room, Transfer) and room.reset == room.held == (5, 4)  # or there is no room
-    assert isinstance(step, Transfer) and step.reset == () and step.held == (2,)
+    assert isinstance(room, Transfer) and room.reset == room.teacher_only == (
+        5,
+        4,
+    )  # or there is no room
+    assert isinstance(step, Transfer) and step.reset == () and step.teacher_only == (2,)
 
 
 def test_an_empty_sender_has_nothing_to_hand_on() -> None:
@@ -272,7 +278,7 @@ def test_a_ladder_with_room_for_its_ratios_never_overflows(
                 assert set(step.student_on) == set(slots.used)
                 assert step.slot in before.of_level(step.receiver)
                 assert step.slot not in before.used or step.slot in step.reset
-                assert step.held == step.reset
+                assert step.teacher_only == step.reset
                 if step.sender != CONTEXT:
                     assert step.reset == before.used_in(step.sender)
         for level in due.senders:

@@ -26,6 +26,7 @@ from sleeprl.memory.checkpoint import (
     widen,
     write_grown,
 )
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.gated_mlp import (
     ModuleWithExpert,
     UnsupportedModel,
@@ -266,7 +267,7 @@ def test_the_exported_model_is_a_plain_one_with_the_same_function(
     model = load_training_form(wide, slots, torch.float32)
     grow(model, WIDTH, seed=0)
     put(model, expert)
-    grown = write_grown(wide, tmp_path / "grown", slots, 1, expert)
+    grown = write_grown(wide, tmp_path / "grown", slots, ExpertUpdate(1, expert))
     assert grown.used == (1,) == slots_of(tmp_path / "grown").used
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "grown").eval()
     torch.testing.assert_close(logits(exported), logits(model), atol=1e-5, rtol=1e-5)
@@ -277,7 +278,9 @@ def test_the_exported_model_is_a_plain_one_with_the_same_function(
     grow(second, WIDTH, seed=4)
     torch.testing.assert_close(logits(second), logits(model), atol=1e-5, rtol=1e-5)
     put(second, random_expert(seed=6))
-    later = write_grown(tmp_path / "grown", tmp_path / "later", grown, 0, random_expert(seed=6))
+    later = write_grown(
+        tmp_path / "grown", tmp_path / "later", grown, ExpertUpdate(0, random_expert(seed=6))
+    )
     assert later.used == (1, 0)
     torch.testing.assert_close(logits(tmp_path / "later"), logits(second), atol=1e-5, rtol=1e-5)
 
@@ -285,7 +288,7 @@ def test_the_exported_model_is_a_plain_one_with_the_same_function(
 def test_fold_writes_one_slot_and_sends_whole_groups(wide: Path) -> None:
     slots, expert = slots_of(wide), random_expert()
     before = load_file(wide / WEIGHTS)
-    folded = list(fold(wide, slots, 2, expert))
+    folded = list(fold(wide, slots, ExpertUpdate(2, expert)))
     assert {n for n, _ in folded} == {n for n in before if ".mlp." in n}
     layers = [name.split(".")[2] for name, _ in folded]
     assert layers == sorted(layers)
@@ -302,7 +305,9 @@ def test_fold_writes_one_slot_and_sends_whole_groups(wide: Path) -> None:
 def test_an_expert_is_taken_out_by_the_tensors_on_disk(wide: Path) -> None:
     on_disk = dict(mlp_tensors(wide))
     whole = dict(all_tensors(wide))
-    assert on_disk.keys() == {n for n, _ in fold(wide, slots_of(wide), 0, random_expert())}
+    assert on_disk.keys() == {
+        n for n, _ in fold(wide, slots_of(wide), ExpertUpdate(0, random_expert()))
+    }
     assert all(torch.equal(on_disk[n], whole[n]) for n in on_disk)
     assert whole.keys() == load_file(wide / WEIGHTS).keys()
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from sleeprl import cli
 from sleeprl.lineage import LineageStore, Manifest
 from sleeprl.memory.checkpoint import WEIGHTS, expert_tensors, mlp_tensors, widen, write_grown
+from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.growth import growth_named
 from sleeprl.memory.slots import Slots
 from sleeprl.reporting.lineage_diff import diff_generations
@@ -54,7 +55,7 @@ def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Lineage
         source, grown = checkpoint, slots.filled(slot)
         parent = store.commit(
             lambda target, source=source, slots=slots, slot=slot: write_grown(
-                source, target, slots, slot, expert(source, slots, slot)
+                source, target, slots, ExpertUpdate(slot, expert(source, slots, slot))
             ),
             Manifest(
                 f"night-{number}",
@@ -75,7 +76,7 @@ def test_a_night_of_low_rank_growth_changes_the_ranks_of_its_slot(
 ) -> None:
     store, growth = LineageStore(tmp_path / "generations"), growth_named("low_rank")
     checkpoint, parent = tmp_path / "wide", None
-    slots = growth.prepare(tiny_model, checkpoint, [3], 8, "float32")
+    slots = growth.add_slots(tiny_model, checkpoint, [3], 8, "float32")
     for slot in range(2):
         born = growth.load(checkpoint, slots, torch.float32)
         growth.grow(born, slots.width, seed=slot)
@@ -86,7 +87,7 @@ def test_a_night_of_low_rank_growth_changes_the_ranks_of_its_slot(
         def write(
             target: Path, source: Path = checkpoint, slot: int = slot, made: Any = made
         ) -> None:
-            growth.write(source, target, Slots.load(source), slot, made)
+            growth.write(source, target, Slots.load(source), ExpertUpdate(slot, made))
 
         night = Manifest(f"night-{slot}", "tiny", parent=parent, slots=vars(slots.filled(slot)))
         parent = store.commit(write, night)

@@ -19,7 +19,7 @@ from sleeprl.trainer.batching import TrainingExample, make_loss_batch
 from sleeprl.trainer.packed_attention import PackedSequences
 from sleeprl.trainer.packing import inputs, pack, packed, padded
 from sleeprl.trainer.response_model import ResponseModel
-from sleeprl.trainer.teacher import teach
+from sleeprl.trainer.teacher import compute_targets
 from tests.support.models import make_tiny_model
 
 CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def test_loss_and_gradient_are_those_of_texts_on_their_own(
 ) -> None:  # fmt: skip
     """pieces: of all groups; with the smaller number several texts of a group attend on their own."""
     make_tiny_model(tmp_path, architecture=architecture)
-    monkeypatch.setattr(layout, "TOGETHER", together)
+    monkeypatch.setattr(layout, "MIN_OWN_BLOCK", together)
     counts_P3 = token_counts(PARTS, ["dream"] * len(ROWS), [len(r) for r in RESPONSES])
     within = partial(
         chunked_combined_loss,
@@ -161,8 +161,8 @@ def test_a_teacher_says_of_packed_texts_what_it_says_of_each(tmp_path: Path) -> 
         TrainingExample(ids(3, n), response, "new", teacher_prompt)
         for n, (teacher_prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True))
     ]
-    together = teach(model, rows, 4, CPU)
+    together = compute_targets(model, rows, 4, CPU)
     for row, (tokens_RK, logprobs_RK1) in zip(rows, together, strict=True):
-        ((alone_RK, said_RK1),) = teach(model, [row], 4, CPU)
+        ((alone_RK, said_RK1),) = compute_targets(model, [row], 4, CPU)
         torch.testing.assert_close(tokens_RK, alone_RK)
         torch.testing.assert_close(logprobs_RK1, said_RK1, rtol=1e-4, atol=1e-5)

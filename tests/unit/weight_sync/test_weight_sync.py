@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sleeprl.trainer.publish import publish
+from sleeprl.trainer.publish import publish_weights
 from sleeprl.weight_sync import gpu_common
 from sleeprl.weight_sync.base import (
     StuckTransport,
@@ -213,7 +213,7 @@ def test_trap_6_no_gather_beside_a_collective_that_hangs(error: type[Exception])
     )  # fmt: skip
     pool: Any = SimpleNamespace(begin=lambda version: None, send=send)
     with pytest.raises(error):
-        publish(learner, pool, [1, 2])
+        publish_weights(learner, pool, [1, 2])
     assert gathers == ([0] if error is StuckTransport else [0, 1, 2, 3, 4])
 
 
