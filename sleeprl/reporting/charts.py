@@ -1,4 +1,4 @@
-"""Hand-made SVG: small, no dependency, coloured by the page's CSS in light and dark."""
+"""Draws the report's pictures as SVG, which the page's CSS colours in light and dark."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from markupsafe import Markup, escape
 
 from sleeprl.reporting.summary_view import Figure, format_number, format_percent
 
-MAX_POINTS = 400  # per curve; more is averaged, a page must stay light
+MAX_POINTS = 400
+"""Points of one curve. More are averaged, because a page must stay light."""
 _Point = tuple[float, float]
-_Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+_Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, in pixels."""
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """One model on the recall-retention map. ``key`` is also its CSS class."""
+    """One model on the map of recall against retention."""
 
     key: str
+    """Its key in ``summary.json``, and its CSS class."""
     label: str
     recall: Figure
     retention: Figure | None
@@ -27,21 +30,24 @@ class ModelState:
 
 @dataclass(frozen=True)
 class Series:
-    """One metric of one phase; values are finite or None, steps do not decrease."""
+    """One metric of one phase."""
 
     name: str
     steps: Sequence[float]
+    """They do not decrease."""
     values: Sequence[float | None]
+    """None where the value was not finite."""
 
     @property
     def finite(self) -> list[_Point]:
+        """Steps and values that are finite."""
         pairs = zip(self.steps, self.values, strict=True)
         return [(step, value) for step, value in pairs if value is not None]
 
 
 @dataclass(frozen=True)
 class _Axes:
-    """Maps data to pixels of the view box; y grows upwards in data."""
+    """Maps data to pixels of the view box, in which y grows downwards."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -58,16 +64,17 @@ class _Axes:
 
 
 def draw_tradeoff(states: Sequence[ModelState], floor: float | None = None) -> Markup:
-    """Recall (x) against retention (y), each state with its 95 % intervals.
+    """Draw recall (x) against retention (y), each state with its 95 % intervals.
 
-    ``floor``: the lowest retention that the gate lets pass. A state without
-    retention is a vertical line at its recall.
+    Args:
+        states: The measured models. One without retention is a vertical line at its recall.
+        floor: Lowest retention that the gate lets pass.
     """
-    shown = [s.retention for s in states if s.retention]
-    reach = [edge for f in shown for edge in (f.interval or (f.value, f.value))]
+    retentions = [s.retention for s in states if s.retention]
+    reach = [edge for f in retentions for edge in (f.interval or (f.value, f.value))]
     reach += [] if floor is None else [floor]
     low, high = (min(reach), max(reach)) if reach else (0.0, 1.0)
-    margin = max(0.05 * (high - low), 0.03 - 0.5 * (high - low))  # not a picture of noise
+    margin = max(0.05 * (high - low), 0.03 - 0.5 * (high - low))  # noise must not fill the picture
     ys = (max(0.0, low - margin), min(1.0, high + margin))
     axes = _Axes((-0.03, 1.03), ys, left=54, top=30, right=446, bottom=370)
     taken: list[_Box] = []
@@ -91,16 +98,16 @@ def draw_tradeoff(states: Sequence[ModelState], floor: float | None = None) -> M
         "recall of what was new →</text>"
         '<text class="axis" x="4" y="15">↑ retention of what was known</text>'
     )
-    told = "; ".join(
+    description = "; ".join(
         f"{s.label}: recall {format_percent(s.recall.value)}"
         + (f", retention {format_percent(s.retention.value)}" if s.retention else "")
         for s in states
     )
-    return _make_svg(460, 410, "Recall against retention", told, parts)
+    return _make_svg(460, 410, "Recall against retention", description, parts)
 
 
 def draw_curve(series: Series, *, large: bool) -> Markup:
-    """One metric over the steps: every value faint, and the moving mean where there are many."""
+    """Draw one metric over the steps. Where there are many, values are faint below their moving mean."""
     points = series.finite
     (first_step, first), (last_step, last) = points[0], points[-1]
     values = [value for _, value in points]
@@ -123,15 +130,15 @@ def draw_curve(series: Series, *, large: bool) -> Markup:
             f'<circle class="dot" cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" r="3"/>'
             for x, y in points
         ]
-    told = (
+    description = (
         f"from {format_number(first)} at step {format_number(first_step)} to {format_number(last)} at step "
         f"{format_number(last_step)}, lowest {format_number(low)}, highest {format_number(high)}"
     )
-    return _make_svg(width, height, series.name, told, parts)
+    return _make_svg(width, height, series.name, description, parts)
 
 
 def draw_histogram(name: str, bars: Sequence[tuple[str, float]]) -> Markup:
-    """How much falls into each bin; ``bars`` are labels, in order, with non-negative counts."""
+    """Draw how much falls into each bin; ``bars`` are labels, in order, with counts of 0 or more."""
     highest, total = max(count for _, count in bars), sum(count for _, count in bars)
     axes = _Axes((0, len(bars)), (0, 1.06 * highest), left=52, top=8, right=408, bottom=166)
     parts = _draw_grid(axes, x_ticks=[], y_ticks=round_ticks(0, highest, count=4), rates=False)
@@ -147,21 +154,23 @@ def draw_histogram(name: str, bars: Sequence[tuple[str, float]]) -> Markup:
                 f'<text class="tick" x="{axes.px(index + 0.5):.1f}" y="{axes.bottom + 17}" '
                 f'text-anchor="middle">{escape(label)}</text>'
             )
-    told = "; ".join(f"{label}: {format_percent(count / total)}" for label, count in bars if count)
-    return _make_svg(420, 190, name, told, parts)
+    description = "; ".join(
+        f"{label}: {format_percent(count / total)}" for label, count in bars if count
+    )
+    return _make_svg(420, 190, name, description, parts)
 
 
 def make_bins(values: Sequence[float], count: int = 12) -> list[tuple[str, float]]:
-    """``values`` in equal bins from 0 to the highest; the label is where a bin begins."""
+    """Count values in equal bins from 0 to the highest; a label is where its bin begins."""
     width = max(values) / count or 1.0
-    found = [0] * count
+    counts = [0] * count
     for value in values:
-        found[min(count - 1, int(value / width))] += 1
-    return [(format_number(index * width), n) for index, n in enumerate(found)]
+        counts[min(count - 1, int(value / width))] += 1
+    return [(format_number(index * width), n) for index, n in enumerate(counts)]
 
 
 def round_ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round numbers within [low, high]."""
+    """Return about ``count`` round numbers within [low, high]."""
     if high <= low:
         return [low]
     rough = (high - low) / count
@@ -172,7 +181,7 @@ def round_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def thin_points(points: Sequence[_Point]) -> list[_Point]:
-    """At most ``MAX_POINTS`` points: neighbours are averaged, the two ends kept."""
+    """Return at most ``MAX_POINTS`` points: neighbours are averaged, the two ends stay."""
     if len(points) <= MAX_POINTS:
         return list(points)
     size = math.ceil((len(points) - 2) / (MAX_POINTS - 2))
@@ -187,7 +196,7 @@ def _mean_window(series: Series) -> int:
 
 
 def _moving_mean(points: Sequence[_Point], window: int) -> list[_Point]:
-    """Centred mean of ``window`` values, narrower at the ends; steps stay."""
+    """Return the centred mean of ``window`` values, of fewer at the ends."""
     half, means = window // 2, []
     for i, (step, _) in enumerate(points):
         near = points[max(0, i - half) : i + half + 1]
@@ -200,7 +209,7 @@ def _mean_point(points: Sequence[_Point]) -> _Point:
 
 
 def _finite_runs(series: Series) -> list[list[_Point]]:
-    """The stretches between values that were not finite: there the line breaks."""
+    """Return the stretches between values that were not finite, at which the line breaks."""
     runs: list[list[_Point]] = [[]]
     for step, value in zip(series.steps, series.values, strict=True):
         if value is not None:
@@ -238,24 +247,23 @@ def _draw_grid(
 
 
 def _format_ticks(values: Sequence[float], rates: bool) -> list[str]:
-    """As many digits as tell the ticks apart without rounding any."""
+    """Format ticks with as few digits as round none of them."""
     scale, unit = (100.0, " %") if rates else (1.0, "")
-    shown = [value * scale for value in values]
+    scaled = [value * scale for value in values]
     for digits in range(5):
-        if all(abs(value - round(value, digits)) < 1e-9 * max(map(abs, shown)) for value in shown):
-            return [f"{value:,.{digits}f}{unit}" for value in shown]
-    return [format_number(value) + unit for value in shown]
+        if all(
+            abs(value - round(value, digits)) < 1e-9 * max(map(abs, scaled)) for value in scaled
+        ):
+            return [f"{value:,.{digits}f}{unit}" for value in scaled]
+    return [format_number(value) + unit for value in scaled]
 
 
 def _draw_arrow(axes: _Axes, states: Sequence[ModelState], taken: list[_Box]) -> list[str]:
-    """What the night did: from before to after, stopping short of both marks.
-
-    Adds the places that it crosses to ``taken``.
-    """
-    found = {s.key: (s.recall.value, s.retention.value) for s in states if s.retention}
-    if "before" not in found or "after" not in found:
+    """Draw an arrow from before the night to after it, and add the places that it crosses to ``taken``."""
+    places = {s.key: (s.recall.value, s.retention.value) for s in states if s.retention}
+    if "before" not in places or "after" not in places:
         return []
-    (x0, y0), (x1, y1) = ((axes.px(x), axes.py(y)) for x, y in (found["before"], found["after"]))
+    (x0, y0), (x1, y1) = ((axes.px(x), axes.py(y)) for x, y in (places["before"], places["after"]))
     length = math.hypot(x1 - x0, y1 - y0)
     if length < 50:
         return []
@@ -289,7 +297,7 @@ def _draw_state(axes: _Axes, state: ModelState) -> str:
 
 
 def _draw_mark(key: str, x: float, y: float) -> str:
-    """A different shape for each state, so that colour is never needed to tell them apart."""
+    """Draw another shape for each state, so that colour is not needed to tell them apart."""
     outlines = {
         "before_with_context": [(0, -11), (11, 0), (0, 11), (-11, 0)],
         "fine_tuned": [(0, -8), (8, 6), (-8, 6)],
@@ -302,7 +310,7 @@ def _draw_mark(key: str, x: float, y: float) -> str:
 
 
 def _draw_labels(axes: _Axes, states: Sequence[ModelState], taken: Sequence[_Box]) -> list[str]:
-    """Each state's name next to its mark, where least is in the way."""
+    """Write each state's name next to its mark, where least is in the way."""
     middle = (axes.top + axes.bottom) / 2
     marks = [
         (axes.px(s.recall.value), axes.py(s.retention.value) if s.retention else middle)
@@ -353,7 +361,7 @@ def _is_inside(box: _Box, axes: _Axes) -> bool:
 
 
 def _overlap_area(a: _Box, b: _Box) -> float:
-    """Area shared by two boxes, in square pixels."""
+    """Return the area shared by two boxes, in square pixels."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
@@ -362,10 +370,10 @@ def _interpolate(value: float, source: _Point, target: _Point) -> float:
     return target[0] + share * (target[1] - target[0])
 
 
-def _make_svg(width: int, height: int, name: str, told: str, parts: Sequence[str]) -> Markup:
-    """``name`` and ``told`` are what a screen reader says instead of the picture."""
+def _make_svg(width: int, height: int, name: str, description: str, parts: Sequence[str]) -> Markup:
+    """Wrap the parts of a picture; a screen reader says its name and description instead."""
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(f"{name}: {told}")}">'
-        f"<title>{escape(name)}</title><desc>{escape(told)}</desc>{''.join(parts)}</svg>"
+        f'aria-label="{escape(f"{name}: {description}")}">'
+        f"<title>{escape(name)}</title><desc>{escape(description)}</desc>{''.join(parts)}</svg>"
     )
