@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.text import Text
 
 from sleeprl import api
 from sleeprl._version import __version__
 from sleeprl.config.schema import ConfigError
-from sleeprl.reporting.terminal import make_console
+from sleeprl.reporting.terminal import make_console, print_message
 
 app = typer.Typer(
     help="sleepRL: let a language model sleep on what it met, and wake up knowing it.",
@@ -81,17 +80,14 @@ def night(
     try:
         result = api.run_night(config) if resume is None else api.resume_night(resume)
     except KeyboardInterrupt:
-        errors.print(
-            "\nStopped. Nothing is lost; finish with: "
-            f"[bold]sleeprl night --resume {escape(str(config.run_dir))}[/]",
-            highlight=False,
-            soft_wrap=True,
-        )
+        errors.print("\nStopped. Nothing is lost; finish with:")
+        command = Text(f"sleeprl night --resume {config.run_dir}", style="bold")
+        errors.print(command, soft_wrap=True)  # in one piece, to be copied
         raise typer.Exit(130) from None
     from sleeprl.reporting.summary_table import night_result
 
-    shown = night_result(dict(result.summary), result.run_dir, Path(config.generations))
-    console.print(shown, highlight=False)
+    view = night_result(dict(result.summary), result.run_dir, Path(config.generations))
+    console.print(view, highlight=False)
 
 
 @app.command()
@@ -121,13 +117,13 @@ def wake(
         f"{report.added} recorded, {report.duplicates} known before, in {lake}", markup=False
     )
     for problem in [*report.bad, *(f"ignored: {file}" for file in report.ignored)]:
-        errors.print(problem, style="yellow", markup=False)
+        print_message(errors, problem, style="yellow")
     if ask:
         from sleeprl.wake.answer import answer
 
-        for question, said in zip(ask, answer(Lake(lake), ask, model), strict=True):
+        for question, reply in zip(ask, answer(Lake(lake), ask, model), strict=True):
             console.print(Text(question, style="bold"))
-            console.print(Text(said))
+            console.print(Text(reply))
 
 
 Run = Annotated[Path, typer.Argument(help="Directory of a run.", exists=True, file_okay=False)]
@@ -275,7 +271,7 @@ def _print_plan(plan: api.NightPlan) -> None:
     console.print(plan.yaml, highlight=False, markup=False, soft_wrap=True)
     console.print(plan_panel(plan.lines), highlight=False)
     for warning in plan.warnings:
-        errors.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+        print_message(errors, warning, "warning:", "yellow")
 
 
 def main() -> None:
@@ -289,15 +285,15 @@ def main() -> None:
             raise
         from sleeprl.cluster.failures import failure_panel
 
-        shown = failure_panel(error)
-        if shown is not None:
-            errors.print(shown)
+        panel = failure_panel(error)
+        if panel is not None:
+            errors.print(panel)
             errors.print("SLEEPRL_TRACEBACK=1 shows the whole traceback.", style="dim")
             sys.exit(1)
         # Every error that names a setting or an input is one of these.
         if not isinstance(error, ValueError | NotADirectoryError):
             raise
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        print_message(errors, str(error), "error:", "bold red")
         sys.exit(2)
 
 

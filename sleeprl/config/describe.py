@@ -19,7 +19,7 @@ from sleeprl.config.bounds import bounds_of, plugin_kind_of
 from sleeprl.config.loader import to_yaml
 from sleeprl.config.schema import NightConfig
 
-_WIDTH = 100
+_WIDTH = 80
 """Columns of a comment in the annotated YAML."""
 
 

@@ -21,6 +21,7 @@ from sleeprl.night.summary import summarise
 from sleeprl.plugins import create
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.reporting.report import write_report
+from sleeprl.reporting.terminal import quiet_libraries
 from sleeprl.utils.files import write_json_atomic
 
 
@@ -63,7 +64,7 @@ def run_night(
     for part in (config.consolidation, config.dreaming):  # a wrong option is named before the night
         create(part.algorithm, "algorithm", part.algorithm_options)
     phases = phases_of(config)
-    with NightProgress(rows_of(phases), console) as progress:
+    with quiet_libraries(), NightProgress(rows_of(phases), console) as progress:
         run = RunDirectory(config, progress)
         try:
             with cluster(config.resources, on_stall=progress.warn):

@@ -6,10 +6,14 @@ markup, so a run named ``[red]`` is printed as it is.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -31,6 +35,53 @@ def make_console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     watched = stream.isatty() and os.environ.get("CI", "").lower() in ("", "0", "false")
     return Console(stderr=stderr, force_interactive=None if watched else False)
+
+
+def print_message(console: Console, text: str, label: str = "", style: str = "") -> None:
+    """Print a message for a person.
+
+    On a terminal it wraps between words. A path or a command without spaces stays in one piece, so
+    that it can be copied. Elsewhere a message is one line, so that it can be searched.
+
+    Args:
+        console: Where to print.
+        text: The message; markup in it is printed as it is.
+        label: What stands before it, such as ``error:``.
+        style: Style of the label or, without one, of the message.
+    """
+    lines = (f"{label} {text}" if label else text).split("\n")
+    if console.is_terminal:
+        wrap = partial(
+            textwrap.fill, width=console.width, break_long_words=False, break_on_hyphens=False
+        )
+        lines = [wrap(line) for line in lines]
+    message = Text("\n".join(lines))
+    message.stylize(style, 0, len(label) or len(message))
+    console.print(message, soft_wrap=True)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the progress bars of transformers, and remarks of DeepSpeed, out of a night's display.
+
+    Errors of both are shown.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    had_bars, deepspeed = not are_progress_bars_disabled(), logging.getLogger("DeepSpeed")
+    transformers_logging.disable_progress_bar()  # also those of huggingface_hub
+    deepspeed.addFilter(is_error)
+    try:
+        yield
+    finally:
+        deepspeed.removeFilter(is_error)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+            enable_progress_bars()
 
 
 @dataclass(frozen=True)
