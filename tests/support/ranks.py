@@ -27,6 +27,14 @@ from sleeprl.trainer.batching import TrainingExample
 from sleeprl.trainer.options import TrainerOptions
 from tests.support.models import make_tiny_model
 
+# Imported once, by the process that ranks are forked from.
+PRELOADED = [
+    "deepspeed",
+    "transformers.models.llama",
+    "sleeprl.trainer.trainer",
+    "tests.support.ranks",
+]
+
 SLOTS = Slots(96, 8, 3)
 PARTS = {
     "new": LossWeights(kl=0.7, ce=0.5),
@@ -103,7 +111,7 @@ def work(rank: int, world: int, port: int, directory: Path, scenes: Sequence[Sce
     """One rank: play the scenes, write down what was seen and what failed."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), DS_ACCELERATOR="cpu",
+        MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
     notes = Notes(directory)
@@ -118,17 +126,19 @@ def work(rank: int, world: int, port: int, directory: Path, scenes: Sequence[Sce
 
 
 def launch(world: int, directory: Path, scenes: Sequence[Scene]) -> list[Notes]:
-    """Play scenes on so many ranks, each in a process of its own; what each of them saw."""
+    """Play scenes on so many ranks, each forked from one process that has imported what they need."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     processes = [
         context.Process(target=work, args=(rank, world, port, directory, scenes))
         for rank in range(world)
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("DS_ACCELERATOR", "cpu")  # looked at where deepspeed is imported
         for process in processes:
             process.start()
     seen = []
