@@ -152,6 +152,8 @@ class TrainingProcesses:
         self.name, self.resources = name, resources
         self.pid = self.starts = 0
         """Of rank 0 now, and how often the group was started."""
+        self._idle = True
+        """Whether no job is under way."""
         self.channel = ray.remote(JobChannel).options(num_cpus=0, scheduling_strategy=here).remote()
         self.failures: list[BaseException] = []
         self.needs: dict[str, float] = {"CPU": resources.learner_cpus}
@@ -215,12 +217,14 @@ class TrainingProcesses:
             resources, options.checkpoint, options.teacher_only_slots, options.dtype
         )
         work = Work(job, engines.group.actors, teachers, resources.stall_seconds)
+        self._idle = False
         ray.get(self.channel.give.remote(work))
         try:
             end = self._follow(on_metrics)
             if end is None:
                 raise self.failures[0]
             ray.get(self.channel.clear.remote())
+            self._idle = True
         finally:
             for teacher in teachers:
                 ray.kill(teacher)
@@ -258,8 +262,8 @@ class TrainingProcesses:
         return [f"each worker wants {self.needs}, free are {free}", *log_tail(self.pid)[1]]
 
     def close(self) -> None:
-        """End them."""
-        if self.thread.is_alive():
+        """End them; in the middle of a job, without waiting until they have."""
+        if self._idle and self.thread.is_alive():
             ray.get(self.channel.give.remote(Work()))
             self.thread.join(CLOSE_TIMEOUT_S)
         ray.kill(self.channel)
