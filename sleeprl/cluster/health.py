@@ -1,8 +1,8 @@
-"""What is known of each engine, as a table of transitions. Pure: no threads, no ray.
+"""Keeps what is known of each member of a group, as a table of transitions. Pure: no threads, no ray.
 
 The transition that is not there matters most: nothing leads from DEAD, RESTARTING or STALE to
 HEALTHY but a verified update. An engine that answers again after it was lost holds weights
-that nobody vouches for.
+that are not proven.
 """
 
 from __future__ import annotations
@@ -67,11 +67,7 @@ TRANSITIONS: dict[HealthState, dict[HealthEvent, HealthState]] = {
 
 
 class GroupHealth:
-    """The state of each of ``count`` engines, which all begin HEALTHY: with the checkpoint's weights.
-
-    dead_after: seconds after which one that was missed, and not heard of since, is DEAD when it is
-    missed again; whether it was SUSPECT or STALE.
-    """
+    """The state of each member. All begin HEALTHY: an engine starts with the checkpoint's weights."""
 
     def __init__(
         self,
@@ -80,25 +76,37 @@ class GroupHealth:
         clock: Callable[[], float] = time.monotonic,
         name: str = "engine",
     ) -> None:
+        """
+        Args:
+            count: How many members there are.
+            dead_after: Seconds. A SUSPECT or STALE member that has been missed for longer, without
+                an answer in between, is DEAD when it is missed again.
+            clock: Returns seconds.
+            name: What messages call a member.
+        """
         self._states = [HealthState.HEALTHY] * count
         self._silent: list[float | None] = [None] * count
-        """Since when each has been missed without a break."""
+        """Since when each has been missed without an answer; None for one that was not."""
         self.dead_after, self._clock, self._name = dead_after, clock, name
 
     def add(self) -> int:
-        """A new member, whose process comes up; returns its number."""
+        """Add a member whose process comes up; return its number."""
         self._states.append(HealthState.RESTARTING)
         self._silent.append(None)
         return len(self) - 1
 
     def note(self, engine: int, event: HealthEvent) -> HealthState:
-        """Raises ValueError for what cannot happen to an engine in that state."""
+        """Note an event and return the state after it.
+
+        Raises:
+            ValueError: the event cannot happen to a member in its state.
+        """
         state = self[engine]
         if event not in TRANSITIONS[state]:
             raise ValueError(f"{self._name}-{engine} is {state}; it cannot be {event}")
         after = TRANSITIONS[state][event]
         since, now = self._silent[engine], self._clock()
-        # Told by who misses it, not by the clock alone: an answer may be there and not heard yet.
+        # Death needs another miss, not the clock alone: an answer may be there and not collected.
         if event is not HealthEvent.MISSED:
             self._silent[engine] = None
         elif since is None:
@@ -118,14 +126,15 @@ class GroupHealth:
         return ", ".join(f"{self._name}-{number} is {self[number]}" for number in range(len(self)))
 
     def having(self, *states: HealthState) -> list[int]:
+        """Return the members in one of these states."""
         return [engine for engine in range(len(self)) if self[engine] in states]
 
     @property
     def working(self) -> list[int]:
-        """Engines that may be given work."""
+        """Members that may be given work."""
         return self.having(HealthState.HEALTHY)
 
     @property
     def updatable(self) -> list[int]:
-        """Engines that are there to be sent weights."""
+        """Members that are there to be sent weights."""
         return self.having(HealthState.HEALTHY, HealthState.SUSPECT, HealthState.STALE)

@@ -19,7 +19,7 @@ engine's weights are verified. By name, because importing vLLM takes seconds."""
 
 
 def classify(error: BaseException) -> Failure:
-    """Turn an error into a ``Failure``. An unknown one is DATA: a bug is shown, not retried."""
+    """Turn an error into a ``Failure``. An unknown one is FATAL: a bug is shown, not retried."""
     root = error.cause if isinstance(error, RayTaskError) and error.cause else error
     if isinstance(root, ActorFailure):  # of an actor that this one works with
         inner = root.failure

@@ -25,7 +25,7 @@ PLACEMENT_TIMEOUT_S = 600.0
 
 
 class ResourceError(ConfigError):
-    """The cluster has not what is asked for."""
+    """The cluster does not have what the settings ask for."""
 
 
 def require_gpus(resources: ResourcesConfig) -> None:
@@ -69,8 +69,8 @@ def require_learners(resources: ResourcesConfig) -> None:
         )
 
 
-def _asks_its_own_ray() -> None:
-    """In each worker: Ray's state API looks for any Ray of the machine, where it is not told which."""
+def _point_to_own_ray() -> None:
+    """Name this worker's Ray: without that, Ray's state API takes any Ray of the machine."""
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
@@ -87,7 +87,7 @@ def _start_ray(resources: ResourcesConfig, state_api: bool) -> None:
         include_dashboard=state_api,
         log_to_driver=False,
         logging_level="error",
-        runtime_env={"worker_process_setup_hook": _asks_its_own_ray} if state_api else None,
+        runtime_env={"worker_process_setup_hook": _point_to_own_ray} if state_api else None,
     )
 
 
@@ -98,13 +98,17 @@ def cluster(
     state_api: bool = False,
     on_stall: Callable[[str], None] = to_stderr,
 ) -> Iterator[None]:
-    """A local Ray for the time being, or a connection to ``resources.address``.
+    """Run a local Ray as long as the block lasts, or connect to ``resources.address``.
 
-    on_stall: told of every wait of this process that is longer than ``resources.stall_seconds``.
-    state_api: with the dashboard process, by which Ray Train learns that a job's owner
-        was stopped, and frees what the job held. A night on its own does without.
+    Args:
+        resources: What a night may use.
+        state_api: Start the dashboard process too, by which Ray Train learns that a job's owner was
+            stopped, and frees what the job held. A night on its own does without.
+        on_stall: Called with a message for every wait of this process that is longer than
+            ``resources.stall_seconds``.
 
-    Raises ResourceError where a local one would lack GPUs, or nodes have no room for the learner.
+    Raises:
+        ResourceError: a local Ray would lack GPUs, or nodes have no room for the learner.
     """
     require_gpus(resources)
     with WAITS.on("Ray", what="ray.init", kind="start"):
@@ -119,23 +123,33 @@ def cluster(
 
 
 def create_placement_group(
-    count: int, cpus: float, gpus: float, strategy: str, patience: float = PLACEMENT_TIMEOUT_S
+    count: int, cpus: float, gpus: float, strategy: str, timeout: float = PLACEMENT_TIMEOUT_S
 ) -> Any | None:
-    """Ray's placement group for ``count`` actors of so many cores and GPUs each, one per bundle, all
-    reserved at once; None where they need nothing. strategy: Ray's, such as ``PACK``.
+    """Reserve room for like actors, all at once.
 
-    Raises ResourceError where there is no room within ``patience`` seconds.
+    Args:
+        count: How many.
+        cpus: Cores of each.
+        gpus: GPUs of each.
+        strategy: Ray's, such as ``PACK``.
+        timeout: Seconds that the cluster may take to make room.
+
+    Returns:
+        Ray's placement group with a bundle per actor; None where they need nothing.
+
+    Raises:
+        ResourceError: there is no room in time.
     """
     needs = {name: float(n) for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
     if not needs or not count:
         return None
     group = placement_group([needs] * count, strategy=strategy)
-    if group.wait(patience):
+    if group.wait(timeout):
         return group
     free = {name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")}
     ray_remove_placement_group(group)
     raise ResourceError(
-        f"no room within {patience:.0f} s for {count} engine(s) of {needs} each ({strategy}): free are "
+        f"no room within {timeout:.0f} s for {count} engine(s) of {needs} each ({strategy}): free are "
         f"{free}; lower resources.engines, engine_cpus or engine_gpus, or add machines"
     )
 

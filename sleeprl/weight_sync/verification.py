@@ -1,4 +1,4 @@
-"""The proof that what arrived is what was sent.
+"""Proves that what arrived is what was sent.
 
 Checksums tell that a tensor was damaged on its way, and which. The canary, a text whose
 log-probabilities both sides must agree on after an update, tells that it was put to use: an
@@ -37,7 +37,7 @@ class CorruptedWeights(RuntimeError):
 
 
 def checksum(tensor: Tensor) -> int:
-    """CRC-32 of dtype, shape and bytes; of a large tensor 8 blocks of 2 KiB, spread over it."""
+    """Return the CRC-32 of dtype, shape and bytes; of a large tensor 8 blocks of 2 KiB, spread over it."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     blocks = flat[None]
     if len(flat) > BLOCKS * BLOCK:
@@ -49,7 +49,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def check(tensors: Iterable[tuple[str, Tensor]], checksums: Mapping[str, int]) -> None:
-    """Raise Corrupted for the first tensor whose checksum is not the sender's."""
+    """Raise CorruptedWeights for the first tensor whose checksum is not the sender's."""
     for name, tensor in tensors:
         if name in checksums and checksum(tensor) != checksums[name]:
             raise CorruptedWeights(f"{name} did not arrive as it was sent (its checksum differs)")
@@ -57,13 +57,17 @@ def check(tensors: Iterable[tuple[str, Tensor]], checksums: Mapping[str, int]) -
 
 @dataclass(frozen=True)
 class Canary:
-    """token_ids: T ids; logprobs: the T-1 log-probabilities of ids 1..T-1, by the sender, in nats.
-    fresh: those of the checkpoint that an engine is started from, where the sender knows them."""
+    """A text, and what the sender's weights make of it."""
 
     token_ids: list[int]
+    """T ids."""
     logprobs: list[float]
+    """The T-1 log-probabilities of ids 1..T-1 by the sender, in nats."""
     tolerance: float
+    """The largest difference of a log-probability that passes, in nats."""
     fresh: list[float] | None = None
+    """The log-probabilities of the checkpoint that an engine is started from, where the sender knows
+    them."""
 
     def save(self, path: Path) -> None:
         write_json_atomic(path, asdict(self))
@@ -75,7 +79,7 @@ class Canary:
 
 @dataclass(frozen=True)
 class UpdateReceipt:
-    """How one engine ended one update. ``verified`` or it must get no work."""
+    """How one engine ended one update. An engine that is not ``verified`` must get no work."""
 
     engine: str
     version: int
@@ -84,7 +88,9 @@ class UpdateReceipt:
     """Largest absolute difference of a log-probability, in nats; None without a canary."""
     tolerance: float | None
     seconds: float
+    """From the beginning of the update until requests went on."""
     error: str | None = None
+    """Why the update did not end verified."""
 
     def __str__(self) -> str:
         how = (
@@ -99,6 +105,7 @@ class UpdateReceipt:
 
 
 def largest_difference(expected: Sequence[float], found: Sequence[float]) -> float:
+    """Return the largest absolute difference; NaN where there is a NaN."""
     if len(expected) != len(found):
         raise ValueError(
             f"canary has {len(expected)} log-probabilities, the engine gave {len(found)}"
@@ -109,11 +116,19 @@ def largest_difference(expected: Sequence[float], found: Sequence[float]) -> flo
 
 
 def reached(old: Sequence[float], new: Sequence[float], found: Sequence[float]) -> bool | None:
-    """Whether scores went with the sender's from ``old`` to ``new``; None where noise hides that.
+    """Tell whether scores moved with the sender's, by mean absolute differences.
 
-    By mean absolute differences. Noise of less than two thirds of the way from old to new cannot
-    bring right weights' scores to within a third of it of old; and larger noise, unless it
-    happens to be the update backwards, leads away from both.
+    Noise of less than two thirds of the way from old to new cannot bring right weights' scores to
+    within a third of it of old; and larger noise, unless it happens to be the update backwards,
+    leads away from both.
+
+    Args:
+        old: The sender's log-probabilities before the update, in nats.
+        new: The sender's after it.
+        found: The engine's after it.
+
+    Returns:
+        True for an engine that is at ``new``, False for one at ``old``, None where noise hides it.
     """
     way = _mean_difference(old, new)
     if MARGIN * _mean_difference(new, found) < way:

@@ -127,6 +127,7 @@ def test_config_and_plugins_import_neither_torch_nor_ray() -> None:
         ),
         ("sleeprl, sleeprl.api", "torch ray numpy transformers pyarrow"),
         ("sleeprl.data, sleeprl.data.padding", "torch ray"),
+        ("sleeprl.rollout, sleeprl.rollout.types", "torch ray"),
         ("sleeprl.dreaming.reward_process", "torch ray numpy pyarrow transformers"),
         (
             "sleeprl.losses.divergence, sleeprl.losses.off_policy, sleeprl.losses.combined, "

@@ -297,7 +297,7 @@ def test_engines_are_placed_all_or_none() -> None:
     group = create_placement_group(2, 1, 0, "STRICT_PACK")
     assert group is not None and group.bundle_specs == [{"CPU": 1.0}] * 2
     with pytest.raises(ResourceError, match=r"no room within 1 s for 1 engine.*resources\.engines"):
-        create_placement_group(1, 1, 0, "PACK", patience=1.0)
+        create_placement_group(1, 1, 0, "PACK", timeout=1.0)
     remove_placement_group(group)
     again = create_placement_group(2, 1, 0, "PACK")  # what was reserved is free again
     remove_placement_group(again)

@@ -435,6 +435,32 @@ def test_a_request_that_arrives_during_an_update_gets_only_the_new_weights(rig: 
     assert completion.logprobs == pytest.approx(right, abs=1e-4)
 
 
+def test_what_a_failed_update_cached_is_not_used_when_its_version_comes_again(rig: Rig) -> None:
+    (prompt,) = prompts(1, 400)  # several cache blocks
+    how = SamplingParams(1, temperature=0.0)
+    wrong, weights = shaken(rig, seed=27), shaken(rig, seed=28)
+    expected, canary = rig.canary({}), rig.canary(weights)
+
+    async def fail() -> UpdateReceipt:
+        """A request that comes during the update reads its prompt with the wrong weights."""
+        rig.version += 1
+        await rig.engine.begin_update(rig.version)
+        late = asyncio.ensure_future(rig.engine.generate([prompt], [how]))
+        for info in rig.transport("shared_memory", 1 << 24).buckets(wrong.items()):
+            await rig.engine.load_bucket(info)
+        receipt = await rig.engine.finish_update(expected)
+        with pytest.raises(StaleWeights):
+            await late
+        return receipt
+
+    assert not rig.run(fail()).verified
+    rig.version -= 1
+    assert rig.run(rig.update(weights, canary)).verified
+    (after,) = rig.run(rig.engine.generate([prompt], [how]))
+    right = rig.expected(prompt + after.token_ids, weights)[-1:]
+    assert after.logprobs == pytest.approx(right, abs=1e-4)
+
+
 def test_a_group_goes_on_from_its_tokens(rig: Rig) -> None:
     """Cut in the middle and handed to an engine again, it keeps what it had, and ends as a whole."""
     (prompt,), how, uids = prompts(1), sampling(3, 60), [f"dream-7-{n}" for n in range(3)]
