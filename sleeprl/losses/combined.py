@@ -103,8 +103,7 @@ def combined_loss(
     return _combine_terms(outputs, batch, parts, counts_P3, options)
 
 
-# More than six parameters: the first two are what a model gives, the next four the objective.
-def chunked_combined_loss(
+def chunked_combined_loss(  # parameters: what a model gives, what is minimised, how it is cut
     hidden_BRH: Tensor,
     head_VH: Tensor,
     batch: LossBatch,

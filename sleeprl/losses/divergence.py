@@ -31,12 +31,12 @@ class TopK:
 
 
 def full_precision(logits: Tensor) -> Tensor:
-    """At least float32: a softmax over a vocabulary in half precision loses its tail."""
+    """Convert to at least float32: a softmax over a vocabulary in half precision loses its tail."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def logprobs_of(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
-    """Log-probability of one token per position, [N]."""
+    """Return the log-probability of one token per position, [N]."""
     return -cross_entropy(full_precision(logits_NV), tokens_N, reduction="none")
 
 
@@ -52,7 +52,7 @@ def top_k_with_tail(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def on_support(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """Log-probabilities of the k tokens ``ids_NK`` plus the tail bin, [N, K+1]."""
+    """Return the log-probabilities of the k tokens ``ids_NK`` plus the tail bin, [N, K+1]."""
     kept: Tensor = _OnSupport.apply(full_precision(logits_NV), ids_NK)
     return kept
 

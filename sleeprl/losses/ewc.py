@@ -16,7 +16,7 @@ from torch import Tensor
 def diagonal_fisher(
     parameters: Sequence[Tensor], passes: Iterable[Tensor], generator: torch.Generator
 ) -> list[Tensor]:
-    """Diagonal of the Fisher information per token, one tensor per parameter.
+    """Estimate the diagonal of the Fisher information per token, one tensor per parameter.
 
     passes: logits [R, V] at the R predicted positions of one text each, in a graph that
     ends in ``parameters``. The tokens whose score is squared are drawn from these logits
@@ -40,10 +40,10 @@ def diagonal_fisher(
 
 
 def ewc_penalty(value: Tensor, anchor: Tensor, fisher: Tensor) -> Tensor:
-    """1/2 * sum F (theta - theta*)^2, a scalar that is never negative."""
+    """Return 1/2 * sum F (theta - theta*)^2, a scalar that is never negative."""
     return 0.5 * (fisher * (value - anchor) ** 2).sum()
 
 
 def ewc_gradient(value: Tensor, anchor: Tensor, fisher: Tensor) -> Tensor:
-    """The gradient of ``ewc_penalty``; element by element, so each rank can do its own share."""
+    """Return the gradient of ``ewc_penalty``; element by element, so each rank can do its own share."""
     return fisher * (value - anchor)

@@ -13,24 +13,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImportanceWeight:
-    """Off-policy correction as level x mode, applied to the ratio learner / behaviour.
-
-    level: ``token``; ``sequence`` (product over the response); ``geometric`` (its
-        length-th root); or ``off``.
-    mode: ``truncate`` caps the weight at ``high``; ``clip`` keeps it in
-        [low, high]; ``mask`` drops tokens or sequences outside [low, high].
-    """
+    """Off-policy correction as level x mode, applied to the ratio trainer / rollout policy."""
 
     level: str = "token"
+    """``token``; ``sequence`` (product over the response); ``geometric`` (its length-th root); or
+    ``off``."""
     mode: str = "truncate"
+    """``truncate`` caps the weight at ``high``; ``clip`` keeps it in [low, high]; ``mask`` drops
+    tokens or sequences outside [low, high]."""
     low: float = 0.5
+    """Lowest ratio that counts."""
     high: float = 2.0
+    """Highest ratio that counts."""
 
-    def weights(self, learner_BR: Tensor, behaviour_BR: Tensor, mask_BR: Tensor) -> Tensor:
-        """Detached weights [B, R]; 0 where ``mask_BR`` is 0."""
+    def weights(self, trainer_BR: Tensor, rollout_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        """Return detached weights [B, R]; 0 where ``mask_BR`` is 0."""
         if self.level == "off":
             return mask_BR.float()
-        ratio_BR = self._ratio(learner_BR, behaviour_BR, mask_BR)
+        ratio_BR = self._ratio(trainer_BR, rollout_BR, mask_BR)
         if self.mode == "truncate":
             weights_BR = ratio_BR.clamp(max=self.high)
         elif self.mode == "clip":
@@ -39,16 +39,16 @@ class ImportanceWeight:
             weights_BR = ratio_BR * self._inside(ratio_BR)
         return weights_BR * mask_BR
 
-    def outside(self, learner_BR: Tensor, behaviour_BR: Tensor, mask_BR: Tensor) -> Tensor:
-        """1 where the ratio, with ``off`` that of the token, is outside of [low, high]; [B, R]."""
-        ratio_BR = self._ratio(learner_BR, behaviour_BR, mask_BR)
+    def outside(self, trainer_BR: Tensor, rollout_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        """Return 1 where the ratio, with ``off`` that of the token, is outside of [low, high]; [B, R]."""
+        ratio_BR = self._ratio(trainer_BR, rollout_BR, mask_BR)
         return ~self._inside(ratio_BR) * mask_BR
 
     def _inside(self, ratio_BR: Tensor) -> Tensor:
         return (ratio_BR >= self.low) & (ratio_BR <= self.high)
 
-    def _ratio(self, learner_BR: Tensor, behaviour_BR: Tensor, mask_BR: Tensor) -> Tensor:
-        log_ratio_BR = ((learner_BR - behaviour_BR) * mask_BR).detach()
+    def _ratio(self, trainer_BR: Tensor, rollout_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        log_ratio_BR = ((trainer_BR - rollout_BR) * mask_BR).detach()
         if self.level not in ("token", "off"):
             total_B1 = log_ratio_BR.sum(-1, keepdim=True)
             if self.level == "geometric":
@@ -57,11 +57,11 @@ class ImportanceWeight:
         return log_ratio_BR.clamp(-20.0, 20.0).exp()
 
 
-def mismatch_metrics(learner_BR: Tensor, behaviour_BR: Tensor) -> dict[str, Tensor]:
-    """How far the learner's policy is from the one that sampled, per token; always recorded.
+def mismatch_metrics(trainer_BR: Tensor, rollout_BR: Tensor) -> dict[str, Tensor]:
+    """Measure how far the trainer's policy is from the one that sampled, per token.
 
-    ``mismatch_kl`` is the k3 estimate of KL(behaviour || learner), in nats.
+    ``mismatch_kl`` is the k3 estimate of KL(rollout policy || trainer), in nats.
     """
-    log_ratio_BR = (learner_BR - behaviour_BR).detach().float().clamp(-20, 20)
+    log_ratio_BR = (trainer_BR - rollout_BR).detach().float().clamp(-20, 20)
     ratio_BR = log_ratio_BR.exp()
     return {"mismatch_kl": ratio_BR - 1.0 - log_ratio_BR, "ratio": ratio_BR}

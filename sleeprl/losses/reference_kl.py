@@ -20,7 +20,7 @@ ESTIMATORS = ("k1", "k2", "k3")
 
 
 def reference_kl(logprobs_BR: Tensor, reference_BR: Tensor, estimator: str) -> Tensor:
-    """The estimate of each token [B, R], in nats, to be minimised."""
+    """Return the estimate of each token [B, R], in nats, to be minimised."""
     difference_BR = logprobs_BR - reference_BR.detach()
     if estimator == "k1":
         value_BR = difference_BR.detach()

@@ -1,4 +1,4 @@
-"""What the loss is told: weights of its terms, options, and a micro-batch."""
+"""What the loss is made of: weights of its terms, options, and a micro-batch."""
 
 from __future__ import annotations
 

@@ -17,17 +17,21 @@ UNITS = ("tokens", "optimizer_steps", "episodes", "nights")
 
 @dataclass(frozen=True)
 class Level:
-    """period: C^(l), in units of the clock. slots: experts that the level's pool has room for."""
+    """One level of memory."""
 
     period: int
+    """C^(l), in units of the clock."""
     slots: int
+    """Experts that the level's pool has room for."""
 
 
 class Due(NamedTuple):
-    """A boundary: when it is, and the senders that consolidate at it, fastest first."""
+    """A boundary that the clock has reached."""
 
     at: int
+    """When it is, in units of the clock."""
     senders: tuple[int, ...]
+    """Levels that consolidate at it, fastest first; ``CONTEXT`` may be the first."""
 
 
 class Clock:

@@ -26,23 +26,21 @@ class PoolFull(RuntimeError):
 
 @dataclass(frozen=True)
 class Slots:
-    """Layout of one checkpoint's pools.
-
-    base_width: columns before any slot: the intermediate size, or 0 for low-rank experts.
-    width: hidden units, or rank, per layer and slot.
-    count: slots allocated, of all levels.
-    used: slots that hold an expert, in the order in which they were filled.
-    pools: slots of each level, fastest first; each level's slots, and so its columns,
-        are contiguous. By default one level has them all.
-    growth: what a slot holds, the name of a ``growth.Growth``.
-    """
+    """Layout of one checkpoint's pools."""
 
     base_width: int
+    """Columns before any slot: the intermediate size, or 0 for low-rank experts."""
     width: int
+    """Hidden units, or rank, per layer and slot."""
     count: int
+    """Slots allocated, of all levels."""
     used: tuple[int, ...] = ()
+    """Slots with an expert, in the order in which they were filled."""
     pools: tuple[int, ...] = ()
+    """Number of slots of each level, fastest first; each level's slots, and so its columns, are
+    contiguous. By default one level has them all."""
     growth: str = GATED_MLP
+    """What a slot holds: the name of a ``growth.Growth``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pools", self.pools or (self.count,))

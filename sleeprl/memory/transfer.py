@@ -29,24 +29,22 @@ class WhenFull(StrEnum):
 
 @dataclass(frozen=True)
 class Transfer:
-    """One consolidation, sender to receiver.
-
-    sender: a level, or ``CONTEXT``. receiver: the level that gets the new slot.
-    teacher_on: slots that hold what the smaller self knows.
-    student_on: slots of the larger self while it learns; ``slot`` among them, with its
-        new content.
-    slot: the one to be trained; nothing else changes while it is.
-    reset: slots emptied afterwards: ``teacher_only``, or none where a level keeps what it handed
-        on. A level that is distilled into itself has ``slot`` among them: it is emptied
-        first, then takes the new expert.
-    """
+    """One consolidation, sender to receiver."""
 
     sender: int
+    """A level, or ``CONTEXT``."""
     receiver: int
+    """The level that gets the new slot."""
     teacher_on: tuple[int, ...]
+    """Slots of the smaller self."""
     student_on: tuple[int, ...]
+    """Slots of the larger self while it learns; ``slot`` is one of them, with its new content."""
     slot: int
+    """The one that is trained; nothing else changes meanwhile."""
     reset: tuple[int, ...]
+    """Slots that are emptied afterwards: ``teacher_only``, or none where a level keeps what it
+    hands on. A level that is distilled into itself has ``slot`` among them: it is emptied first,
+    then takes the new expert."""
 
     @property
     def teacher_has_context(self) -> bool:

@@ -1,4 +1,4 @@
-"""What DeepSpeed and the C library want to be told where there is no GPU."""
+"""Set DeepSpeed and the C library up for a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_shared_memory_op() -> None:
 
 
 def count_devices_once() -> None:
-    """Let DeepSpeed remember how many devices there are.
+    """Make DeepSpeed remember how many devices there are.
 
     It asks once for each bucket of gradients, and on CPUs starts ``numactl`` to find out, whether
     or not it is there: a process for every million gradients of every micro-batch.

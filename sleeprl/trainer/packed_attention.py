@@ -119,7 +119,7 @@ def model_arguments(texts: PackedSequences) -> dict[str, Any]:
     return {"position_ids": positions_1T, "attention_mask": unused, "texts": texts}
 
 
-def _by_text(
+def _by_text(  # parameters: those of transformers' attention functions
     sdpa: Callable[..., tuple[Tensor, None]],
     module: torch.nn.Module,
     query_1HTD: Tensor,

@@ -28,10 +28,12 @@ the others', alone each would have a copy made of what they share."""
 
 @dataclass(frozen=True)
 class Group:
-    """Texts, by number, whose prompts have their first ``prefix`` tokens in common."""
+    """Texts whose prompts begin alike."""
 
     prefix: int
+    """Tokens that they have in common."""
     texts: list[int]
+    """Their numbers."""
 
 
 def inputs(
@@ -49,7 +51,7 @@ def inputs(
 def padded(
     prompts: Sequence[list[int]], responses: Sequence[list[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One text a sequence, padded on the right: ids and mask [B, T], index [B, R]."""
+    """Return one text a sequence, padded on the right: ids and mask [B, T], index [B, R]."""
     whole = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     ids_BT, mask_BT = (torch.from_numpy(part).long() for part in pad_batch(whole, 0))
     steps = torch.arange(max(1, *map(len, responses)))
@@ -63,7 +65,7 @@ def padded(
 
 
 def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[Group] | None:
-    """Texts by what they have in common; None where padding is as good."""
+    """Group texts by what they have in common; None where padding is as good."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     groups = _alike(prompts)
     tokens = sum(lengths) - sum(group.prefix * (len(group.texts) - 1) for group in groups)
@@ -73,7 +75,7 @@ def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[G
 def packed(
     prompts: Sequence[list[int]], responses: Sequence[list[int]], groups: Sequence[Group]
 ) -> tuple[Tensor, PackedSequences, Tensor]:
-    """ids [1, T], the texts in it, and index [B, R] into its T."""
+    """Return all texts in one sequence: ids [1, T], the texts in it, and index [B, R] into T."""
     index_BR = torch.zeros(len(prompts), max(1, *map(len, responses)), dtype=torch.long)
     ids: list[int] = []
     positions: list[int] = []

@@ -86,7 +86,7 @@ class Trainer:
         path = options.wake_gradients_path
         self._wake_gradients = load_file(path) if path else None
         self._reset_slots = options.teacher_only_slots
-        """Slots that the larger self does not have, as an engine has to be told."""
+        """Slots that an export empties, since the larger self does not have them."""
         module, trained = load_module(options, slots, self._wake_gradients)
         self.engine, self.optimizer = start_deepspeed(module.to(self.device), trained, options)
         self.steps = 0

@@ -31,12 +31,6 @@ MANY_PARAMETERS: dict[str, int] = {
     "dreaming/launch.py::assemble": 7,
     "dreaming/launch.py::run_dreaming": 11,
     "dreaming/scorer.py::LearningGainScorer.__init__": 8,
-    "losses/combined.py::_streams": 8,
-    "losses/combined.py::chunked_combined_loss": 9,
-    "memory/checkpoint.py::write_grown": 7,
-    "memory/growth.py::Growth.write": 7,
-    "memory/low_rank.py::LowRankGrowth.write": 7,
-    "trainer/packed_attention.py::_by_text": 8,
 }
 LATE_ATTRIBUTES: dict[str, int] = {
     "dreaming/reward_process.py::RewardProcess": 1,
