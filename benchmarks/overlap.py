@@ -101,13 +101,16 @@ def dream(
     told = documents(people, 0, 2)
     home = {name: number for number, each in enumerate(told) for name in each["people"]}
     probes = [Pair(home[q.person], q.text, q.answer) for q in questions(people)]
-    tasks = phase.make_tasks([each["text"] for each in told], probes, config.seed)
+    texts = [each["text"] for each in told]
+    tasks = phase.make_tasks(texts, probes, config)
     dreaming, chat = config.dreaming, ChatFormatter(place / "model")
     options = TrainerOptions(
         str(place / "model"), 0, "float32", SLOT_SEED, dreaming.learning_rate, dreaming.steps
     )
-    canary = chat.prompt(told[0]["text"])
-    job = phase.learner_job(config, options, place / "born", place, canary, pool.version + 1)
+    context = phase.DreamingContext(
+        config, options, place / "born", place, chat, texts, probes, chat.prompt(texts[0])
+    )
+    job = context.trainer_job(pool.version + 1)
     engines = pool.lease(phase.max_groups_in_flight(dreaming))
     actors = phase.launch(config, job, tasks)
     try:
@@ -116,7 +119,7 @@ def dream(
         beside: list[ActorGroup] = [actors.scorers, actors.rewards, actors.curriculum]
         pin([pid for group in beside for pid in group.call("pid")], cores[0])
         pin(actors.learners.call("pid"), cores[-1])
-        pipeline = phase.assemble(config, actors, engines, tasks, chat, position, print)
+        pipeline = phase.build_pipeline(context, actors, engines, tasks, position, print)
         steps: list[dict[str, float]] = []
         WAITS.take_idle()
         began = time.monotonic()

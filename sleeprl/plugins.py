@@ -24,6 +24,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "uniform": "sleeprl.dreaming.curricula.Uniform",
         "weak_spots": "sleeprl.dreaming.curricula.WeakSpots",
     },
+    "dream_format": {"qa": "sleeprl.dreaming.formats.QuestionAnswer"},
     "engine": {
         "vllm": "sleeprl.rollout.vllm_engine.VLLMEngine",
         "torch": "sleeprl.rollout.torch_engine.TorchEngine",

@@ -278,6 +278,11 @@ class DreamingConfig:
     reward_timeout_s: float = field(default=30.0, metadata=bounds(gt=0))
     """Seconds that the reward of one dream may take. Then its process is killed, and the dream stays
     unscored."""
+    format: str = field(default="qa", metadata=plugin("dream_format"))
+    """What a dream looks like and what is learned from it: ``qa``, a question and its answer, or the
+    dotted path of a ``DreamFormat``."""
+    format_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the format."""
     curriculum: str = field(default="weak_spots", metadata=plugin("curriculum"))
     """A built-in name or the dotted path of a ``Curriculum``."""
     curriculum_options: dict[str, Any] = field(default_factory=dict)

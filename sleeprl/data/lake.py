@@ -72,7 +72,7 @@ class Lake:
         return path
 
     def rewrite(self, data: pa.Table | pa.RecordBatch, kind: str) -> None:
-        """Have these rows alone: what an attempt appended that did not come to its end is removed.
+        """Replace all rows of a kind by these: what an unfinished attempt appended is removed.
 
         Sampling need not repeat to the bit: what one attempt held out, another would learn from.
         """
@@ -81,15 +81,22 @@ class Lake:
         self.append(data, kind)
 
     def files(self, kind: str) -> list[Path]:
-        """The files of a kind, oldest first."""
+        """List the files of a kind, oldest first."""
         _schema(kind)
         return sorted((self.directory / kind).glob("[0-9]*-*.parquet"))
 
     def read(self, kind: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows of a kind in the order of appending, each uid once: its last row, since what is
-        done again after a crash counts as it was done at last.
+        """Read all rows of a kind in the order of appending, each uid once.
 
-        ``columns`` limits what is read; ``uid`` is always there.
+        The last row of a uid counts, since work is repeated after a crash.
+
+        Args:
+            kind: a key of ``SCHEMAS``.
+            columns: what to read beside ``uid``; None for all.
+
+        Raises:
+            LakeError: there is no such kind, or a file is damaged.
+            SchemaError: a file is of a newer version.
         """
         schema = _schema(kind)
         if columns is not None:
@@ -111,18 +118,21 @@ class Lake:
         return table.filter(pa.array(keep))
 
     def uids(self, kind: str) -> set[str]:
-        """The uid of every row of a kind."""
+        """Return the uid of every row of a kind."""
         return set(self.read(kind, []).column("uid").to_pylist())
 
     def pick(self, kind: str, uids: Sequence[str]) -> pa.Table:
-        """The rows of these uids, in this order; no others are in memory as a whole."""
+        """Read the rows of these uids, in this order; no others are in memory as a whole."""
         wanted = pc.field("uid").isin(pa.array(uids, pa.string()))
         table = self.scan(kind).to_table(filter=wanted)
         last = {uid: row for row, uid in enumerate(table.column("uid").to_pylist())}
         return table.take(pa.array([last[uid] for uid in uids], pa.int64()))
 
     def scan(self, kind: str) -> ds.Dataset:
-        """A pyarrow dataset for data larger than memory. Retried appends are not merged."""
+        """Open a kind as a pyarrow dataset, for data larger than memory. Retried appends are not merged.
+
+        A column that a file lacks is null, also where an earlier version held it in ``meta``.
+        """
         import pyarrow.dataset as ds  # brings pandas: a second, in actors that never scan
 
         files = self.files(kind)

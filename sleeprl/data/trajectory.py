@@ -1,9 +1,9 @@
 """What one pass of the model leaves behind: a ``Trajectory``, as Python and as Arrow.
 
-From engine to learner trajectories travel as Arrow record batches whose schema
-carries its name and version. Versions only ever add nullable columns, or drop them: a
-column that an older batch lacks reads as null, one that it alone has is passed over, and
-a newer version than this program knows is an error.
+From engine to trainer trajectories travel as Arrow record batches whose schema carries its name and
+version. A new version only adds nullable columns or drops some: a column that an older batch lacks
+reads as null, one that it alone has is ignored, and a newer version than this program knows is an
+error. What versions before 4 held in ``meta`` (``gain`` and ``gap``) is read into its columns.
 """
 
 from __future__ import annotations
@@ -28,20 +28,28 @@ class SchemaError(ValueError):
     """Data that does not have the form its schema promises."""
 
 
-def outdated(versions: Sequence[int], since: int) -> int:
-    """How many tokens a response begins with of which the last is of a policy version before
-    ``since``: what may not be learned from. versions: of each token."""
-    return max((n + 1 for n, version in enumerate(versions) if version < since), default=0)
+def outdated(versions: Sequence[int], min_version: int) -> int:
+    """Count the tokens at the beginning of a response that may not be learned from.
+
+    Args:
+        versions: the policy version of each token.
+        min_version: the oldest version that may be learned from.
+
+    Returns:
+        The number of tokens up to the last one of an older version.
+    """
+    return max((n + 1 for n, version in enumerate(versions) if version < min_version), default=0)
 
 
 def newest(batch: pa.RecordBatch) -> int | None:
-    """The version that wrote the last token of a response: of all, the least."""
+    """Return the policy version of each response's last token, the least of them; None without
+    tokens."""
     written = filter(None, batch.column("versions").to_pylist())
     return min((versions[-1] for versions in written), default=None)
 
 
 def versioned(name: str, version: int, columns: Sequence[pa.Field]) -> pa.Schema:
-    """An Arrow schema that carries its name and version in its metadata."""
+    """Make an Arrow schema that carries its name and version in its metadata."""
     return pa.schema(columns, {NAME_KEY: name.encode(), VERSION_KEY: str(version).encode()})
 
 
@@ -51,7 +59,7 @@ def _column(name: str, kind: pa.DataType) -> pa.Field:
 
 TRAJECTORY_SCHEMA = versioned(
     "trajectory",
-    3,
+    4,
     [
         _column("uid", pa.string()),
         _column("task_id", pa.string()),
@@ -67,6 +75,9 @@ TRAJECTORY_SCHEMA = versioned(
         pa.field("unscored", pa.string()),
         pa.field("ref_logprobs", pa.list_(pa.float32())),
         pa.field("advantage", pa.float32()),
+        pa.field("gain", pa.float64()),
+        pa.field("gap", pa.float64()),
+        pa.field("parsed", pa.string()),
         _column("meta", pa.string()),
     ],
 )
@@ -76,35 +87,51 @@ TRAJECTORY_SCHEMA = versioned(
 class Trajectory:
     """One prompt and one sampled response, with all that training on it needs.
 
-    ``logprobs``, ``versions``, and where present ``ref_logprobs`` have one entry per
-    response token. Floats are stored as float32. A trajectory without a reward is not one
-    with reward 0: after scoring, ``unscored`` says why there is none. An invalid trajectory
-    cannot be made (SchemaError).
+    Guarantees:
+
+    * ``logprobs``, ``versions``, and where present ``ref_logprobs`` have one entry per response token;
+    * a trajectory without a reward is not one with reward 0: after scoring, ``unscored`` says why;
+    * an invalid trajectory cannot be made (SchemaError).
     """
 
     uid: str
     """Unique; a retry of the same work has the same uid, so it counts once."""
     task_id: str
+    """The task that the prompt is of; its attempts are a group."""
     attempt: int
-    """0, 1, … : the samples of one task, its group."""
+    """0, 1, … : the number of the sample in its group."""
     purpose: Purpose
+    """What the trajectory is for, and so who reads it."""
     prompt_ids: list[int]
+    """Token ids of the prompt."""
     response_ids: list[int]
+    """Token ids of the response."""
     logprobs: list[float]
-    """Natural log-probability of each response token under the policy that sampled it."""
+    """Natural log-probability of each response token under the policy that sampled it (float32)."""
     versions: list[int]
     """Policy version that sampled each response token (weights may change on the way)."""
     finish_reason: str
+    """``stop`` for a whole response, ``length`` for a cut one, ``running`` for one under way."""
     teacher_prompt_ids: list[int] | None = None
     """The prompt of the self that has the experience, for the same response."""
     reward: float | None = None
+    """The reward (float32)."""
     unscored: str | None = None
+    """Why there is no reward."""
     ref_logprobs: list[float] | None = None
+    """Natural log-probability of each response token under the reference policy (float32)."""
     advantage: float | None = None
-    """What the learner made of the reward, beside the others of its update; with a critic the mean
-    over the tokens. None where nothing was learned from the reward."""
+    """The advantage of the update that learned from it (float32); with a critic the mean over the
+    tokens. None where nothing was learned from the reward."""
+    gain: float | None = None
+    """What one step of learning from a dream adds to the log-likelihood of its task's questions (nats
+    per token); None where there is nothing to learn from."""
+    gap: float | None = None
+    """Negative log-likelihood of the task's questions before that step (nats per token)."""
+    parsed: str | None = None
+    """What the dream's format has read in the response, as JSON; None where it is malformed."""
     meta: str = "{}"
-    """A JSON object."""
+    """A JSON object: all that has no column."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -146,7 +173,7 @@ class Trajectory:
 
 
 def to_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
-    """Trajectories as one record batch, in order."""
+    """Convert trajectories to one record batch, in order."""
     arrays = [
         pa.array([getattr(t, field.name) for t in trajectories], field.type)
         for field in TRAJECTORY_SCHEMA
@@ -155,14 +182,14 @@ def to_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
 
 
 def from_batch(batch: pa.RecordBatch | pa.Table) -> list[Trajectory]:
-    """The trajectories of a batch or table, in order; the inverse of ``to_batch``."""
+    """Convert a batch or table to trajectories, in order; the inverse of ``to_batch``."""
     batch = conform(batch, TRAJECTORY_SCHEMA)
     columns = [batch.column(f.name).to_pylist() for f in fields(Trajectory)]
     return [Trajectory(*row) for row in zip(*columns, strict=True)]
 
 
 def same_schema(found: pa.Schema, schema: pa.Schema) -> bool:
-    """Whether both have the same name; the version and so the columns may differ."""
+    """Tell whether both have the same name; the version and so the columns may differ."""
     return bool((found.metadata or {}).get(NAME_KEY) == schema.metadata[NAME_KEY])
 
 
@@ -187,12 +214,22 @@ def check_schema(found: pa.Schema, schema: pa.Schema) -> None:
 
 
 def conform(data: Tabular, schema: pa.Schema) -> Tabular:
-    """``data`` with exactly the columns of ``schema``; missing nullable ones read as null."""
+    """Give ``data`` exactly the columns of ``schema``.
+
+    Returns:
+        The rows; a nullable column that ``data`` lacks is null, but for what an earlier version held
+        in ``meta``.
+
+    Raises:
+        SchemaError: ``data`` cannot be read as ``schema``.
+    """
     check_schema(data.schema, schema)
+    lifted = _lift_from_meta(data) if set(_ONCE_IN_META) & set(schema.names) else {}
     arrays = []
     for field in schema:
         if field.name not in data.schema.names:
-            arrays.append(pa.nulls(data.num_rows, field.type))
+            values = lifted.get(field.name, pa.nulls(data.num_rows, field.type))
+            arrays.append(pa.chunked_array([values]) if isinstance(data, pa.Table) else values)
             continue
         values = data.column(field.name)
         if values.null_count and not field.nullable:
@@ -201,8 +238,26 @@ def conform(data: Tabular, schema: pa.Schema) -> Tabular:
     return type(data).from_arrays(arrays, schema=schema)
 
 
+_ONCE_IN_META = ("gain", "gap")
+
+
+def _lift_from_meta(data: pa.RecordBatch | pa.Table) -> dict[str, pa.Array]:
+    """Read the columns that schema versions before 4 held inside ``meta``."""
+    names = data.schema.names
+    if "meta" not in names or set(_ONCE_IN_META) <= set(names):
+        return {}
+    metas = [
+        json.loads(meta) if '"gap"' in meta else {} for meta in data.column("meta").to_pylist()
+    ]
+    return {name: pa.array([m.get(name) for m in metas], pa.float64()) for name in _ONCE_IN_META}
+
+
 def with_column(batch: Tabular, name: str, values: Sequence[Any]) -> Tabular:
-    """A copy of ``batch`` in which column ``name`` of the schema holds ``values``."""
+    """Copy ``batch`` with other ``values`` in one column of its schema.
+
+    Raises:
+        SchemaError: there is not one value for each row.
+    """
     if len(values) != batch.num_rows:
         raise SchemaError(f"{name} has {len(values)} values for {batch.num_rows} trajectories")
     index = batch.schema.get_field_index(name)
@@ -213,7 +268,11 @@ def with_column(batch: Tabular, name: str, values: Sequence[Any]) -> Tabular:
 def with_rewards(
     batch: pa.RecordBatch, rewards: Sequence[float | None], unscored: Sequence[str | None]
 ) -> pa.RecordBatch:
-    """Score a batch: each row gets either a finite reward or the reason why it has none."""
+    """Score a batch: each row gets either a finite reward or the reason why it has none.
+
+    Raises:
+        SchemaError: a row has both, neither, or a reward that float32 cannot hold.
+    """
     for uid, reward, reason in zip(batch.column("uid").to_pylist(), rewards, unscored, strict=True):
         if (reward is None) == (reason is None):
             raise SchemaError(
@@ -228,7 +287,11 @@ def with_rewards(
 def with_ref_logprobs(
     batch: pa.RecordBatch, ref_logprobs: Sequence[Sequence[float]]
 ) -> pa.RecordBatch:
-    """Add the reference policy's log-probability of every response token."""
+    """Add the reference policy's log-probability of every response token.
+
+    Raises:
+        SchemaError: a row does not have one for each token.
+    """
     lengths = batch.column("response_ids").value_lengths().to_pylist()
     for uid, values, tokens in zip(
         batch.column("uid").to_pylist(), ref_logprobs, lengths, strict=True

@@ -1,4 +1,4 @@
-"""The built-in curricula, and the actor that has one, its own or a user's."""
+"""The built-in curricula, and the actor that runs one, a built-in or a user's."""
 
 from __future__ import annotations
 
@@ -40,11 +40,17 @@ class Uniform:
 class WeakSpots(Uniform):
     """Tasks whose probes are still unlikely come more often: P(task) ~ its last gap.
 
-    Unseen tasks count as the largest gap seen so far, so each gets its turn;
-    ``floor`` (nats) keeps what is well known from never being rehearsed.
+    Tasks that were not tried yet count as the largest gap so far, so each gets its turn.
     """
 
     def __init__(self, tasks: Sequence[Task], seed: int, floor: float = 0.02) -> None:
+        """Begin with all tasks untried.
+
+        Args:
+            tasks: what to choose from.
+            seed: of the choices.
+            floor: smallest gap (nats) that counts, so that what is well known is rehearsed too.
+        """
         super().__init__(tasks, seed)
         self.floor = floor
         self.gaps: dict[str, float] = {}

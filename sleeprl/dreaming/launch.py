@@ -20,6 +20,7 @@ from sleeprl.data.trajectory import from_batch
 from sleeprl.dreaming.admission import AdmissionQueue
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 from sleeprl.dreaming.curricula import CurriculumActor
+from sleeprl.dreaming.formats import format_of
 from sleeprl.dreaming.messages import PublishResult
 from sleeprl.dreaming.pipeline import OnStep, Pipeline
 from sleeprl.dreaming.recovery import RecoveryManager, start_ranks
@@ -29,26 +30,70 @@ from sleeprl.dreaming.trainer_actor import DreamTrainer, DreamTrainerJob
 from sleeprl.dreaming.types import Task, algorithm_of
 from sleeprl.rollout.engine import EngineOptions, spawn_engine
 from sleeprl.rollout.engine_pool import EnginePool
-from sleeprl.self_study.sampler import build_qa_prompt
 from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
-from sleeprl.text.prompts import STUDY_QA, with_experience
 from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.setup import warm_up
 
 
-def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> list[Task]:
-    """One task per document that has probes, its probes shuffled.
+@dataclass(frozen=True)
+class DreamingContext:
+    """What a phase of dreaming begins with."""
 
-    Raises ConfigError where none has: there is nothing to judge dreams on.
+    config: NightConfig
+    trainer: TrainerOptions
+    expert: Path
+    """Directory of the expert that consolidation left, which dreaming trains further."""
+    run_dir: Path
+    """The lake is in ``lake``; the state goes to ``dreaming-state``, the expert to ``dreaming``."""
+    chat: ChatFormatter
+    documents: Sequence[str]
+    """Texts of the day."""
+    probes: Sequence[Pair]
+    """Questions about them that no training has seen."""
+    canary: list[int]
+    """Token ids that trainer and engines score after each update."""
+
+    def trainer_job(self, first_version: int) -> DreamTrainerJob:
+        """Describe the trainer's work.
+
+        Args:
+            first_version: the policy version that the engines had before the first update.
+        """
+        seeding = self.config.consolidation
+        return DreamTrainerJob(
+            trainer=self.trainer,
+            config=self.config.dreaming,
+            expert=str(self.expert.resolve()),
+            lake=str((self.run_dir / "lake").resolve()),
+            seed=self.config.seed,
+            beta=seeding.beta,
+            top_k=seeding.top_k,
+            canary=self.canary,
+            first_version=first_version,
+            stall_seconds=self.config.resources.stall_seconds,
+        )
+
+
+def make_tasks(documents: Sequence[str], probes: Sequence[Pair], config: NightConfig) -> list[Task]:
+    """Make a task of each document that has probes, its probes shuffled.
+
+    Args:
+        documents: texts of the day.
+        probes: questions about them.
+        config: names the format of dreams.
+
+    Raises:
+        ConfigError: no document has any, so there is nothing to judge dreams on.
     """
-    tasks = []
+    tasks, form = [], format_of(config.dreaming)
     for number, document in enumerate(documents):
-        mine = [(p.question, p.answer) for p in probes if p.document == number]
-        random.Random(f"{seed}-probes-{number}").shuffle(mine)
-        if mine:
-            message = with_experience(document, STUDY_QA)
-            tasks.append(Task(f"document-{number}", number, message, tuple(mine)))
+        about = [(p.question, p.answer) for p in probes if p.document == number]
+        random.Random(f"{config.seed}-probes-{number}").shuffle(about)
+        if about:
+            prompt = form.prompt(document, config.self_study.few_shot_examples)
+            name = f"document-{number}"
+            tasks.append(Task(name, number, prompt.message, tuple(about), prompt.examples))
     if not tasks:
         raise ConfigError(
             "dreaming.enabled=true, but self-study left no document with probes to judge dreams on; raise "
@@ -57,112 +102,100 @@ def make_tasks(documents: Sequence[str], probes: Sequence[Pair], seed: int) -> l
     return tasks
 
 
+def prompt_builder(config: NightConfig, chat: ChatFormatter) -> Callable[[Task], list[int]]:
+    """Return what turns a task into the token ids of its prompt."""
+    prefix = config.self_study.assistant_prefix
+    return lambda task: chat.prompt(task.message, prefix, task.examples)
+
+
 @dataclass(frozen=True)
-class Actors:
-    """All of a phase but the engines. new_engine, new_learner: start one more, by its index."""
+class DreamingActors:
+    """All actors of a phase but the engines."""
 
     learners: ActorGroup
+    """The ranks of the trainer."""
     scorers: ActorGroup
     rewards: ActorGroup
     curriculum: ActorGroup
     new_engine: Callable[[int], Any]
+    """Starts the engine of an index."""
     new_learner: Callable[[int], Any]
+    """Starts the trainer actor of a rank."""
 
-    def start(self, position: DreamingCheckpoint, engines: ActorGroup) -> None:
-        """Go on from a position; engines and scorers then have the learner's weights, and those
-        engines work that are verified to have them."""
+    def start(self, checkpoint: DreamingCheckpoint, engines: ActorGroup) -> None:
+        """Continue from a checkpoint.
+
+        Afterwards engines and scorers have the trainer's weights, and those engines may work that
+        are verified to have them.
+        """
         self.curriculum.call("ping")
         self.rewards.call("ping")
-        if position.curriculum_state is not None:
-            self.curriculum.call("load_state_dict", state=position.curriculum_state)
-        start_ranks(self.learners, position)
-        first: PublishResult = self.learners.call("publish", engines=engines.actors)[0]
-        self.scorers.call("set_expert", expert=first.expert)
-        engines.updated(first.verified)
+        if checkpoint.curriculum_state is not None:
+            self.curriculum.call("load_state_dict", state=checkpoint.curriculum_state)
+        start_ranks(self.learners, checkpoint)
+        sent: PublishResult = self.learners.call("publish", engines=engines.actors)[0]
+        self.scorers.call("set_expert", expert=sent.expert)
+        engines.updated(sent.verified)
 
     @property
     def groups(self) -> tuple[ActorGroup, ...]:
         return self.learners, self.scorers, self.rewards, self.curriculum
 
     def kill(self) -> None:
+        """End all of them."""
         for group in self.groups:
             group.kill()
 
 
-def learner_job(
-    config: NightConfig,
-    learner: TrainerOptions,
-    expert: Path,
-    run_dir: Path,
-    canary: list[int],
-    first_version: int,
-) -> DreamTrainerJob:
-    return DreamTrainerJob(
-        learner=learner,
-        config=config.dreaming,
-        expert=str(expert.resolve()),
-        lake=str((run_dir / "lake").resolve()),
-        seed=config.seed,
-        beta=config.consolidation.beta,
-        top_k=config.consolidation.top_k,
-        canary=canary,
-        first_version=first_version,
-        stall_seconds=config.resources.stall_seconds,
-    )
-
-
 def spawn_unreserved(actor: Any, *arguments: Any, count: int = 1, gpus: float = 0.0) -> list[Any]:
-    """Some that work in the gaps of the others, so they reserve no core."""
+    """Start actors that work in the gaps of the others, so they reserve no core."""
     return [WARM.spawn(actor, *arguments, gpus=gpus) for _ in range(count)]
 
 
-def prestart_actors(config: NightConfig, learner: TrainerOptions) -> None:
+def prestart_actors(config: NightConfig, trainer: TrainerOptions) -> None:
     """Start processes for the actors of dreaming, in the background: they import and wait.
 
     Only where Ray is this machine's own, and only processes without a GPU: elsewhere they would take
     room from others for as long as they wait.
 
     Args:
-        config: Settings of the night.
-        learner: Options of the trainer to come.
+        config: of the night.
+        trainer: options of the trainer to come.
     """
     resources = config.resources
     if resources.address is not None:
         return
     if not resources.learner_gpus:
-        WARM.prestart(DreamTrainer, resources.learner_workers, partial(warm_up, learner))
+        WARM.prestart(DreamTrainer, resources.learner_workers, partial(warm_up, trainer))
     if not resources.scorer_gpus:
-        load = partial(LearningGainScorer, *_scorer_arguments(config, learner))
+        load = partial(LearningGainScorer, trainer, config.dreaming)
         WARM.prestart(LearningGainScorer, resources.scorers, load)
-    WARM.prestart(RewardActor, resources.reward_workers, partial(ChatFormatter, learner.checkpoint))
+    WARM.prestart(RewardActor, resources.reward_workers, partial(ChatFormatter, trainer.checkpoint))
     WARM.prestart(CurriculumActor, 1, dict)
 
 
-def _scorer_arguments(config: NightConfig, learner: TrainerOptions) -> tuple[Any, ...]:
-    """Arguments of the scorer of a trainer with these options."""
-    dreaming = config.dreaming
-    return (
-        learner.checkpoint, learner.seed, dreaming.trial_learning_rate,
-        dreaming.trial_questions, 1, learner.teacher_only_slots, learner.wake_gradients_path,
-        bool(config.resources.scorer_gpus),
-    )  # fmt: skip
-
-
 def spawn_scorers_and_rewards(
-    config: NightConfig, learner: TrainerOptions
+    config: NightConfig, trainer: TrainerOptions
 ) -> tuple[ActorGroup, ActorGroup]:
-    """The scorers and the rewards."""
+    """Start the scorers and the rewards."""
     dreaming, resources = config.dreaming, config.resources
+    gpus = resources.scorer_gpus
     scorers = spawn_unreserved(
-        LearningGainScorer, *_scorer_arguments(config, learner),
-        count=resources.scorers, gpus=resources.scorer_gpus,
-    )  # fmt: skip
+        LearningGainScorer, trainer, dreaming, bool(gpus), count=resources.scorers, gpus=gpus
+    )
     rewards = spawn_unreserved(
-        RewardActor, learner.checkpoint, dreaming.reward, dreaming.reward_options,
-        dreaming.reward_timeout_s, algorithm_of(dreaming), dreaming.max_tokens,
-        count=resources.reward_workers,
-    )  # fmt: skip
+        RewardActor, trainer.checkpoint, dreaming, count=resources.reward_workers
+    )
     return ActorGroup("scorer", scorers), ActorGroup("reward", rewards)
+
+
+def spawn_trainer(config: NightConfig, job: DreamTrainerJob, rank: int) -> Any:
+    """Start the trainer actor of a rank."""
+    resources = config.resources
+    # The processes of consolidation may hold the cores, and wait.
+    cpus = 0 if processes_may_wait(resources) else resources.learner_cpus
+    gpus = resources.learner_gpus
+    return WARM.spawn(DreamTrainer, job, rank, resources.learner_workers, cpus=cpus, gpus=gpus)
 
 
 def launch(
@@ -170,27 +203,27 @@ def launch(
     job: DreamTrainerJob,
     tasks: Sequence[Task],
     placement: Any = None,
-) -> Actors:
-    """placement: of the pool; a restarted engine takes its place there."""
-    dreaming, resources, learner = config.dreaming, config.resources, job.learner
-    world = resources.learner_workers
-    options = EngineOptions.from_config(config, learner.checkpoint, learner.dtype)
+) -> DreamingActors:
+    """Start all actors of a phase but the engines.
 
-    def new_learner(rank: int) -> Any:
-        # The processes of consolidation may hold the cores, and wait.
-        cpus = 0 if processes_may_wait(resources) else resources.learner_cpus
-        return WARM.spawn(DreamTrainer, job, rank, world, cpus=cpus, gpus=resources.learner_gpus)
-
+    Args:
+        config: of the night.
+        job: the trainer's work.
+        tasks: what the curriculum chooses from.
+        placement: the placement group of the engines; a restarted one takes its place there.
+    """
+    dreaming, resources, trainer = config.dreaming, config.resources, job.trainer
+    new_learner = partial(spawn_trainer, config, job)
     curriculum = spawn_unreserved(
         CurriculumActor, dreaming.curriculum, dreaming.curriculum_options, tasks, config.seed
     )
-    return Actors(
-        ActorGroup("learner", [new_learner(rank) for rank in range(world)]),
-        *spawn_scorers_and_rewards(config, learner),
+    return DreamingActors(
+        ActorGroup("learner", [new_learner(rank) for rank in range(resources.learner_workers)]),
+        *spawn_scorers_and_rewards(config, trainer),
         ActorGroup("curriculum", curriculum),
         partial(
             spawn_engine,
-            options=options,
+            options=EngineOptions.from_config(config, trainer.checkpoint, trainer.dtype),
             cpus=resources.engine_cpus,
             gpus=resources.engine_gpus,
             engine=resources.engine,
@@ -200,32 +233,32 @@ def launch(
     )
 
 
-def assemble(
-    config: NightConfig,
-    actors: Actors,
+def build_pipeline(
+    context: DreamingContext,
+    actors: DreamingActors,
     engines: ActorGroup,
     tasks: Sequence[Task],
-    chat: ChatFormatter,
-    position: DreamingCheckpoint,
+    checkpoint: DreamingCheckpoint,
     on_restart: Callable[[str], None],
 ) -> Pipeline:
-    """The pipeline over these actors, which goes on from a position."""
-    rounds = algorithm_of(config.dreaming).max_resample_rounds
+    """Build the pipeline over actors that have started."""
+    config, dreaming = context.config, context.config.dreaming
+    rounds = algorithm_of(dreaming).max_resample_rounds
     return Pipeline(
-        config=config.dreaming,
+        config=dreaming,
         tasks={task.id: task for task in tasks},
         engines=engines,
         scorers=actors.scorers,
         rewards=actors.rewards,
         curriculum=actors.curriculum,
         learner=actors.learners,
-        build_prompt=lambda message: build_qa_prompt(chat, config.self_study, message),
+        build_prompt=prompt_builder(config, context.chat),
         seed=config.seed,
         queue=AdmissionQueue(
-            position,
-            config.dreaming.tasks_per_step,
-            config.dreaming.max_staleness,
-            rounds * config.dreaming.tasks_per_step,
+            checkpoint,
+            dreaming.tasks_per_step,
+            dreaming.max_staleness,
+            rounds * dreaming.tasks_per_step,
         ),
         recovery=RecoveryManager(
             engines,
@@ -245,56 +278,57 @@ def max_groups_in_flight(dreaming: DreamingConfig) -> int:
 
 
 def run_dreaming(
-    config: NightConfig,
+    context: DreamingContext,
     pool: EnginePool,
-    learner: TrainerOptions,
-    expert: Path,
-    chat: ChatFormatter,
-    documents: Sequence[str],
-    probes: Sequence[Pair],
-    run_dir: Path,
-    canary: list[int],
     on_restart: Callable[[str], None],
     on_step: OnStep,
 ) -> dict[str, Any]:
-    """Dream for ``dreaming.steps`` updates; the expert is in ``run_dir/dreaming`` at the end.
+    """Dream for ``dreaming.steps`` updates, or for those that a checkpoint leaves.
 
-    expert: directory of the one that consolidation left, from which dreaming goes on.
+    Args:
+        context: what the phase begins with.
+        pool: engines that hold the model; at the end they hold the dreaming expert.
+        on_restart: receives a message for each restart.
+        on_step: receives the number of each update, from 1, and its metrics.
+
+    Returns:
+        The number of ``dreams``, ``idle`` seconds by actor and kind of wait, and ``samples`` for the
+        report; the expert is in ``run_dir/dreaming``.
     """
-    dreaming = config.dreaming
-    tasks = make_tasks(documents, probes, config.seed)
-    position = DreamingCheckpoint.load((run_dir / "dreaming-state").resolve(), pool.version + 1)
-    job = learner_job(config, learner, expert, run_dir, canary, position.first_version)
-    engines = pool.lease(max_groups_in_flight(dreaming))
+    config, run_dir = context.config, context.run_dir
+    tasks = make_tasks(context.documents, context.probes, config)
+    checkpoint = DreamingCheckpoint.load((run_dir / "dreaming-state").resolve(), pool.version + 1)
+    engines = pool.lease(max_groups_in_flight(config.dreaming))
+    job = context.trainer_job(checkpoint.first_version)
     actors = launch(config, job, tasks, pool.placement)
     try:
         with WAITS.on("dreaming's actors", what="their start", kind="start"):
-            actors.start(position, engines)
-        pipeline = assemble(config, actors, engines, tasks, chat, position, on_restart)
+            actors.start(checkpoint, engines)
+        pipeline = build_pipeline(context, actors, engines, tasks, checkpoint, on_restart)
         WAITS.take_idle()
         pipeline.run(on_step)
         idle = WAITS.take_idle()
-        last = actors.learners.call("finish", output=str((run_dir / "dreaming").resolve()))[0]
-        pool.record_update(last)
+        output = str((run_dir / "dreaming").resolve())
+        pool.record_update(actors.learners.call("finish", output=output)[0])
     finally:
         actors.kill()
     return {
-        "dreams": pipeline.store.counts.learned * dreaming.group_size,
+        "dreams": pipeline.store.counts.learned * config.dreaming.group_size,
         "idle": idle,
-        "samples": _samples(run_dir, chat),
+        "samples": _samples(run_dir, context.chat),
     }
 
 
 def _samples(run_dir: Path, chat: ChatFormatter, count: int = 8) -> list[dict[str, str]]:
-    """The best and the worst dreams, for the report. Of the others only the rewards are read."""
-    lake, kind = Lake(run_dir / "lake"), TRAJECTORIES
-    dreams = lake.read(kind, ["purpose", "reward"]).filter(
+    """Describe the best and the worst dreams; of the others only the rewards are read."""
+    lake = Lake(run_dir / "lake")
+    dreams = lake.read(TRAJECTORIES, ["purpose", "reward"]).filter(
         (pc.field("purpose") == "dream") & pc.field("reward").is_valid()
     )
     uids = dreams.sort_by([("reward", "descending")]).column("uid").to_pylist()
     if len(uids) > count:
         uids = uids[: count // 2] + uids[-count // 2 :]
-    chosen = from_batch(lake.pick(kind, uids))
+    chosen = from_batch(lake.pick(TRAJECTORIES, uids))
     return [
         {
             "title": f"Dream about {d.task_id.replace('-', ' ')}",

@@ -36,7 +36,7 @@ from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 from sleeprl.dreaming.group_store import GroupStore, Stage
 from sleeprl.dreaming.messages import LoadedGroup, PublishResult, StepResult
 from sleeprl.dreaming.recovery import RecoveryManager
-from sleeprl.dreaming.types import Task, request
+from sleeprl.dreaming.types import Task, build_request
 from sleeprl.rollout.types import RolloutResult
 
 OnStep = Callable[[int, dict[str, Any]], None]
@@ -54,8 +54,8 @@ class Pipeline:
     curriculum: ActorGroup
     learner: ActorGroup
     """The trainer's ranks, which step together."""
-    build_prompt: Callable[[str], list[int]]
-    """Turns a task's message into token ids."""
+    build_prompt: Callable[[Task], list[int]]
+    """Turns a task into the token ids of its prompt."""
     seed: int
     queue: AdmissionQueue
     recovery: RecoveryManager
@@ -142,7 +142,7 @@ class Pipeline:
                 (task,) = self.curriculum.call("next", n=1)[0]
                 task_ids.append(task.id)
             task = self.tasks[task_ids[number]]
-            group = request(self.config, self.seed, number, task, self.build_prompt)
+            group = build_request(self.config, self.seed, number, task, self.build_prompt)
             partial, oldest = self.store.partial(number), self.queue.min_version(number)
             asked = {"request": group, "partial": partial, "min_version": oldest}
             if not self.engines.submit("rollout", str(number), **asked):
@@ -236,7 +236,7 @@ class Pipeline:
         latency.end_step()
         sent = {**self._publish(), "publish_lag_seconds": latency.publish_lag()}
         groups, after = self._snapshot(), str(checkpoint.version_path(checkpoint.version + 1))
-        self.learner.call("save", directory=after, groups=groups, outdated=self.stale)
+        self.learner.call("save", directory=after, groups=groups, stale=self.stale)
         self.stale = []
         self.curriculum.call("observe", outcomes=result.outcomes)
         checkpoint.curriculum_state = self.curriculum.call("state_dict")[0]

@@ -4,56 +4,70 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 import ray
 
-from sleeprl.algorithms.base import Algorithm
 from sleeprl.cluster.remote_actor import RemoteActor
-from sleeprl.data.trajectory import FLOAT32_MAX, from_batch, newest, with_rewards
+from sleeprl.config.schema import DreamingConfig
+from sleeprl.data.trajectory import (
+    FLOAT32_MAX,
+    TRAJECTORY_SCHEMA,
+    conform,
+    from_batch,
+    newest,
+    with_column,
+    with_rewards,
+)
 from sleeprl.dreaming.checkpoint import read_group
+from sleeprl.dreaming.formats import format_of, parse_dreams
 from sleeprl.dreaming.messages import LoadedGroup, RewardResult
 from sleeprl.dreaming.reward_process import RewardProcess
-from sleeprl.dreaming.types import Dream, Task, scores
+from sleeprl.dreaming.types import Dream, Task, algorithm_of, scores
 from sleeprl.text.chat import ChatFormatter
-from sleeprl.text.prompts import parse_qa
 
 
 class RewardActor(RemoteActor):
-    """Has dreams judged in a ``RewardProcess``. Where the reward raises, lets the deadline pass or
-    ends its process, the dream is *unscored*, with the reason.
+    """Has dreams judged in a ``RewardProcess``.
 
-    algorithm: says which groups teach nothing. limit: tokens that a dream may have.
+    Where the reward raises, takes too long or ends its process, the dream is *unscored*, with the
+    reason.
     """
 
-    def __init__(
-        self,
-        model: str,
-        name: str,
-        options: Mapping[str, Any],
-        deadline: float,
-        algorithm: Algorithm | None = None,
-        limit: int = 0,
-    ) -> None:
-        self.algorithm, self.limit = algorithm, limit
-        self.chat = ChatFormatter(model)
-        self.reward = RewardProcess(name, options, deadline, FLOAT32_MAX)
+    def __init__(self, checkpoint: str, config: DreamingConfig) -> None:
+        """Start the reward's process.
+
+        Args:
+            checkpoint: directory of the model, whose tokens the dreams are.
+            config: names the reward, the algorithm and the format of dreams.
+
+        Raises:
+            PluginError: the reward cannot be made.
+        """
+        self.algorithm, self.limit = algorithm_of(config), config.max_tokens
+        self.chat = ChatFormatter(checkpoint)
+        self.format = format_of(config)
+        self.reward = RewardProcess(
+            config.reward, config.reward_options, config.reward_timeout_s, FLOAT32_MAX
+        )
 
     def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> RewardResult:
-        """``batch``: a reference to the batch with ``reward`` or ``unscored`` in every row; and
-        whether its rewards are ``equal``, which leaves the algorithm without a gradient."""
+        """Set ``reward`` or ``unscored`` in every row of a batch.
+
+        Args:
+            batch: a group that the scorer has scored.
+            tasks: all tasks, by id.
+        """
         rewards: list[float | None] = []
         reasons: list[str | None] = []
         for trajectory in from_batch(batch):
-            text = self.chat.decode(trajectory.response_ids)
-            whole = trajectory.finish_reason == "stop"
+            parsed = trajectory.parsed
             dream = Dream(
                 task=tasks[trajectory.task_id],
-                text=text,
+                text=self.chat.decode(trajectory.response_ids),
                 token_ids=trajectory.response_ids,
-                pair=parse_qa(text) if whole else None,
-                gain=json.loads(trajectory.meta).get("gain"),
+                parsed=None if parsed is None else json.loads(parsed),
+                gain=trajectory.gain,
             )
             reward, reason = self.reward(dream)
             rewards.append(reward)
@@ -62,16 +76,17 @@ class RewardActor(RemoteActor):
         return RewardResult(ray.put(judged), self._is_informative(judged))
 
     def load(self, paths: Sequence[str]) -> list[LoadedGroup]:
-        """Groups that a position kept: ``batch`` (a reference), its ``newest`` version, and
-        ``equal`` as ``score`` says it."""
-        batches = [read_group(path) for path in paths]
-        return [
-            LoadedGroup(ray.put(batch), newest(batch), self._is_informative(batch))
-            for batch in batches
-        ]
+        """Read the groups of a checkpoint, also of one that an earlier schema wrote."""
+        return [self._load(path) for path in paths]
+
+    def _load(self, path: str) -> LoadedGroup:
+        found = read_group(path)
+        batch = conform(found, TRAJECTORY_SCHEMA)
+        if "parsed" not in found.schema.names:  # before version 4 whoever needed it parsed anew
+            parsed = parse_dreams(self.format, self.chat, from_batch(batch))
+            batch = with_column(batch, "parsed", parsed)
+        return LoadedGroup(ray.put(batch), newest(batch), self._is_informative(batch))
 
     def _is_informative(self, batch: pa.RecordBatch) -> bool:
-        if self.algorithm is None:
-            return True
         # From the batch, whose rewards are rounded as the trainer sees them.
         return self.algorithm.is_informative(scores(from_batch(batch), self.limit))

@@ -1,14 +1,14 @@
-"""The scorer: what the smaller self thinks of a dream, and what learning from it would do.
+"""The scorer: what a dream says, what the smaller self thinks of it, and what learning from it would do.
 
-A trial is one step of plain gradient descent on the expert, on the dream's pair
-without the experience in sight, and a look at how likely the task's probes have
-become; then the step is taken back.
+A trial is one step of plain gradient descent on the expert, on what is learned from the dream without
+the experience in sight, and a look at how likely the task's probes have become; then the step is
+undone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sleeprl.cluster.remote_actor import RemoteActor
+from sleeprl.config.schema import DreamingConfig
 from sleeprl.data.padding import pad_batch
 from sleeprl.data.trajectory import from_batch, with_column, with_ref_logprobs
+from sleeprl.dreaming.formats import format_of, parse_dreams
 from sleeprl.dreaming.messages import ScoreResult
 from sleeprl.dreaming.types import Task
 from sleeprl.memory.checkpoint import expert_tensors
@@ -27,99 +29,121 @@ from sleeprl.memory.gated_mlp import smaller_self
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
 from sleeprl.text.chat import ChatFormatter
-from sleeprl.text.prompts import parse_qa
+from sleeprl.trainer.options import TrainerOptions
+
+Example = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its response."""
 
 
 class LearningGainScorer(RemoteActor):
-    """A plain torch copy of the learner's model, one step behind it at most. In single precision
-    also where the learner's is half: a trial's step would be rounded away, or up to what it is not."""
+    """A plain torch copy of the trainer's model, one step behind it at most.
 
-    def __init__(
-        self,
-        checkpoint: str,
-        slot_seed: int,
-        rate: float,
-        probes: int,
-        threads: int,
-        held: Collection[int] = (),
-        wake: str = "",
-        gpu: bool = False,
-    ) -> None:
-        torch.set_num_threads(threads)
-        directory = Path(checkpoint)
+    It is in single precision also where the trainer's is half: a trial's step would be rounded away,
+    or up to what it is not.
+    """
+
+    def __init__(self, model: TrainerOptions, config: DreamingConfig, gpu: bool = False) -> None:
+        """Load the model.
+
+        Args:
+            model: what the trainer was told of its model.
+            config: the trial's step and number of probes, and the format of dreams.
+            gpu: whether this process has one.
+        """
+        torch.set_num_threads(1)
+        directory = Path(model.checkpoint)
         slots = Slots.load(directory)
         assert slots is not None
-        self.chat = ChatFormatter(checkpoint)
-        growth = growth_of(slots)
-        applied = load_file(wake) if wake else None
+        growth, wake = growth_of(slots), model.wake_gradients_path
+        self.chat = ChatFormatter(model.checkpoint)
+        self.format = format_of(config)
         self.device = torch.device("cuda" if gpu else "cpu")
-        self.model = growth.load(directory, slots, torch.float32, held, applied)
-        self.parameters = growth.grow(self.model, slots.width, slot_seed)
+        self.model = growth.load(
+            directory,
+            slots,
+            torch.float32,
+            model.teacher_only_slots,
+            load_file(wake) if wake else None,
+        )
+        self.parameters = growth.grow(self.model, slots.width, model.seed)
         self.model.to(self.device)
-        self.rate, self.probes = rate, probes
+        self.learning_rate = config.trial_learning_rate
+        self.num_questions = config.trial_questions
 
     def set_expert(self, expert: Mapping[str, Tensor]) -> None:
+        """Take over the trainer's present expert."""
         own = expert_tensors(dict(self.model.named_parameters()))
         with torch.no_grad():
             for name, tensor in expert.items():
                 own[name].copy_(tensor)
 
     def score(self, batch: pa.RecordBatch, tasks: Mapping[str, Task]) -> ScoreResult:
-        """``batch``: a reference to the batch with ``ref_logprobs``, and in ``meta`` ``gain``
-        and ``gap`` (nats per token).
+        """Add the columns ``ref_logprobs``, ``parsed``, ``gain`` and ``gap`` to a batch of dreams.
 
-        gain is None where the dream is not a whole pair, so that there is nothing to learn from.
+        Args:
+            batch: whole groups.
+            tasks: all tasks, by id.
         """
-        trajectories = from_batch(batch)
-        references = []
+        dreams = from_batch(batch)
         with torch.no_grad(), smaller_self(self.model):
-            for t in trajectories:
-                references.append(self._logprobs([(t.prompt_ids, t.response_ids)])[0].tolist())
-        asked = {
-            t.task_id: self._rows(tasks[t.task_id].probes[: self.probes]) for t in trajectories
+            references = [
+                self._logprobs([(d.prompt_ids, d.response_ids)])[0].tolist() for d in dreams
+            ]
+        probes = {
+            d.task_id: self._tokenise(tasks[d.task_id].probes[: self.num_questions]) for d in dreams
         }
-        before = {task: self._likelihood(probes) for task, probes in asked.items()}
-        metas = []
-        for t in trajectories:
-            probes, known = asked[t.task_id], before[t.task_id]
-            pair = parse_qa(self.chat.decode(t.response_ids)) if t.finish_reason == "stop" else None
-            gain = self._trial(pair, probes) - known if pair and probes else None
-            metas.append(json.dumps({**json.loads(t.meta), "gain": gain, "gap": -known}))
-        return ScoreResult(
-            ray.put(with_column(with_ref_logprobs(batch, references), "meta", metas))
-        )
+        known = {task: self._likelihood(examples) for task, examples in probes.items()}
+        parsed = parse_dreams(self.format, self.chat, dreams)
+        gains = [
+            self._gain(text, probes[dream.task_id], known[dream.task_id])
+            for dream, text in zip(dreams, parsed, strict=True)
+        ]
+        scored = with_ref_logprobs(batch, references)
+        scored = with_column(scored, "parsed", parsed)
+        scored = with_column(scored, "gain", gains)
+        scored = with_column(scored, "gap", [-known[d.task_id] for d in dreams])
+        return ScoreResult(ray.put(scored))
 
-    def _trial(self, pair: tuple[str, str], probes: Sequence[tuple[list[int], list[int]]]) -> float:
-        (logprobs,) = self._logprobs(self._rows([pair]))
-        gradients = torch.autograd.grad(-logprobs.mean(), self.parameters)
+    def _gain(self, parsed: str | None, probes: Sequence[Example], known: float) -> float | None:
+        """Measure what learning from a dream adds to the likelihood of probes, ``known`` before."""
+        if parsed is None or not probes:
+            return None
+        lessons = self._tokenise(self.format.training_pairs(json.loads(parsed)))
+        return self._try(lessons, probes) - known if lessons else None
+
+    def _try(self, lessons: Sequence[Example], probes: Sequence[Example]) -> float:
+        """Take a step on the lessons, measure the likelihood of the probes, and undo the step."""
+        loss = -torch.cat(self._logprobs(lessons)).mean()
+        gradients = torch.autograd.grad(loss, self.parameters)
         with torch.no_grad():
-            kept = [p.clone() for p in self.parameters]
+            before = [p.clone() for p in self.parameters]
             try:
                 for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                    parameter.sub_(self.rate * gradient)
+                    parameter.sub_(self.learning_rate * gradient)
                 return self._likelihood(probes)
             finally:
-                for parameter, value in zip(self.parameters, kept, strict=True):
+                for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)
 
     @torch.no_grad()
-    def _likelihood(self, rows: Sequence[tuple[list[int], list[int]]]) -> float:
-        """Mean log-likelihood per token of the answers to bare questions."""
-        if not rows:
+    def _likelihood(self, examples: Sequence[Example]) -> float:
+        """Return the mean log-likelihood of the response tokens (nats); 0 without any."""
+        if not examples:
             return 0.0
-        return float(torch.cat(self._logprobs(rows)).mean())
+        return float(torch.cat(self._logprobs(examples)).mean())
 
-    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        return [
-            (self.chat.prompt(question), self.chat.response(answer)) for question, answer in pairs
-        ]
+    def _tokenise(self, pairs: Sequence[tuple[str, str]]) -> list[Example]:
+        return [(self.chat.prompt(message), self.chat.response(text)) for message, text in pairs]
 
-    def _logprobs(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
-        """Log-probabilities of each row's response tokens, given its prompt."""
-        padded = pad_batch([prompt + response for prompt, response in rows], 0)
+    def _logprobs(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Return the log-probabilities of each example's response tokens, given its prompt."""
+        padded = pad_batch([prompt + response for prompt, response in examples], 0)
         ids, mask = (torch.from_numpy(part).long().to(self.device) for part in padded)
         logits_BTV = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         logprobs_BT = (
             torch.log_softmax(logits_BTV[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         )
-        return [logprobs_BT[i, len(p) - 1 : len(p) + len(r) - 1] for i, (p, r) in enumerate(rows)]
+        return [
+            logprobs_BT[row, len(prompt) - 1 : len(prompt) + len(response) - 1]
+            for row, (prompt, response) in enumerate(examples)
+        ]

@@ -21,47 +21,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """Dream about one document.
-
-    message: the user message of the dream writer, experience and instruction.
-    probes: (question, answer of the self that reads) pairs, kept out of training.
-    """
+    """Dream about one document."""
 
     id: str
     document: int
+    """Number of the document in its day."""
     message: str
+    """The user's message that asks for the dream: the experience and an instruction."""
     probes: tuple[tuple[str, str], ...]
+    """Questions about the document, each with the answer of the self that reads it; they are kept out
+    of training."""
+    examples: tuple[tuple[str, str], ...] = ()
+    """Worked examples before the message: messages of the user and of the assistant."""
 
 
 @dataclass(frozen=True)
 class Dream:
-    """One dream, as a reward sees it.
-
-    pair: the question and answer it consists of; None when it is not well-formed.
-    gain: by how much one small step of learning from it, without the experience in
-        sight, raises the log-likelihood of the task's probes (nats per token);
-        None when there was nothing to learn from.
-    """
+    """One dream, as a reward sees it."""
 
     task: Task
     text: str
     token_ids: list[int]
-    pair: tuple[str, str] | None
+    parsed: Any | None
+    """What ``DreamFormat.parse`` returned, as plain JSON; None for a malformed dream."""
     gain: float | None
+    """What one small step of learning from the dream, without the experience in sight, adds to the
+    log-likelihood of the task's probes (nats per token); None where there is nothing to learn from."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one task's group. gap: mean negative log-likelihood per token of the
-    task's probes without the experience (nats): how much is left to learn there."""
+    """What came of one task's group."""
 
     task: str
+    """Id of the task."""
     rewards: list[float]
+    """Rewards of the dreams that have one."""
     gap: float
+    """Mean negative log-likelihood per token of the task's probes without the experience (nats): how
+    much is left to learn there."""
 
 
 class Reward(Protocol):
-    """A pure function of the dream. None means it cannot be scored, which is not 0.
+    """A pure function of the dream. None means that it cannot be scored, which is not 0.
 
     It runs in a process of its own, which is killed where it takes ``dreaming.reward_timeout_s``.
     """
@@ -70,29 +72,42 @@ class Reward(Protocol):
 
 
 class Curriculum(Protocol):
-    """Chooses tasks. ``observe`` hears after each update of its groups, and of those that were set
-    aside for them because they taught nothing: mastered or impossible. ``state_dict``, which is
-    plain JSON, restores the exact next choice.
+    """Chooses tasks.
 
     A factory of one is called as ``factory(tasks=..., seed=..., **options)``.
     """
 
-    def next(self, n: int) -> list[Task]: ...
+    def next(self, n: int) -> list[Task]:
+        """Choose the tasks of the next ``n`` groups."""
+        ...
 
-    def observe(self, outcomes: Sequence[Outcome]) -> None: ...
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        """Hear after each update of its groups, and of those that were set aside for them because
+        they taught nothing: mastered or impossible."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain JSON that restores the exact next choice."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        ...
 
 
 def algorithm_of(config: DreamingConfig) -> Algorithm:
+    """Create the algorithm that a configuration names."""
     algorithm: Algorithm = create(config.algorithm, "algorithm", config.algorithm_options)
     return algorithm
 
 
 def scores(dreams: Sequence[Trajectory], limit: int) -> RewardBatch:
-    """What an algorithm makes advantages of. limit: tokens that a dream may have."""
+    """Give dreams the form from which an algorithm makes advantages.
+
+    Args:
+        dreams: whole groups.
+        limit: tokens that a dream may have.
+    """
     from sleeprl.algorithms.base import RewardBatch
 
     return RewardBatch(
@@ -103,19 +118,27 @@ def scores(dreams: Sequence[Trajectory], limit: int) -> RewardBatch:
     )
 
 
-def request(
+def build_request(
     config: DreamingConfig,
     seed: int,
     number: int,
     task: Task,
-    build_prompt: Callable[[str], list[int]],
+    build_prompt: Callable[[Task], list[int]],
 ) -> RolloutRequest:
-    """Build the request for the group of that number; the same whenever that is."""
+    """Build the request for a group of dreams; the same whenever it is built.
+
+    Args:
+        config: how dreams are sampled.
+        seed: of the night.
+        number: of the group.
+        task: what the group is about.
+        build_prompt: turns the task into token ids.
+    """
     rng = random.Random(f"{seed}-dream-{number}")
     return RolloutRequest(
         task_id=task.id,
         uids=tuple(f"dream-{number}-{attempt}" for attempt in range(config.group_size)),
-        prompt_ids=build_prompt(task.message),
+        prompt_ids=build_prompt(task),
         sampling=tuple(
             SamplingParams(config.max_tokens, config.temperature, rng.randrange(2**31))
             for _ in range(config.group_size)

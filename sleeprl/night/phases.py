@@ -17,7 +17,7 @@ from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.consolidation.ray_job import limit_to_budget
 from sleeprl.data.lake import TRAJECTORIES
 from sleeprl.data.trajectory import to_batch
-from sleeprl.dreaming.launch import make_tasks, run_dreaming
+from sleeprl.dreaming.launch import DreamingContext, make_tasks, run_dreaming
 from sleeprl.evaluation.measure import ask_own_questions, describe_figures, write_own_texts
 from sleeprl.memory.checkpoint import all_tensors
 from sleeprl.memory.transfer import Merge
@@ -141,7 +141,7 @@ def study_day(night: Night) -> Result:
         day = write_own_texts(day, written.held_facts, *asked_with)
     day.save(night.run.dir / DAY)
     if config.dreaming.enabled:  # raises now, and not after consolidation
-        make_tasks(day.documents, written.probes, config.seed)
+        make_tasks(day.documents, written.probes, config)
     purposes = [text.purpose for text in written.trajectories]
     return {
         "new": purposes.count("self_study"),
@@ -211,20 +211,28 @@ def run_transfer(night: Night, step: int, on_step: OnStep | None = None) -> Resu
     return {"steps": end["step"], "tokens": end["tokens"]}
 
 
+def dreaming_context(night: Night) -> DreamingContext:
+    """Gather what dreaming begins with, after consolidation."""
+    stages = night.stages
+    return DreamingContext(
+        config=night.config,
+        trainer=stages.dreaming_options(),
+        expert=stages.expert_directory(stages.last_step),
+        run_dir=night.run.dir,
+        chat=night.chat,
+        documents=night.day.documents,
+        probes=load_probes(night.run.dir / STUDY),
+        canary=night.canary,
+    )
+
+
 def dream(night: Night) -> Result:
     """Train the last slot further, by RL on what the model dreams."""
-    run, stages = night.run, night.stages
-    steps, bar_metrics = night.config.dreaming.steps, ("reward", "gap", "staleness")
+    run, steps = night.run, night.config.dreaming.steps
+    bar_metrics = ("reward", "gap", "staleness")
     return run_dreaming(
-        night.config,
+        dreaming_context(night),
         night.engines,
-        stages.dreaming_options(),
-        stages.expert_directory(stages.last_step),
-        night.chat,
-        night.day.documents,
-        load_probes(run.dir / STUDY),
-        run.dir,
-        night.canary,
         run.progress.warn,
         lambda step, metrics: run.log("dreaming", step, metrics, steps, *bar_metrics),
     )

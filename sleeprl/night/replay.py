@@ -19,22 +19,22 @@ from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 from sleeprl.dreaming.launch import (
-    learner_job,
     make_tasks,
     max_groups_in_flight,
+    prompt_builder,
     spawn_scorers_and_rewards,
 )
 from sleeprl.dreaming.recovery import start_ranks
 from sleeprl.dreaming.trainer_actor import DreamTrainer, DreamTrainerJob
-from sleeprl.dreaming.types import Task, request
+from sleeprl.dreaming.types import Task, build_request
 from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.night import run_dir as runs
 from sleeprl.night.context import STUDY, Night
+from sleeprl.night.phases import dreaming_context
 from sleeprl.night.run_dir import LAKE
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.rollout.types import RolloutRequest
-from sleeprl.self_study.sampler import build_qa_prompt
 from sleeprl.self_study.study import load_probes
 from sleeprl.trainer.publish import CANARY
 from sleeprl.utils.files import sha256_file
@@ -103,11 +103,7 @@ def replay(directory: Path, *, engines_only: bool = False) -> ReplayResult:
     try:
         with cluster(config.resources):
             night, output = Night(run), run.dir / "replay"
-            expert = night.stages.expert_directory(night.stages.last_step)
-            job = learner_job(
-                config, night.stages.dreaming_options(), expert, run.dir, night.canary,
-                position.first_version,
-            )  # fmt: skip
+            job = dreaming_context(night).trainer_job(position.first_version)
             if engines_only:
                 done = position.task_ids[: position.num_finished]
                 return replay_engines(night, job, done, output)
@@ -170,13 +166,11 @@ def replay_engines(
         canary = Canary.load(stages.expert_directory(last) / CANARY)
         stages.publish_tensors(pool, stages.grown_tensors(last), canary)
         probes = load_probes(night.run.dir / STUDY)
-        tasks = {task.id: task for task in make_tasks(night.day.documents, probes, config.seed)}
+        tasks = {task.id: task for task in make_tasks(night.day.documents, probes, config)}
 
-        def build_prompt(message: str) -> list[int]:
-            return build_qa_prompt(night.chat, config.self_study, message)
-
+        build_prompt = prompt_builder(config, night.chat)
         requests = [
-            request(config.dreaming, config.seed, number, tasks[task], build_prompt)
+            build_request(config.dreaming, config.seed, number, tasks[task], build_prompt)
             for number, task in enumerate(admitted)
         ]
         return _generate_and_score(config, pool, job, tasks, requests, output)
@@ -194,7 +188,7 @@ def _generate_and_score(
 ) -> ReplayResult:
     """Three stages side by side, each as full as its actors take: generate, score, reward."""
     engines = pool.lease(max_groups_in_flight(config.dreaming))
-    scorers, rewards = spawn_scorers_and_rewards(config, job.learner)
+    scorers, rewards = spawn_scorers_and_rewards(config, job.trainer)
     recorder, began, tokens = _start_recorder(), time.monotonic(), 0
     to_generate = deque(enumerate(requests))
     to_score, to_reward = deque[tuple[str, Any]](), deque[tuple[str, Any]]()

@@ -28,12 +28,11 @@ from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import from_batch, outdated
 from sleeprl.dreaming import launch as phase
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint, read_group
-from sleeprl.dreaming.types import request
+from sleeprl.dreaming.types import build_request
 from sleeprl.memory.checkpoint import EXPERT
 from sleeprl.night.replay import _generate_and_score, replay_trainer
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.rollout.torch_engine import TorchEngine
-from sleeprl.self_study.sampler import build_qa_prompt
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.utils.files import sha256_file
 from tests.integration.dreaming.test_staleness import (  # noqa: F401
@@ -83,10 +82,11 @@ def dream(
     if not (run / "lake").is_dir():
         shutil.copytree(place / "loop" / "lake", run / "lake")
     pool = pool or engines(place)
-    phase.run_dreaming(
-        config, pool, learner(place), place / "born", chat, DOCUMENTS, PROBES, run,
-        chat.prompt(DOCUMENTS[0]), told, on_step,
+    context = phase.DreamingContext(
+        config, learner(place), place / "born", run, chat, DOCUMENTS, PROBES,
+        chat.prompt(DOCUMENTS[0]),
     )  # fmt: skip
+    phase.run_dreaming(context, pool, told, on_step)
     pool.shutdown()
 
 
@@ -166,18 +166,18 @@ def test_engines_and_learner_are_replayed_alone(
     config, chat = settings(place), ChatFormatter(place / "wide")
     position = DreamingCheckpoint.load(unbroken / "dreaming-state")
     canary = chat.prompt(DOCUMENTS[0])
-    job = phase.learner_job(
-        config, learner(place), place / "born", unbroken, canary, position.first_version
+    context = phase.DreamingContext(
+        config, learner(place), place / "born", unbroken, chat, DOCUMENTS, PROBES, canary
     )
+    job = context.trainer_job(position.first_version)
     init()
     try:
         found = replay_trainer(config, job, tmp_path, unbroken / "dreaming")
         pool = engines(place)  # the newborn expert is zero, so they have its weights
-        tasks = {task.id: task for task in phase.make_tasks(DOCUMENTS, PROBES, config.seed)}
+        tasks = {task.id: task for task in phase.make_tasks(DOCUMENTS, PROBES, config)}
         requests = [
-            request(
-                config.dreaming, config.seed, number, tasks[task],
-                lambda message: build_qa_prompt(chat, config.self_study, message),
+            build_request(
+                config.dreaming, config.seed, number, tasks[task], phase.prompt_builder(config, chat)
             )
             for number, task in enumerate(position.task_ids[:6])
         ]  # fmt: skip

@@ -127,10 +127,11 @@ def test_a_vllm_engine_and_a_rank_of_the_learner_die_and_every_group_is_learned_
             )
         )
         pool.group.call("start")
-        phase.run_dreaming(
-            config, pool, learner(place), place / "born", chat, DOCUMENTS, PROBES, run,
-            chat.prompt(DOCUMENTS[0]), told.append, on_step,
+        context = phase.DreamingContext(
+            config, learner(place), place / "born", run, chat, DOCUMENTS, PROBES,
+            chat.prompt(DOCUMENTS[0]),
         )  # fmt: skip
+        phase.run_dreaming(context, pool, told.append, on_step)
         assert len(cores()) == 1, "a killed engine left its core behind"
         pool.shutdown()
     finally:

@@ -34,9 +34,9 @@ class AboutPets:
     """Paid for a whole pair whose question is about a pet: about one dream in seven at first."""
 
     def __call__(self, dream: Dream) -> float | None:
-        if dream.pair is None:
+        if dream.parsed is None:
             return 0.0
-        return float(any(word in dream.pair[0] for word in ("pet", "animal")))
+        return float(any(word in dream.parsed[0] for word in ("pet", "animal")))
 
 
 @pytest.fixture
@@ -73,11 +73,11 @@ def dream(place: Path, steps: int, *words: str) -> list[dict[str, Any]]:
     chat, told = ChatFormatter(place / "wide"), list[dict[str, Any]]()
     pool = engines(place)
     try:
-        phase.run_dreaming(
-            config, pool, TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.01, steps),
-            place / "born", chat, day, probes, place, chat.prompt(day[0])[:64], print,
-            lambda _, metrics: told.append(metrics),
-        )  # fmt: skip
+        trainer = TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.01, steps)
+        context = phase.DreamingContext(
+            config, trainer, place / "born", place, chat, day, probes, chat.prompt(day[0])[:64]
+        )
+        phase.run_dreaming(context, pool, print, lambda _, metrics: told.append(metrics))
     finally:
         pool.shutdown()
     return told

@@ -27,15 +27,8 @@ LONG_FUNCTIONS: dict[str, int] = {
     "cli.py::night": 90,
     "config/validation.py::check": 98,
 }
-MANY_PARAMETERS: dict[str, int] = {
-    "dreaming/launch.py::assemble": 7,
-    "dreaming/launch.py::run_dreaming": 11,
-    "dreaming/scorer.py::LearningGainScorer.__init__": 8,
-}
-LATE_ATTRIBUTES: dict[str, int] = {
-    "dreaming/reward_process.py::RewardProcess": 1,
-    "dreaming/trainer_actor.py::DreamTrainer": 7,
-}
+MANY_PARAMETERS: dict[str, int] = {}
+LATE_ATTRIBUTES: dict[str, int] = {}
 CIRCLES: list[set[str]] = [
     {f"sleeprl.weight_sync.{name}" for name in ("base", "buckets", "disk", "gpu", "shared_memory")},
 ]

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from sleeprl.config import loader as cfg
-from sleeprl.config.schema import ConfigError
+from sleeprl.config.schema import ConfigError, DreamingConfig, NightConfig
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
 from sleeprl.dreaming import launch as phase
@@ -34,14 +34,14 @@ from sleeprl.dreaming.admission import order_groups
 from sleeprl.dreaming.checkpoint import write_group
 from sleeprl.dreaming.curricula import Uniform, WeakSpots
 from sleeprl.dreaming.launch import _samples, make_tasks
+from sleeprl.dreaming.metrics import task_outcomes
 from sleeprl.dreaming.reward_actor import RewardActor
 from sleeprl.dreaming.reward_process import LikelihoodGain
 from sleeprl.dreaming.scorer import LearningGainScorer
 from sleeprl.dreaming.stage_counts import StageCounts
-from sleeprl.dreaming.trainer_actor import outcomes
 from sleeprl.dreaming.types import Dream, Outcome, Task
 from sleeprl.memory.checkpoint import expert_tensors, widen
-from sleeprl.plugins import PluginError, create
+from sleeprl.plugins import PluginError
 from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import STUDY_QA, format_qa, with_experience
@@ -137,15 +137,16 @@ def test_one_request_repeats_no_task_before_all_had_a_turn() -> None:
 
 def test_make_tasks_gives_each_document_its_own_probes() -> None:
     probes = [Pair(n % 2 * 2, f"q{n}", f"a{n}") for n in range(20)]
-    tasks = make_tasks(["zero", "one", "two"], probes, seed=1)
+    tasks = make_tasks(["zero", "one", "two"], probes, NightConfig(seed=1))
     assert [t.id for t in tasks] == ["document-0", "document-2"]
     assert set(tasks[0].probes) == {(f"q{n}", f"a{n}") for n in range(0, 20, 2)}
     assert set(tasks[1].probes) == {(f"q{n}", f"a{n}") for n in range(1, 20, 2)}
     assert tasks[0].message == with_experience("zero", STUDY_QA)
-    assert tasks == make_tasks(["zero", "one", "two"], probes, seed=1)
-    assert tasks[0].probes != make_tasks(["zero", "one", "two"], probes, seed=2)[0].probes
+    assert tasks == make_tasks(["zero", "one", "two"], probes, NightConfig(seed=1))
+    other = make_tasks(["zero", "one", "two"], probes, NightConfig(seed=2))
+    assert tasks[0].probes != other[0].probes
     with pytest.raises(ConfigError, match=r"self_study\.held_out_share.*dreaming\.enabled=false"):
-        make_tasks(["zero"], [], seed=1)
+        make_tasks(["zero"], [], NightConfig(seed=1))
 
 
 # --- rewards ----------------------------------------------------------------------
@@ -222,10 +223,10 @@ def test_samples_are_the_best_and_the_worst_dreams_and_no_others_are_read(
 
 def test_likelihood_gain() -> None:
     reward = LikelihoodGain(scale=10.0)
-    made = Dream(TASKS[0], "text", [1], ("q", "a"), gain=0.03)
+    made = Dream(TASKS[0], "text", [1], ["q", "a"], gain=0.03)
     assert reward(made) == pytest.approx(0.3)
     assert reward(replace(made, gain=-0.02)) == pytest.approx(-0.2)
-    assert reward(replace(made, pair=None, gain=None)) == 0.0  # malformed: worth nothing
+    assert reward(replace(made, parsed=None, gain=None)) == 0.0  # malformed: worth nothing
     assert reward(replace(made, gain=None)) is None  # not tried: not known
 
 
@@ -286,7 +287,7 @@ def times_out_itself():
 
 def looks():
     def reward(dream):
-        return float(len(dream.text)) if dream.pair else -1.0
+        return float(len(dream.text)) if dream.parsed else -1.0
     return reward
 """
 
@@ -300,13 +301,19 @@ def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "users_rewards"
 
 
+def reward_config(
+    name: str, options: dict[str, Any], timeout_s: float = 5.0, **others: Any
+) -> DreamingConfig:
+    return DreamingConfig(reward=name, reward_options=options, reward_timeout_s=timeout_s, **others)
+
+
 @pytest.fixture
 def rewarding(wide: Path) -> Iterator[Callable[..., RewardActor]]:
     """Makes a RewardActor in this process."""
     made: list[RewardActor] = []
 
-    def make(name: str, deadline: float = 5.0, *rest: Any, **options: Any) -> RewardActor:
-        made.append(RewardActor(str(wide), name, options, deadline, *rest))
+    def make(name: str, timeout_s: float = 5.0, **options: Any) -> RewardActor:
+        made.append(RewardActor(str(wide), reward_config(name, options, timeout_s)))
         return made[-1]
 
     yield make
@@ -325,7 +332,7 @@ def test_a_reward_sees_the_dream_and_scores_each_row(
     pair = format_qa("Who?", "Ann")
     batch = to_batch(
         [
-            dream(chat, 0, pair, gain=0.5),
+            replace(dream(chat, 0, pair), gain=0.5, parsed=json.dumps(["Who?", "Ann"])),
             dream(chat, 1, "no pair at all"),
             dream(chat, 2, pair, finish="length"),
         ]
@@ -425,7 +432,7 @@ def test_a_reward_that_cannot_be_made_is_told(
     wide: Path, users: str, name: str, options: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(PluginError, match=problem) as told:
-        RewardActor(str(wide), f"{users}.{name}", options, 5.0)
+        RewardActor(str(wide), reward_config(f"{users}.{name}", options))
     assert f"reward '{users}.{name}'" in str(told.value)
 
 
@@ -481,7 +488,9 @@ def test_a_rewards_process_ends_with_its_actor(
         num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": path}}
     )
     pids = tmp_path / "pids"
-    actor = actor.remote(str(wide), f"{users}.StageCounts", {"pids": str(pids)}, 60.0)
+    actor = actor.remote(
+        str(wide), reward_config(f"{users}.StageCounts", {"pids": str(pids)}, 60.0)
+    )
     parent = ray.get(actor.pid.remote())
     running = actor.score.remote(to_batch([dream(chat, 0, "loops in C")]), {t.id: t for t in TASKS})
     assert ray.wait([running], timeout=2)[1] == [running]
@@ -517,13 +526,13 @@ def test_a_rewards_process_needs_nobody_to_end_it(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("store")
 def test_a_group_is_equal_where_the_algorithm_finds_nothing_to_learn(
-    rewarding: Callable[..., RewardActor], chat: ChatFormatter, users: str, tmp_path: Path
+    wide: Path, chat: ChatFormatter, users: str, tmp_path: Path
 ) -> None:
     good, bad = format_qa("Who?", "Ann"), "no pair at all"
 
     def equal(*dreams: Trajectory, **options: Any) -> bool:
-        algorithm = create("dapo", "algorithm", options)
-        actor = rewarding(f"{users}.looks", 5.0, algorithm, 40)
+        config = reward_config(f"{users}.looks", {}, algorithm_options=options, max_tokens=40)
+        actor = RewardActor(str(wide), config)
         batch = to_batch(list(dreams))
         found = ray.get(actor.score(batch, {t.id: t for t in TASKS}).batch)
         write_group(tmp_path, "0-queued", found)
@@ -531,17 +540,16 @@ def test_a_group_is_equal_where_the_algorithm_finds_nothing_to_learn(
         assert ray.get(loaded.batch) == found
         informative = actor.score(batch, {t.id: t for t in TASKS}).is_informative
         assert loaded.is_informative == informative
+        actor.reward.close()
         return not informative
 
-    same = [dream(chat, n, good) for n in range(3)]
+    same = [replace(dream(chat, n, good), parsed='["Who?", "Ann"]') for n in range(3)]
     assert equal(*same)
     assert not equal(*same, dream(chat, 3, bad))
     # What the algorithm makes of length is part of it.
     short, long = dream(chat, 0, "no"), dream(chat, 1, "n" * 38)
     assert equal(short, long)
     assert not equal(short, long, overlong_buffer_tokens=20)
-    plain = rewarding(f"{users}.looks")
-    assert plain.score(to_batch(same), {t.id: t for t in TASKS}).is_informative
 
 
 # --- trials -----------------------------------------------------------------------
@@ -550,7 +558,8 @@ PAIRS = (("Where does Ann live?", "Ann lives in Oslo"), ("What is her pet?", "a 
 
 
 def scorer(wide: Path, rate: float = 0.5, probes: int = 8) -> LearningGainScorer:
-    return LearningGainScorer(str(wide), 0, rate, probes, 1)
+    config = DreamingConfig(trial_learning_rate=rate, trial_questions=probes)
+    return LearningGainScorer(TrainerOptions(str(wide), 0, "float32", 0, 0.1, 1), config)
 
 
 def task(*probes: tuple[str, str]) -> dict[str, Task]:
@@ -570,9 +579,9 @@ def test_a_dream_that_is_the_probe_teaches_and_the_step_is_taken_back(
     actor = scorer(wide)
     before = {n: p.detach().clone() for n, p in actor.model.named_parameters()}
     (row,) = judged(actor, [dream(chat, 0, format_qa(*PAIRS[0]), note="kept")], task(PAIRS[0]))
-    meta = json.loads(row.meta)
-    assert meta["gain"] > 1e-3
-    assert meta["note"] == "kept"
+    assert row.gain is not None and row.gain > 1e-3
+    assert row.parsed == json.dumps([*PAIRS[0]])
+    assert json.loads(row.meta) == {"note": "kept"}
     for name, parameter in actor.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
 
@@ -614,9 +623,8 @@ def test_the_gain_is_what_a_real_step_would_bring(wide: Path, chat: ChatFormatte
                 named[name][:, 96:104] -= 0.3 * gradient[:, 96:104]
             else:
                 named[name][96:104] -= 0.3 * gradient[96:104]
-    meta = json.loads(row.meta)
-    assert meta["gap"] == pytest.approx(-known, rel=1e-4)
-    assert meta["gain"] == pytest.approx(likelihood(*PAIRS).item() - known, rel=1e-2)
+    assert row.gap == pytest.approx(-known, rel=1e-4)
+    assert row.gain == pytest.approx(likelihood(*PAIRS).item() - known, rel=1e-2)
 
 
 @pytest.mark.usefixtures("store")
@@ -631,9 +639,9 @@ def test_what_is_no_pair_is_not_tried(wide: Path, chat: ChatFormatter) -> None:
         ],
         task(PAIRS[0]),
     )
-    metas = [json.loads(row.meta) for row in rows]
-    assert [m["gain"] is None for m in metas] == [True, True, False, True]
-    assert len({m["gap"] for m in metas}) == 1
+    assert [row.gain is None for row in rows] == [True, True, False, True]
+    assert [row.parsed is None for row in rows] == [True, True, False, True]
+    assert len({row.gap for row in rows}) == 1
 
 
 @pytest.mark.usefixtures("store")
@@ -641,9 +649,9 @@ def test_the_probes_are_limited_and_may_be_none(wide: Path, chat: ChatFormatter)
     one = [dream(chat, 0, format_qa(*PAIRS[0]))]
     (few,) = judged(scorer(wide, probes=1), one, task(*PAIRS))
     (alone,) = judged(scorer(wide), one, task(PAIRS[0]))
-    assert json.loads(few.meta) == json.loads(alone.meta)
+    assert (few.gain, few.gap) == (alone.gain, alone.gap)
     (none,) = judged(scorer(wide), one, task())
-    assert json.loads(none.meta)["gain"] is None
+    assert none.gain is None
 
 
 @pytest.mark.usefixtures("store")
@@ -664,7 +672,7 @@ def test_the_reference_is_the_smaller_self_whatever_the_expert_says(
         expected = logp[-len(made.response_ids) :].tolist()
         assert first.ref_logprobs == pytest.approx(expected, abs=1e-4)
         assert second.ref_logprobs == first.ref_logprobs
-    assert json.loads(born[0].meta)["gap"] != json.loads(grown[0].meta)["gap"]
+    assert born[0].gap != grown[0].gap
 
 
 # --- the line ---------------------------------------------------------------------
@@ -698,11 +706,11 @@ def test_a_group_set_aside_makes_nobody_wait_longer(
 
 def test_outcomes_gather_a_task_s_dreams(chat: ChatFormatter) -> None:
     rows = [
-        replace(dream(chat, 0, "x", task="t1", gap=2.0), reward=0.5),
-        replace(dream(chat, 1, "x", task="t0", gap=1.0), reward=0.25),
-        replace(dream(chat, 2, "x", task="t1", gap=4.0), unscored="late"),
+        replace(dream(chat, 0, "x", task="t1"), gap=2.0, reward=0.5),
+        replace(dream(chat, 1, "x", task="t0"), gap=1.0, reward=0.25),
+        replace(dream(chat, 2, "x", task="t1"), gap=4.0, unscored="late"),
     ]
-    assert outcomes(rows) == [Outcome("t1", [0.5], 3.0), Outcome("t0", [0.25], 1.0)]
+    assert task_outcomes(rows) == [Outcome("t1", [0.5], 3.0), Outcome("t0", [0.25], 1.0)]
 
 
 STAGES = ("generating", "scoring", "rewarding", "queued", "learning")

@@ -146,8 +146,8 @@ class Learns(RemoteActor):
             (self.dies / f"late-{version}").unlink()
         return PublishResult(version, {}, list(there)[int(late) :], int(late), version)
 
-    def save(self, directory: str, groups: Mapping[str, Any], outdated: Sequence[Any]) -> None:
-        self.outdated += map(list, outdated)
+    def save(self, directory: str, groups: Mapping[str, Any], stale: Sequence[Any]) -> None:
+        self.outdated += map(list, stale)
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / "learner.json").write_text(json.dumps(self.learned))
         (Path(directory) / "redrawn.json").write_text(json.dumps(self.redrawn))
@@ -241,7 +241,7 @@ def dream(
         rewards=passing["reward"],
         curriculum=curriculum,
         learner=learner,
-        build_prompt=lambda message: [0, config.group_size],
+        build_prompt=lambda task: [0, config.group_size],
         seed=1,
         queue=AdmissionQueue(position, config.tasks_per_step, config.max_staleness, redraws),
         recovery=RecoveryManager(

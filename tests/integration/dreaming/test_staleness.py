@@ -26,7 +26,7 @@ from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
 from sleeprl.dreaming import launch as phase
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 from sleeprl.dreaming.messages import PublishResult, RewardResult, ScoreResult, StepResult
-from sleeprl.dreaming.trainer_actor import DreamTrainer, DreamTrainerJob
+from sleeprl.dreaming.trainer_actor import DreamTrainer
 from sleeprl.dreaming.types import Dream, algorithm_of, scores
 from sleeprl.memory.checkpoint import EXPERT, widen
 from sleeprl.memory.slots import Slots
@@ -34,7 +34,6 @@ from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.rollout.torch_engine import TorchEngine
 from sleeprl.rollout.types import RolloutRequest, SamplingParams
-from sleeprl.self_study.sampler import build_qa_prompt
 from sleeprl.self_study.study import Pair
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.options import TrainerOptions
@@ -67,7 +66,7 @@ class Timed(DreamTrainer):
     def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> StepResult:
         began = time.monotonic()
         made = super().step(batches, redrawn)
-        note(Path(self.job.learner.checkpoint), "steps", began, time.monotonic())
+        note(Path(self.job.trainer.checkpoint), "steps", began, time.monotonic())
         return made
 
 
@@ -110,7 +109,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for n in range(6)
     ]  # fmt: skip
-    for name in ("pipeline", "loop", "colocated", "turns", "together", "weighed"):
+    for name in ("pipeline", "loop", "colocated", "turns", "together", "weighed", "facts"):
         Lake(place / name / "lake").append(to_batch(replay), "trajectories")
     return place
 
@@ -138,28 +137,33 @@ def learner(place: Path) -> TrainerOptions:
     return TrainerOptions(str(place / "wide"), 0, "float32", 7, 0.03, STEPS)
 
 
+def context_of(
+    place: Path, config: NightConfig, chat: ChatFormatter, name: str
+) -> phase.DreamingContext:
+    canary = chat.prompt(DOCUMENTS[0])
+    return phase.DreamingContext(
+        config, learner(place), place / "born", place / name, chat, DOCUMENTS, PROBES, canary
+    )
+
+
 def by_the_pipeline(
     place: Path, config: NightConfig, chat: ChatFormatter, name: str = "pipeline"
 ) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
     pool = engines(place, config.resources.engine)
     phase.run_dreaming(
-        config, pool, learner(place), place / "born", chat, DOCUMENTS, PROBES,
-        place / name, chat.prompt(DOCUMENTS[0]), print, lambda _, metrics: told.append(metrics),
-    )  # fmt: skip
+        context_of(place, config, chat, name), pool, print, lambda _, metrics: told.append(metrics)
+    )
     pool.shutdown()
     return told
 
 
 def by_a_loop(place: Path, config: NightConfig, chat: ChatFormatter) -> list[dict[str, Any]]:
     """The same actors, one call after the other."""
-    dreaming, told = config.dreaming, []
+    told = []
     pool = engines(place)
-    tasks = phase.make_tasks(DOCUMENTS, PROBES, config.seed)
-    job = DreamTrainerJob(
-        learner(place), dreaming, str(place / "born"), str(place / "loop" / "lake"), config.seed,
-        config.consolidation.beta, config.consolidation.top_k, chat.prompt(DOCUMENTS[0]), 1, 60.0,
-    )  # fmt: skip
+    tasks = phase.make_tasks(DOCUMENTS, PROBES, config)
+    job = context_of(place, config, chat, "loop").trainer_job(1)
     actors = phase.launch(config, job, tasks)
     actors.start(DreamingCheckpoint(place / "nowhere"), pool.group)
     of, numbers = {task.id: task for task in tasks}, count()
@@ -173,7 +177,7 @@ def by_a_loop(place: Path, config: NightConfig, chat: ChatFormatter) -> list[dic
             sampling = [SamplingParams(24, 1.0, rng.randrange(2**31)) for _ in range(4)]
             group = RolloutRequest(
                 task.id, tuple(f"dream-{number}-{n}" for n in range(4)),
-                build_qa_prompt(chat, config.self_study, task.message), tuple(sampling),
+                phase.prompt_builder(config, chat)(task), tuple(sampling),
             )  # fmt: skip
             (wrote,) = pool.group.call("rollout", request=group)
             scored: ScoreResult = actors.scorers.call("score", batch=wrote.batch, tasks=of)[0]

@@ -32,6 +32,7 @@ from tests.support.paths import ROOT
 
 ids = st.integers(0, 2**31 - 1)
 float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+float64 = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @st.composite
@@ -57,6 +58,9 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         unscored=draw(st.text()) if scored == "unscored" else None,
         ref_logprobs=draw(st.none() | per_token(float32)),
         advantage=draw(st.none() | float32),
+        gain=draw(st.none() | float64),
+        gap=draw(st.none() | float64),
+        parsed=draw(st.none() | st.text()),
         meta=json.dumps(draw(st.dictionaries(st.text(), st.integers() | st.text()))),
     )
 
@@ -182,7 +186,8 @@ def test_files_of_other_versions(tmp_path):
     table = pq.read_table(file)
     # Version 1 had a column for what top-p and top-k left to choose from, and no advantages.
     masks = pa.array([None], pa.list_(pa.list_(pa.int32())))
-    first = table.drop_columns(["ref_logprobs", "advantage"]).append_column("sampling_mask", masks)
+    later = ["ref_logprobs", "advantage", "gain", "gap", "parsed"]
+    first = table.drop_columns(later).append_column("sampling_mask", masks)
     pq.write_table(version(first, 1), file)
     lake.append(to_batch([make("new", ref_logprobs=[0.0, 0.0, 0.0])]), "trajectories")
     for read in (lake.read("trajectories"), lake.scan("trajectories").to_table()):
@@ -192,6 +197,29 @@ def test_files_of_other_versions(tmp_path):
     for read in (lake.read, lake.scan):
         with pytest.raises(SchemaError, match=f"{file.name}.*version 99"):
             read("trajectories")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_gain_and_gap_of_older_versions_are_read_from_meta(tmp_path, number):
+    """Versions before 4 had them there; what such a file holds stays as it is."""
+    lake = Lake(tmp_path)
+    metas = ['{"gain": 0.125, "gap": 1.5}', '{"gain": null, "gap": 0.25}', "{}"]
+    old = [make(f"old/{n}", meta=meta) for n, meta in enumerate(metas)]
+    table = pa.Table.from_batches([to_batch(old)]).drop_columns(["gain", "gap", "parsed"])
+    file = lake.append(to_batch(old), "trajectories")
+    pq.write_table(version(table, number), file)
+    lake.append(to_batch([make("new", gain=2.0, gap=3.0, parsed='["q", "a"]')]), "trajectories")
+    expected = [
+        (0.125, 1.5, None),
+        (None, 0.25, None),
+        (None, None, None),
+        (2.0, 3.0, '["q", "a"]'),
+    ]
+    rows = from_batch(lake.read("trajectories"))
+    assert [(t.gain, t.gap, t.parsed) for t in rows] == expected
+    assert [t.meta for t in rows] == [*metas, "{}"]
+    (batch,) = version(table, number).to_batches()
+    assert [(t.gain, t.gap, t.parsed) for t in from_batch(batch)] == expected[:3]
 
 
 def version(table: pa.Table, number: int) -> pa.Table:

@@ -156,10 +156,10 @@ def test_dreaming_hands_its_actors_whole_paths(
     pool: Any = SimpleNamespace(version=3)
     nothing: Any = None
     with pytest.raises(Found):
-        launch.run_dreaming(
-            cfg.load(None, []), pool, nothing, Path("expert"), nothing, [], [], Path("runs/n"),
-            [], print, nothing,
-        )  # fmt: skip
+        context = launch.DreamingContext(
+            cfg.load(None, []), nothing, Path("expert"), Path("runs/n"), nothing, [], [], []
+        )
+        launch.run_dreaming(context, pool, print, nothing)
     assert asked == [tmp_path / "runs/n/dreaming-state"]
 
 

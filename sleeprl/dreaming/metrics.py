@@ -1,0 +1,86 @@
+"""The figures of an update: what was written for it, how old it was, how far both sides agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sleeprl.data.trajectory import Trajectory
+from sleeprl.dreaming.types import Outcome
+
+
+def task_outcomes(dreams: Sequence[Trajectory]) -> list[Outcome]:
+    """Gather what came of each task, over all its dreams in the batch."""
+    outcomes = []
+    for task in dict.fromkeys(d.task_id for d in dreams):
+        group = [d for d in dreams if d.task_id == task]
+        gaps = [_gap(d) for d in group]
+        rewards = [d.reward for d in group if d.reward is not None]
+        outcomes.append(Outcome(task, rewards, sum(gaps) / len(gaps)))
+    return outcomes
+
+
+def reward_metrics(dreams: Sequence[Trajectory]) -> dict[str, float]:
+    """Describe what was written for an update.
+
+    Args:
+        dreams: also those that were set aside; without them the rewards would look better.
+    """
+    scored = [d.reward for d in dreams if d.reward is not None]
+    return {
+        "reward": sum(scored) / max(1, len(scored)),
+        "reward_positive": sum(r > 0 for r in scored) / max(1, len(scored)),
+        "unscored": float(len(dreams) - len(scored)),
+        "gap": sum(_gap(d) for d in dreams) / len(dreams),
+        "response_tokens": sum(len(d.response_ids) for d in dreams) / len(dreams),
+    }
+
+
+def staleness_metrics(
+    dreams: Sequence[Trajectory], stale: Sequence[int], version: int
+) -> dict[str, Any]:
+    """Describe by how many versions the tokens that are learned trail the trainer's.
+
+    Args:
+        dreams: what the update learns from.
+        stale: how many tokens each begins with that are too old to learn from.
+        version: the policy version that the update makes.
+    """
+    ages = [version - v for d, n in zip(dreams, stale, strict=True) for v in d.versions[n:]]
+    return {
+        "tokens_too_old": float(sum(stale)),
+        "staleness": sum(ages) / max(1, len(ages)),
+        "staleness_max": float(max(ages, default=0)),
+        "staleness_tokens": {str(age): ages.count(age) for age in sorted(set(ages))},
+    }
+
+
+def pop_agreement(metrics: dict[str, Any], part: str) -> dict[str, dict[str, float]]:
+    """Take how far engines and trainer agree out of the metrics of a step.
+
+    At age 0 and temperature 1 it is what the two sides differ by. A dream that was continued after
+    an update counts as old: so is the cache that it was continued with.
+
+    Args:
+        metrics: of ``Trainer.step``; the keys that are read are removed.
+        part: the part of the loss that has the dreams.
+
+    Returns:
+        The mean and the largest difference of the log-probabilities (nats), by the age of the
+        weights that a dream was begun with.
+    """
+    keys = [key.split("/") for key in metrics if key.startswith(f"{part}/age_")]
+    ages = sorted({int(key[1].removeprefix("age_")) for key in keys})
+    means: dict[str, float] = {}
+    largest: dict[str, float] = {}
+    for age in ages:
+        share, apart, most = (
+            metrics.pop(f"{part}/age_{age}/{what}") for what in ("share", "apart", "max")
+        )
+        means[str(age)], largest[str(age)] = apart / share, most
+    return {"logprob_difference": means, "logprob_difference_max": largest}
+
+
+def _gap(dream: Trajectory) -> float:
+    assert dream.gap is not None, f"{dream.uid} was not scored"
+    return dream.gap
