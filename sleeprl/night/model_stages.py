@@ -95,7 +95,7 @@ class ModelStages:
 
         Returns:
             ``parent``, a generation; ``clock``, its state after this night; ``steps``; and ``told``,
-            the steps as a reader sees them.
+            the steps in words.
         """
         config, manifest = self.config, schedule.parent(self.config)
         source = find_model(config)
