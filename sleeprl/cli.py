@@ -19,7 +19,12 @@ from sleeprl.config.schema import ConfigError
 from sleeprl.reporting.terminal import make_console, print_message
 
 app = typer.Typer(
-    help="sleepRL: let a language model sleep on what it met, and wake up knowing it.",
+    help="""sleepRL: let a language model sleep on what it met, and wake up knowing it.
+
+    [bold]sleeprl night --dry-run[/]    what a night would do, and every setting
+    [bold]sleeprl night[/]              a night on the embedded model
+    [bold]sleeprl lineage[/]            the generations of the model that came of it
+    """,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

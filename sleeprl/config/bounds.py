@@ -54,8 +54,8 @@ class Bounds:
         if self.ge is not None and self.le is not None:
             return f"{self.ge:g} to {self.le:g}"
         signs = ((">", self.gt), (">=", self.ge), ("<=", self.le))
-        told = ", ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
-        return f"{told}, whole above 1" if self.whole_above_one else told
+        named = ", ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
+        return f"{named}, whole above 1" if self.whole_above_one else named
 
 
 def bounds(

@@ -12,6 +12,7 @@ from typing import Any
 
 from sleeprl.config.bounds import bounds, choices, plugin
 from sleeprl.memory.levels import UNITS, Clock, Level
+from sleeprl.text.prompts import EXAMPLES
 
 
 class ConfigError(ValueError):
@@ -131,7 +132,7 @@ class SelfStudyConfig:
     assistant_prefix: str = ""
     """Text that every question-answer pair begins with, such as ``Question:``. For a model that
     does not begin so by itself."""
-    few_shot_examples: int = field(default=0, metadata=bounds(ge=0))
+    few_shot_examples: int = field(default=0, metadata=bounds(ge=0, le=EXAMPLES))
     """Worked examples, at most 4, before an instruction to write a question and its answer. For a
     model that was not trained to follow one."""
     held_out_share: float = field(default=0.2, metadata=bounds(ge=0, le=1))

@@ -26,7 +26,6 @@ from sleeprl.config.schema import (
     get_setting,
     iter_fields,
 )
-from sleeprl.text.prompts import EXAMPLES
 from sleeprl.utils.machine import available_cpus
 
 
@@ -42,7 +41,6 @@ def validate(config: NightConfig) -> None:
     _check_wake(config)
     _check_evaluation(config.evaluation, config.wake.inputs)
     _check_memory(config)
-    _check_self_study(config)
     _check_consolidation(config)
     _check_dreaming(config.dreaming)
     _check_lengths(config)
@@ -95,12 +93,6 @@ def _check_memory(config: NightConfig) -> None:
             f"consolidation.expert_gate={config.consolidation.expert_gate} closes the units of a "
             f"gated MLP, but memory.growth={config.memory.growth} has none; set one of them back"
         )
-
-
-def _check_self_study(config: NightConfig) -> None:
-    shown = config.self_study.few_shot_examples
-    if shown > EXAMPLES:
-        raise ConfigError(f"self_study.few_shot_examples={shown} must be at most {EXAMPLES}")
 
 
 def _check_lengths(config: NightConfig) -> None:

@@ -112,4 +112,5 @@ def run_phase(
         result = do(part.key, partial(part.run, night), part.note, part.display_key)
         if not recorded:
             seconds = run.state["seconds"][part.key]
-            on_phase(FinishedPhase(part.key, part.title, part.note(result), seconds, result))
+            title = part.title or phase.title
+            on_phase(FinishedPhase(part.key, title, part.note(result), seconds, result))

@@ -1,4 +1,4 @@
-"""From the files that packages carry to an ordinary Hugging Face checkpoint."""
+"""Convert the files of packages to an ordinary Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ def from_gguf(
 ) -> None:
     """Write the dequantised model, its tokenizer and chat template into ``target``.
 
-    end: the token that ends a turn from now on, where it is not the file's.
+    Args:
+        gguf: The file.
+        target: Directory of the checkpoint.
+        dtype: Number format of the checkpoint.
+        chat_template: Chat template in Jinja, where the file has none.
+        end: Token that ends a turn, where it is not the file's.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -38,7 +43,11 @@ def from_gguf(
 def from_onnx(package: Path, member: str, target: Path, dtype: str) -> None:
     """Write the Llama of a quantised ONNX export and its tokenizer into ``target``.
 
-    package: directory with config.json, the tokenizer's files, and ``member``.
+    Args:
+        package: Directory with config.json, the tokenizer's files, and ``member``.
+        member: The ONNX file, relative to ``package``.
+        target: Directory of the checkpoint.
+        dtype: Number format of the checkpoint.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -59,7 +68,7 @@ def from_onnx(package: Path, member: str, target: Path, dtype: str) -> None:
 
 
 def dequantised(onnx_file: Path) -> dict[str, Tensor]:
-    """The weights of a dynamically quantised ONNX graph, float32, by their PyTorch names.
+    """Read the weights of a dynamically quantised ONNX graph, in float32, by their PyTorch names.
 
     A weight is ``(q - zero_point) * scale``. A linear layer is the MatMulInteger node
     ``/model/layers.0/mlp/up_proj/MatMul_quant`` with a weight of shape (in, out), the

