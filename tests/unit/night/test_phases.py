@@ -199,7 +199,7 @@ def test_what_each_attempt_does_adds_up_and_a_finished_phase_is_not_done_again(
     done: list[str] = []
     for _ in range(2):  # the second attempt goes on from the first one's directory
         progress: Any = SimpleNamespace(
-            **dict.fromkeys(("start", "finish", "skip"), lambda *_: None)
+            **dict.fromkeys(("start", "finish", "skip", "warn"), lambda *_: None)
         )
         run = RunDirectory(cfg.load(None, [f"runs={tmp_path}", "name=cut"]), progress)
         run.run_always("prepare", lambda: time.sleep(0.05) or done.append("prepare"), lambda _: "")
