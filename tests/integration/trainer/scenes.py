@@ -234,7 +234,7 @@ class Drains:
     def __init__(self, notes: Notes) -> None:
         self.notes = notes
 
-    def begin(self) -> None:
+    def begin(self, version: int | None) -> None:
         time.sleep(1.0)
         self.notes.numbers["at rest"] = time.monotonic()
 
