@@ -70,12 +70,12 @@ def options(tiny_model: Path) -> EngineOptions:
 
 
 @pytest.fixture
-def fleet(options: EngineOptions) -> Iterator[EnginePool]:
-    fleet = EnginePool.launch(2, options, 1, 0, f"{__name__}.Forgetful")
-    assert fleet.placement.bundle_count == 2 and not ray.available_resources().get("CPU")
-    yield fleet
-    fleet.group.kill()
-    remove_placement_group(fleet.placement)
+def pool(options: EngineOptions) -> Iterator[EnginePool]:
+    pool = EnginePool.launch(2, options, 1, 0, f"{__name__}.Forgetful")
+    assert pool.placement.bundle_count == 2 and not ray.available_resources().get("CPU")
+    yield pool
+    pool.group.kill()
+    remove_placement_group(pool.placement)
 
 
 @pytest.fixture(scope="module")
@@ -93,140 +93,140 @@ def canary(directory: Path, weights: Mapping[str, Tensor]) -> Canary:
     return Canary(IDS, plain_logprobs(model, IDS, weights), 1e-3)
 
 
-def states(fleet: EnginePool) -> list[HealthState]:
-    return [fleet.health[i] for i in range(len(fleet.health))]
+def states(pool: EnginePool) -> list[HealthState]:
+    return [pool.health[i] for i in range(len(pool.health))]
 
 
 def test_a_stale_engine_gets_no_work_until_an_update_verifies(
-    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
+    pool: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     right = canary(tiny_model, weights)
-    good, bad = fleet.publish(weights.items(), right)
+    good, bad = pool.publish(weights.items(), right)
     assert good.verified and not bad.verified and (bad.engine, bad.version) == ("engine-1", 1)
-    assert states(fleet) == [HealthState.HEALTHY, HealthState.STALE]
-    pending = fleet.generate_later(PROMPTS, SAMPLING)
+    assert states(pool) == [HealthState.HEALTHY, HealthState.STALE]
+    pending = pool.generate_later(PROMPTS, SAMPLING)
     assert list(pending.refs) == [0]
     made = pending.wait()
     assert len(made) == 6 and {v for c in made for v in c.versions} == {1}
-    assert fleet.logprobs([IDS])[0] == pytest.approx(right.logprobs, abs=1e-4)
+    assert pool.logprobs([IDS])[0] == pytest.approx(right.logprobs, abs=1e-4)
     # Whoever does not know and asks it all the same is refused, as by an engine that is gone.
     with pytest.raises(ActorFailure, match="engine-1 is STALE since version 1") as refused:
-        fleet.group.call("logprobs", sequences=[IDS])
+        pool.group.call("logprobs", sequences=[IDS])
     assert refused.value.failure.kind is FailureKind.RETRYABLE
-    certificates = fleet.publish(weights.items(), right)
+    certificates = pool.publish(weights.items(), right)
     assert [c.verified for c in certificates] == [True, True]
-    assert states(fleet) == [HealthState.HEALTHY] * 2
-    again = fleet.generate_later(PROMPTS, SAMPLING)
+    assert states(pool) == [HealthState.HEALTHY] * 2
+    again = pool.generate_later(PROMPTS, SAMPLING)
     assert list(again.refs) == [0, 1]
     assert [c.token_ids for c in again.wait()] == [c.token_ids for c in made]
 
 
 def test_a_process_with_gpus_of_its_own_sends_for_one_that_has_none(
-    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
+    pool: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     """Here nobody has any; what it does is the same."""
-    publish_from_gpu(fleet, weights.items(), canary(tiny_model, weights), gpus=0)
-    assert fleet.version == 1 and states(fleet) == [HealthState.HEALTHY, HealthState.STALE]
-    publish_from_gpu(fleet, weights.items(), canary(tiny_model, weights), gpus=0)
-    assert fleet.version == 2 and states(fleet) == [HealthState.HEALTHY] * 2
-    assert {v for c in fleet.generate(PROMPTS, SAMPLING) for v in c.versions} == {2}
+    publish_from_gpu(pool, weights.items(), canary(tiny_model, weights), gpus=0)
+    assert pool.version == 1 and states(pool) == [HealthState.HEALTHY, HealthState.STALE]
+    publish_from_gpu(pool, weights.items(), canary(tiny_model, weights), gpus=0)
+    assert pool.version == 2 and states(pool) == [HealthState.HEALTHY] * 2
+    assert {v for c in pool.generate(PROMPTS, SAMPLING) for v in c.versions} == {2}
 
 
 def test_no_engine_left_is_an_error_that_names_them(
-    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
+    pool: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     with pytest.raises(StaleEngine, match=r"engine-0 at version 2: STALE.*engine-1 at version 2"):
-        fleet.publish(weights.items(), canary(tiny_model, {}), version=2)
+        pool.publish(weights.items(), canary(tiny_model, {}), version=2)
     with pytest.raises(StaleEngine, match="engine-0 is stale, engine-1 is stale"):
-        fleet.generate(PROMPTS, SAMPLING)
-    fleet.publish(weights.items(), canary(tiny_model, weights), version=4)
-    assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
+        pool.generate(PROMPTS, SAMPLING)
+    pool.publish(weights.items(), canary(tiny_model, weights), version=4)
+    assert len(pool.generate(PROMPTS, SAMPLING)) == 6
 
 
 def test_an_engine_that_dies_is_left_out(
-    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
+    pool: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     right = canary(tiny_model, weights)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for number, pair in enumerate(weights.items()):
             if number == 3:
-                os.kill(ray.get(fleet.group.actors[1].pid.remote()), signal.SIGKILL)
+                os.kill(ray.get(pool.group.actors[1].pid.remote()), signal.SIGKILL)
             yield pair
 
-    good, lost = fleet.publish(stream(), right, version=2)
+    good, lost = pool.publish(stream(), right, version=2)
     assert good.verified and not lost.verified and lost.engine == "engine-1"
     assert lost.error is not None and "its process is gone" in lost.error
-    assert states(fleet) == [HealthState.HEALTHY, HealthState.DEAD]
-    assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
-    (alone,) = fleet.publish(weights.items(), right, version=4)
-    assert alone.engine == "engine-0" and states(fleet)[1] is HealthState.DEAD
+    assert states(pool) == [HealthState.HEALTHY, HealthState.DEAD]
+    assert len(pool.generate(PROMPTS, SAMPLING)) == 6
+    (alone,) = pool.publish(weights.items(), right, version=4)
+    assert alone.engine == "engine-0" and states(pool)[1] is HealthState.DEAD
 
 
 def test_engines_come_and_go(
-    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor], options: EngineOptions
+    pool: EnginePool, tiny_model: Path, weights: dict[str, Tensor], options: EngineOptions
 ) -> None:
     right = canary(tiny_model, weights)
-    fleet.publish(weights.items(), right, version=2)
-    made = fleet.generate(PROMPTS, SAMPLING)
-    group = fleet.group
-    running = fleet.generate_later(PROMPTS, SAMPLING)
+    pool.publish(weights.items(), right, version=2)
+    made = pool.generate(PROMPTS, SAMPLING)
+    group = pool.group
+    running = pool.generate_later(PROMPTS, SAMPLING)
     assert group.add(spawn_engine(2, options, 0, 0, f"{__name__}.Forgetful")) == 2
     group.start([2])
     # It has the checkpoint's weights, which are not the others' any more.
-    assert states(fleet) == [HealthState.HEALTHY] * 2 + [HealthState.STALE]
-    assert list(fleet.generate_later(PROMPTS, SAMPLING).refs) == [0, 1]
+    assert states(pool) == [HealthState.HEALTHY] * 2 + [HealthState.STALE]
+    assert list(pool.generate_later(PROMPTS, SAMPLING).refs) == [0, 1]
     assert running.wait() == made
-    certificates = fleet.publish(weights.items(), right, version=4)
+    certificates = pool.publish(weights.items(), right, version=4)
     assert [c.engine for c in certificates if c.verified] == ["engine-0", "engine-1", "engine-2"]
-    pending = fleet.generate_later(PROMPTS, SAMPLING)
+    pending = pool.generate_later(PROMPTS, SAMPLING)
     assert list(pending.refs) == [0, 1, 2]
     assert [c.token_ids for c in pending.wait()] == [c.token_ids for c in made]
-    lost = fleet.generate_later(PROMPTS, [SamplingParams(100, seed=1)] * 6)
+    lost = pool.generate_later(PROMPTS, [SamplingParams(100, seed=1)] * 6)
     group.remove(0)
     with pytest.raises(ActorFailure, match=r"engine-0\.generate failed \(infra\)"):
         lost.wait()
-    assert states(fleet) == [HealthState.RETIRED, HealthState.HEALTHY, HealthState.HEALTHY]
-    assert [c.token_ids for c in fleet.generate(PROMPTS, SAMPLING)] == [c.token_ids for c in made]
-    certificates = fleet.publish(weights.items(), right, version=6)
+    assert states(pool) == [HealthState.RETIRED, HealthState.HEALTHY, HealthState.HEALTHY]
+    assert [c.token_ids for c in pool.generate(PROMPTS, SAMPLING)] == [c.token_ids for c in made]
+    certificates = pool.publish(weights.items(), right, version=6)
     assert [c.engine for c in certificates if c.verified] == ["engine-1", "engine-2"]
 
 
 def test_an_engine_that_is_lost_at_work_gets_no_more(
-    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
+    pool: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
-    os.kill(ray.get(fleet.group.actors[1].pid.remote()), signal.SIGKILL)
+    os.kill(ray.get(pool.group.actors[1].pid.remote()), signal.SIGKILL)
     with pytest.raises(ActorFailure, match=r"engine-1\.generate failed \(infra\)"):
-        fleet.generate(PROMPTS, SAMPLING)
-    assert states(fleet) == [HealthState.HEALTHY, HealthState.DEAD]
-    assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
+        pool.generate(PROMPTS, SAMPLING)
+    assert states(pool) == [HealthState.HEALTHY, HealthState.DEAD]
+    assert len(pool.generate(PROMPTS, SAMPLING)) == 6
 
 
 def test_an_engine_that_falls_silent_at_work_does_not_hang_who_waits(
-    fleet: EnginePool, monkeypatch: pytest.MonkeyPatch
+    pool: EnginePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actor_group, "PEER_FAILURE_TIMEOUT_S", 1.0)
     monkeypatch.setattr(health_probe, "PING_TIMEOUT_S", 1.0)
     monkeypatch.setattr(health_probe, "PROBE_INTERVAL_S", 0.2)
-    fleet.health.dead_after = 2.0
-    pid = ray.get(fleet.group.actors[1].pid.remote())
+    pool.health.dead_after = 2.0
+    pid = ray.get(pool.group.actors[1].pid.remote())
     os.kill(pid, signal.SIGSTOP)
     try:
         with pytest.raises(ActorFailure, match=r"engine-1\.generate .*answer for 2 s") as silent:
-            fleet.generate(PROMPTS, SAMPLING)
+            pool.generate(PROMPTS, SAMPLING)
     finally:
         os.kill(pid, signal.SIGCONT)
     assert silent.value.failure.kind is FailureKind.RETRYABLE
-    assert states(fleet) == [HealthState.HEALTHY, HealthState.DEAD]
-    assert len(fleet.generate(PROMPTS, SAMPLING)) == 6
+    assert states(pool) == [HealthState.HEALTHY, HealthState.DEAD]
+    assert len(pool.generate(PROMPTS, SAMPLING)) == 6
 
 
-def test_the_dead_and_the_silent_do_not_keep_a_fleet_from_its_end(fleet: EnginePool) -> None:
-    killed, stopped = ray.get([actor.pid.remote() for actor in fleet.group.actors])
+def test_the_dead_and_the_silent_do_not_keep_a_fleet_from_its_end(pool: EnginePool) -> None:
+    killed, stopped = ray.get([actor.pid.remote() for actor in pool.group.actors])
     os.kill(killed, signal.SIGKILL)
     os.kill(stopped, signal.SIGSTOP)
     began = time.monotonic()
-    fleet.shutdown()
+    pool.shutdown()
     assert time.monotonic() - began < 30
     while ray.available_resources().get("CPU") != 2:  # what was reserved for them
         assert time.monotonic() - began < 60
@@ -255,7 +255,7 @@ def test_the_expert_is_gathered_before_the_engines_can_fail(
     monkeypatch.setattr(learning, "publish_weights", publish)
     with pytest.raises(StaleEngine):
         actor.publish([None])
-    assert done == ["expert", "publish"] and actor.fleet.health.dead_after == LIVENESS_TIMEOUT_S
+    assert done == ["expert", "publish"] and actor.pool.health.dead_after == LIVENESS_TIMEOUT_S
 
 
 def test_tokens_that_are_too_old_are_read_and_not_learned_from(
@@ -295,12 +295,12 @@ def test_how_far_the_sides_are_apart_is_told_by_age() -> None:
 
 
 def test_trap_10_an_engine_that_hangs_does_not_hang_the_update(
-    fleet: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
+    pool: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     right = canary(tiny_model, weights)
-    fleet.publish(weights.items(), right, version=2)
-    impatient = EnginePool(fleet.group, patience=5.0)
-    pid = ray.get(fleet.group.actors[1].pid.remote())
+    pool.publish(weights.items(), right, version=2)
+    impatient = EnginePool(pool.group, update_timeout=5.0)
+    pid = ray.get(pool.group.actors[1].pid.remote())
     impatient.publish(weights.items(), right, version=4)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -314,5 +314,5 @@ def test_trap_10_an_engine_that_hangs_does_not_hang_the_update(
         assert states(impatient) == [HealthState.HEALTHY, HealthState.STALE]
     finally:
         os.kill(pid, signal.SIGCONT)
-    patient = EnginePool(fleet.group)
+    patient = EnginePool(pool.group)
     assert [c.verified for c in patient.publish(weights.items(), right, version=8)] == [True, True]
