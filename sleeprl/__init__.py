@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sleeprl.data.experience import Experience
     from sleeprl.data.lake import Lake
     from sleeprl.data.trajectory import Trajectory
+    from sleeprl.dreaming.formats import DreamFormat
     from sleeprl.dreaming.types import Curriculum, Dream, Outcome, Reward, Task
     from sleeprl.lineage.store import LineageStore
     from sleeprl.memory.growth import Growth
@@ -42,6 +43,7 @@ _HOMES = {
     "ConfigError": "sleeprl.config.schema",
     "Curriculum": "sleeprl.dreaming.types",
     "Dream": "sleeprl.dreaming.types",
+    "DreamFormat": "sleeprl.dreaming.formats",
     "Experience": "sleeprl.data.experience",
     "Figures": "sleeprl.api",
     "Generation": "sleeprl.api",
@@ -74,6 +76,7 @@ __all__ = [
     "ConfigError",
     "Curriculum",
     "Dream",
+    "DreamFormat",
     "Experience",
     "Figures",
     "Generation",
