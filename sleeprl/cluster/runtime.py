@@ -40,7 +40,7 @@ def require_gpus(resources: ResourcesConfig) -> None:
             ("teacher", resources.teachers, resources.teacher_gpus),
             ("scorer", resources.scorers, resources.scorer_gpus),
         )
-        asked = " + ".join(
+        requests = " + ".join(
             f"{count} {name}(s) x resources.{name}_gpus={each:g}"
             for name, count, each in (
                 ("engine", resources.engines, resources.engine_gpus),
@@ -50,7 +50,7 @@ def require_gpus(resources: ResourcesConfig) -> None:
             if count * each
         )
         raise ResourceError(
-            f"{asked} = {resources.gpus:g} GPUs, but this machine has {have}; lower these (0 is the "
+            f"{requests} = {resources.gpus:g} GPUs, but this machine has {have}; lower these (0 is the "
             "CPU), or join a cluster with resources.address"
         )
 
@@ -82,7 +82,7 @@ def _start_ray(resources: ResourcesConfig, state_api: bool) -> None:
     # Threads that spin while they wait would take the core from whoever has work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ray.init(
-        address="local",  # also where RAY_ADDRESS names a cluster: joining one is asked for
+        address="local",  # also where RAY_ADDRESS names a cluster: joining one is requests for
         num_cpus=resources.cpus or available_cpus(),
         include_dashboard=state_api,
         log_to_driver=False,

@@ -208,8 +208,8 @@ def _check_shape(values: Any, default: Any, prefix: str = "") -> None:
             continue
         if is_dataclass(wanted):
             if not isinstance(value, dict):
-                meant = f"{key}.{fields(wanted)[0].name}={value}"
-                raise ConfigError(f"{key}={value}: {key} is a section; did you mean {meant}?")
+                suggestion = f"{key}.{fields(wanted)[0].name}={value}"
+                raise ConfigError(f"{key}={value}: {key} is a section; did you mean {suggestion}?")
             _check_shape(value, wanted, f"{key}.")
         elif isinstance(wanted, list) and not isinstance(value, list):
             raise ConfigError(f"{key}={value}: {key} is a list; write {key}=[{value}]")

@@ -384,7 +384,7 @@ class ResourcesConfig:
     """How often in a phase a dead worker group is restarted from its last checkpoint, or a dead engine
     while dreaming."""
     stall_seconds: float = field(default=120.0, metadata=bounds(gt=0))
-    """Seconds after which a wait is reported, with who waits for whom."""
+    """Seconds after which a wait is reported, with what waits for what."""
 
     @property
     def elastic(self) -> bool:

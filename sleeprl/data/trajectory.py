@@ -28,7 +28,7 @@ class SchemaError(ValueError):
     """Data that does not have the form its schema promises."""
 
 
-def outdated(versions: Sequence[int], min_version: int) -> int:
+def count_stale_tokens(versions: Sequence[int], min_version: int) -> int:
     """Count the tokens at the beginning of a response that may not be learned from.
 
     Args:
@@ -41,7 +41,7 @@ def outdated(versions: Sequence[int], min_version: int) -> int:
     return max((n + 1 for n, version in enumerate(versions) if version < min_version), default=0)
 
 
-def newest(batch: pa.RecordBatch) -> int | None:
+def find_oldest_last_version(batch: pa.RecordBatch) -> int | None:
     """Return the policy version of each response's last token, the least of them; None without
     tokens."""
     written = filter(None, batch.column("versions").to_pylist())

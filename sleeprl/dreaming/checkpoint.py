@@ -73,7 +73,7 @@ class DreamingCheckpoint:
 
         Args:
             directory: where it was saved.
-            first_version: the policy version of the engines, for a phase that has not begun.
+            first_version: the policy version of the engines, for a phase that has not started.
 
         Returns:
             The checkpoint, or a new one where there is none.

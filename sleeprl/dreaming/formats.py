@@ -62,8 +62,8 @@ class QuestionAnswer:
     """A question about the document, and its answer (``qa``). Parsed it is ``[question, answer]``."""
 
     def prompt(self, document: str, num_examples: int) -> DreamPrompt:
-        shown = tuple(examples(num_examples, free=False))
-        return DreamPrompt(with_experience(document, STUDY_QA), shown)
+        few_shot = tuple(examples(num_examples, free=False))
+        return DreamPrompt(with_experience(document, STUDY_QA), few_shot)
 
     def parse(self, text: str) -> list[str] | None:
         pair = parse_qa(text)

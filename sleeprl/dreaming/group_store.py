@@ -23,7 +23,7 @@ class GroupState:
     batch: Any = None
     """Reference to the record batch that the last finished stage left; None before there is one."""
     partial: Any = None
-    """Reference to incomplete dreams that the next engine continues; None to begin anew."""
+    """Reference to incomplete dreams that the next engine continues; None to start over."""
     losses: int = 0
     """How often an actor failed while it worked on the group."""
 
@@ -64,7 +64,7 @@ class GroupStore:
         """Put in the unfinished groups of a checkpoint.
 
         Groups that were being generated, or are too old by now, are readmitted with what is written
-        of them; groups that the checkpoint does not hold begin anew.
+        of them; groups that the checkpoint does not hold start over.
 
         Args:
             queue: the queue of the checkpoint; learns which groups are uninformative.
@@ -76,13 +76,13 @@ class GroupStore:
         counts.redrawn = counts.admitted - counts.learned
         for number in range(checkpoint.num_finished, len(checkpoint.task_ids)):
             self.groups[number] = GroupState("readmitted")
-        for (number, (kept, _)), group in zip(
+        for (number, (saved, _)), group in zip(
             checkpoint.group_files().items(), loaded, strict=True
         ):
-            if kept == "generating" or queue.is_too_old(number, group.oldest_last_version):
+            if saved == "generating" or queue.is_too_old(number, group.oldest_last_version):
                 self.groups[number].partial = group.batch
                 continue
-            stage = cast("Stage", kept)
+            stage = cast("Stage", saved)
             counts.move("admitted", stage)
             self.groups[number] = GroupState(stage, group.batch)
             self._wait(number, stage)
@@ -148,15 +148,15 @@ class GroupStore:
         Args:
             partials: what engines have written so far of the groups that they work on.
         """
-        kept: dict[str, Any] = {}
+        saved: dict[str, Any] = {}
         for number, group in self.groups.items():
             if group.stage in ("readmitted", "generating"):
                 partial = group.partial or partials.get(number)
                 if partial is not None:
-                    kept[f"{number}-generating"] = partial
+                    saved[f"{number}-generating"] = partial
             elif group.stage != "learning":
-                kept[f"{number}-{group.stage}"] = group.batch
-        return kept
+                saved[f"{number}-{group.stage}"] = group.batch
+        return saved
 
     def check(self, admitted: int, generating: int) -> None:
         """Compare the counts with where the groups are.

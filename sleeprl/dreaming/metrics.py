@@ -67,7 +67,7 @@ def pop_agreement(metrics: dict[str, Any], part: str) -> dict[str, dict[str, flo
 
     Returns:
         The mean and the largest difference of the log-probabilities (nats), by the age of the
-        weights that a dream was begun with.
+        weights that a dream was started with.
     """
     keys = [key.split("/") for key in metrics if key.startswith(f"{part}/age_")]
     ages = sorted({int(key[1].removeprefix("age_")) for key in keys})

@@ -144,8 +144,8 @@ class Pipeline:
             task = self.tasks[task_ids[number]]
             group = build_request(self.config, self.seed, number, task, self.build_prompt)
             partial, oldest = self.store.partial(number), self.queue.min_version(number)
-            asked = {"request": group, "partial": partial, "min_version": oldest}
-            if not self.engines.submit("rollout", str(number), **asked):
+            arguments = {"request": group, "partial": partial, "min_version": oldest}
+            if not self.engines.submit("rollout", str(number), **arguments):
                 raise RuntimeError("admission let in more groups than the engines have room for")
             self.store.admit(number)
             moved = True
@@ -218,9 +218,9 @@ class Pipeline:
         if self.colocated:
             self.engines.call("sleep")
         batches, aside = ([self.store.groups[n].batch for n in ns] for ns in (learned, redrawn))
-        asked = {"batches": batches, "redrawn": aside}
+        arguments = {"batches": batches, "redrawn": aside}
         self.step, self.step_groups = (
-            self.learner.send("step", [asked] * len(self.learner)),
+            self.learner.send("step", [arguments] * len(self.learner)),
             learned,
         )
         self.store.start_step(learned, redrawn)
@@ -251,7 +251,7 @@ class Pipeline:
     def _snapshot(self) -> dict[str, Any]:
         """Return all groups but those of this update, by number and stage."""
         answers = self.engines.call("partial_refs") if self.store.counts.generating else []
-        self._collect_rollouts()  # of engines that finished before they were asked
+        self._collect_rollouts()  # of engines that finished before they were arguments
         partials = {int(u.split("-")[1]): ref for answer in answers for u, ref in answer.items()}
         return self.store.snapshot(partials)
 
@@ -286,7 +286,7 @@ class Pipeline:
         self.needs_recovery = False
 
     def _record_idle(self) -> None:
-        """Record which actors have nothing to do now, and for whom each waits."""
+        """Record which actors have nothing to do now, and what each waits for."""
         busy = {name: group.outstanding > 0 for name, group in self.actors.items()}
         busy["learner"] = bool(self.step)
         busy["engine"] &= not (self.colocated and self.step)

@@ -14,8 +14,8 @@ from sleeprl.data.trajectory import (
     FLOAT32_MAX,
     TRAJECTORY_SCHEMA,
     conform,
+    find_oldest_last_version,
     from_batch,
-    newest,
     with_column,
     with_rewards,
 )
@@ -28,7 +28,7 @@ from sleeprl.text.chat import ChatFormatter
 
 
 class RewardActor(RemoteActor):
-    """Has dreams judged in a ``RewardProcess``.
+    """Has dreams rewarded in a ``RewardProcess``.
 
     Where the reward raises, takes too long or ends its process, the dream is *unscored*, with the
     reason.
@@ -72,8 +72,8 @@ class RewardActor(RemoteActor):
             reward, reason = self.reward(dream)
             rewards.append(reward)
             reasons.append(reason)
-        judged = with_rewards(batch, rewards, reasons)
-        return RewardResult(ray.put(judged), self._is_informative(judged))
+        rewarded = with_rewards(batch, rewards, reasons)
+        return RewardResult(ray.put(rewarded), self._is_informative(rewarded))
 
     def load(self, paths: Sequence[str]) -> list[LoadedGroup]:
         """Read the groups of a checkpoint, also of one that an earlier schema wrote."""
@@ -82,10 +82,12 @@ class RewardActor(RemoteActor):
     def _load(self, path: str) -> LoadedGroup:
         found = read_group(path)
         batch = conform(found, TRAJECTORY_SCHEMA)
-        if "parsed" not in found.schema.names:  # before version 4 whoever needed it parsed anew
+        if "parsed" not in found.schema.names:  # before version 4 each reader parsed it again
             parsed = parse_dreams(self.format, self.chat, from_batch(batch))
             batch = with_column(batch, "parsed", parsed)
-        return LoadedGroup(ray.put(batch), newest(batch), self._is_informative(batch))
+        return LoadedGroup(
+            ray.put(batch), find_oldest_last_version(batch), self._is_informative(batch)
+        )
 
     def _is_informative(self, batch: pa.RecordBatch) -> bool:
         # From the batch, whose rewards are rounded as the trainer sees them.

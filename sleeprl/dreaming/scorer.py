@@ -46,7 +46,7 @@ class LearningGainScorer(RemoteActor):
         """Load the model.
 
         Args:
-            model: what the trainer was told of its model.
+            model: the model as the trainer has it.
             config: the trial's step and number of probes, and the format of dreams.
             gpu: whether this process has one.
         """

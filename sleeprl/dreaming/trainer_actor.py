@@ -29,8 +29,8 @@ from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import (
     TRAJECTORY_SCHEMA,
     conform,
+    count_stale_tokens,
     from_batch,
-    outdated,
     with_column,
 )
 from sleeprl.dreaming.checkpoint import write_group
@@ -58,7 +58,7 @@ from sleeprl.utils.files import atomic_directory
 
 @dataclass(frozen=True)
 class DreamTrainerJob:
-    """What every rank is told."""
+    """What every rank receives."""
 
     trainer: TrainerOptions
     config: DreamingConfig
@@ -184,7 +184,7 @@ class DreamTrainer(RemoteActor):
         dreams = from_batch(learned)
         version = self.job.first_version + self.trainer.steps
         oldest = version - self.job.config.max_staleness
-        stale = [outdated(d.versions, oldest) for d in dreams]
+        stale = [count_stale_tokens(d.versions, oldest) for d in dreams]
         rows = self.lessons.policy_rows(dreams, stale, version, self.trainer.values)
         others = self.lessons.auxiliary_rows(dreams, self.trainer.steps)
         metrics: dict[str, Any] = self.trainer.step(

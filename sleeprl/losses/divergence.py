@@ -53,8 +53,8 @@ def top_k_with_tail(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def on_support(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
     """Return the log-probabilities of the k tokens ``ids_NK`` plus the tail bin, [N, K+1]."""
-    kept: Tensor = _OnSupport.apply(full_precision(logits_NV), ids_NK)
-    return kept
+    logprobs_NK: Tensor = _OnSupport.apply(full_precision(logits_NV), ids_NK)
+    return logprobs_NK
 
 
 class _OnSupport(torch.autograd.Function):
@@ -85,7 +85,7 @@ class _OnSupport(torch.autograd.Function):
         rest_NV, ids_NK, odds_NK, tail_N1, total_N1, below_NK1 = ctx.saved_tensors
         upstream_NK1 = upstream_NK1.masked_fill(below_NK1, 0.0)
         share_N1 = upstream_NK1.sum(-1, keepdim=True) / total_N1
-        # Where the tail is too small to be told from nothing it is below the floor.
+        # Where the tail is too small to differ from nothing, it is below the floor.
         tail_N1 = tail_N1.clamp_min(torch.finfo(tail_N1.dtype).tiny)
         gradient_NV = rest_NV * (upstream_NK1[..., -1:] / tail_N1 - share_N1)
         gradient_NV.scatter_(-1, ids_NK, upstream_NK1[..., :-1] - share_N1 * odds_NK)

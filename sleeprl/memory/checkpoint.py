@@ -162,7 +162,7 @@ def write_merged(checkpoint: Path, target: Path, slots: Slots, slot: int) -> Slo
     """Write the model into ``target`` with ``slot``'s columns as base columns, and the slot free.
 
     Exact: hidden units only change places. The MLPs get wider by one slot, so an
-    engine has to be started anew.
+    engine has to be restarted.
     """
     merged = slots.merged(slot)
     moved = [*range(slots.base_width), *_range(slots, slot)]

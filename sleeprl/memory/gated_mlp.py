@@ -158,8 +158,8 @@ def shrink(model: nn.Module, columns: list[int]) -> None:
     for _, mlp in mlps(model):
         for part in PROJECTIONS:
             layer = getattr(mlp, part)
-            kept = layer.weight.data.index_select(COLUMN_DIM[part], keep)
-            layer.weight = nn.Parameter(kept.contiguous())
+            columns = layer.weight.data.index_select(COLUMN_DIM[part], keep)
+            layer.weight = nn.Parameter(columns.contiguous())
             layer.in_features, layer.out_features = layer.weight.shape[1], layer.weight.shape[0]
 
 

@@ -94,8 +94,8 @@ class ModelStages:
         """Write the model as the night begins, and decide the night's steps.
 
         Returns:
-            ``parent``, a generation; ``clock``, its state after this night; ``steps``; and ``told``,
-            the steps in words.
+            ``parent``, a generation; ``clock``, its state after this night; ``steps``, as plain data
+            and once more in words.
         """
         config, manifest = self.config, schedule.parent(self.config)
         source = find_model(config)

@@ -76,17 +76,17 @@ class BeforeAfterTable:
         return table
 
     def _questions(self) -> str:
-        """Return how many questions were asked of the last state, by rate."""
+        """Return how many questions were measured of the last state, by rate."""
         states = measured_states(self.summary)
         if not states:
             return ""
         state, _, block = states[-1]
-        asked = {
+        measured = {
             title: read_figure(block, state, name)
             for name, title in read_rates(self.summary).items()
         }
         counts = [
-            f"{title.lower()} {found.n}" for title, found in asked.items() if found and found.n
+            f"{title.lower()} {found.n}" for title, found in measured.items() if found and found.n
         ]
         return f"questions: {', '.join(counts)}" if counts else ""
 

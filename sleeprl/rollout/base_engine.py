@@ -11,7 +11,13 @@ import pyarrow as pa
 import ray
 
 from sleeprl.cluster.remote_actor import AsyncRemoteActor
-from sleeprl.data.trajectory import Trajectory, from_batch, newest, outdated, to_batch
+from sleeprl.data.trajectory import (
+    Trajectory,
+    count_stale_tokens,
+    find_oldest_last_version,
+    from_batch,
+    to_batch,
+)
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.types import (
     EMPTY,
@@ -143,7 +149,7 @@ class BaseEngine(AsyncRemoteActor):
         return RolloutResult(
             batch=ray.put(batch),
             num_tokens=len(batch.column("response_ids").flatten()),
-            oldest_last_version=newest(batch),
+            oldest_last_version=find_oldest_last_version(batch),
             incomplete_reason=f"{self.name} missed an update: {reason}" if incomplete else None,
             stale=(ray.put(stale),) if stale.num_rows else (),
         )
@@ -265,7 +271,10 @@ def split_resumable(
     """
     resumed, stale = dict[str, Completion](), []
     for t in from_batch(partial) if partial is not None else ():
-        if t.finish_reason != RUNNING and outdated(t.versions, min_version) == len(t.versions) > 0:
+        if (
+            t.finish_reason != RUNNING
+            and count_stale_tokens(t.versions, min_version) == len(t.versions) > 0
+        ):
             stale.append(replace(t, purpose="outdated", uid=f"{t.uid}@{t.versions[-1]}"))
         else:
             resumed[t.uid] = Completion(t.response_ids, t.logprobs, t.versions, t.finish_reason)

@@ -50,8 +50,8 @@ class UpdateGuard:
         """What went wrong in the update that is under way."""
         self._last_reached: Canary | None = None
         """Of the last update that is known to have moved the scores to where the sender's are."""
-        self._judged = asyncio.Event()
-        self._judged.set()
+        self._verdict_known = asyncio.Event()
+        self._verdict_known.set()
 
     @property
     def num_failures(self) -> int:
@@ -76,7 +76,7 @@ class UpdateGuard:
 
     async def wait_judged(self) -> None:
         """Wait until no update is being judged."""
-        await self._judged.wait()
+        await self._verdict_known.wait()
 
     async def wait_verified(self, failures_before: int) -> None:
         """Wait for a judgement, and refuse an answer that wrong weights may have computed.
@@ -123,7 +123,7 @@ class UpdateGuard:
             score: Returns the log-probabilities of a sequence of T ids, T-1 values in nats.
             canary: What the sender expects; None leaves the update unchecked.
         """
-        self._judged.clear()
+        self._verdict_known.clear()
         self.version = self.pending_version
         try:
             await self.run_step(commit())
@@ -139,7 +139,7 @@ class UpdateGuard:
                     self.stale_reason = receipt.error
                     await self.run_step(resume(ending=True))
         finally:
-            self._judged.set()
+            self._verdict_known.set()
         return receipt
 
     async def _receipt(self, score: Score, canary: Canary | None, seconds: float) -> UpdateReceipt:

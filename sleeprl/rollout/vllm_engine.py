@@ -33,7 +33,7 @@ class VLLMEngine(BaseEngine):
         super().__init__(name, options)
         self.llm: Any = None
         self._update_open = False
-        """Whether vLLM has been told of an update and not of its end."""
+        """Whether vLLM is in an update that has not ended."""
         self._pieces: dict[str, Completion] = {}
         """Of requests that an update ended: their tokens up to then."""
         self._receives = self.transport.vllm_backend is None

@@ -32,13 +32,13 @@ class ChatFormatter:
 
         earlier: messages of the user and the assistant that went before.
         """
-        said = [
+        messages = [
             {"role": role, "content": text}
             for turn in earlier
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
         ids = self.tokenizer.apply_chat_template(
-            [*said, {"role": "user", "content": message}],
+            [*messages, {"role": "user", "content": message}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -47,10 +47,10 @@ class ChatFormatter:
 
     def turn(self) -> list[int]:
         """Ids that end where the user begins to speak."""
-        told = self.tokenizer.apply_chat_template(
+        rendered = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": MESSAGE}], add_generation_prompt=True, tokenize=False
         )
-        return self.text(str(told).partition(MESSAGE)[0])
+        return self.text(str(rendered).partition(MESSAGE)[0])
 
     def response(self, text: str) -> list[int]:
         """Ids of an answer and the end of the turn."""

@@ -51,7 +51,7 @@ def keep_memory() -> None:
     """Let this process keep the memory it has been given, for the tensors of the next step.
 
     glibc gives large blocks back when they are freed, and the kernel clears their pages each time they
-    are asked for anew. Elsewhere nothing happens.
+    are requested again. Elsewhere nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

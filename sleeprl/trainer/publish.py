@@ -55,7 +55,7 @@ def publish_weights(
         try:
             update = pool.begin(version)
         finally:
-            learner.long_barrier()  # no gather has begun that others would hold for as long as engines drain
+            learner.long_barrier()  # while engines drain, no rank waits in a gather
         certificates = pool.send(update, tensors, expected)
     except StuckTransport:
         tensors = iter(())  # a gather beside the collective that hangs would hang as well

@@ -63,7 +63,7 @@ class WeightTransport(Protocol):
     def __init__(self, config: TransportConfig) -> None: ...
 
     def connect(self, engines: int) -> Iterator[list[dict[str, Any]]]:
-        """Yield what each of so many engines must be told to join, where there is something.
+        """Yield what each of so many engines needs to join, where there is something.
 
         Runs once for each set of engines, also after ``close``.
         """

@@ -105,7 +105,7 @@ def receive_bucket(bucket: Mapping[str, Any]) -> list[NamedTensor]:
             "resources.transport=shared_memory engines and learner must share one: set "
             "resources.transport=disk and keep `runs` on a file system that all hosts see"
         )
-    memory = Mapped(path, nbytes) if inode is None else _kept(path, inode, nbytes)
+    memory = Mapped(path, nbytes) if inode is None else _cached_mapping(path, inode, nbytes)
     tensors = memory.views(bucket["layout"])
     check(tensors, bucket["checksums"])
     return tensors
@@ -125,8 +125,8 @@ class Mapped:
         return self._views[layout]
 
 
-@lru_cache(maxsize=2)  # as many as a sender has: mapping anew costs more than copying
-def _kept(path: str, inode: int, nbytes: int) -> Mapped:
+@lru_cache(maxsize=2)  # as many as a sender has: mapping again costs more than copying
+def _cached_mapping(path: str, inode: int, nbytes: int) -> Mapped:
     return Mapped(path, nbytes)
 
 

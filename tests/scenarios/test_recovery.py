@@ -25,7 +25,7 @@ import ray
 
 from sleeprl.cluster.actor_group import ActorGroup
 from sleeprl.data.lake import Lake
-from sleeprl.data.trajectory import from_batch, outdated
+from sleeprl.data.trajectory import count_stale_tokens, from_batch
 from sleeprl.dreaming import launch as phase
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint, read_group
 from sleeprl.dreaming.types import build_request
@@ -350,7 +350,7 @@ def test_what_engines_had_written_when_the_driver_was_killed_is_gone_on_from(
     told = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     last, before = [s for s in told if s["step"] > position.version], position.version
     old = [
-        outdated(row.versions, position.first_version + before + n // (GROUPS * SIZE))
+        count_stale_tokens(row.versions, position.first_version + before + n // (GROUPS * SIZE))
         for n, row in enumerate(dreams[before * GROUPS * SIZE :])
     ]
     assert sum(step["tokens_too_old"] for step in last) == sum(old)

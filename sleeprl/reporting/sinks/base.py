@@ -1,4 +1,4 @@
-"""What a metrics sink is, and what it is told of its run."""
+"""What a metrics sink is, and what it knows of its run."""
 
 from __future__ import annotations
 

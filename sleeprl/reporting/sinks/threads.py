@@ -22,7 +22,7 @@ class SinkThreads:
 
     Guarantees:
         * ``log`` returns at once, also where a sink hangs.
-        * A sink that fails is told to ``warn`` once and gets nothing more; the others go on.
+        * A sink that fails is reported to ``warn`` once and gets nothing more; the others go on.
     """
 
     def __init__(self, names: Sequence[str], run: SinkRun, warn: Callable[[str], None]) -> None:
@@ -30,7 +30,7 @@ class SinkThreads:
 
         Args:
             names: Short names or dotted paths.
-            run: What the sinks are told of their run.
+            run: What the sinks know of their run.
             warn: Shows a message to the user.
         """
         self._names, self._run, self._warn = names, run, warn
