@@ -47,6 +47,7 @@ from sleeprl.cluster.runtime import cluster
 from sleeprl.config import loader as cfg
 from sleeprl.config.methods import METHODS, PASSAGE, REPLAY
 from sleeprl.config.schema import NightConfig
+from sleeprl.consolidation.messages import JobEnd, Report
 from sleeprl.consolidation.ray_job import limit_to_budget
 from sleeprl.consolidation.train_loop import Job, learn
 from sleeprl.data.lake import Lake
@@ -122,9 +123,6 @@ def days(seed: int, nights: int, config: NightConfig) -> Days:
     return Days(documents, probes, known, texts)
 
 
-TOLD = {"tokens": "tokens", "steps": "step"}
-
-
 # --- a chain --------------------------------------------------------------------------
 
 
@@ -132,7 +130,7 @@ class InProcess:
     """Runs the consolidation's loop here: no checkpoints of it, and its last words."""
 
     def __init__(self) -> None:
-        self.end: dict[str, Any] = {}
+        self.end: JobEnd | None = None
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
@@ -141,8 +139,9 @@ class InProcess:
     def save_checkpoint(self, step: int, directory: Path) -> None:
         pass
 
-    def report(self, record: dict[str, Any]) -> None:
-        self.end = record.get("end", self.end)
+    def report(self, report: Report) -> None:
+        if isinstance(report, JobEnd):
+            self.end = report
 
 
 @dataclass
@@ -256,8 +255,9 @@ def learn_day(
         tokens = TOKENS if lab.variant in WHOLE else TOKENS // len(steps)
         learn(limit_to_budget(job, tokens), lab.pool.group.actors, shell)
         gc.collect()
-        lab.pool.record_update(shell.end["version"])
-        told = {name: told[name] + shell.end[key] for name, key in TOLD.items()}
+        assert shell.end is not None
+        lab.pool.record_update(shell.end.version)
+        told = {name: told[name] + getattr(shell.end, name) for name in told}
         target = after if number == len(steps) - 1 else place / "self"
         with atomic_directory(target, overwrite=True) as directory:
             if step is not None:

@@ -1,4 +1,4 @@
-"""What the driver and the workers of training jobs tell each other."""
+"""The channel between the driver and the workers of training jobs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sleeprl.cluster.remote_actor import RemoteActor
+from sleeprl.consolidation.messages import Report
 from sleeprl.consolidation.train_loop import Job
 
 
@@ -20,16 +21,16 @@ class Work:
     teachers: Sequence[Any] = ()
     """Handles of the teachers."""
     stall_seconds: float = 0.0
-    """Who waits so long is named."""
+    """Seconds after which a wait is reported."""
 
 
 class JobChannel(RemoteActor):
-    """Holds the work for the workers, and their records for the driver."""
+    """Holds the work for the workers, and their reports for the driver."""
 
     def __init__(self) -> None:
         self._work: Work | None = None
         self._number = 0
-        self._records: list[dict[str, Any]] = []
+        self._reports: list[Report] = []
 
     def give(self, work: Work) -> None:
         """Set what is to be done next; workers that are restarted find it again."""
@@ -49,11 +50,11 @@ class JobChannel(RemoteActor):
             return None
         return self._number, self._work
 
-    def put(self, record: dict[str, Any]) -> None:
-        """Append a record."""
-        self._records.append(record)
+    def put(self, report: Report) -> None:
+        """Append a report."""
+        self._reports.append(report)
 
-    def drain(self) -> list[dict[str, Any]]:
-        """Return all records, and forget them."""
-        records, self._records = self._records, []
-        return records
+    def drain(self) -> list[Report]:
+        """Return all reports, and forget them."""
+        reports, self._reports = self._reports, []
+        return reports

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,16 @@ from sleeprl.cluster.waits import WAITS, WaitKind, Watchdog
 from sleeprl.cluster.warm import processes_may_wait
 from sleeprl.config.schema import ResourcesConfig
 from sleeprl.consolidation.job_channel import JobChannel, Work
+from sleeprl.consolidation.messages import JobEnd, Report, StepReport, TrainerReady, WorkersStarted
 from sleeprl.consolidation.train_loop import Job, TrainWorker, load_data_mix
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.setup import warm_up
 from sleeprl.trainer.teacher import launch_teachers
 
-OnMetrics = Callable[[dict[str, Any]], None]
+OnStep = Callable[[StepReport], None]
 POLL_S = 0.2
-"""Seconds between two looks at what the other side has to tell."""
+"""Seconds between two looks for new work, or for new reports."""
 CHECKPOINTS = 2
 """How many are kept: the last, and the one before it while the last is being written."""
 CLOSE_TIMEOUT_S = 10.0
@@ -58,11 +59,11 @@ def limit_to_budget(job: Job, tokens: int) -> Job:
 
 
 class RayTrainBackend:
-    """What a Ray Train worker keeps its checkpoints in, and tells its figures."""
+    """Ray Train, as what keeps the loop's checkpoints and passes its reports on."""
 
     def __init__(self, channel: Any) -> None:
         """Args:
-        channel: Handle of the job's ``JobChannel``; rank 0's figures go there.
+        channel: Handle of the job's ``JobChannel``; rank 0's reports go there.
         """
         self.channel = channel
         self.rank = ray.train.get_context().get_world_rank()
@@ -84,15 +85,15 @@ class RayTrainBackend:
         checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report({"step": step}, checkpoint=checkpoint)
 
-    def report(self, record: dict[str, Any]) -> None:
-        """Send a record to the driver, from rank 0."""
-        end = record.get("end")
+    def report(self, report: Report) -> None:
+        """Send a report to the driver, from rank 0."""
+        ended = isinstance(report, JobEnd)
         if self.rank == 0:
-            sent = self.channel.put.remote(record)
-            if end is not None:
+            sent = self.channel.put.remote(report)
+            if ended:
                 ray.get(sent)
-        if end is not None:
-            ray.train.report(end)
+        if ended:
+            ray.train.report(asdict(report))
 
 
 def _train_loop(arguments: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ def _train_loop(arguments: dict[str, Any]) -> None:
     """
     channel, done = arguments["channel"], 0
     backend = RayTrainBackend(channel)
-    backend.report({"pid": os.getpid()})
+    backend.report(WorkersStarted(os.getpid()))
     WAITS.waiter = f"learner-{backend.rank}"
     found: tuple[int, Work] | None = ray.get(channel.next_work.remote(done))
     if found is None:
@@ -125,7 +126,7 @@ def _train(work: Work, backend: RayTrainBackend) -> None:
     assert work.job is not None
     with Watchdog(WAITS, work.stall_seconds):
         worker = TrainWorker(work.job, work.engines, backend, work.teachers)
-        backend.report({"ready": True})
+        backend.report(TrainerReady())
         worker.run()
 
 
@@ -198,16 +199,13 @@ class TrainingProcesses:
         may_wait = processes_may_wait(self.resources)
         return may_wait and self.starts <= 1 and self.thread.is_alive()
 
-    def run(self, job: Job, engines: EnginePool, on_metrics: OnMetrics) -> dict[str, Any]:
+    def run(self, job: Job, engines: EnginePool, on_step: OnStep) -> JobEnd:
         """Do a job to its end.
 
         Args:
             job: What to train.
             engines: They get the weights, and write the rollouts.
-            on_metrics: Called with the record of each step, in order.
-
-        Returns:
-            ``step``, ``tokens``, ``version``, and which engines are ``verified`` at it.
+            on_step: Called with the report of each step, in order.
 
         Raises:
             Exception: What Ray Train raises when the job has failed for good.
@@ -220,7 +218,7 @@ class TrainingProcesses:
         self._idle = False
         ray.get(self.channel.give.remote(work))
         try:
-            end = self._follow(on_metrics)
+            end = self._follow(on_step)
             if end is None:
                 raise self.failures[0]
             ray.get(self.channel.clear.remote())
@@ -228,11 +226,11 @@ class TrainingProcesses:
         finally:
             for teacher in teachers:
                 ray.kill(teacher)
-        engines.record_update(int(end["version"]), end["verified"])
+        engines.record_update(end.version, end.verified)
         return end
 
-    def _follow(self, on_metrics: OnMetrics) -> dict[str, Any] | None:
-        """Pass on what the workers tell; returns the last record of the job, None where it failed."""
+    def _follow(self, on_step: OnStep) -> JobEnd | None:
+        """Pass on the steps that the workers report; returns the end of the job, None where it failed."""
         kind: WaitKind = "start"
         alive = True
         while alive:
@@ -241,17 +239,18 @@ class TrainingProcesses:
             )
             self.thread.join(POLL_S)
             alive = self.thread.is_alive()
-            for record in ray.get(self.channel.drain.remote()):
+            for report in ray.get(self.channel.drain.remote()):
                 WAITS.set_target(self.name, None)
                 # Ray Train keeps only the metrics of checkpoints, so the end comes this way too.
-                if "end" in record:
-                    return dict(record["end"])
-                if "pid" in record:  # a new group of workers
-                    self.pid, self.starts, kind = record["pid"], self.starts + 1, "start"
-                elif "ready" in record:
-                    kind = "train"
-                else:
-                    on_metrics(record)
+                match report:
+                    case JobEnd():
+                        return report
+                    case WorkersStarted(pid):
+                        self.pid, self.starts, kind = pid, self.starts + 1, "start"
+                    case TrainerReady():
+                        kind = "train"
+                    case StepReport():
+                        on_step(report)
         WAITS.set_target(self.name, None)
         return None
 

@@ -24,6 +24,7 @@ from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
 from sleeprl.consolidation import student_rollouts as rollouts
 from sleeprl.consolidation.data_mix import DataMix, trained_tokens
 from sleeprl.consolidation.judges import make_judge
+from sleeprl.consolidation.messages import JobEnd, Report, StepReport
 from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
 from sleeprl.losses.off_policy import ImportanceWeight
@@ -90,8 +91,8 @@ class TrainLoopBackend(Protocol):
         """Copy all ranks' directories, as one, as the checkpoint after ``step``."""
         ...
 
-    def report(self, record: dict[str, Any]) -> None:
-        """Pass on a step's figures; at the end ``end``: step, tokens, version, verified engines."""
+    def report(self, report: Report) -> None:
+        """Pass on what happened: a step, or the end of the job."""
         ...
 
 
@@ -239,7 +240,8 @@ class TrainWorker:
     def _report(self, step: int, rows: list[TrainingExample], metrics: dict[str, float]) -> None:
         self.tokens += trained_tokens(rows)
         counts = {"trained_tokens": self.tokens, "workers": self.world}
-        self.backend.report({"step": step + 1, **metrics, **self.rollout_metrics, **counts})
+        all_metrics = {**metrics, **self.rollout_metrics, **counts}
+        self.backend.report(StepReport(step + 1, all_metrics))
         self.rollout_metrics = {}
 
     def _write_lake(self) -> None:
@@ -291,10 +293,6 @@ class TrainWorker:
         publish_weights(self.trainer, self.engines, self.job.canary)
         if self.job.output:
             save_trained(self.trainer, Path(self.job.output), self.job.canary)
-        end = {
-            "step": self.trainer.steps,
-            "tokens": self.tokens,
-            "version": self.engines.version,
-            "verified": self.engines.health.working,
-        }
-        self.backend.report({"end": end})
+        verified = self.engines.health.working
+        end = JobEnd(self.trainer.steps, self.tokens, self.engines.version, verified)
+        self.backend.report(end)

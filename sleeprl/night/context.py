@@ -9,6 +9,7 @@ from typing import Any
 from sleeprl.cluster.warm import processes_may_wait
 from sleeprl.config.methods import METHODS
 from sleeprl.config.schema import NightConfig
+from sleeprl.consolidation.messages import JobEnd, StepReport
 from sleeprl.consolidation.ray_job import TrainingProcesses
 from sleeprl.consolidation.train_loop import Job
 from sleeprl.dreaming.launch import prestart_actors
@@ -198,28 +199,25 @@ class Night:
 
     def train(
         self, job: Job, key: str, bar_metrics: tuple[str, ...], on_step: OnStep | None = None
-    ) -> dict[str, Any]:
+    ) -> JobEnd:
         """Run a training job to its end, on from its last checkpoint.
 
         Args:
             job: What ``training_job`` describes.
             key: Key of the phase, and name of the job in the run's directory.
-            shown: Metrics beside the progress bar.
+            bar_metrics: Metrics beside the progress bar.
             on_step: Called with the number of each step that is done.
-
-        Returns:
-            ``step``, ``tokens``, ``version``, and which engines are ``verified`` at it.
         """
 
-        def on_metrics(record: dict[str, Any]) -> None:
-            step = int(record.pop("step"))
-            self.run.log(key, step, record, job.learner.total_steps, *bar_metrics)
+        def log_step(report: StepReport) -> None:
+            total = job.learner.total_steps
+            self.run.log(key, report.step, dict(report.metrics), total, *bar_metrics)
             if on_step is not None:
-                on_step(step)
+                on_step(report.step)
 
         self.start_training(job.learner, key)
         assert self._processes is not None
-        end = self._processes.run(job, self.engines, on_metrics)
+        end = self._processes.run(job, self.engines, log_step)
         if not self._processes.reusable:
             self.stop_training()
         return end

@@ -208,7 +208,7 @@ def run_transfer(night: Night, step: int, on_step: OnStep | None = None) -> Resu
     job = night.training_job("seeding", step, str((night.run.dir / key).resolve()))
     bar_metrics = ("loss", "new/kl", "replay/kl", "imitation_reward_new")
     end = night.train(job, key, bar_metrics, on_step)
-    return {"steps": end["step"], "tokens": end["tokens"]}
+    return {"steps": end.steps, "tokens": end.tokens}
 
 
 def dreaming_context(night: Night) -> DreamingContext:
@@ -263,7 +263,7 @@ def run_baseline(night: Night, name: str) -> Result:
     if not stages.has_merge:
         stages.publish_tensors(night.engines, all_tensors(stages.dense_checkpoint()))
     shutil.rmtree(night.run.dir / TRAIN / name, ignore_errors=True)
-    return {"figures": figures, "steps": end["step"], "tokens": end["tokens"]}
+    return {"figures": figures, "steps": end.steps, "tokens": end.tokens}
 
 
 def commit(night: Night) -> Result:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from sleeprl.cluster.remote_actor import RemoteActor
 from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
+from sleeprl.consolidation.messages import Report, StepReport
 from sleeprl.consolidation.train_loop import Job, learn
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import Trajectory, to_batch
@@ -43,9 +44,9 @@ class Worker(RemoteActor):
     def save_checkpoint(self, step: int, directory: Path) -> None:
         pass
 
-    def report(self, record: dict[str, Any]) -> None:
-        if "step" in record:
-            self.told.append((record["step"], time.monotonic()))
+    def report(self, report: Report) -> None:
+        if isinstance(report, StepReport):
+            self.told.append((report.step, time.monotonic()))
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ def drive(directory: Path, name: str) -> None:
     """The driver: one engine, and a job of two workers."""
     from sleeprl.cluster.runtime import cluster
     from sleeprl.config.schema import ResourcesConfig
+    from sleeprl.consolidation.messages import StepReport
     from sleeprl.consolidation.ray_job import TrainingProcesses
     from sleeprl.rollout.engine import EngineOptions
     from sleeprl.rollout.engine_pool import EnginePool
@@ -46,16 +47,17 @@ def drive(directory: Path, name: str) -> None:
         )  # fmt: skip
         pool = EnginePool.launch(1, options, 1, 0)
 
-        def tell(record: dict[str, Any]) -> None:
-            print("step", int(record["step"]), record["loss"], int(record["workers"]), flush=True)
-            if lose is not None and record["step"] >= 40:
+        def tell(report: StepReport) -> None:
+            metrics = report.metrics
+            print("step", report.step, metrics["loss"], int(metrics["workers"]), flush=True)
+            if lose is not None and report.step >= 40:
                 lose()
 
         work = job(directory, name)
         processes = TrainingProcesses(work.learner, resources, directory / "train", name)
         end = processes.run(work, pool, tell)
         processes.close()
-        print("end", end["step"], end["tokens"], flush=True)
+        print("end", end.steps, end.tokens, flush=True)
         pool.shutdown()
 
 

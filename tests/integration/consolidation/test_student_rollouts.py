@@ -14,6 +14,7 @@ import ray
 from sleeprl.algorithms.base import RewardBatch
 from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
 from sleeprl.consolidation import student_rollouts
+from sleeprl.consolidation.messages import Report, StepReport
 from sleeprl.consolidation.train_loop import Job, load_data_mix
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
@@ -33,16 +34,16 @@ class Dies(Worker):
 
 
 class Telling(Worker):
-    """Returns what it told of each step."""
+    """Returns what it reported."""
 
-    def learn(self, job: Job, engines: list[Any], address: str) -> list[dict[str, Any]]:  # type: ignore[override]
-        self.records: list[dict[str, Any]] = []
+    def learn(self, job: Job, engines: list[Any], address: str) -> list[Report]:  # type: ignore[override]
+        self.records: list[Report] = []
         super().learn(job, engines, address)
         return self.records
 
-    def report(self, record: dict[str, Any]) -> None:
-        super().report(record)
-        self.records.append(record)
+    def report(self, report: Report) -> None:
+        super().report(report)
+        self.records.append(report)
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def test_every_roll_out_is_in_the_lake_once(place: Path, tmp_path: Path) -> None
         ray.get(lost)
     assert len(rolled_out(lake)) == 2 * 12, "they are there before the checkpoint is"
     with working(Telling, job, place) as done:
-        told = ray.get(done)
+        reports = ray.get(done)
     found = rolled_out(lake)
     steps = [EVERY + 1, 2 * EVERY + 1, STEPS + 1]
     assert [t.uid for t in found] == [
@@ -113,9 +114,9 @@ def test_every_roll_out_is_in_the_lake_once(place: Path, tmp_path: Path) -> None
     # Each batch as the step learnt from it that told its reward; the last ended with the job.
     algorithm = create(config.algorithm, "algorithm", config.algorithm_options)
     for batch, step in ((found[:12], steps[0]), (found[12:24], steps[1])):
-        (record,) = (r for r in told if r.get("step") == step)
+        (metrics,) = (r.metrics for r in reports if isinstance(r, StepReport) and r.step == step)
         rewards = [t.reward for t in batch]
-        assert record["imitation_reward"] == pytest.approx(sum(r or 0.0 for r in rewards) / 12)
+        assert metrics["imitation_reward"] == pytest.approx(sum(r or 0.0 for r in rewards) / 12)
         scores = RewardBatch(
             rewards, [t.task_id + str(i // 3) for i, t in enumerate(batch)],
             [len(t.response_ids) for t in batch], student_rollouts.longest_rollout(texts),
