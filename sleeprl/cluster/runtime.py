@@ -82,7 +82,7 @@ def _start_ray(resources: ResourcesConfig, state_api: bool) -> None:
     # Threads that spin while they wait would take the core from whoever has work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ray.init(
-        address="local",  # also where RAY_ADDRESS names a cluster: joining one is requests for
+        address="local",  # also where RAY_ADDRESS names a cluster: joining one has to be requested
         num_cpus=resources.cpus or available_cpus(),
         include_dashboard=state_api,
         log_to_driver=False,

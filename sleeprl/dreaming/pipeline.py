@@ -251,7 +251,7 @@ class Pipeline:
     def _snapshot(self) -> dict[str, Any]:
         """Return all groups but those of this update, by number and stage."""
         answers = self.engines.call("partial_refs") if self.store.counts.generating else []
-        self._collect_rollouts()  # of engines that finished before they were arguments
+        self._collect_rollouts()  # of engines that finished before they were asked
         partials = {int(u.split("-")[1]): ref for answer in answers for u, ref in answer.items()}
         return self.store.snapshot(partials)
 

@@ -28,7 +28,7 @@ from sleeprl.text.chat import ChatFormatter
 
 
 class RewardActor(RemoteActor):
-    """Has dreams rewarded in a ``RewardProcess``.
+    """Has dreams judged in a ``RewardProcess``.
 
     Where the reward raises, takes too long or ends its process, the dream is *unscored*, with the
     reason.

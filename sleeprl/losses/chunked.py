@@ -2,7 +2,7 @@
 
 Logits of a batch are its largest tensor: 8,192 positions with a vocabulary of 150,000
 are 4.9 GB in float32, and a divergence holds several of that size. Here the
-positions go through the head in chunks; what is wanted_values is of hidden size.
+positions go through the head in chunks; what is kept is of hidden size.
 
 Shapes: N positions, H hidden, V vocabulary.
 """
@@ -107,7 +107,7 @@ class _ChunkedValues(torch.autograd.Function):
                 outputs[position].append(value.detach())
             del logits_nV, found, value  # or they would stand beside the next chunk's
         # The rows are all that the hidden states' gradient needs; what a head's gradient
-        # needs is wanted_values only for a head that has one.
+        # needs is kept only for a head that has one.
         trained = [hidden_NH, head_VH] if ctx.needs_input_grad[1] else []
         kept_rows = [row for row in rows if row is not None]
         ctx.save_for_backward(*kept_rows, *trained)

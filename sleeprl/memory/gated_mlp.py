@@ -158,8 +158,8 @@ def shrink(model: nn.Module, columns: list[int]) -> None:
     for _, mlp in mlps(model):
         for part in PROJECTIONS:
             layer = getattr(mlp, part)
-            columns = layer.weight.data.index_select(COLUMN_DIM[part], keep)
-            layer.weight = nn.Parameter(columns.contiguous())
+            narrowed = layer.weight.data.index_select(COLUMN_DIM[part], keep)
+            layer.weight = nn.Parameter(narrowed.contiguous())
             layer.in_features, layer.out_features = layer.weight.shape[1], layer.weight.shape[0]
 
 
