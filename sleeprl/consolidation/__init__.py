@@ -1,1 +1,1 @@
-"""Consolidation: self-study, the seeding objective, and the Ray Train job that runs it."""
+"""Consolidation: the seeding objective, its data and rewards, and the Ray Train job that trains on them."""

@@ -1,7 +1,7 @@
-"""What each step of a job learns from: examples of the night's data, drawn by seed and step.
+"""The data mix: the training examples of each step of a job.
 
-The draw of a step depends on the seed and the step only, so a resumed job continues
-with the rows it would have had.
+The draw depends on the seed and the step only, so a resumed job continues with the same rows as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class DataMix:
-    """The texts a method reads. They come in shuffled passes, each once per pass."""
+    """The streams of texts that a method trains on, in shuffled passes with each text once per pass."""
 
     def __init__(
         self,
@@ -32,22 +32,22 @@ class DataMix:
         config: ConsolidationConfig,
         seed: int,
     ) -> None:
-        """Take the streams of a method.
+        """Select the streams of a method.
 
         Args:
-            method: What reads them.
-            texts: Self-study.
+            method: The method to train with.
+            texts: Texts of self-study, with purpose ``self_study`` or ``replay``.
             passages: Token ids of the day's documents.
-            config: As the method has it (``Method.objective``).
-            seed: Of the order.
+            config: Settings as the method changes them (``Method.objective``).
+            seed: Seed of the order.
 
         Raises:
-            ValueError: There is nothing of a stream that the method cannot do without.
+            ValueError: A stream that the method needs is empty.
         """
         self.method, self.config, self.seed = method, config, seed
         read = set(self.parts(0))
         self.rollouts = STUDENT in read
-        """Whether the student's own texts are learnt from."""
+        """Whether the method trains on the student's rollouts."""
         self.new = [t for t in texts if t.purpose == "self_study"]
         replay = [t for t in texts if t.purpose == "replay"]
         self.replay = replay if REPLAY in method.texts else []
@@ -60,7 +60,8 @@ class DataMix:
                 "set self_study.replay_questions above 0"
             )
         self.free_texts = [to_example(text, REPLAY) for text in free]
-        """All that the smaller self wrote freely, whether the method reads it or not."""
+        """All texts that the smaller self wrote without a document, even if the method does not
+        train on them."""
         count = config.batch_size
         replayed = round(count * config.replay_ratio) if self.replay else 0
         streams = {
@@ -72,22 +73,22 @@ class DataMix:
 
     @property
     def replay_share(self) -> float:
-        """Share of the rollouts that continue the smaller self's own texts."""
+        """Share of the rollouts that continue replay texts, in [0, 1]."""
         return self.config.replay_ratio / (1.0 + self.config.replay_ratio) if self.replay else 0.0
 
     def parts(self, step: int) -> dict[str, LossWeights]:
-        """Return the loss weights of what is learnt from in ``step``."""
+        """Return the loss weights of each part at ``step``."""
         return loss_weights(self.method, self.config, step)
 
     def rows(self, step: int) -> list[TrainingExample]:
-        """Return the texts of ``step``, over all ranks."""
+        """Draw the texts of ``step``, for all ranks together."""
         drawn: list[TrainingExample] = []
         for name, (rows, count) in self.streams.items():
             drawn += _pass(rows, step, count, f"{self.seed}-{name}")
         return drawn
 
     def tokens_per_step(self) -> float:
-        """Estimate ``trained_tokens`` of a step; a rollout counts as long as the text it continues."""
+        """Estimate ``trained_tokens`` per step. A rollout counts as long as the text it continues."""
         tokens = sum(count * _mean_tokens(rows) for rows, count in self.streams.values())
         if self.rollouts:
             config, share = self.config, self.replay_share
@@ -100,14 +101,14 @@ class DataMix:
 
 
 def to_example(text: Trajectory, part: str) -> TrainingExample:
-    """Return a text as an example of a part, with its teacher's prompt."""
+    """Convert a text to a training example of ``part``, with the teacher's prompt."""
     return TrainingExample(
         text.prompt_ids, text.response_ids, part, text.teacher_prompt_ids, key=text.uid
     )
 
 
 def trained_tokens(rows: Sequence[TrainingExample]) -> int:
-    """Count the tokens that go through the trained model's forward and backward pass."""
+    """Count the tokens in the trained model's forward and backward pass."""
     return sum(r.student_length() for r in rows)
 
 
@@ -116,7 +117,7 @@ def _mean_tokens(rows: Sequence[TrainingExample]) -> float:
 
 
 def _pass(items: Sequence[T], step: int, count: int, seed: str) -> list[T]:
-    """Return items ``step*count`` to ``(step+1)*count`` of an endless shuffled repetition."""
+    """Return items ``step*count`` to ``(step+1)*count`` of an endless sequence of shuffled passes."""
     drawn: list[T] = []
     position = step * count
     while len(drawn) < count:

@@ -1,4 +1,4 @@
-"""Learning to Imitate (method 2.4, step 2): what continuing a teacher's text is worth."""
+"""Learning to Imitate (method 2.4, step 2): the reward for continuing a teacher's text as the teacher did."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from sleeprl.text.normalise import normalise
 def lexical(
     student: Sequence[int], teacher: Sequence[int], threshold: float, z0_mode: str = "ratio"
 ) -> float:
-    """Return r_abs = 1 - z / max length when z is within the threshold, else 0 (eq. 4); in [0, 1].
+    """Compute r_abs = 1 - z / max length if z is within the threshold, else 0 (eq. 4).
 
-    z is the Levenshtein distance on token ids. z0_mode: ``ratio`` takes ``threshold``
-    as a share of the longer text, because a raw distance punishes long texts; ``abs``
-    is the paper's formula, a number of edits.
+    z is the Levenshtein distance of the token ids.
+
+    Args:
+        student: Token ids of the student's text.
+        teacher: Token ids of the teacher's text.
+        threshold: Largest z that is rewarded.
+        z0_mode: ``ratio`` takes ``threshold`` as a share of the longer text, because an absolute
+            distance penalises long texts; ``abs`` is the paper's formula, a number of edits.
+
+    Returns:
+        The reward, in [0, 1]; 1 for two empty texts.
+
+    Raises:
+        ValueError: ``z0_mode`` is unknown.
     """
     if z0_mode not in ("ratio", "abs"):
         raise ValueError(f"z0_mode={z0_mode!r} must be 'ratio' or 'abs'")
@@ -29,7 +40,7 @@ def lexical(
 
 
 def semantic(student: str, teacher: str) -> float:
-    """Return 1 when both texts are the same after ``normalise``: the exact judge."""
+    """Return 1 if both texts are equal after ``normalise``, else 0: the verdict of the exact judge."""
     return float(normalise(student) == normalise(teacher))
 
 
@@ -42,12 +53,14 @@ def imitation_reward(
     threshold: float,
     z0_mode: str = "ratio",
 ) -> float:
-    """Return r = gamma * r_sem + (1 - gamma) * r_abs (eq. 3), in [0, 1].
+    """Compute r = gamma * r_sem + (1 - gamma) * r_abs (eq. 3), in [0, 1].
 
     Args:
-        student, teacher: Token ids.
-        judgement: r_sem, 0 or 1, of a judge (``judges``).
-        gamma: Share of r_sem.
-        threshold, z0_mode: See ``lexical``.
+        student: Token ids of the student's text.
+        teacher: Token ids of the teacher's text.
+        judgement: r_sem, 0 or 1, the verdict of a judge (``judges``).
+        gamma: Weight of r_sem.
+        threshold: See ``lexical``.
+        z0_mode: See ``lexical``.
     """
     return gamma * judgement + (1.0 - gamma) * lexical(student, teacher, threshold, z0_mode)

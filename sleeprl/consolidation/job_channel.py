@@ -13,9 +13,10 @@ from sleeprl.consolidation.train_loop import Job
 
 @dataclass(frozen=True)
 class Work:
-    """What workers are given to do; without a job they end."""
+    """Work for the training workers. Without a job they exit."""
 
     job: Job | None = None
+    """The job to train."""
     engines: Sequence[Any] = ()
     """Handles of the engines."""
     teachers: Sequence[Any] = ()
@@ -25,7 +26,7 @@ class Work:
 
 
 class JobChannel(RemoteActor):
-    """Holds the work for the workers, and their reports for the driver."""
+    """Queue between driver and workers: work in one direction, reports in the other."""
 
     def __init__(self) -> None:
         self._work: Work | None = None
@@ -33,18 +34,18 @@ class JobChannel(RemoteActor):
         self._reports: list[Report] = []
 
     def give(self, work: Work) -> None:
-        """Set what is to be done next; workers that are restarted find it again."""
+        """Set the next work. Restarted workers fetch it again."""
         self._work, self._number = work, self._number + 1
 
     def clear(self) -> None:
-        """Forget work that is done."""
+        """Drop the current work, which is done."""
         self._work = None
 
     def next_work(self, done: int) -> tuple[int, Work] | None:
-        """Return work and its number, None where there is none yet.
+        """Return the current work and its number, or None if there is no new work.
 
         Args:
-            done: Number of the last work that whoever asks has done; 0 at first.
+            done: Number of the last work that the caller has done, initially 0.
         """
         if self._work is None or self._number <= done:
             return None
@@ -55,6 +56,6 @@ class JobChannel(RemoteActor):
         self._reports.append(report)
 
     def drain(self) -> list[Report]:
-        """Return all reports, and forget them."""
+        """Return all reports and clear them."""
         reports, self._reports = self._reports, []
         return reports

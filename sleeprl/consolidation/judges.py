@@ -1,7 +1,7 @@
 """The frozen judges of the imitation reward's semantic part, by name (method.md 2.4, 6.1).
 
-A judge is asked about pairs (student's text, teacher's text) and answers 1 where both
-mean the same, else 0. It never changes while the student learns.
+A judge scores pairs (student's text, teacher's text): 1 if both have the same meaning, else 0. It
+does not change during training.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ Pairs = Sequence[tuple[str, str]]
 
 
 class Judge(Protocol):
-    """Called on every rank with the same pairs, so a judge may use the learner's collectives.
+    """A judge of pairs of texts.
 
-    A factory of one is called as ``factory(learner=..., chat=..., **options)``.
+    Every rank calls it with the same pairs, so a judge can use the trainer's collectives. A factory
+    of judges is called as ``factory(learner=..., chat=..., **options)``.
     """
 
     def __call__(self, pairs: Pairs) -> list[float]: ...
 
 
 class Exact:
-    """Both texts are the same words, whatever their case and punctuation."""
+    """A judge that requires the same words; case and punctuation do not matter."""
 
     def __init__(self, learner: Trainer, chat: ChatFormatter) -> None:
         pass
@@ -43,7 +44,7 @@ class Exact:
 
 
 class Embedding:
-    """The cosine of two sentence embeddings is at least a threshold."""
+    """A judge that requires a minimum cosine similarity of two sentence embeddings."""
 
     def __init__(
         self, learner: Trainer, chat: ChatFormatter, model: str, threshold: float = 0.8
@@ -51,11 +52,11 @@ class Embedding:
         """Load the encoder.
 
         Args:
-            learner: Not asked.
-            chat: Not asked.
-            model: An encoder, by directory or Hugging Face id, such as all-MiniLM-L6-v2; the mean of
-                its last hidden states is the embedding.
-            threshold: Of the cosine.
+            learner: Not used.
+            chat: Not used.
+            model: Directory or Hugging Face id of an encoder, such as all-MiniLM-L6-v2. The
+                embedding is the mean of its last hidden states.
+            threshold: Minimum cosine similarity.
         """
         from transformers import AutoModel, AutoTokenizer
 
@@ -72,7 +73,7 @@ class Embedding:
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        """[N, E]; an empty text is a zero row, which is like nothing."""
+        """Return embeddings [N, E]. An empty text gets a zero row, which is similar to nothing."""
         inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
         hidden_NTE = self.model(**inputs).last_hidden_state
         mask_NT1 = inputs["attention_mask"][..., None].to(hidden_NTE.dtype)
@@ -82,7 +83,7 @@ class Embedding:
 
 
 class Teacher:
-    """The smaller self is asked whether both mean the same, and finds yes likelier than no."""
+    """A judge that asks the smaller self whether both texts mean the same, and compares P(yes) with P(no)."""
 
     def __init__(self, learner: Trainer, chat: ChatFormatter, batch: int = 64) -> None:
         self.learner, self.chat, self.batch = learner, chat, batch
@@ -103,15 +104,32 @@ class Teacher:
 
 
 def make_judge(name: str, options: dict[str, Any], learner: Trainer, chat: ChatFormatter) -> Judge:
-    """Create a judge by its name, as every rank does."""
+    """Create a judge by name; every rank creates its own.
+
+    Args:
+        name: Short name, entry point or dotted path.
+        options: Options of the judge.
+        learner: The trainer.
+        chat: Chat format of the model.
+    """
     judge: Judge = create(name, "judge", {**options, "learner": learner, "chat": chat})
     return judge
 
 
 def same_by_embedding(student_NE: Tensor, teacher_NE: Tensor, threshold: float = 0.8) -> Tensor:
-    """Return 1 where the cosine of two embeddings is at least ``threshold``, [N].
+    """Return 1 if the cosine similarity of two embeddings is at least ``threshold``, else 0.
 
-    Row i of both is pair i; rows need not have length 1, a zero row is like nothing.
+    Args:
+        student_NE: Embeddings of the students' texts; row i of both tensors is pair i. Rows need
+            not have length 1. A zero row is similar to nothing.
+        teacher_NE: Embeddings of the teachers' texts.
+        threshold: Minimum cosine similarity.
+
+    Returns:
+        Verdicts [N].
+
+    Raises:
+        ValueError: The shapes differ.
     """
     if student_NE.shape != teacher_NE.shape:
         raise ValueError(
@@ -123,13 +141,16 @@ def same_by_embedding(student_NE: Tensor, teacher_NE: Tensor, threshold: float =
 
 
 def same_by_verdict(yes_N: Tensor, no_N: Tensor) -> Tensor:
-    """Return 1 where a judge that was asked "same meaning? yes/no" has P(yes) >= 0.5, [N].
+    """Return 1 if the answer to "same meaning? yes/no" has P(yes) >= 0.5, else 0.
 
-    P is among these two, since what else the model might say is no verdict: it is at least 0.5 where
-    yes >= no.
+    P is normalised over these two answers, because any other output is no verdict. It is at least
+    0.5 if yes >= no.
 
     Args:
-        yes_N, no_N: Log-probabilities of the two answers, in nats; with several spellings of an answer,
-            their ``logsumexp``.
+        yes_N: Log-probability of "yes", in nats; with several spellings, their ``logsumexp``.
+        no_N: Log-probability of "no", in nats; likewise.
+
+    Returns:
+        Verdicts [N].
     """
     return (yes_N >= no_N).to(yes_N.dtype)

@@ -1,4 +1,4 @@
-"""What the workers of a training job report."""
+"""The reports that the workers of a training job send to the driver."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WorkersStarted:
-    """A group of workers has started, and imports what it needs."""
+    """The start of a group of workers, which now import their dependencies."""
 
     pid: int
-    """Process of rank 0."""
+    """Process id of rank 0."""
 
 
 @dataclass(frozen=True)
 class TrainerReady:
-    """The model and the data are loaded: the next report is a step's."""
+    """The end of loading: model and data are ready, and the next report is that of a step."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class StepReport:
 
 @dataclass(frozen=True)
 class JobEnd:
-    """The job is done."""
+    """The end of the job."""
 
     steps: int
     """Optimiser steps, over all attempts."""
     tokens: int
-    """Tokens that were trained on, over all attempts."""
+    """Trained tokens, over all attempts."""
     version: int
     """Policy version of the final weights."""
     verified: Sequence[int]
-    """Indices of the engines that have them, verified."""
+    """Indices of the engines that verifiably have these weights."""
 
 
 Report = WorkersStarted | TrainerReady | StepReport | JobEnd

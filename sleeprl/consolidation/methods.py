@@ -1,4 +1,4 @@
-"""The loss weights of each method: what a step reads, and what of it counts how much."""
+"""The loss weights of each method, by stream and step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from sleeprl.losses.types import LossWeights
 
 
 def seeding_parts(config: ConsolidationConfig, step: int) -> dict[str, LossWeights]:
-    """Return J_KS at a step, as loss weights of what the teacher wrote and of the student's rollouts.
+    """Return J_KS at a step as loss weights of the teacher's texts and of the student's rollouts.
 
-    Replay has the weight that ``replay_ratio`` gives it in the data; both streams
-    are means, so without this it would count as much as the new.
+    Replay gets the weight that ``replay_ratio`` gives it in the data. Both streams are means, so
+    without this factor replay would count as much as the new texts.
+
+    Args:
+        config: The night's settings.
+        step: Number of the optimizer step, from 0.
     """
     weights = seeding_weights(
         step,
@@ -35,11 +39,11 @@ def seeding_parts(config: ConsolidationConfig, step: int) -> dict[str, LossWeigh
 
 
 def loss_weights(method: Method, config: ConsolidationConfig, step: int) -> dict[str, LossWeights]:
-    """Compute the weights of every stream that a method reads at a step.
+    """Return the loss weights of every stream that a method trains on, at a step.
 
     Args:
         method: A row of ``METHODS``.
-        config: The night's settings as ``method.objective`` returned them.
+        config: The night's settings as ``method.objective`` changes them.
         step: Number of the optimizer step, from 0.
     """
     weights = {**seeding_parts(config, step), PASSAGE: LossWeights(ce=1.0)}

@@ -4,8 +4,8 @@
     F    = lambda * (on the student's rollouts)  + (1 - lambda) * (on the teacher's texts)
                                                                             (step 1)
 
-What is minimised is -J_KS: ``pg`` is the loss of E[r], ``kl`` is F. With lambda = 1 it
-is the paper's printed objective, which is GKD's reinforcement form (2306.13649, eq. 5).
+The loss is -J_KS: ``pg`` is the loss of E[r], ``kl`` is F. With lambda = 1 it is the paper's
+printed objective, which is GKD's reinforcement form (2306.13649, eq. 5).
 """
 
 from __future__ import annotations
@@ -20,16 +20,24 @@ class SeedingWeights:
     """Loss weights of the two kinds of text."""
 
     texts: LossWeights
-    """Written by the teacher."""
+    """Weights for texts of the teacher."""
     rollouts: LossWeights
-    """Written by the student."""
+    """Weights for rollouts of the student."""
 
 
 def on_policy_share(step: int, start: float, warmup: int = 0) -> float:
-    """Return lambda at ``step``: ``start`` for good, or rising on a line to 1 over ``warmup`` steps.
+    """Return lambda at ``step``: constant ``start``, or a linear warm-up from ``start`` to 1.
 
-    A student that knows nothing yet writes poor texts to learn from, so teacher texts
-    come first (method 6.1). warmup: 0 keeps lambda constant.
+    A student without the new knowledge writes poor texts to train on, so teacher texts come first
+    (method 6.1).
+
+    Args:
+        step: Number of the optimizer step, from 0.
+        start: lambda at step 0, in [0, 1].
+        warmup: Steps until lambda is 1; 0 makes it constant.
+
+    Raises:
+        ValueError: ``start`` is outside of [0, 1].
     """
     if not 0.0 <= start <= 1.0:
         raise ValueError(f"start={start} must lie in [0, 1]")
@@ -47,16 +55,20 @@ def seeding_weights(
     seed_steps: int = 0,
     ce: float = 0.0,
 ) -> SeedingWeights:
-    """Return the weights of -J_KS at ``step`` (from 0): a function of its arguments only.
+    """Return the weights of -J_KS at ``step``, a pure function of its arguments.
 
     Args:
-        step: Of the consolidation.
-        alpha: Divergence against imitation reward.
-        on_policy, on_policy_warmup: lambda, see ``on_policy_share``.
-        seed_steps: In so many first steps the objective is that of alpha = 1, divergence only; then it
-            is joint (method 6.4). 0 is joint from the start.
-        ce: Weight of the cross-entropy on teacher texts (method 6.2; 0 is the paper). It stands beside
-            J_KS: neither alpha nor lambda scales it.
+        step: Number of the optimizer step, from 0.
+        alpha: Weight of the divergence against the imitation reward, in [0, 1].
+        on_policy: lambda at step 0, see ``on_policy_share``.
+        on_policy_warmup: Steps until lambda is 1, see ``on_policy_share``.
+        seed_steps: Number of first steps with alpha = 1, that is divergence only; after them the
+            objective is joint (method 6.4). 0 is joint from the start.
+        ce: Weight of the cross-entropy on teacher texts (method 6.2; 0 in the paper). It is added
+            to J_KS and not scaled by alpha or lambda.
+
+    Raises:
+        ValueError: ``alpha`` or ``on_policy`` is outside of [0, 1].
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha={alpha} must lie in [0, 1]")

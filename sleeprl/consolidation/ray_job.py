@@ -1,7 +1,7 @@
-"""Consolidation, and the baselines beside it, as jobs of Ray Train.
+"""Ray Train jobs of consolidation and of its baselines.
 
-``TrainingProcesses`` may be started before their work is known: they import and wait. Where nobody else
-needs what they hold, they stay for the next job.
+``TrainingProcesses`` can start before their work is known; they import their dependencies and wait.
+If no other component needs their resources, they stay alive for the next job.
 """
 
 from __future__ import annotations
@@ -38,18 +38,25 @@ from sleeprl.trainer.teacher import launch_teachers
 
 OnStep = Callable[[StepReport], None]
 POLL_S = 0.2
-"""Seconds between two looks for new work, or for new reports."""
+"""Seconds between two polls for new work or new reports."""
 CHECKPOINTS = 2
-"""How many are kept: the last, and the one before it while the last is being written."""
+"""Number of checkpoints on disk: the last one, and its predecessor while the last is being written."""
 CLOSE_TIMEOUT_S = 10.0
-"""Seconds that workers may take to end."""
+"""Seconds to wait for the workers to exit."""
 
 
 def limit_to_budget(job: Job, tokens: int) -> Job:
-    """Return the same job for as many trained tokens.
+    """Limit a job to a budget of trained tokens.
 
-    It gets the steps that its method needs for them, and stops at the budget where its texts turn out
-    longer.
+    The number of steps is an estimate from the job's data. If the texts turn out longer, the job
+    stops at the budget.
+
+    Args:
+        job: The job.
+        tokens: Budget of trained tokens.
+
+    Returns:
+        A copy of the job with its budget, steps and warm-up set.
     """
     steps = max(1, math.ceil(tokens / load_data_mix(job).tokens_per_step()))
     warmup = min(job.learner.warmup, steps // 4)
@@ -59,20 +66,23 @@ def limit_to_budget(job: Job, tokens: int) -> Job:
 
 
 class RayTrainBackend:
-    """Ray Train, as what keeps the loop's checkpoints and passes its reports on."""
+    """The ``TrainLoopBackend`` of a Ray Train worker."""
 
     def __init__(self, channel: Any) -> None:
-        """Args:
-        channel: Handle of the job's ``JobChannel``; rank 0's reports go there.
+        """Create the backend inside a worker.
+
+        Args:
+            channel: Handle of the ``JobChannel`` that receives rank 0's reports.
         """
         self.channel = channel
         self.rank = ray.train.get_context().get_world_rank()
         self.resumes = True
-        """Whether a checkpoint may be of the present job: not where these processes did one before it."""
+        """Whether a checkpoint can belong to the current job. False once the process has finished
+        an earlier job."""
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
-        """Yield the directory of the last checkpoint, if there is one."""
+        """Yield the directory of the last checkpoint, or None if there is none."""
         checkpoint = ray.train.get_checkpoint() if self.resumes else None
         if checkpoint is None:
             yield None
@@ -81,12 +91,12 @@ class RayTrainBackend:
             yield Path(directory)
 
     def save_checkpoint(self, step: int, directory: Path) -> None:
-        """Let Ray Train put the directories of all ranks together as one checkpoint."""
+        """Upload the directories of all ranks as one Ray Train checkpoint."""
         checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report({"step": step}, checkpoint=checkpoint)
 
     def report(self, report: Report) -> None:
-        """Send a report to the driver, from rank 0."""
+        """Send a report to the driver, from rank 0 only."""
         ended = isinstance(report, JobEnd)
         if self.rank == 0:
             sent = self.channel.put.remote(report)
@@ -97,10 +107,10 @@ class RayTrainBackend:
 
 
 def _train_loop(arguments: dict[str, Any]) -> None:
-    """Do jobs until there are no more: the entry point of a Ray Train worker.
+    """Run jobs until there is no more work: the entry point of a Ray Train worker.
 
     Args:
-        arguments: ``channel``, and ``options``, those of the first trainer to come.
+        arguments: ``channel``, and ``options`` of the first trainer.
     """
     channel, done = arguments["channel"], 0
     backend = RayTrainBackend(channel)
@@ -122,7 +132,7 @@ def _train_loop(arguments: dict[str, Any]) -> None:
 
 
 def _train(work: Work, backend: RayTrainBackend) -> None:
-    """Do one job."""
+    """Run one job."""
     assert work.job is not None
     with Watchdog(WAITS, work.stall_seconds):
         worker = TrainWorker(work.job, work.engines, backend, work.teachers)
@@ -131,30 +141,30 @@ def _train(work: Work, backend: RayTrainBackend) -> None:
 
 
 class TrainingProcesses:
-    """The processes of Ray Train, which do one job after another.
+    """The Ray Train processes, which run one job after another.
 
-    They may be started before their work is known. Started again with the same ``storage`` and ``name``
-    after a crash, they go on with a job from its last checkpoint.
+    They can start before their work is known. After a crash, starting them with the same
+    ``storage`` and ``name`` resumes the job from its last checkpoint.
     """
 
     def __init__(
         self, options: TrainerOptions, resources: ResourcesConfig, storage: Path, name: str
     ) -> None:
-        """Start them in the background.
+        """Start the processes in the background.
 
         Args:
-            options: Those of the trainer, by which the processes know what to import.
-            resources: Where they run, and how many.
+            options: Options of the trainer, which determine what the processes import.
+            resources: Number of processes, and the resources of each.
             storage: Directory of all jobs' checkpoints.
-            name: The job's directory in it.
+            name: Name of the job's directory in ``storage``.
         """
-        # Where the driver is, not on a node that may be taken away.
+        # On the driver's node, since any other node can disappear.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.name, self.resources = name, resources
         self.pid = self.starts = 0
-        """Of rank 0 now, and how often the group was started."""
+        """Process id of the current rank 0, and number of starts of the group."""
         self._idle = True
-        """Whether no job is under way."""
+        """Whether no job is running."""
         self.channel = ray.remote(JobChannel).options(num_cpus=0, scheduling_strategy=here).remote()
         self.failures: list[BaseException] = []
         self.needs: dict[str, float] = {"CPU": resources.learner_cpus}
@@ -162,7 +172,7 @@ class TrainingProcesses:
             self.needs["GPU"] = resources.learner_gpus
         count: int | tuple[int, int] = resources.learner_workers
         if resources.elastic:
-            # What engines hold counts as free with Ray Train (2.60); of this they hold nothing.
+            # Ray Train (2.60) counts the engines' resources as free. Engines use none of this one.
             self.needs[LEARNER_RESOURCE] = 1
             count = (resources.learner_workers, resources.learner_workers_max)
         self._trainer = TorchTrainer(
@@ -192,23 +202,27 @@ class TrainingProcesses:
 
     @property
     def reusable(self) -> bool:
-        """Whether they can do another job.
+        """Whether the processes can run another job.
 
-        Each job may have ``max_failures`` restarts, so processes that were restarted are not used again.
+        Each job is allowed ``max_failures`` restarts, so processes that were restarted are not
+        reused.
         """
         may_wait = processes_may_wait(self.resources)
         return may_wait and self.starts <= 1 and self.thread.is_alive()
 
     def run(self, job: Job, engines: EnginePool, on_step: OnStep) -> JobEnd:
-        """Do a job to its end.
+        """Run a job to its end.
 
         Args:
-            job: What to train.
-            engines: They get the weights, and write the rollouts.
+            job: The job to train.
+            engines: Engines that receive the weights and generate the rollouts.
             on_step: Called with the report of each step, in order.
 
+        Returns:
+            The report of the job's end.
+
         Raises:
-            Exception: What Ray Train raises when the job has failed for good.
+            Exception: The error of Ray Train if the job has failed permanently.
         """
         resources, options = self.resources, job.learner
         teachers = launch_teachers(
@@ -230,7 +244,7 @@ class TrainingProcesses:
         return end
 
     def _follow(self, on_step: OnStep) -> JobEnd | None:
-        """Pass on the steps that the workers report; returns the end of the job, None where it failed."""
+        """Forward the reported steps; return the end of the job, or None if the job has failed."""
         kind: WaitKind = "start"
         alive = True
         while alive:
@@ -241,7 +255,7 @@ class TrainingProcesses:
             alive = self.thread.is_alive()
             for report in ray.get(self.channel.drain.remote()):
                 WAITS.set_target(self.name, None)
-                # Ray Train keeps only the metrics of checkpoints, so the end comes this way too.
+                # Ray Train records only the metrics of checkpoints, so the end is reported here too.
                 match report:
                     case JobEnd():
                         return report
@@ -255,13 +269,13 @@ class TrainingProcesses:
         return None
 
     def _describe(self) -> list[str]:
-        """What the workers need, and what they wrote: Ray Train waits for them and says nothing."""
+        """Describe the workers' resources and log, because Ray Train waits for resources silently."""
         free = ray.available_resources()
         free = {name: free.get(name, 0.0) for name in self.needs}
         return [f"each worker wants {self.needs}, free are {free}", *log_tail(self.pid)[1]]
 
     def close(self) -> None:
-        """End them; in the middle of a job, without waiting until they have."""
+        """Stop the processes. If a job is running, do not wait for them to exit."""
         if self._idle and self.thread.is_alive():
             ray.get(self.channel.give.remote(Work()))
             self.thread.join(CLOSE_TIMEOUT_S)

@@ -1,7 +1,7 @@
-"""Student rollouts for seeding: continue a teacher's text, be rewarded for agreeing with it.
+"""Student rollouts for seeding: continue a teacher's text and be rewarded for agreement with it.
 
-The same rollouts carry the on-policy divergence and the imitation reward
-(method 2.4: the cheapest reading of the joint objective).
+The same rollouts are used for the on-policy divergence and the imitation reward (method 2.4: the
+cheapest reading of the joint objective).
 """
 
 from __future__ import annotations
@@ -23,38 +23,48 @@ from sleeprl.trainer.batching import TrainingExample
 Score = tuple[float, float | None]
 """Reward and advantage of a rollout."""
 SLACK = 8
-"""Tokens that a rollout may be longer than what the teacher wrote."""
+"""Tokens by which a rollout may exceed the teacher's continuation."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A teacher text cut in two: the student is given ``prefix`` and must find ``rest``."""
+    """A teacher text cut in two. The student continues ``prefix``; ``rest`` is the reference."""
 
     source: Trajectory
+    """The teacher's text."""
     prefix: list[int]
+    """Token ids of the response before the cut."""
     rest: list[int]
+    """Token ids of the response after the cut."""
 
     @property
     def prompt(self) -> list[int]:
-        """What the student is given, in token ids."""
+        """The student's prompt with the prefix, in token ids."""
         return self.source.prompt_ids + self.prefix
 
     @property
     def teacher_prompt(self) -> list[int] | None:
-        """What the teacher is given, where that is more."""
+        """The teacher's prompt with the prefix, in token ids; None if it is the student's."""
         teacher = self.source.teacher_prompt_ids
         return None if teacher is None else teacher + self.prefix
 
 
 def longest_rollout(texts: Sequence[Trajectory]) -> int:
-    """Return the most tokens that a rollout on one of these texts can have."""
+    """Return the maximum number of tokens of a rollout on these texts."""
     return SLACK + max((len(text.response_ids) for text in texts), default=0)
 
 
 def draw(
     texts: Sequence[Trajectory], count: int, config: ConsolidationConfig, rng: random.Random
 ) -> list[Continuation]:
-    """Draw ``count`` texts with replacement, each cut after a random share of its tokens."""
+    """Draw texts with replacement and cut each at a random share of its tokens.
+
+    Args:
+        texts: Texts of the teacher.
+        count: Number of continuations.
+        config: Bounds of the share, ``prefix_min`` and ``prefix_max``.
+        rng: Source of randomness.
+    """
     drawn = []
     for text in rng.choices(texts, k=count):
         share = rng.uniform(config.prefix_min, config.prefix_max)
@@ -66,7 +76,18 @@ def draw(
 def build_requests(
     continuations: Sequence[Continuation], config: ConsolidationConfig, rng: random.Random
 ) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Return prompts and sampling, ``group_size`` in a row for each; a little longer than the rest."""
+    """Build the generation requests, ``group_size`` consecutive ones for each continuation.
+
+    A rollout is at most ``SLACK`` tokens longer than the teacher's continuation.
+
+    Args:
+        continuations: The texts to continue.
+        config: Settings with the ``group_size``.
+        rng: Source of the sampling seeds.
+
+    Returns:
+        Prompts in token ids, and sampling parameters.
+    """
     prompts, sampling = [], []
     for continuation in continuations:
         for _ in range(config.group_size):
@@ -85,18 +106,18 @@ def score_rollouts(
     judge: Judge,
     loss: LossOptions,
 ) -> tuple[list[TrainingExample], dict[str, float], list[Score]]:
-    """Reward the rollouts, and make training examples of the part ``student`` of them.
+    """Reward the rollouts and convert them to training examples of the part ``student``.
 
     Args:
-        continuations: What was continued.
-        completions: ``group_size`` in a row for each continuation.
-        config: What the reward is made of.
-        chat: Turns tokens into text for the judge.
-        judge: Says how far two texts mean the same.
-        loss: Its algorithm gives the advantages.
+        continuations: The texts that were continued.
+        completions: ``group_size`` consecutive completions for each continuation.
+        config: Settings of the reward.
+        chat: Decodes tokens to text for the judge.
+        judge: Judges whether two texts have the same meaning.
+        loss: Options with the algorithm that computes the advantages.
 
     Returns:
-        The examples, none of a rollout without a token; the mean rewards; the score of each rollout.
+        The examples, without those of empty rollouts; the mean rewards; the score of each rollout.
     """
     owners = [c for c in continuations for _ in range(config.group_size)]
     rewards = _reward(owners, completions, config, chat, judge)
@@ -134,7 +155,7 @@ def _reward(
     chat: ChatFormatter,
     judge: Judge,
 ) -> list[float]:
-    """The imitation reward of each completion, against the text that its owner has cut off."""
+    """Return the imitation reward of each completion against the rest of its owner's text."""
     texts = [
         (chat.decode(completion.token_ids), chat.decode(owner.rest))
         for owner, completion in zip(owners, completions, strict=True)
@@ -160,14 +181,14 @@ def to_trajectories(
     config: ConsolidationConfig,
     scores: Sequence[Score] | None,
 ) -> list[Trajectory]:
-    """Return rollouts as the lake keeps them, each with the text that it continues as its task.
+    """Convert rollouts to trajectories for the lake; the task is the text that was continued.
 
     Args:
-        prefix: Beginning of their uids.
-        continuations: What was continued.
-        completions: ``group_size`` in a row for each continuation.
-        config: For the size of a group.
-        scores: As ``score_rollouts`` gives them; None where nobody will learn from them.
+        prefix: Prefix of the uids.
+        continuations: The texts that were continued.
+        completions: ``group_size`` consecutive completions for each continuation.
+        config: Settings with the ``group_size``.
+        scores: Scores of ``score_rollouts``; None if no step will train on the rollouts.
     """
     made = []
     for index, completion in enumerate(completions):

@@ -1,7 +1,7 @@
-"""The loop of one consolidation worker: plain steps, rollouts from the engines in between.
+"""The training loop of one consolidation worker: optimiser steps with rollouts in between.
 
-Every rank calls everything that is collective in the same order; only rank 0 speaks to the engines.
-What runs the loop is a ``TrainLoopBackend``; a night's is Ray Train (``ray_job``).
+Every rank calls all collective operations in the same order; only rank 0 talks to the engines. The
+loop runs on a ``TrainLoopBackend``; that of a night is Ray Train (``ray_job``).
 """
 
 from __future__ import annotations
@@ -45,35 +45,37 @@ POSITION = "position.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One training job, plain enough to travel to the workers."""
+    """One training job, serialisable for the workers."""
 
     method: str
     """A name in ``METHODS``."""
     learner: TrainerOptions
     config: ConsolidationConfig
     fixed: FixedCapacityConfig
+    """Settings of the baselines that train every parameter."""
     seed: int
+    """Seed of data order and sampling."""
     lake: str
-    """Directory of the self-study texts; the rollouts go there too."""
+    """Directory of the lake with the self-study texts; rollouts are appended to it."""
     output: str
-    """Directory of the trained expert; empty for a baseline, of which only the figures stay."""
+    """Directory of the trained expert; empty for a baseline, of which only the metrics are used."""
     canary: list[int]
-    """Token ids that trainer and engines both score after each update."""
+    """Token ids that trainer and engines both score after each weight update."""
     first_version: int
-    """Version of the first weights that are sent."""
+    """Policy version of the first published weights."""
     passages: list[list[int]] = field(default_factory=list)
     """Token ids of the documents."""
     tokens: int = 0
-    """Stop when so many were trained on; 0: no budget."""
+    """Budget of trained tokens, after which the job stops; 0 for none."""
 
     @property
     def name(self) -> str:
-        """Name of the job; no other on the same lake has it."""
+        """Name of the job, unique on its lake."""
         return Path(self.output).name or self.method
 
 
 def load_data_mix(job: Job) -> DataMix:
-    """Read what the job learns from; texts that its method does not read are left out."""
+    """Load the texts that the job's method trains on."""
     method = METHODS[job.method]
     table = Lake(job.lake).read(TRAJECTORIES)
     texts = from_batch(table.filter(pc.field("purpose").isin(["self_study", "replay"])))
@@ -81,42 +83,42 @@ def load_data_mix(job: Job) -> DataMix:
 
 
 class TrainLoopBackend(Protocol):
-    """What keeps the loop's checkpoints and passes its figures on. Called on every rank."""
+    """Storage of the loop's checkpoints, and receiver of its reports. Called on every rank."""
 
     def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """Return the last checkpoint, a directory to read from, if there is one."""
+        """Return the last checkpoint as a directory to read from, or None."""
         ...
 
     def save_checkpoint(self, step: int, directory: Path) -> None:
-        """Copy all ranks' directories, as one, as the checkpoint after ``step``."""
+        """Copy the directories of all ranks into one checkpoint, taken after ``step``."""
         ...
 
     def report(self, report: Report) -> None:
-        """Pass on what happened: a step, or the end of the job."""
+        """Forward a report: a step, or the end of the job."""
         ...
 
 
 def learn(
     job: Job, engines: Sequence[Any], backend: TrainLoopBackend, teachers: Sequence[Any] = ()
 ) -> None:
-    """Do the job, on from its last checkpoint. Collective.
+    """Run the job, from its last checkpoint if there is one. Collective.
 
     Args:
-        job: What to train.
+        job: The job to train.
         engines: Handles of the engines.
-        backend: Keeps checkpoints and passes figures on.
-        teachers: Handles of the teachers; without any the trainer's own module teaches.
+        backend: Stores checkpoints and receives reports.
+        teachers: Handles of the teachers; without any, the trainer's own module teaches.
     """
     TrainWorker(job, engines, backend, teachers).run()
 
 
 class TrainWorker:
-    """One rank of a training job: its trainer, its data, and the rollouts under way."""
+    """One rank of a training job: its trainer, its data, and the pending rollouts."""
 
     def __init__(
         self, job: Job, engines: Sequence[Any], backend: TrainLoopBackend, teachers: Sequence[Any]
     ) -> None:
-        """Load the model and the data, and go back to the last checkpoint. Collective."""
+        """Load the model and the data, and restore the last checkpoint. Collective."""
         self.job, self.backend = job, backend
         self.trainer = Trainer(job.learner, Teachers(teachers) if teachers else None)
         self.rank, self.world = self.trainer.rank, self.trainer.world
@@ -142,20 +144,20 @@ class TrainWorker:
         self.chat = ChatFormatter(job.learner.checkpoint)
         self.judge = make_judge(config.judge, config.judge_options, self.trainer, self.chat)
         self.pending: tuple[list[rollouts.Continuation], PendingResults] | None = None
-        """Rank 0's: what the engines are writing now."""
+        """Rank 0 only: the rollouts that the engines are generating."""
         self.student_rows: list[TrainingExample] = []
-        """The last rollouts, over all ranks."""
+        """The last rollouts, of all ranks."""
         self.unsaved: list[Trajectory] = []
-        """Rank 0's: rollouts since the last checkpoint, for the lake."""
+        """Rank 0 only: rollouts since the last checkpoint, not yet in the lake."""
         self.rollout_metrics: dict[str, float] = {}
-        """Reported with the next step."""
+        """Metrics of rollouts, reported with the next step."""
         self.tokens = 0
-        """Trained on so far."""
+        """Trained tokens so far."""
         self._restore()
         self.saved_step = self.trainer.steps
 
     def run(self) -> None:
-        """Train to the last step, or as many tokens as the job may train on. Collective."""
+        """Train to the last step, or until the token budget is used up. Collective."""
         for step in range(self.trainer.steps, self.job.learner.total_steps):
             if self.job.tokens and self.tokens >= self.job.tokens:
                 break
@@ -168,10 +170,10 @@ class TrainWorker:
     # --- rollouts -----------------------------------------------------------------
 
     def sync_rollouts(self, step: int) -> None:
-        """Every ``rollout_every`` steps: take the rollouts, send the weights, ask for the next rollouts.
+        """Collect rollouts, publish weights and request new rollouts, every ``rollout_every`` steps.
 
-        Generation overlaps learning, unless rollouts are all there is to learn from, or both share a
-        device. Checkpoints are taken in between, where nothing is under way.
+        Generation overlaps with training, unless rollouts are the only data, or engines and trainer
+        share a device. Checkpoints are taken in between, when no rollout is pending.
         """
         config, reads_rollouts = self.config, self.data.rollouts
         if reads_rollouts and step % config.rollout_every:
@@ -194,7 +196,7 @@ class TrainWorker:
             self._collect_rollouts()
 
     def _collect_rollouts(self) -> None:
-        """Take what was asked for; where nothing was, what a checkpoint brought stays."""
+        """Score the pending rollouts; if there are none, retain those restored from a checkpoint."""
         written: list[Any] = [None]
         if self.pending is not None:
             drawn, pending = self.pending
@@ -203,7 +205,7 @@ class TrainWorker:
         if self.world > 1:
             dist.broadcast_object_list(written, src=0)
         if written[0] is not None:
-            # On every rank alike, because a judge may ask the trainer.
+            # On every rank, because a judge may use the trainer's collectives.
             drawn, completions = written[0]
             rows, metrics, scores = rollouts.score_rollouts(
                 drawn, completions, self.config, self.chat, self.judge, self.loss
@@ -219,19 +221,19 @@ class TrainWorker:
         completions: Sequence[Completion],
         scores: Sequence[rollouts.Score] | None,
     ) -> None:
-        """Keep rollouts for the lake, under the step that is the first to learn from them."""
+        """Queue rollouts for the lake, under the first step that trains on them."""
         if self.rank == 0:
             prefix = f"rollout-{self.job.name}-{self.trainer.steps + 1}"
             more = rollouts.to_trajectories(prefix, drawn, completions, self.config, scores)
             self.unsaved += more
 
     def _sleep_engines(self) -> None:
-        """Where engines and trainer share a device, it is the trainer's until the next update."""
+        """Put engines that share the trainer's device to sleep, until the next weight update."""
         if self.job.learner.colocated and self.rank == 0:
             self.engines.sleep()
 
     def rows(self, step: int) -> list[TrainingExample]:
-        """Return what is learnt from in ``step``, over all ranks."""
+        """Return the training examples of ``step``, of all ranks."""
         every = self.config.rollout_every
         return self.data.rows(step) + self.student_rows[step % every :: every]
 
@@ -245,13 +247,13 @@ class TrainWorker:
         self.rollout_metrics = {}
 
     def _write_lake(self) -> None:
-        """Append the rollouts. What is done again after a crash has the same uids, and counts once."""
+        """Append the rollouts to the lake. Those repeated after a crash have the same uids and count once."""
         if self.unsaved:
             Lake(self.job.lake).append(to_batch(self.unsaved), TRAJECTORIES)
             self.unsaved = []
 
     def _save_checkpoint(self, step: int) -> None:
-        self._write_lake()  # first: a job that goes on from here does not see them again
+        self._write_lake()  # first: a job resumed from here does not collect them again
         state = self.trainer.state_dict()
         with tempfile.TemporaryDirectory(
             prefix="sleeprl-checkpoint-", ignore_cleanup_errors=True
@@ -277,14 +279,14 @@ class TrainWorker:
                 return
             position = json.loads((directory / POSITION).read_text())
             if position.get("job", self.job.name) != self.job.name:
-                return  # of a job before this one, in the same processes
+                return  # checkpoint of an earlier job in the same processes
             TrainerCheckpoint(directory).restore(self.trainer)
         self.tokens = position["tokens"]
         self.engines.record_update(max(self.engines.version, position["version"]))
         self.student_rows = [TrainingExample(**r) for r in position["student_rows"]]
 
     def finish(self) -> None:
-        """Leave the final weights in the engines and, where it is wanted, on disk."""
+        """Publish the final weights to the engines and, if the job has an output, save them."""
         if self.pending is not None:
             drawn, pending = self.pending
             self._keep_for_lake(drawn, pending.wait(), None)

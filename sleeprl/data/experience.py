@@ -1,4 +1,4 @@
-"""What the model saw in the day: one document or one conversation."""
+"""Experience of the day: documents and conversations."""
 
 from __future__ import annotations
 
@@ -30,27 +30,34 @@ EXPERIENCE_SCHEMA = versioned(
 
 @dataclass(frozen=True)
 class Experience:
-    """One piece of experience. Make it with ``document`` or ``conversation``."""
+    """One document or conversation. Create it with ``document`` or ``conversation``."""
 
     uid: str
-    """SHA-256 of the content alone: the same text seen twice is one experience."""
+    """SHA-256 of the content only, so the same content is one experience."""
     time: datetime
-    """When it was recorded."""
+    """Time of recording, in UTC."""
     source: str
-    """Where it came from, e.g. ``notes.jsonl:12``."""
+    """Origin, for example ``notes.jsonl:12``."""
     kind: Literal["document", "conversation"]
+    """``document`` or ``conversation``."""
     text: str
-    """A document's text; a conversation as ``role: content`` lines."""
+    """Text of a document; a conversation as ``role: content`` lines."""
     messages: str | None
-    """A conversation's messages as they came in, JSON."""
+    """Messages of a conversation as received, as JSON; None for a document."""
     metadata: str
-    """A JSON object: everything else that came with it."""
+    """All other data of the experience, a JSON object."""
 
     @classmethod
     def document(
         cls, text: str, *, source: str = "", metadata: Mapping[str, Any] | None = None
     ) -> Experience:
-        """Surrounding white space is no part of a document."""
+        """Create an experience from a document, without its surrounding white space.
+
+        Args:
+            text: The document.
+            source: Origin of the document.
+            metadata: Other data, JSON-serialisable.
+        """
         text = text.strip()
         return cls(_hash(text), _now(), source, "document", text, None, _json(metadata or {}))
 
@@ -63,23 +70,36 @@ class Experience:
         source: str = "",
         metadata: Mapping[str, Any] | None = None,
     ) -> Experience:
-        """``messages`` in OpenAI chat form and ``text``, the same as ``role: content`` lines."""
+        """Create an experience from a conversation.
+
+        Args:
+            messages: Messages in OpenAI chat form.
+            text: The same messages as ``role: content`` lines.
+            source: Origin of the conversation.
+            metadata: Other data, JSON-serialisable.
+        """
         raw = _json(messages)
         return cls(_hash(raw), _now(), source, "conversation", text, raw, _json(metadata or {}))
 
     def as_text(self) -> str:
-        """The form in which it is placed in a prompt."""
+        """Return the text that is put into a prompt."""
         return self.text
 
 
 def experience_batch(experiences: Iterable[Experience]) -> pa.RecordBatch:
-    """Experiences as one record batch, in order."""
+    """Convert experiences to one record batch, in order."""
     rows = [vars(e) for e in experiences]
     return pa.RecordBatch.from_pylist(rows, schema=EXPERIENCE_SCHEMA)
 
 
 def experiences(data: pa.RecordBatch | pa.Table) -> list[Experience]:
-    """The inverse of ``experience_batch``; also of ``Lake.read("experience")``."""
+    """Convert a batch or table to experiences, in order.
+
+    The inverse of ``experience_batch``; also reads ``Lake.read("experience")``.
+
+    Raises:
+        SchemaError: The data has another schema.
+    """
     data = conform(data, EXPERIENCE_SCHEMA)
     columns = [data.column(f.name).to_pylist() for f in fields(Experience)]
     return [Experience(*row) for row in zip(*columns, strict=True)]

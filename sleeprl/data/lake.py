@@ -1,7 +1,7 @@
-"""The experience lake: append-only Parquet, one immutable file per append.
+"""The experience lake: append-only Parquet tables, one immutable file per append.
 
-A file appears whole or not at all. A row is identified by its ``uid``: an append that
-is retried because nobody knows whether it went through counts once when read.
+A file appears completely or not at all. A row is identified by its ``uid``, so if an append is
+retried because its outcome is unknown, its rows count once when read.
 """
 
 from __future__ import annotations
@@ -29,25 +29,41 @@ SCHEMAS = {TRAJECTORIES: TRAJECTORY_SCHEMA, EXPERIENCE: EXPERIENCE_SCHEMA}
 
 
 class LakeError(ValueError):
-    """A file or a request the lake cannot serve."""
+    """A file that the lake cannot read, or a kind of table that it does not have."""
 
 
 class Lake:
-    """Tables of a fixed set of kinds (``SCHEMAS``) under one directory.
+    """Tables of a fixed set of kinds (``SCHEMAS``) in one directory.
 
-    ``DIR/KIND/ORDINAL-UUID.parquet``: names sort in the order of appending; several
-    writers need no lock, since no two names are equal.
+    Files are named ``DIR/KIND/ORDINAL-UUID.parquet``. The names sort in the order of appending, and
+    they are unique, so concurrent writers need no lock.
     """
 
     def __init__(self, directory: str | Path) -> None:
+        """Open a lake.
+
+        Args:
+            directory: Root of the tables; the first append creates it.
+        """
         self.directory = Path(directory)
 
     def append(
         self, data: pa.Table | pa.RecordBatch | Iterable[pa.RecordBatch], kind: str
     ) -> Path | None:
-        """Write ``data`` as one new file; its path, or None when there are no rows.
+        """Write ``data`` to one new file.
 
-        An iterable is written batch by batch; when it raises, nothing has been appended.
+        An iterable is written batch by batch; if it raises, nothing is appended.
+
+        Args:
+            data: The rows.
+            kind: A key of ``SCHEMAS``.
+
+        Returns:
+            Path of the file, or None if there are no rows.
+
+        Raises:
+            LakeError: There is no such kind.
+            SchemaError: The rows do not fit the schema.
         """
         schema = _schema(kind)
         if isinstance(data, pa.RecordBatch):
@@ -72,9 +88,14 @@ class Lake:
         return path
 
     def rewrite(self, data: pa.Table | pa.RecordBatch, kind: str) -> None:
-        """Replace all rows of a kind by these: what an unfinished attempt appended is removed.
+        """Replace all rows of a kind, which removes those of an unfinished attempt.
 
-        Sampling need not repeat to the bit: what one attempt held out, another would learn from.
+        Sampling is not always reproducible to the bit, so without this a text that one attempt
+        excludes from training could be trained on from another.
+
+        Args:
+            data: The new rows.
+            kind: A key of ``SCHEMAS``.
         """
         for file in self.files(kind):
             file.unlink()
@@ -91,12 +112,12 @@ class Lake:
         The last row of a uid counts, since work is repeated after a crash.
 
         Args:
-            kind: a key of ``SCHEMAS``.
-            columns: what to read beside ``uid``; None for all.
+            kind: A key of ``SCHEMAS``.
+            columns: Columns to read besides ``uid``; None for all.
 
         Raises:
-            LakeError: there is no such kind, or a file is damaged.
-            SchemaError: a file is of a newer version.
+            LakeError: There is no such kind, or a file is damaged.
+            SchemaError: A file has a newer schema version.
         """
         schema = _schema(kind)
         if columns is not None:
@@ -118,22 +139,38 @@ class Lake:
         return table.filter(pa.array(keep))
 
     def uids(self, kind: str) -> set[str]:
-        """Return the uid of every row of a kind."""
+        """Return the uids of all rows of a kind."""
         return set(self.read(kind, []).column("uid").to_pylist())
 
     def pick(self, kind: str, uids: Sequence[str]) -> pa.Table:
-        """Read the rows of these uids, in this order; no others are in memory as a whole."""
+        """Read the rows of some uids, in the given order, without loading the other rows into memory.
+
+        Args:
+            kind: A key of ``SCHEMAS``.
+            uids: The uids to read.
+
+        Raises:
+            KeyError: There is no row of a uid.
+        """
         wanted = pc.field("uid").isin(pa.array(uids, pa.string()))
         table = self.scan(kind).to_table(filter=wanted)
         last = {uid: row for row, uid in enumerate(table.column("uid").to_pylist())}
         return table.take(pa.array([last[uid] for uid in uids], pa.int64()))
 
     def scan(self, kind: str) -> ds.Dataset:
-        """Open a kind as a pyarrow dataset, for data larger than memory. Retried appends are not merged.
+        """Open a kind as a pyarrow dataset, for data larger than memory.
 
-        A column that a file lacks is null, also where an earlier version held it in ``meta``.
+        Rows of retried appends are not merged. A column that a file lacks is null, even if an
+        earlier schema version has the value in ``meta``.
+
+        Args:
+            kind: A key of ``SCHEMAS``.
+
+        Raises:
+            LakeError: There is no such kind, or a file is damaged.
+            SchemaError: A file has a newer schema version.
         """
-        import pyarrow.dataset as ds  # brings pandas: a second, in actors that never scan
+        import pyarrow.dataset as ds  # imports pandas: one second that actors without a scan save
 
         files = self.files(kind)
         for file in files:

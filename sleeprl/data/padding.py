@@ -1,4 +1,4 @@
-"""Sequences of unequal length into rectangular batches of bounded size (pure numpy)."""
+"""Sequences of unequal length in rectangular batches of bounded size (pure numpy)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 def pad_batch(
     sequences: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Pad on the right to the longest: ``ids_BT`` and ``mask_BT``, True on real tokens."""
+    """Pad sequences on the right to the longest one.
+
+    Args:
+        sequences: Token ids of each sequence.
+        pad_id: Token id of the padding.
+
+    Returns:
+        ``ids_BT``, and ``mask_BT`` with True on real tokens.
+    """
     lengths = np.array([len(s) for s in sequences], dtype=np.int64)
     width = int(lengths.max(initial=0))
     mask_BT = np.arange(width) < lengths[:, None]
@@ -26,14 +34,22 @@ def token_budget_batches(
 ) -> list[list[int]]:
     """Split sequences into batches of at most ``max_tokens`` *padded* tokens.
 
-    Returns lists of indices into ``lengths``; batch ``i`` is for rank ``i % ranks``.
-    Every index occurs exactly once, and the order depends on the arguments alone. The
-    number of batches is a multiple of ``ranks``, so that all ranks take part in the same
-    number of collective steps; the batches of one step differ by at most one sequence, of
-    similar length. A batch is empty only where there are fewer sequences than batches:
-    its rank steps along with zero weight.
+    Every index occurs exactly once, and the order depends on the arguments only. The number of
+    batches is a multiple of ``ranks``, so all ranks take part in the same number of collective
+    steps. The batches of one step differ by at most one sequence and have sequences of similar
+    length. A batch is empty only if there are fewer sequences than batches; its rank takes the step
+    with zero weight.
 
-    Raises ValueError for a sequence longer than the budget.
+    Args:
+        lengths: Tokens of each sequence.
+        max_tokens: Budget of a batch, in tokens.
+        ranks: Number of ranks.
+
+    Returns:
+        Lists of indices into ``lengths``; batch ``i`` is for rank ``i % ranks``.
+
+    Raises:
+        ValueError: A sequence is longer than the budget, or a number is less than 1.
     """
     if max_tokens < 1 or ranks < 1:
         raise ValueError(f"max_tokens={max_tokens} and ranks={ranks} must be at least 1")
@@ -46,7 +62,7 @@ def token_budget_batches(
     batches: list[list[int]] = []
     while order:
         size = ranks * (max_tokens // max(lengths[order[0]], 1))
-        if len(order) > size:  # leave a sequence for every rank of the last step
+        if len(order) > size:  # leave one sequence for each rank of the last step
             size = max(ranks, min(size, len(order) - ranks))
         step, order = order[:size], order[size:]
         batches += [step[rank::ranks] for rank in range(ranks)]

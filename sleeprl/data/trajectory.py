@@ -1,9 +1,10 @@
-"""What one pass of the model leaves behind: a ``Trajectory``, as Python and as Arrow.
+"""The record of one pass of the model: a ``Trajectory``, in Python and in Arrow.
 
-From engine to trainer trajectories travel as Arrow record batches whose schema carries its name and
-version. A new version only adds nullable columns or drops some: a column that an older batch lacks
-reads as null, one that it alone has is ignored, and a newer version than this program knows is an
-error. What versions before 4 held in ``meta`` (``gain`` and ``gap``) is read into its columns.
+Trajectories travel from engine to trainer as Arrow record batches, whose schema has a name and a
+version. A new version only adds nullable columns or drops columns. A column that an older batch
+lacks is read as null, a column that only the older batch has is ignored, and a version newer than
+this program's is an error. Versions before 4 have ``gain`` and ``gap`` in ``meta``; they are read
+into their columns.
 """
 
 from __future__ import annotations
@@ -25,31 +26,30 @@ NAME_KEY, VERSION_KEY = b"sleeprl.schema", b"sleeprl.version"
 
 
 class SchemaError(ValueError):
-    """Data that does not have the form its schema promises."""
+    """Data that violates its schema."""
 
 
 def count_stale_tokens(versions: Sequence[int], min_version: int) -> int:
-    """Count the tokens at the beginning of a response that may not be learned from.
+    """Count the tokens at the start of a response that are too old to train on.
 
     Args:
-        versions: the policy version of each token.
-        min_version: the oldest version that may be learned from.
+        versions: Policy version of each token.
+        min_version: Oldest version to train on.
 
     Returns:
-        The number of tokens up to the last one of an older version.
+        The number of tokens up to and including the last one of an older version.
     """
     return max((n + 1 for n, version in enumerate(versions) if version < min_version), default=0)
 
 
 def find_oldest_last_version(batch: pa.RecordBatch) -> int | None:
-    """Return the policy version of each response's last token, the least of them; None without
-    tokens."""
+    """Return the minimum over responses of the last token's policy version; None without tokens."""
     written = filter(None, batch.column("versions").to_pylist())
     return min((versions[-1] for versions in written), default=None)
 
 
 def versioned(name: str, version: int, columns: Sequence[pa.Field]) -> pa.Schema:
-    """Make an Arrow schema that carries its name and version in its metadata."""
+    """Create an Arrow schema with its name and version in the metadata."""
     return pa.schema(columns, {NAME_KEY: name.encode(), VERSION_KEY: str(version).encode()})
 
 
@@ -85,23 +85,24 @@ TRAJECTORY_SCHEMA = versioned(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One prompt and one sampled response, with all that training on it needs.
+    """One prompt and one sampled response, with everything that training on it needs.
 
     Guarantees:
 
-    * ``logprobs``, ``versions``, and where present ``ref_logprobs`` have one entry per response token;
-    * a trajectory without a reward is not one with reward 0: after scoring, ``unscored`` says why;
-    * an invalid trajectory cannot be made (SchemaError).
+    * ``logprobs``, ``versions`` and, if present, ``ref_logprobs`` have one entry per response
+      token;
+    * a missing reward differs from reward 0: after scoring, ``unscored`` gives the reason;
+    * an invalid trajectory cannot be created (SchemaError).
     """
 
     uid: str
-    """Unique; a retry of the same work has the same uid, so it counts once."""
+    """Unique identifier. A retry of the same work has the same uid, so it counts once."""
     task_id: str
-    """The task that the prompt is of; its attempts are a group."""
+    """Task of the prompt; the attempts at one task form a group."""
     attempt: int
-    """0, 1, … : the number of the sample in its group."""
+    """Number of the sample in its group, from 0."""
     purpose: Purpose
-    """What the trajectory is for, and so who reads it."""
+    """Purpose of the trajectory, which determines its readers."""
     prompt_ids: list[int]
     """Token ids of the prompt."""
     response_ids: list[int]
@@ -109,35 +110,40 @@ class Trajectory:
     logprobs: list[float]
     """Natural log-probability of each response token under the policy that sampled it (float32)."""
     versions: list[int]
-    """Policy version that sampled each response token (weights may change on the way)."""
+    """Policy version that sampled each response token. The weights can change within a response."""
     finish_reason: str
-    """``stop`` for a whole response, ``length`` for a cut one, ``running`` for one under way."""
+    """``stop`` for a complete response, ``length`` for a truncated one, ``running`` for an
+    unfinished one."""
     teacher_prompt_ids: list[int] | None = None
-    """The prompt of the self that has the experience, for the same response."""
+    """Token ids of the teacher's prompt, which has the experience, for the same response."""
     reward: float | None = None
     """The reward (float32)."""
     unscored: str | None = None
-    """Why there is no reward."""
+    """Reason for a missing reward."""
     ref_logprobs: list[float] | None = None
     """Natural log-probability of each response token under the reference policy (float32)."""
     advantage: float | None = None
-    """The advantage of the update that learned from it (float32); with a critic the mean over the
-    tokens. None where nothing was learned from the reward."""
+    """Advantage in the update that trained on it (float32); with a critic the mean over tokens.
+    None if no update used the reward."""
     gain: float | None = None
-    """What one step of learning from a dream adds to the log-likelihood of its task's questions (nats
-    per token); None where there is nothing to learn from."""
+    """Change of the log-likelihood of the task's questions after one training step on a dream (nats
+    per token); None if there is nothing to train on."""
     gap: float | None = None
     """Negative log-likelihood of the task's questions before that step (nats per token)."""
     parsed: str | None = None
-    """What the dream's format has read in the response, as JSON; None where it is malformed."""
+    """The response as parsed by the dream's format, as JSON; None if it is malformed."""
     meta: str = "{}"
-    """A JSON object: all that has no column."""
+    """All data without a column, a JSON object."""
 
     def __post_init__(self) -> None:
         self.validate()
 
     def validate(self) -> None:
-        """Raise SchemaError naming the field and its value where an invariant is broken."""
+        """Check the invariants.
+
+        Raises:
+            SchemaError: An invariant is violated; the message names the field and its value.
+        """
         if not self.uid:
             raise SchemaError(f"uid {self.uid!r} must not be empty")
         if self.purpose not in get_args(Purpose):
@@ -182,19 +188,27 @@ def to_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
 
 
 def from_batch(batch: pa.RecordBatch | pa.Table) -> list[Trajectory]:
-    """Convert a batch or table to trajectories, in order; the inverse of ``to_batch``."""
+    """Convert a batch or table to trajectories, in order (inverse of ``to_batch``).
+
+    Raises:
+        SchemaError: The data has another schema, or a trajectory is invalid.
+    """
     batch = conform(batch, TRAJECTORY_SCHEMA)
     columns = [batch.column(f.name).to_pylist() for f in fields(Trajectory)]
     return [Trajectory(*row) for row in zip(*columns, strict=True)]
 
 
 def same_schema(found: pa.Schema, schema: pa.Schema) -> bool:
-    """Tell whether both have the same name; the version and so the columns may differ."""
+    """Return whether both schemas have the same name. The version, and so the columns, may differ."""
     return bool((found.metadata or {}).get(NAME_KEY) == schema.metadata[NAME_KEY])
 
 
 def check_schema(found: pa.Schema, schema: pa.Schema) -> None:
-    """Raise SchemaError unless data of schema ``found`` can be read as ``schema``."""
+    """Check that data of schema ``found`` can be read as ``schema``.
+
+    Raises:
+        SchemaError: The name differs, the version is newer, or columns are unknown or missing.
+    """
     wanted, have = schema.metadata, found.metadata or {}
     name, version = wanted[NAME_KEY].decode(), int(wanted[VERSION_KEY])
     if not same_schema(found, schema):
@@ -216,9 +230,13 @@ def check_schema(found: pa.Schema, schema: pa.Schema) -> None:
 def conform(data: Tabular, schema: pa.Schema) -> Tabular:
     """Give ``data`` exactly the columns of ``schema``.
 
+    Args:
+        data: Rows of the same schema, in any version up to that of ``schema``.
+        schema: The schema to conform to.
+
     Returns:
-        The rows; a nullable column that ``data`` lacks is null, but for what an earlier version held
-        in ``meta``.
+        The rows. A nullable column that ``data`` lacks is null, unless an earlier version has its
+        values in ``meta``.
 
     Raises:
         SchemaError: ``data`` cannot be read as ``schema``.
@@ -242,7 +260,7 @@ _ONCE_IN_META = ("gain", "gap")
 
 
 def _lift_from_meta(data: pa.RecordBatch | pa.Table) -> dict[str, pa.Array]:
-    """Read the columns that schema versions before 4 held inside ``meta``."""
+    """Read the columns that schema versions before 4 have inside ``meta``."""
     names = data.schema.names
     if "meta" not in names or set(_ONCE_IN_META) <= set(names):
         return {}
@@ -253,10 +271,15 @@ def _lift_from_meta(data: pa.RecordBatch | pa.Table) -> dict[str, pa.Array]:
 
 
 def with_column(batch: Tabular, name: str, values: Sequence[Any]) -> Tabular:
-    """Copy ``batch`` with other ``values`` in one column of its schema.
+    """Copy ``batch`` with new ``values`` in one column of its schema.
+
+    Args:
+        batch: The rows.
+        name: Name of the column.
+        values: One value per row.
 
     Raises:
-        SchemaError: there is not one value for each row.
+        SchemaError: The number of values differs from the number of rows.
     """
     if len(values) != batch.num_rows:
         raise SchemaError(f"{name} has {len(values)} values for {batch.num_rows} trajectories")
@@ -268,10 +291,15 @@ def with_column(batch: Tabular, name: str, values: Sequence[Any]) -> Tabular:
 def with_rewards(
     batch: pa.RecordBatch, rewards: Sequence[float | None], unscored: Sequence[str | None]
 ) -> pa.RecordBatch:
-    """Score a batch: each row gets either a finite reward or the reason why it has none.
+    """Score a batch: each row gets either a finite reward or the reason for having none.
+
+    Args:
+        batch: The trajectories.
+        rewards: Reward of each row, or None.
+        unscored: Reason for a missing reward of each row, or None.
 
     Raises:
-        SchemaError: a row has both, neither, or a reward that float32 cannot hold.
+        SchemaError: A row has both, neither, or a reward that float32 cannot represent.
     """
     for uid, reward, reason in zip(batch.column("uid").to_pylist(), rewards, unscored, strict=True):
         if (reward is None) == (reason is None):
@@ -289,8 +317,12 @@ def with_ref_logprobs(
 ) -> pa.RecordBatch:
     """Add the reference policy's log-probability of every response token.
 
+    Args:
+        batch: The trajectories.
+        ref_logprobs: Natural log-probabilities of each row's response tokens.
+
     Raises:
-        SchemaError: a row does not have one for each token.
+        SchemaError: A row does not have one value per response token.
     """
     lengths = batch.column("response_ids").value_lengths().to_pylist()
     for uid, values, tokens in zip(

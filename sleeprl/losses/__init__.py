@@ -1,1 +1,1 @@
-"""Pure tensor functions: policy gradient, distillation, advantages, correction. Never imports ray."""
+"""Pure tensor functions: policy gradient, distillation, off-policy correction. Never imports ray."""

@@ -1,10 +1,10 @@
-"""What the losses need of each token, from hidden states, without the batch's logits.
+"""Per-token loss values from hidden states, without materialising the logits of the batch.
 
-Logits of a batch are its largest tensor: 8,192 positions with a vocabulary of 150,000
-are 4.9 GB in float32, and a divergence holds several of that size. Here the
-positions go through the head in chunks; what is kept is of hidden size.
+The logits are the largest tensor of a batch: 8,192 positions with a vocabulary of 150,000 are 4.9
+GB in float32, and a divergence needs several tensors of that size. Here the positions go through
+the language head in chunks; the tensors that are stored have the hidden size.
 
-Shapes: N positions, H hidden, V vocabulary.
+Shapes: N positions of a batch, n positions of a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch.autograd.function import once_differentiable
 from sleeprl.losses.divergence import full_precision, logprobs_of, top_k_with_tail
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
-"""Logits in one chunk where no size is given, 16 and 128 MiB in float32, for the caches of the one
-and the many launches of the other; but never fewer than ``CHUNK_POSITIONS``, since the whole head is
-read for each chunk."""
+"""Default number of logits in a chunk by device, 16 and 128 MiB in float32: small enough for a
+CPU's caches, large enough to amortise a GPU's kernel launches. A chunk never has fewer positions
+than ``CHUNK_POSITIONS``, because the whole head is read for each chunk."""
 CHUNK_POSITIONS = 256
+"""Smallest default number of positions in a chunk."""
 
 Values = Callable[[Tensor, slice], Sequence[Tensor]]
+"""Maps logits [n, V] and their slice of the positions to tensors [n]."""
 
 
 def chunked_values(
@@ -35,20 +37,28 @@ def chunked_values(
     *,
     chunk: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """``values(hidden_NH @ head_VH.T, slice(0, N))``, chunk by chunk, with its gradient.
+    """Compute ``values(hidden_NH @ head_VH.T, slice(0, N))`` with its gradient, chunk by chunk.
 
-    values: maps logits [n, V] and the slice of positions they belong to, to tensors
-        [n]. Position i of a result may depend on row i of the logits only. It must
-        be pure: with a trained head it is called again in the backward pass.
-    differentiable: for each of these tensors, whether a gradient will be asked for.
-    chunk: positions at a time; by default as many as ``CHUNK_LOGITS`` allows.
+    Each value depends on one position only, so its gradient with respect to that position's hidden
+    state is one row [H]. The forward pass computes these rows while it has the chunk's logits, and
+    the backward pass only scales them. Nothing is projected twice, and a frozen head is not read in
+    the backward pass, when ZeRO-3 has released it. The gradient of a trained head needs the logits
+    a second time; they are recomputed.
 
-    Since each value depends on one position only, its gradient with respect to that
-    position's hidden state is one row [H]. The forward pass computes these rows while
-    it has the chunk's logits, and the backward pass only scales them: nothing is
-    projected twice, and a frozen head is not touched in the backward pass (under
-    ZeRO-3 it is gone by then). The gradient of a head that is trained needs the
-    logits once more, and these are recomputed.
+    Args:
+        hidden_NH: Hidden states.
+        head_VH: Weight of the language head.
+        values: Maps logits [n, V] and the slice of positions they belong to, to tensors [n].
+            Position i of a result may depend on row i of the logits only. It must be pure: with a
+            trained head it is called again in the backward pass.
+        differentiable: For each of these tensors, whether it needs a gradient.
+        chunk: Positions per chunk. By default as many as ``CHUNK_LOGITS`` allows.
+
+    Returns:
+        The tensors of ``values`` over all positions, each [N].
+
+    Raises:
+        ValueError: ``chunk`` is less than 1.
     """
     chunk = _chunk_size(head_VH, chunk)
     wanted = [flag and torch.is_grad_enabled() for flag in differentiable]
@@ -58,7 +68,17 @@ def chunked_values(
 def token_logprobs(
     hidden_NH: Tensor, head_VH: Tensor, tokens_N: Tensor, *, chunk: int | None = None
 ) -> Tensor:
-    """Log-probability of each position's token, [N], in nats."""
+    """Compute the log-probability of each position's token.
+
+    Args:
+        hidden_NH: Hidden states.
+        head_VH: Weight of the language head.
+        tokens_N: Token ids.
+        chunk: Positions per chunk.
+
+    Returns:
+        Log-probabilities [N], in nats.
+    """
 
     def values(logits_nV: Tensor, part: slice) -> list[Tensor]:
         return [logprobs_of(logits_nV, tokens_N[part])]
@@ -70,7 +90,17 @@ def token_logprobs(
 def chunked_top_k(
     hidden_NH: Tensor, head_VH: Tensor, k: int, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``top_k_with_tail`` of the logits ``hidden_NH @ head_VH.T``: ids [N, K] and [N, K+1]."""
+    """Compute ``top_k_with_tail`` of the logits ``hidden_NH @ head_VH.T``, without gradient.
+
+    Args:
+        hidden_NH: Hidden states.
+        head_VH: Weight of the language head.
+        k: Number of tokens, K in the shapes.
+        chunk: Positions per chunk.
+
+    Returns:
+        Token ids [N, K] and log-probabilities [N, K+1], in nats.
+    """
     pieces = [
         top_k_with_tail(hidden_NH[part] @ head_VH.T, k)
         for part in _slices(len(hidden_NH), _chunk_size(head_VH, chunk))
@@ -105,9 +135,9 @@ class _ChunkedValues(torch.autograd.Function):
                     torch.matmul(gradient_nV.to(head_VH.dtype), head_VH, out=row[part])
                     del gradient_nV
                 outputs[position].append(value.detach())
-            del logits_nV, found, value  # or they would stand beside the next chunk's
-        # The rows are all that the hidden states' gradient needs; what a head's gradient
-        # needs is kept only for a head that has one.
+            del logits_nV, found, value  # else they would coexist with the next chunk's
+        # The hidden states' gradient needs only the rows. The inputs are saved only if the head
+        # is trained.
         trained = [hidden_NH, head_VH] if ctx.needs_input_grad[1] else []
         kept_rows = [row for row in rows if row is not None]
         ctx.save_for_backward(*kept_rows, *trained)
@@ -152,7 +182,7 @@ def _chunk_size(head_VH: Tensor, chunk: int | None) -> int:
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
-    """Slices of ``size`` over ``length``; one empty slice where there is nothing."""
+    """Yield slices of ``size`` over ``length``; one empty slice if ``length`` is 0."""
     for start in range(0, max(length, 1), size):
         yield slice(start, start + size)
 
@@ -164,7 +194,7 @@ def _gradient(
     *,
     retain_graph: bool = False,
 ) -> Tensor:
-    """Of the values' sum, weighted by ``upstream`` (ones by default)."""
+    """Differentiate the sum of the values, weighted by ``upstream`` (default: ones), by the logits."""
     if upstream is None:
         assert isinstance(values, Tensor)
         upstream = [torch.ones_like(values)]

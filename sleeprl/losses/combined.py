@@ -1,15 +1,14 @@
-"""One loss for everything that learns: three terms over the parts of a batch.
+"""One loss for all training: three terms over the parts of a batch.
 
-A row of a batch belongs to a *part* ("new", "replay", "imitation", "dream", ...).
-A part has a weight for each term: ``pg`` (policy gradient), ``ce`` (cross-entropy) and
-``kl`` (divergence from the teacher). Each term of a part is a mean over that part's
-tokens in the whole, global batch, so neither the length of texts nor the split over
-ranks and micro-batches changes the objective.
+Each row of a batch belongs to a *part* ("new", "replay", "imitation", "dream", ...). A part has a
+weight for each term: ``pg`` (policy gradient), ``ce`` (cross-entropy) and ``kl`` (divergence from
+the teacher). Each term of a part is a mean over that part's tokens in the whole, global batch. So
+neither the lengths of the texts nor the split over ranks and micro-batches changes the objective.
 
-``combined_loss`` takes logits, ``chunked_combined_loss`` hidden states and the head; the
+``combined_loss`` takes logits, ``chunked_combined_loss`` takes hidden states and the head. The
 loss, its gradient and the metrics are the same.
 
-Shapes: B rows, R response positions, V vocabulary, H hidden, P parts, N positions that count.
+Shapes: B rows, R response positions, V vocabulary, H hidden, P parts, N unmasked positions.
 """
 
 from __future__ import annotations
@@ -31,14 +30,16 @@ from sleeprl.losses.types import LossBatch, LossOptions, LossWeights
 
 @dataclass(frozen=True)
 class _ModelOutputs:
-    """What a forward pass gives the terms."""
+    """Outputs of a forward pass that the terms are computed from."""
 
     evaluate: Callable[[Tensor, Values, Sequence[bool]], Sequence[Tensor]]
-    """Gives the values [N] of the N positions that are true in its mask [B, R]."""
+    """Evaluates values [N] at the N positions where the mask [B, R] is true."""
     anchor: Tensor
-    """Keeps the graph whole when no row has weight."""
+    """Ties the loss to the graph when no row has a weight."""
     teacher_head_VH: Tensor | None = None
+    """Language head of the teacher, for hidden states of the teacher."""
     critic_BR: Tensor | None = None
+    """Values that the critic predicts, with their gradient."""
 
 
 def token_counts(
@@ -47,17 +48,19 @@ def token_counts(
     lengths: Sequence[int],
     advantages: Sequence[Any] | None = None,
 ) -> Tensor:
-    """Count what the means of each part are over, [P, 3] float64, in the order of ``parts``.
+    """Count the tokens and rows that the means of each part are taken over.
 
     Args:
-        parts: Weights by the name of a part.
-        part_of: Name of each row's part.
+        parts: Loss weights by name of the part.
+        part_of: Part of each row.
         lengths: Response tokens of each row.
-        advantages: ``None`` for rows without one. By default all rows have one.
+        advantages: Advantage of each row, ``None`` for rows without one. By default all rows have
+            one.
 
     Returns:
-        For each part its response tokens, over which ``ce`` and ``kl`` are means; and, for
-        ``pg``, the tokens and the number of rows that have an advantage.
+        Counts [P, 3] in float64, in the order of ``parts``: response tokens (for ``ce`` and
+        ``kl``), response tokens of rows with an advantage, and number of such rows (both for
+        ``pg``).
     """
     names = list(parts)
     counts = torch.zeros(len(names), 3, dtype=torch.float64)
@@ -68,7 +71,10 @@ def token_counts(
 
 
 def add_metrics(totals: dict[str, float], share: Mapping[str, float]) -> None:
-    """Add a micro-batch's or a rank's share of the metrics; of a ``/max`` the largest counts."""
+    """Add the metrics of a micro-batch or a rank to ``totals``, in place.
+
+    Keys that end in ``/max`` take the maximum; all others are summed.
+    """
     for key, value in share.items():
         old = totals.get(key)
         if old is None:
@@ -84,18 +90,21 @@ def combined_loss(
     counts_P3: Tensor,
     options: LossOptions,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Compute this micro-batch's share of the loss, and of each mean as ``part/term``.
+    """Compute a micro-batch's share of the loss, and of each mean as ``part/term``.
 
     Args:
-        logits_BRV: The student's at the positions that predict the response.
+        logits_BRV: The student's logits at the positions that predict the response.
         batch: The micro-batch.
-        parts: Weights by the name of a part.
+        parts: Loss weights by name of the part.
         counts_P3: ``token_counts`` of the *global* batch.
-        options: What the terms are made of.
+        options: Settings of the terms.
 
     Returns:
-        The loss, a scalar, and metrics. Summing the loss over micro-batches and ranks, and the
-        metrics with ``add_metrics``, gives the means.
+        The loss, a scalar, and metrics. Summed over micro-batches and ranks (metrics with
+        ``add_metrics``) they give the global means.
+
+    Raises:
+        ValueError: The batch lacks what a term needs, such as the reference's log-probabilities.
     """
     outputs = _ModelOutputs(
         lambda where_BR, values, _: values(logits_BRV[where_BR], slice(None)), logits_BRV
@@ -103,7 +112,7 @@ def combined_loss(
     return _combine_terms(outputs, batch, parts, counts_P3, options)
 
 
-def chunked_combined_loss(  # parameters: what a model gives, what is minimised, how it is cut
+def chunked_combined_loss(  # parameters: model outputs, objective and memory options
     hidden_BRH: Tensor,
     head_VH: Tensor,
     batch: LossBatch,
@@ -115,20 +124,27 @@ def chunked_combined_loss(  # parameters: what a model gives, what is minimised,
     critic_BR: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Compute ``combined_loss`` of ``hidden_BRH @ head_VH.T`` without the whole logits.
+    """Compute ``combined_loss`` of ``hidden_BRH @ head_VH.T`` without materialising all logits.
 
     Args:
         hidden_BRH: The student's last hidden states at the positions that predict the response.
             Padding is not projected.
-        head_VH: The student's language head.
+        head_VH: Weight of the student's language head.
         batch: The micro-batch.
-        parts: Weights by the name of a part.
+        parts: Loss weights by name of the part.
         counts_P3: ``token_counts`` of the *global* batch.
-        options: What the terms are made of.
-        teacher_head_VH: Of a ``batch.teacher_hidden_BRH``; by default the student's head, without
-            gradient.
-        critic_BR: The values that a critic gives now, with their gradient.
-        chunk: See ``chunked_values``; it changes the memory used, not the result.
+        options: Settings of the terms.
+        teacher_head_VH: Head for ``batch.teacher_hidden_BRH``. By default the student's head,
+            without gradient.
+        critic_BR: Values that the critic predicts, with their gradient.
+        chunk: Positions per chunk, see ``chunked_values``. It changes the memory used, not the
+            result.
+
+    Returns:
+        The loss, a scalar, and metrics, as ``combined_loss``.
+
+    Raises:
+        ValueError: The batch lacks what a term needs, such as the reference's log-probabilities.
     """
     outputs = _ModelOutputs(
         lambda where_BR, values, differentiable: chunked_values(
@@ -148,6 +164,7 @@ def _combine_terms(
     counts_P3: Tensor,
     options: LossOptions,
 ) -> tuple[Tensor, dict[str, float]]:
+    """Sum the weighted terms of all parts, and record each mean."""
     critic_BR = outputs.critic_BR
     loss = outputs.anchor.sum() * 0.0
     if critic_BR is not None:
@@ -194,7 +211,7 @@ def _combine_terms(
 def _policy_loss(
     logprobs_BR: Tensor, mask_BR: Tensor, batch: LossBatch, options: LossOptions
 ) -> Tensor:
-    """Return the algorithm's surrogate, corrected, with the KL to the reference; per token."""
+    """Return the ``pg`` loss per token [B, R]: surrogate, importance weight and KL to the reference."""
     correction = options.importance_weight
     corrected = correction.level != "off"
     advantages_BR = batch.advantages_BR.nan_to_num().expand_as(logprobs_BR)
@@ -217,10 +234,10 @@ def _policy_loss(
 
 
 def _pg_weights(scored_BR: Tensor, tokens: float, rows: float, options: LossOptions) -> Tensor:
-    """Return what each token counts in the ``pg`` term.
+    """Return the weight of each token in the ``pg`` term, [B, R].
 
-    The weights add up to 1 over the global batch, but for a ``constant`` mean, where only texts
-    of the full length would.
+    The weights sum to 1 over the global batch. With a ``constant`` mean they do so only if all
+    responses have the maximum length.
     """
     aggregation = options.algorithm.loss_aggregation
     if aggregation == "token":
@@ -231,7 +248,7 @@ def _pg_weights(scored_BR: Tensor, tokens: float, rows: float, options: LossOpti
 
 
 def _value_loss(critic_BR: Tensor, batch: LossBatch, options: LossOptions) -> tuple[float, Tensor]:
-    """Return the weight of the critic's loss beside the policy's, and that loss per token."""
+    """Return the weight of the critic's loss, and that loss per token [B, R]."""
     assert batch.values_BR is not None and batch.returns_BR is not None
     algorithm = options.algorithm
     if not algorithm.needs_critic:
@@ -243,9 +260,9 @@ def _value_loss(critic_BR: Tensor, batch: LossBatch, options: LossOptions) -> tu
 def _distances(
     logprobs_BR: Tensor, mask_BR: Tensor, batch: LossBatch, correction: ImportanceWeight
 ) -> dict[str, Tensor]:
-    """Return how far the policy is from the one that sampled, and from the reference if asked.
+    """Measure per token [B, R] how far the policy is from the sampling policy and from the reference.
 
-    The figures are recorded also where the correction is off.
+    The metrics are recorded even if the correction is off.
     """
     sampled = logprobs_BR, batch.rollout_logprobs_BR, mask_BR
     found = mismatch_metrics(logprobs_BR, batch.rollout_logprobs_BR)
@@ -259,9 +276,10 @@ def _distances(
 
 
 def _agreement(logprobs_BR: Tensor, token_weight_BR: Tensor, batch: LossBatch) -> dict[str, float]:
-    """Compare the trainer's log-probabilities with those of the policy that sampled, by age.
+    """Compare the trainer's log-probabilities with those of the sampling policy, by age.
 
-    For each age: the sum and the largest of the tokens' absolute differences, and their share.
+    Returns for each age the share of its tokens, and the weighted sum (``apart``) and the maximum
+    of the absolute differences, in nats.
     """
     apart_BR = (logprobs_BR.detach() - batch.rollout_logprobs_BR).abs() * (token_weight_BR != 0)
     found = {}
@@ -276,7 +294,7 @@ def _agreement(logprobs_BR: Tensor, token_weight_BR: Tensor, batch: LossBatch) -
 def _token_values(
     tokens_N: Tensor, teacher: Callable[[slice], Tensor | TopK] | None, options: LossOptions
 ) -> Values:
-    """Return what the terms need of a position: its token's log-probability and its divergence."""
+    """Return a function for the log-probability and divergence of each position [n], in nats."""
 
     def values(logits_nV: Tensor, part: slice) -> list[Tensor]:
         logprobs_n = logprobs_of(logits_nV, tokens_N[part])
@@ -300,7 +318,7 @@ def _token_values(
 def _teacher_at(
     batch: LossBatch, where_BR: Tensor, head_VH: Tensor | None
 ) -> Callable[[slice], Tensor | TopK] | None:
-    """Return the teacher at a slice of the positions that are true in ``where_BR``."""
+    """Return a function for the teacher's distribution on a slice of the true positions of ``where_BR``."""
     if batch.teacher_ids_BRK is not None and batch.teacher_logprobs_BRK1 is not None:
         ids_NK = batch.teacher_ids_BRK[where_BR]
         logprobs_NK1 = batch.teacher_logprobs_BRK1[where_BR]

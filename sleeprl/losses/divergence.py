@@ -1,8 +1,9 @@
-"""Generalised distillation: a divergence between teacher and student next-token distributions.
+"""Generalised distillation: a divergence between the next-token distributions of teacher and student.
 
-Shapes: N positions, V vocabulary, K tokens kept. Everything is in natural
-logarithms (nats). The choices are three: which divergence (``beta``), on which
-support (``support``, ``k``), and whether single entries are clipped (``clip``).
+There are three choices: which divergence (``beta``), on which support (``support``, ``k``), and
+whether single entries are clipped (``clip``).
+
+Shapes: N positions, V vocabulary, K tokens of the support. Logarithms are natural (nats).
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 FLOOR = -80.0
-"""In place of log 0, where k covers the vocabulary."""
+"""Replaces log 0, which occurs when k covers the vocabulary."""
 
 SUPPORTS = ("teacher", "student", "full")
 
 
 @dataclass(frozen=True)
 class TopK:
-    """What ``top_k_with_tail`` keeps of a teacher: ids [N, K], log-probabilities [N, K+1]."""
+    """A distribution of the teacher as ``top_k_with_tail`` returns it."""
 
     ids_NK: Tensor
+    """Ids of the K likeliest tokens."""
     logprobs_NK1: Tensor
+    """Their log-probabilities, then that of all other tokens together, in nats."""
 
 
 def full_precision(logits: Tensor) -> Tensor:
@@ -41,34 +44,39 @@ def logprobs_of(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
 
 
 def top_k_with_tail(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Teacher support: the ids of the k likeliest tokens and k+1 log-probabilities.
+    """Reduce logits to the ids of the k likeliest tokens and k+1 log-probabilities.
 
-    The last log-probability is that of all other tokens together, so the k+1
-    numbers are a distribution; a truncated top-k without the tail is not one, and
-    its "KL" can go negative.
+    The last log-probability is that of all other tokens together, so the k+1 probabilities sum to
+    one. A top-k without the tail does not, and its "KL" can become negative.
+
+    Returns:
+        Token ids [N, K] and log-probabilities [N, K+1], in nats.
     """
     ids_NK = logits_NV.topk(min(k, logits_NV.shape[-1]), dim=-1).indices
     return ids_NK, on_support(logits_NV, ids_NK)
 
 
 def on_support(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """Return the log-probabilities of the k tokens ``ids_NK`` plus the tail bin, [N, K+1]."""
+    """Return the log-probabilities of the tokens ``ids_NK`` and of the tail bin, [N, K+1], in nats."""
     logprobs_NK: Tensor = _OnSupport.apply(full_precision(logits_NV), ids_NK)
     return logprobs_NK
 
 
 class _OnSupport(torch.autograd.Function):
-    """One pass of exponentials over the vocabulary, and one saved tensor: e^(z-max) outside the
-    support. With R their sum, T the whole sum and G the sum of the upstream gradient g, a token of
-    the tail gets e^(z-max) (g_tail/R - G/T), one that is kept g_k - G p_k."""
+    """Log-probabilities on a support, with one saved tensor of vocabulary size.
+
+    The saved tensor is e^(z-max) outside the support. With R its sum, T the whole sum and G the sum
+    of the upstream gradient g, the gradient of a token in the tail is e^(z-max) (g_tail/R - G/T),
+    that of a token k of the support g_k - G p_k.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
         most_N1 = logits_NV.amax(-1, keepdim=True)
         rest_NV = (logits_NV - most_N1).exp_()
         odds_NK = rest_NV.gather(-1, ids_NK)
-        # The tail is summed: 1 - sum(exp) of a sure model is rounding noise, and flooring it
-        # takes away the gradient just where the student is most wrong.
+        # The tail is summed directly: 1 - sum(exp) of a confident model is rounding noise, and
+        # flooring that would remove the gradient where the student is most wrong.
         rest_NV.scatter_(-1, ids_NK, 0.0)
         tail_N1 = rest_NV.sum(-1, keepdim=True)
         total_N1 = tail_N1 + odds_NK.sum(-1, keepdim=True)
@@ -85,7 +93,7 @@ class _OnSupport(torch.autograd.Function):
         rest_NV, ids_NK, odds_NK, tail_N1, total_N1, below_NK1 = ctx.saved_tensors
         upstream_NK1 = upstream_NK1.masked_fill(below_NK1, 0.0)
         share_N1 = upstream_NK1.sum(-1, keepdim=True) / total_N1
-        # Where the tail is too small to differ from nothing, it is below the floor.
+        # A tail that underflows is below the floor, where its gradient is already masked.
         tail_N1 = tail_N1.clamp_min(torch.finfo(tail_N1.dtype).tiny)
         gradient_NV = rest_NV * (upstream_NK1[..., -1:] / tail_N1 - share_N1)
         gradient_NV.scatter_(-1, ids_NK, upstream_NK1[..., :-1] - share_N1 * odds_NK)
@@ -101,12 +109,23 @@ def divergence(
     k: int = 32,
     clip: float | None = None,
 ) -> Tensor:
-    """F(teacher || student) of method 2.4 step 1, per position [N].
+    """Compute F(teacher || student) of method 2.4 step 1 at each position.
 
-    teacher: logits [N, V] or, for the support ``teacher``, its ``TopK``.
-    student_NV: logits. beta, clip: see ``generalised_jsd``.
-    support: ``teacher`` or ``student``, whose k likeliest tokens plus one tail bin
-        are compared (the student's are chosen without gradient), or ``full``.
+    Args:
+        teacher: Logits [N, V] or, for the support ``teacher``, a ``TopK``.
+        student_NV: The student's logits.
+        beta: See ``generalised_jsd``.
+        support: ``teacher`` or ``student`` compare the k likeliest tokens of that model plus one
+            tail bin (the student's are selected without gradient); ``full`` compares the whole
+            vocabulary.
+        k: Number of tokens of the support.
+        clip: See ``generalised_jsd``.
+
+    Returns:
+        Divergences [N], in nats.
+
+    Raises:
+        ValueError: ``support`` is unknown, or needs more of the teacher than its ``TopK``.
     """
     if support not in SUPPORTS:
         raise ValueError(f"support={support!r} must be one of {', '.join(SUPPORTS)}")
@@ -130,17 +149,26 @@ def divergence(
 def generalised_jsd(
     teacher_NK: Tensor, student_NK: Tensor, beta: float, clip: float | None = None
 ) -> Tensor:
-    """Token-level JSD(beta) of GKD (2306.13649, eq. 1), [N], in nats.
+    """Compute the token-level JSD(beta) of GKD (2306.13649, eq. 1).
 
-    With M = beta*T + (1-beta)*S: beta*KL(T||M) + (1-beta)*KL(S||M). The ends are
-    the limits JSD/beta and JSD/(1-beta), so beta=0 is the forward KL(T||S) and
-    beta=1 the reverse KL(S||T). Inputs are log-probabilities of one support that
-    sums to one; only the student gets a gradient.
+    With M = beta*T + (1-beta)*S it is beta*KL(T||M) + (1-beta)*KL(S||M). At the ends it is the
+    limit of JSD/beta or JSD/(1-beta), so beta=0 is the forward KL(T||S) and beta=1 the reverse
+    KL(S||T).
 
-    clip: the most that one entry of the support may contribute (OPSD's pointwise
-        clip, 2601.18734: 0.05 with the forward KL), so that a few tokens of style do
-        not rule the loss. Entries are not bounded below, so the clipped sum may be
-        negative; without ``clip`` the result never is.
+    Args:
+        teacher_NK: The teacher's log-probabilities on a support that sums to one. They get no
+            gradient.
+        student_NK: The student's log-probabilities on the same support.
+        beta: Interpolates between forward (0) and reverse KL (1).
+        clip: Upper bound of one entry's contribution (OPSD's pointwise clip, 2601.18734: 0.05 with
+            the forward KL), so that a few style tokens do not dominate the loss. Entries have no
+            lower bound, so the clipped sum can be negative; without ``clip`` the result never is.
+
+    Returns:
+        Divergences [N], in nats.
+
+    Raises:
+        ValueError: ``beta`` is outside of [0, 1], or ``clip`` is not positive.
     """
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta={beta} must lie in [0, 1]")
@@ -152,10 +180,11 @@ def generalised_jsd(
 class _Divergence(torch.autograd.Function):
     """Sum of the entries f(t, s), with one saved tensor: the slope df/ds of each entry.
 
-    beta=0: f = e^t (t-s),  df/ds = -e^t.    beta=1: f = e^s (s-t),  df/ds = e^s (s-t+1).
-    Else, with m = log(beta e^t + (1-beta) e^s): f = beta e^t (t-m) + (1-beta) e^s (s-m) and
-    df/ds = (1-beta) e^s (s-m), for what moves with m cancels. Plain autograd gives the
-    same and keeps ten tensors of this size.
+        beta=0: f = e^t (t-s),  df/ds = -e^t.    beta=1: f = e^s (s-t),  df/ds = e^s (s-t+1).
+        Else, with m = log(beta e^t + (1-beta) e^s): f = beta e^t (t-m) + (1-beta) e^s (s-m),
+        df/ds = (1-beta) e^s (s-m), since the terms in dm/ds cancel.
+
+    Plain autograd computes the same but saves ten tensors of this size.
     """
 
     @staticmethod
@@ -180,7 +209,7 @@ class _Divergence(torch.autograd.Function):
             entries_NK = (teacher_NK - mixture_NK).mul_(teacher_NK.exp()).mul_(beta)
             entries_NK.add_(slope_NK)
         if clip is None:
-            total_N = entries_NK.sum(-1).clamp_min(0.0)  # rounding may go below
+            total_N = entries_NK.sum(-1).clamp_min(0.0)  # rounding can make it negative
         else:
             slope_NK.masked_fill_(entries_NK > clip, 0.0)
             total_N = entries_NK.clamp_(max=clip).sum(-1)

@@ -1,8 +1,8 @@
-"""Elastic weight consolidation (1612.00796): a quadratic penalty around what was known.
+"""Elastic weight consolidation (1612.00796): a quadratic penalty on changes of important parameters.
 
-Near theta*, F is the curvature of the divergence from the old model, so with the
-per-token Fisher used here the penalty is about that divergence in nats per token, as far
-as the diagonal sees it. Parameters, anchors and Fishers have the same, any, shape.
+Near theta*, the Fisher F is the curvature of the divergence from the old model. With the per-token
+Fisher used here, the penalty approximates that divergence in nats per token, as far as the diagonal
+captures it. Parameters, anchors and Fishers have the same, arbitrary shape.
 """
 
 from __future__ import annotations
@@ -16,13 +16,21 @@ from torch import Tensor
 def diagonal_fisher(
     parameters: Sequence[Tensor], passes: Iterable[Tensor], generator: torch.Generator
 ) -> list[Tensor]:
-    """Estimate the diagonal of the Fisher information per token, one tensor per parameter.
+    """Estimate the diagonal of the Fisher information per token.
 
-    passes: logits [R, V] at the R predicted positions of one text each, in a graph that
-    ends in ``parameters``. The tokens whose score is squared are drawn from these logits
-    and not read from the text: with given labels it would be the empirical Fisher
-    (1905.12558). Scores of drawn tokens have mean 0 given what stands before them, so the
-    square of their sum is in expectation the sum of their squares: one backward pass a text.
+    Tokens are sampled from the logits and not read from the text: with given labels the result
+    would be the empirical Fisher (1905.12558). The scores of sampled tokens have mean 0 given their
+    prefix, so the square of their sum equals in expectation the sum of their squares, and one
+    backward pass per text is enough.
+
+    Args:
+        parameters: The parameters, of any shapes.
+        passes: Logits [R, V] at the R predicted positions of one text each, with a graph that ends
+            in ``parameters``.
+        generator: Source of the sampled tokens.
+
+    Returns:
+        One float32 tensor per parameter, of its shape.
     """
     fisher = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     tokens = 0
@@ -40,10 +48,10 @@ def diagonal_fisher(
 
 
 def ewc_penalty(value: Tensor, anchor: Tensor, fisher: Tensor) -> Tensor:
-    """Return 1/2 * sum F (theta - theta*)^2, a scalar that is never negative."""
+    """Return 1/2 * sum F (theta - theta*)^2, a non-negative scalar."""
     return 0.5 * (fisher * (value - anchor) ** 2).sum()
 
 
 def ewc_gradient(value: Tensor, anchor: Tensor, fisher: Tensor) -> Tensor:
-    """Return the gradient of ``ewc_penalty``; element by element, so each rank can do its own share."""
+    """Return the gradient of ``ewc_penalty``. It is elementwise, so each rank can compute its own shard."""
     return fisher * (value - anchor)

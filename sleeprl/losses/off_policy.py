@@ -1,7 +1,6 @@
-"""Off-policy correction, and how far two policies are apart.
+"""Off-policy correction, and the mismatch between two policies.
 
-Shapes: B rows, R response positions. Log-probabilities are of the tokens that
-were sampled, in nats.
+Shapes: B rows, R response positions. Log-probabilities are those of the sampled tokens, in nats.
 """
 
 from __future__ import annotations
@@ -13,21 +12,30 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImportanceWeight:
-    """Off-policy correction as level x mode, applied to the ratio trainer / rollout policy."""
+    """Off-policy correction as level x mode, applied to the ratio trainer policy / rollout policy."""
 
     level: str = "token"
-    """``token``; ``sequence`` (product over the response); ``geometric`` (its length-th root); or
-    ``off``."""
+    """``token``; ``sequence`` (product over the response); ``geometric`` (geometric mean over the
+    response); or ``off``."""
     mode: str = "truncate"
-    """``truncate`` caps the weight at ``high``; ``clip`` keeps it in [low, high]; ``mask`` drops
-    tokens or sequences outside [low, high]."""
+    """``truncate`` caps the weight at ``high``; ``clip`` clamps it to [low, high]; ``mask`` drops
+    tokens or sequences outside of [low, high]."""
     low: float = 0.5
-    """Lowest ratio that counts."""
+    """Lower bound of the ratio."""
     high: float = 2.0
-    """Highest ratio that counts."""
+    """Upper bound of the ratio."""
 
     def weights(self, trainer_BR: Tensor, rollout_BR: Tensor, mask_BR: Tensor) -> Tensor:
-        """Return detached weights [B, R]; 0 where ``mask_BR`` is 0."""
+        """Compute the importance weights, without gradient.
+
+        Args:
+            trainer_BR: Log-probabilities under the trainer's policy.
+            rollout_BR: Log-probabilities under the policy that sampled.
+            mask_BR: 1 on response tokens.
+
+        Returns:
+            Weights [B, R], 0 where ``mask_BR`` is 0.
+        """
         if self.level == "off":
             return mask_BR.float()
         ratio_BR = self._ratio(trainer_BR, rollout_BR, mask_BR)
@@ -40,7 +48,18 @@ class ImportanceWeight:
         return weights_BR * mask_BR
 
     def outside(self, trainer_BR: Tensor, rollout_BR: Tensor, mask_BR: Tensor) -> Tensor:
-        """Return 1 where the ratio, with ``off`` that of the token, is outside of [low, high]; [B, R]."""
+        """Mark the tokens whose ratio is outside of [low, high].
+
+        The level ``off`` uses the ratio of each token.
+
+        Args:
+            trainer_BR: Log-probabilities under the trainer's policy.
+            rollout_BR: Log-probabilities under the policy that sampled.
+            mask_BR: 1 on response tokens.
+
+        Returns:
+            1 on these tokens, else 0, [B, R].
+        """
         ratio_BR = self._ratio(trainer_BR, rollout_BR, mask_BR)
         return ~self._inside(ratio_BR) * mask_BR
 
@@ -58,9 +77,15 @@ class ImportanceWeight:
 
 
 def mismatch_metrics(trainer_BR: Tensor, rollout_BR: Tensor) -> dict[str, Tensor]:
-    """Measure how far the trainer's policy is from the one that sampled, per token.
+    """Measure per token how far the trainer's policy is from the policy that sampled.
 
-    ``mismatch_kl`` is the k3 estimate of KL(rollout policy || trainer), in nats.
+    Args:
+        trainer_BR: Log-probabilities under the trainer's policy.
+        rollout_BR: Log-probabilities under the policy that sampled.
+
+    Returns:
+        ``mismatch_kl``, the k3 estimate of KL(rollout policy || trainer) in nats, and ``ratio``,
+        both [B, R].
     """
     log_ratio_BR = (trainer_BR - rollout_BR).detach().float().clamp(-20, 20)
     ratio_BR = log_ratio_BR.exp()

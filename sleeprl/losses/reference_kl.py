@@ -1,14 +1,15 @@
-"""How far a policy is from its reference, estimated on the tokens it sampled.
+"""KL from the policy to its reference, estimated on the sampled tokens.
 
 Schulman's three estimators of KL(policy || reference), with d = log policy - log reference:
 
-    k1 = d                    unbiased, of high variance, may be negative
-    k2 = d^2 / 2              biased, of low variance
+    k1 = d                    unbiased, high variance, can be negative
+    k2 = d^2 / 2              biased, low variance
     k3 = exp(-d) - 1 + d      unbiased, never negative (GRPO's)
 
-As a loss the gradient is what counts (2506.09477). k2's and k3's are their own. That of k1, d log
-policy, has mean 0 and would teach nothing, so k1 has here the gradient of the KL itself, d times
-that of log policy: that of a reward that is less by d, and in expectation that of k2.
+In a loss the gradient matters (2506.09477). k2 and k3 have their own gradients. The gradient of k1
+is that of log policy, which has mean 0 and would not train anything. So k1 uses the gradient of the
+KL itself, d times the gradient of log policy. That equals subtracting d from the reward, and in
+expectation the gradient of k2.
 """
 
 from __future__ import annotations
@@ -20,7 +21,19 @@ ESTIMATORS = ("k1", "k2", "k3")
 
 
 def reference_kl(logprobs_BR: Tensor, reference_BR: Tensor, estimator: str) -> Tensor:
-    """Return the estimate of each token [B, R], in nats, to be minimised."""
+    """Estimate the KL to the reference at each token, to be minimised.
+
+    Args:
+        logprobs_BR: Log-probabilities under the policy, in nats.
+        reference_BR: Log-probabilities under the reference, in nats. They get no gradient.
+        estimator: One of ``ESTIMATORS``.
+
+    Returns:
+        Estimates [B, R], in nats.
+
+    Raises:
+        ValueError: The estimator is unknown.
+    """
     difference_BR = logprobs_BR - reference_BR.detach()
     if estimator == "k1":
         value_BR = difference_BR.detach()

@@ -1,4 +1,4 @@
-"""What the loss is made of: weights of its terms, options, and a micro-batch."""
+"""Inputs of the loss: weights of its terms, options, and a micro-batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sleeprl.losses.off_policy import ImportanceWeight
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the loss's terms for the rows of one part."""
+    """Weights of the loss terms for the rows of one part."""
 
     pg: float = 0.0
     """Policy gradient."""
@@ -23,35 +23,35 @@ class LossWeights:
     kl: float = 0.0
     """Divergence from the teacher."""
     activity_penalty: float = 0.0
-    """Activity of the new expert on the part's tokens, the prompts' too (``ActivationMeter``). It
-    does not come from the logits: the trainer adds it."""
+    """Weight of the new expert's activity on the part's tokens, including those of the prompts
+    (``ActivationMeter``). The trainer adds this penalty, because it does not depend on the logits."""
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the terms are made of, the same for all parts."""
+    """Settings of the loss terms, the same for all parts."""
 
     beta: float = 0.0
-    """Of the ``kl`` term: between forward (0) and reverse (1), see ``divergence``."""
+    """``kl`` term: interpolates between forward (0) and reverse KL (1), see ``divergence``."""
     top_k: int = 32
-    """Of the ``kl`` term: tokens that are compared."""
+    """``kl`` term: number of tokens to compare."""
     support: str = "teacher"
-    """Of the ``kl`` term: whose likeliest tokens these are, or ``full``."""
+    """``kl`` term: whose likeliest tokens to compare, ``teacher`` or ``student``; or ``full``."""
     pointwise_clip: float | None = None
-    """Of the ``kl`` term: most that one token of the support may contribute."""
+    """``kl`` term: upper bound of the contribution of one token of the support, in nats."""
     algorithm: Algorithm = DAPO()
-    """Of the ``pg`` term."""
+    """``pg`` term: the algorithm."""
     max_response_tokens: int = 0
-    """Most tokens of a response, for an algorithm whose loss is a mean over a ``constant``."""
+    """Maximum length of a response, for an algorithm whose loss is a mean over a ``constant``."""
     importance_weight: ImportanceWeight = ImportanceWeight()
-    """Off-policy correction of texts of another policy. The algorithm's ratio is then taken to the
-    current policy, where it is 1 in value and not in gradient, and the correction weighs the token
-    (the decoupled objective, 2505.24298, with one step per batch). ``off`` takes the ratio to the
-    policy that sampled, which the algorithm itself bounds."""
+    """Off-policy correction. With a correction, the algorithm's ratio is taken to the current
+    policy, where its value is 1 but its gradient is not zero, and the importance weight multiplies
+    the token's loss (the decoupled objective, 2505.24298, with one step per batch). ``off`` takes
+    the ratio to the policy that sampled, which the algorithm itself bounds."""
     reference_kl: float = 0.0
     """Weight of the KL to the reference policy within the ``pg`` term."""
     reference_estimator: str = "k3"
-    """Which estimator of that KL, see ``losses.reference_kl``."""
+    """Estimator of that KL, see ``losses.reference_kl``."""
 
     def __post_init__(self) -> None:
         if self.algorithm.loss_aggregation == "constant" and self.max_response_tokens <= 0:
@@ -63,7 +63,7 @@ class LossOptions:
 
 @dataclass
 class LossBatch:
-    """What the loss needs of B rows, padded to R response tokens.
+    """Inputs of the loss for B rows, padded to R response tokens.
 
     The teacher of the ``kl`` term is one of: ``teacher_ids_BRK`` with ``teacher_logprobs_BRK1``;
     ``teacher_logits_BRV``; or, for ``chunked_combined_loss``, ``teacher_hidden_BRH``.
@@ -76,22 +76,23 @@ class LossBatch:
     part: Sequence[str]
     """Name of each row's part [B]."""
     advantages_BR: Tensor
-    """For the ``pg`` term; [B, 1] where all tokens of a row share one. NaN is none: the term passes
-    over the row, which is not a zero to average with."""
+    """Advantages for the ``pg`` term; [B, 1] if all tokens of a row share one. NaN means none: the
+    term skips the row and does not average it in as zero."""
     rollout_logprobs_BR: Tensor
     """Log-probabilities under the policy that sampled, in nats."""
     age: Sequence[int | None] = ()
-    """By how many versions the oldest weights in each row trail the trainer's, or None [B]."""
+    """Number of versions by which the oldest weights that sampled each row trail the trainer's, or
+    None [B]."""
     reference_logprobs_BR: Tensor | None = None
     """Log-probabilities under the reference policy, in nats."""
     values_BR: Tensor | None = None
-    """The critic's values before the step."""
+    """The critic's values before the update."""
     returns_BR: Tensor | None = None
-    """What the critic is to learn."""
+    """Regression targets of the critic."""
     teacher_ids_BRK: Tensor | None = None
-    """The teacher's K likeliest tokens."""
+    """Ids of the teacher's K likeliest tokens."""
     teacher_logprobs_BRK1: Tensor | None = None
-    """Their log-probabilities, and the last that of all other tokens together."""
+    """Their log-probabilities, then that of all other tokens together, in nats."""
     teacher_logits_BRV: Tensor | None = None
     """The teacher's logits over the vocabulary."""
     teacher_hidden_BRH: Tensor | None = None

@@ -1,1 +1,1 @@
-"""What grows: experts, the slots they live in, their levels and clock, and the plain checkpoint."""
+"""Memory that grows: experts, their slots, levels and clock, and the plain checkpoint."""

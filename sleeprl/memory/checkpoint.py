@@ -1,4 +1,4 @@
-"""From a plain checkpoint to one that can grow, and from an expert back to a plain checkpoint."""
+"""Checkpoints that can grow: widening a plain one, writing an expert in, and merging it into the base."""
 
 from __future__ import annotations
 
@@ -21,21 +21,30 @@ WEIGHTS = "model.safetensors"
 EXPERT = "expert.safetensors"
 ROUTER = ".router.weight"
 WAKE = "wake.gradients"
-"""What was learned in wake and waits, in safetensors format; not so named, because engines load
-every ``*.safetensors`` of a directory as weights."""
+"""Accumulated wake gradients, in safetensors format. The name does not end in ``.safetensors``,
+because engines load every such file of a directory as weights."""
 QUESTIONS = "questions.json"
-"""What the model has asked itself (``self_study.question_bank``)."""
+"""The question bank (``self_study.question_bank``)."""
 
 
 def widen(
     source: Path, target: Path, count: int, width: int, dtype: str, pools: Sequence[int] = ()
 ) -> Slots:
-    """Write ``source`` again with ``count`` zero slots in every MLP; a Hugging Face checkpoint.
+    """Write a Hugging Face checkpoint with ``count`` empty slots added to every MLP.
 
-    pools: how the slots are shared out among levels, fastest first; one level by default.
+    The new model computes the same as ``source``, because the added units have zero output weights.
+    A checkpoint that already has slots is copied unchanged.
 
-    A checkpoint that already has slots is copied with the slots it has. The new
-    model computes what the old one did: added units have zero output weights.
+    Args:
+        source: Directory of a Hugging Face checkpoint.
+        target: Directory to write.
+        count: Number of slots.
+        width: Hidden units of a slot.
+        dtype: Name of the parameters' torch dtype.
+        pools: Number of slots of each level, fastest first. By default one level has them all.
+
+    Returns:
+        The slot layout of ``target``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +73,16 @@ def widen(
 
 
 def scatter_columns(name: str, tensor: Tensor, slots: Slots) -> Tensor:
-    """A tensor of the training form at the checkpoint's width; others pass unchanged."""
+    """Expand a tensor of the training form to the checkpoint's width.
+
+    Args:
+        name: Checkpoint name of the tensor.
+        tensor: The tensor, with occupied columns only if it is an MLP projection.
+        slots: Layout of the checkpoint.
+
+    Returns:
+        An MLP projection with zeros in the free columns; any other tensor unchanged.
+    """
     parts = name.split(".")
     if "mlp" not in parts or parts[-2] not in PROJECTIONS:
         return tensor
@@ -75,18 +93,22 @@ def scatter_columns(name: str, tensor: Tensor, slots: Slots) -> Tensor:
 
 
 def pad_columns(weight: Tensor, extra: int, dim: int) -> Tensor:
+    """Append ``extra`` zero columns along dimension ``dim``."""
     shape = list(weight.shape)
     shape[dim] = extra
     return torch.cat([weight, weight.new_zeros(shape)], dim=dim)
 
 
 def expert_tensors(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The newborn expert's parameters of a training form, under checkpoint names.
+    """Select the new expert's parameters from a training form, under checkpoint names.
 
-    ``model.layers.0.mlp.expert.gate_proj.weight`` becomes
-    ``model.layers.0.mlp.gate_proj.weight``: the name of the tensor it ends up in. The
-    newborn is the outermost expert; what is below a ``base`` is frozen. A gate of its own
-    is added to the gate projection, where it computes the same.
+    ``model.layers.0.mlp.expert.gate_proj.weight`` becomes ``model.layers.0.mlp.gate_proj.weight``,
+    the name of the tensor that it is written into. The new expert is the outermost one; everything
+    below a ``base`` is frozen. The direction of a gated expert is added to every row of its gate
+    projection, which computes the same.
+
+    Args:
+        named: Parameters of the training form by name.
     """
     found = {
         name[name.index("model.layers") :].replace(".expert.", "."): tensor
@@ -100,8 +122,8 @@ def expert_tensors(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def training_name(name: str) -> str:
-    """The inverse of the renaming in ``expert_tensors``."""
-    if ".lora_" in name:  # beside a projection, not beside the whole MLP
+    """Convert a checkpoint name back to the training form's name (inverse of ``expert_tensors``)."""
+    if ".lora_" in name:  # parallel to a projection, not to the whole MLP
         return name.replace(".lora_", ".expert.lora_")
     return name.replace(".mlp.", ".mlp.expert.")
 
@@ -109,8 +131,19 @@ def training_name(name: str) -> str:
 def fold(checkpoint: Path, slots: Slots, update: ExpertUpdate) -> Iterator[tuple[str, Tensor]]:
     """Yield the MLP tensors of a checkpoint after an update.
 
-    They come as whole fused groups (gate, up and down of a layer): an engine that packs
-    gate and up together computes nonsense when it is sent only one of them.
+    They come in whole fused groups (gate, up and down of a layer): an engine that packs gate and up
+    together computes nonsense if it receives only one of them.
+
+    Args:
+        checkpoint: Directory of the checkpoint before the update.
+        slots: Its layout.
+        update: The expert to write, the slots to reset and the wake gradients to apply.
+
+    Yields:
+        Checkpoint name and tensor, in the order of the layers.
+
+    Raises:
+        ValueError: A wake gradient belongs to a tensor that is no MLP projection.
     """
     expert, gradients = update.expert, update.wake_gradients or {}
     require_projections(gradients, expert)
@@ -127,12 +160,12 @@ def fold(checkpoint: Path, slots: Slots, update: ExpertUpdate) -> Iterator[tuple
 
 
 def columns_of(tensor: Tensor, dim: int, slots: Slots, slot: int) -> Tensor:
-    """A slot's part of a tensor; a view to write into."""
+    """Return the columns of ``slot`` in a tensor, as a view that can be written to."""
     return tensor.narrow(dim, slots.columns(slot).start, slots.width)
 
 
 def mlp_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """The MLP tensors as they are on disk: what takes an expert back out of an engine."""
+    """Yield the MLP tensors as they are on disk. Sending them to an engine undoes ``fold``."""
     with safe_open(checkpoint / WEIGHTS, framework="pt") as base:
         names = [n for n in base.keys() if ".mlp." in n and n.split(".")[-2] in PROJECTIONS]  # noqa: SIM118
         for name in sorted(names, key=layer_order):
@@ -140,14 +173,21 @@ def mlp_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def all_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors of a checkpoint by name."""
     yield from load_file(checkpoint / WEIGHTS).items()
 
 
 def write_grown(checkpoint: Path, target: Path, slots: Slots, update: ExpertUpdate) -> Slots:
-    """Write the grown model into ``target``, a plain checkpoint and the layout of its slots.
+    """Write the model after an update into ``target``, as a plain checkpoint with its slot layout.
+
+    Args:
+        checkpoint: Directory of the model before the update.
+        target: Directory to write.
+        slots: Layout of ``checkpoint``.
+        update: What changes.
 
     Returns:
-        That layout.
+        The slot layout after the update.
     """
     grown = update.layout_after(slots)
     shutil.copytree(checkpoint, target, dirs_exist_ok=True)
@@ -159,10 +199,19 @@ def write_grown(checkpoint: Path, target: Path, slots: Slots, update: ExpertUpda
 
 
 def write_merged(checkpoint: Path, target: Path, slots: Slots, slot: int) -> Slots:
-    """Write the model into ``target`` with ``slot``'s columns as base columns, and the slot free.
+    """Write the model with the columns of ``slot`` as base columns and the slot free again.
 
-    Exact: hidden units only change places. The MLPs get wider by one slot, so an
-    engine has to be restarted.
+    The merge is exact: hidden units only change places. The MLPs become wider by one slot, so
+    engines have to be restarted.
+
+    Args:
+        checkpoint: Directory of the model before the merge.
+        target: Directory to write.
+        slots: Layout of ``checkpoint``.
+        slot: The slot to merge.
+
+    Returns:
+        The slot layout after the merge.
     """
     merged = slots.merged(slot)
     moved = [*range(slots.base_width), *_range(slots, slot)]
@@ -188,9 +237,11 @@ def _range(slots: Slots, slot: int) -> range:
 
 
 def intermediate_size(checkpoint: Path) -> int:
+    """Read the MLPs' intermediate size from the checkpoint's configuration."""
     return int(json.loads((checkpoint / "config.json").read_text())["intermediate_size"])
 
 
 def layer_order(name: str) -> tuple[int, str]:
+    """Return a sort key that orders tensor names by layer number, then by name."""
     digits = [int(part) for part in name.split(".") if part.isdigit()]
     return (digits[0] if digits else -1, name)

@@ -1,4 +1,4 @@
-"""What a trained expert changes in a checkpoint."""
+"""The change that a trained expert makes to a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from sleeprl.memory.slots import Slots
 
 @dataclass(frozen=True)
 class ExpertUpdate:
-    """One expert into one slot, and what goes with it: the *update* stage (method.md 2.3).
+    """One expert for one slot, with the resets and gradients of the *update* stage (method.md 2.3).
 
-    The gradients are applied first, then slots are emptied, then the expert is written.
+    Wake gradients are applied first, then slots are reset, then the expert is written.
     """
 
     slot: int
-    """Where the expert goes."""
+    """Slot that the expert is written to."""
     expert: Mapping[str, Tensor]
-    """Its tensors under checkpoint names (``checkpoint.expert_tensors`` of a training form)."""
+    """The expert's tensors under checkpoint names (``checkpoint.expert_tensors`` of a training
+    form)."""
     reset: tuple[int, ...] = ()
-    """Slots that are emptied; ``slot`` may be one of them."""
+    """Slots to empty; ``slot`` may be one of them."""
     wake_gradients: Mapping[str, Tensor] | None = None
     """Gradients accumulated for the sender's base, by checkpoint name (``wake_learning``)."""
 
     def layout_after(self, slots: Slots) -> Slots:
-        """Return the layout that the update leaves."""
+        """Return the slot layout after the update."""
         return slots.freed(self.reset).filled(self.slot)

@@ -1,10 +1,11 @@
-"""The gated-MLP expert, and the training form of a model that grows by one.
+"""The gated-MLP expert, and the training form of a model that grows by one expert.
 
-In training the occupied columns of a checkpoint are the frozen MLP, and the
-night's new slot is a small module of its own in parallel with it: only its
-parameters get gradients, optimiser state and checkpoints. Slots that only one of
-the two selves has are taken out of the frozen MLP and stand beside it too, frozen.
-So both selves are states of one module, and there is no second copy of the base.
+In the training form the occupied columns of a checkpoint are the frozen MLP. The night's new slot
+is a small module in parallel with it. Only its parameters have gradients and optimiser state, and
+only they are checkpointed.
+
+Slots that only one of the two selves has are cut out of the frozen MLP and placed in parallel with
+it, also frozen. So both selves are states of one module, and no second copy of the base is needed.
 """
 
 from __future__ import annotations
@@ -21,26 +22,37 @@ from sleeprl.memory.slots import Slots
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 COLUMN_DIM = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
-"""Along which dimension of each weight the MLP's hidden units lie: its columns."""
+"""Dimension of each weight along which the MLP's hidden units (its columns) lie."""
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma, SmolLM, MiniMind"
 
 
 class UnsupportedModel(ValueError):
-    """A model without the gated MLP in which experts grow."""
+    """A model without the gated MLPs in which experts grow."""
 
 
 class Expert(nn.Module):
-    """down(act(gate(x)) * up(x)) with ``width`` hidden units; zero at birth (down = 0).
+    """A gated MLP, down(act(gate(x)) * up(x)), with ``width`` hidden units.
 
-    gated: with a gate of its own that opens or closes all its units at once: one
-        direction r, so that gate(x) becomes gate(x) + r . x. A unit far below zero is silent
-        (silu, gelu). It is no more than r added to every row of the gate projection, which is
-        how a checkpoint has it (``checkpoint.expert_tensors``): no router is ever served.
+    Its output is zero at initialisation, because ``down_proj`` is zero.
+
+    A gated expert has a gate of its own that opens or closes all its units at once: one direction
+    r, with which gate(x) becomes gate(x) + r . x. A unit far below zero is silent (silu, gelu). The
+    checkpoint stores r added to every row of the gate projection (``checkpoint.expert_tensors``),
+    so no router is ever served.
     """
 
     def __init__(
         self, hidden: int, width: int, act: nn.Module, dtype: torch.dtype, gated: bool = False
     ) -> None:
+        """Initialise the projections.
+
+        Args:
+            hidden: Hidden size of the model.
+            width: Hidden units of the expert.
+            act: Activation function.
+            dtype: Type of the parameters.
+            gated: Add a gate of the expert's own.
+        """
         super().__init__()
         self.gate_proj = nn.Linear(hidden, width, bias=False, dtype=dtype)
         self.up_proj = nn.Linear(hidden, width, bias=False, dtype=dtype)
@@ -54,6 +66,7 @@ class Expert(nn.Module):
             nn.init.zeros_(self.router.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the expert's output for ``x``, [..., H] to [..., H]."""
         gate = self.gate_proj(x)
         if self.router is not None:
             gate = gate + self.router(x)
@@ -61,14 +74,11 @@ class Expert(nn.Module):
 
 
 class ModuleWithExpert(nn.Module):
-    """A frozen module (a gated MLP, a projection) with one expert in parallel; they nest.
+    """A frozen module (a gated MLP or a projection) with one expert in parallel; they nest.
 
-    slot: where the expert lives. smaller: whether the smaller self has it; the larger
-    self is the state at birth.
-
-    ``enabled`` multiplies instead of branching: ZeRO-3 replays the order in which
-    modules ran, and that order must not depend on which self is asked. Adding
-    0 * expert(x) leaves every number as it was, so the smaller self is exact.
+    ``enabled`` multiplies instead of branching: ZeRO-3 replays the order in which modules ran, and
+    that order must not depend on which self is evaluated. Adding 0 * expert(x) changes no number,
+    so the smaller self is exact.
     """
 
     def __init__(
@@ -80,6 +90,15 @@ class ModuleWithExpert(nn.Module):
         smaller: bool = False,
         enabled: bool = True,
     ) -> None:
+        """Put ``expert`` in parallel with ``base``.
+
+        Args:
+            base: The frozen module.
+            expert: Module whose output is added to that of ``base``.
+            slot: Slot of the expert, if it has one.
+            smaller: Whether the smaller self has the expert.
+            enabled: Whether the expert is on now. A loaded model starts as the larger self.
+        """
         super().__init__()
         self.base = base
         self.expert = expert
@@ -89,6 +108,7 @@ class ModuleWithExpert(nn.Module):
         self.meter: ActivationMeter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return base(x) plus expert(x) if the expert is on."""
         base, expert_out = self.base(x), self.expert(x)
         if self.meter is not None:
             self.meter(base, expert_out)
@@ -96,16 +116,20 @@ class ModuleWithExpert(nn.Module):
 
 
 class ActivationMeter:
-    """How loud an expert is: |expert(x)|^2 / |base(x)|^2, weighted over positions.
-
-    weights_BT: of the positions of a batch. total: the sum over all experts that were heard.
-    """
+    """Activity of experts: |expert(x)|^2 / |base(x)|^2, as a weighted sum over positions."""
 
     def __init__(self, weights_BT: Tensor) -> None:
+        """Start at zero.
+
+        Args:
+            weights_BT: Weights of a batch's positions.
+        """
         self.weights_BT = weights_BT
         self.total = weights_BT.new_zeros(())
+        """Sum over all experts that were measured, a scalar."""
 
     def __call__(self, base_BTH: Tensor, expert_BTH: Tensor) -> None:
+        """Add one expert's activity. Only the expert's output gets a gradient."""
         at = self.weights_BT != 0
         base_N = base_BTH.detach()[at].float().square().sum(-1)
         expert_N = expert_BTH[at].float().square().sum(-1)
@@ -113,16 +137,23 @@ class ActivationMeter:
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """What is left of a module when its experts are taken away."""
+    """Return the module below all its experts."""
     while isinstance(module, ModuleWithExpert):
         module = module.base
     return module
 
 
 def mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The gated MLP of every decoder layer, grown or not, with its dotted name.
+    """Find the gated MLP of every decoder layer, grown or not.
 
-    Raises UnsupportedModel for an architecture that has none.
+    Args:
+        model: A Hugging Face causal language model.
+
+    Returns:
+        Dotted name and module of each MLP, in the order of the layers.
+
+    Raises:
+        UnsupportedModel: A decoder layer has no gated MLP, or its projections have biases.
     """
     found = [
         (name, module)
@@ -146,14 +177,14 @@ def mlps(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def projection(mlp: nn.Module, part: str) -> nn.Linear:
-    """One of the three linear layers of an MLP, whatever has grown on it."""
+    """Return the linear layer ``part`` of an MLP, below any experts."""
     layer = innermost(innermost(mlp).get_submodule(part))
     assert isinstance(layer, nn.Linear)
     return layer
 
 
 def shrink(model: nn.Module, columns: list[int]) -> None:
-    """Keep only ``columns`` of every MLP, in place; the others are zero and cost time."""
+    """Keep only ``columns`` of every MLP, in place. The others are zero and only cost time."""
     keep = torch.tensor(columns)
     for _, mlp in mlps(model):
         for part in PROJECTIONS:
@@ -166,9 +197,19 @@ def shrink(model: nn.Module, columns: list[int]) -> None:
 def grow(
     model: nn.Module, width: int, seed: int, slot: int | None = None, *, gated: bool = False
 ) -> list[nn.Parameter]:
-    """Put one expert beside every MLP and freeze all else; returns the new parameters.
+    """Add one expert to every MLP and freeze everything else.
 
-    Deterministic by ``seed``, whatever else drew random numbers before.
+    The initial weights depend on ``seed`` only.
+
+    Args:
+        model: A training form.
+        width: Hidden units of the expert.
+        seed: Seed of the initial weights.
+        slot: Slot that the expert is trained for.
+        gated: Give the expert a gate of its own.
+
+    Returns:
+        The new parameters.
     """
     return put_beside(model, mlps(model), lambda mlp: _newborn(mlp, width, gated), seed, slot)
 
@@ -180,7 +221,18 @@ def put_beside(
     seed: int,
     slot: int | None,
 ) -> list[nn.Parameter]:
-    """Freeze the model and grow a fresh expert at each of the named modules."""
+    """Freeze the model and put a new expert in parallel with each of the given modules.
+
+    Args:
+        model: A training form.
+        places: Dotted name and module of each place.
+        make: Makes the expert for a module.
+        seed: Seed of the initial weights.
+        slot: Slot that the experts are trained for.
+
+    Returns:
+        The new parameters.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     fresh: list[nn.Parameter] = []
@@ -200,7 +252,7 @@ def _newborn(mlp: nn.Module, width: int, gated: bool = False) -> Expert:
 
 
 def _cut(mlp: nn.Module, columns: slice) -> Expert:
-    """An expert that is a copy of some of the MLP's units."""
+    """Copy some of the MLP's units into a frozen expert."""
     width = columns.stop - columns.start
     with torch.random.fork_rng():
         expert = _newborn(mlp, width)
@@ -214,23 +266,23 @@ def _cut(mlp: nn.Module, columns: slice) -> Expert:
 
 @contextmanager
 def smaller_self(model: nn.Module) -> Iterator[None]:
-    """The smaller self for the time being: the teacher, without a second copy of anything.
+    """Switch to the smaller self within the context: the teacher, without a second copy of the model.
 
-    The newborn expert is off; slots that the larger self will lose are on.
+    The new expert is off; slots that the larger self loses are on.
     """
     with _switched(model, lambda grown: grown.smaller):
         yield
 
 
 def become_smaller_self(model: nn.Module) -> None:
-    """The smaller self for good."""
+    """Switch to the smaller self permanently."""
     for module in model.modules():
         if isinstance(module, ModuleWithExpert):
             module.enabled = module.smaller
 
 
 def enable_teacher_slots(model: nn.Module) -> None:
-    """The larger self with all that the smaller self has, for good: nothing was reset."""
+    """Keep the smaller self's slots on in the larger self, permanently: for a transfer that resets none."""
     for module in model.modules():
         if isinstance(module, ModuleWithExpert) and module.smaller:
             module.enabled = True
@@ -238,7 +290,15 @@ def enable_teacher_slots(model: nn.Module) -> None:
 
 @contextmanager
 def measure_activity(model: nn.Module, weights_BT: Tensor) -> Iterator[ActivationMeter]:
-    """Hear how loud the newborn experts are in what is computed meanwhile."""
+    """Measure the new experts' activity in everything computed within the context.
+
+    Args:
+        model: A training form.
+        weights_BT: Weights of the batch's positions. The sum is averaged over the layers.
+
+    Yields:
+        The meter.
+    """
     newborn = [
         m for m in model.modules() if isinstance(m, ModuleWithExpert) and _is_trained(m.expert)
     ]
@@ -258,7 +318,7 @@ def _is_trained(module: nn.Module) -> bool:
 
 @contextmanager
 def switched(model: nn.Module, on: Collection[int]) -> Iterator[None]:
-    """Of the slots that have a switch, only these are on for the time being."""
+    """Switch on, within the context, only the slots ``on`` among those that have a switch."""
     with _switched(model, lambda grown: grown.slot in on):
         yield
 
@@ -289,11 +349,15 @@ def load_training_form(
         directory: The checkpoint.
         slots: Its layout.
         dtype: Type of the parameters.
-        teacher_only_slots: Slots that only the smaller self has (``Transfer.teacher_only``):
-            frozen experts beside the MLPs, each with its switch.
+        teacher_only_slots: Slots that only the smaller self has (``Transfer.teacher_only``). They
+            become frozen experts in parallel with the MLPs, each with its switch.
         wake_gradients: Gradients accumulated for the sender's base, by checkpoint name and at the
-            checkpoint's width. The larger self has them applied, the smaller self not (the
+            checkpoint's width. They are applied in the larger self and not in the smaller self (the
             *compute* stage, method.md 2.3).
+
+    Raises:
+        ValueError: One of ``teacher_only_slots`` is not in use.
+        UnsupportedModel: The model has no gated MLPs.
     """
     from transformers import AutoModelForCausalLM
 
@@ -318,10 +382,15 @@ def load_training_form(
 def apply_in_larger_self(
     model: nn.Module, gradients: Mapping[str, Tensor], columns: Tensor | None = None
 ) -> None:
-    """Projections W that the larger self sees as W - g: (W - g) x = W x + (-g) x.
+    """Make the larger self compute projections W as W - g: (W - g) x = W x + (-g) x.
 
-    gradients: g by the name of W, a projection of an MLP. columns: those of g that W still
-    has; all by default.
+    Args:
+        model: A training form.
+        gradients: g by the name of W, a projection of an MLP.
+        columns: Columns of g that W still has. By default all.
+
+    Raises:
+        ValueError: A gradient belongs to a tensor that is no MLP projection.
     """
     places = {
         f"{name}.{part}.weight": (innermost(mlp), part)
@@ -342,6 +411,6 @@ def apply_in_larger_self(
 
 
 def require_projections(gradients: Mapping[str, Tensor], known: Collection[str]) -> None:
-    """Raise ValueError for a gradient of something else than an MLP projection."""
+    """Raise ValueError for a gradient of a tensor that is no MLP projection."""
     if unknown := sorted(set(gradients) - set(known)):
         raise ValueError(f"wake has gradients for {unknown}; only MLP projections learn in wake")

@@ -1,7 +1,8 @@
 """How a model grows: one protocol for the gated-MLP and the low-rank expert.
 
-Which of them a checkpoint's slots hold is in its ``slots.json``; ``growth_of`` gives it.
-Switching is the same for both: ``gated_mlp.smaller_self`` and ``gated_mlp.switched``.
+The kind of expert in a checkpoint's slots is stored in its ``slots.json``; ``growth_of`` returns
+the matching growth. Both kinds are switched in the same way, with ``gated_mlp.smaller_self`` and
+``gated_mlp.switched``.
 """
 
 from __future__ import annotations
@@ -27,21 +28,24 @@ class Growth(Protocol):
 
     Guarantees:
 
-    * At birth the training form's logits are the same to the bit.
-    * Every written form computes what the training form did, within the dtype's rounding.
+    * With a new expert, the training form's logits are bit-identical to those before.
+    * Every written form computes what the training form computes, within the dtype's rounding.
     """
 
     def add_slots(
         self, source: Path, target: Path, pools: Sequence[int], width: int, dtype: str
     ) -> Slots:
-        """Write a checkpoint again with empty slots; one that has slots already is copied.
+        """Write a checkpoint with empty slots added; one that already has slots is copied.
 
         Args:
             source: Directory of a Hugging Face checkpoint.
             target: Directory to write.
             pools: Number of slots of each level, fastest first.
             width: Hidden units, or rank, of a slot.
-            dtype: torch's name of the parameters' type.
+            dtype: Name of the parameters' torch dtype.
+
+        Returns:
+            The slot layout of ``target``.
         """
 
     def load(
@@ -52,15 +56,15 @@ class Growth(Protocol):
         teacher_only_slots: Collection[int] = (),
         wake_gradients: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
-        """Return the training form, in eval mode on the CPU.
+        """Load the training form, in eval mode on the CPU.
 
         Args:
             directory: A checkpoint with slots.
             slots: Its layout.
             dtype: Type of the parameters.
             teacher_only_slots: Slots that only the smaller self has (``Transfer.teacher_only``).
-            wake_gradients: Accumulated gradients by checkpoint name, which only the larger self
-                has applied (the *compute* stage, method.md 2.3).
+            wake_gradients: Accumulated gradients by checkpoint name. Only the larger self has them
+                applied (the *compute* stage, method.md 2.3).
         """
 
     def grow(
@@ -72,36 +76,42 @@ class Growth(Protocol):
         *,
         gated: bool = False,
     ) -> list[nn.Parameter]:
-        """Add a new expert, the only thing that gets gradients, and return its parameters.
+        """Add a new expert and freeze everything else.
 
         Args:
             model: A training form.
             width: Hidden units, or rank, of the expert.
-            seed: Of its first weights.
-            slot: Where it will live.
-            gated: Give it a gate of its own (``gated_mlp.Expert``), where the kind has one.
+            seed: Seed of the initial weights.
+            slot: Slot that the expert is trained for.
+            gated: Give the expert a gate of its own (``gated_mlp.Expert``).
+
+        Returns:
+            The new parameters.
+
+        Raises:
+            ValueError: ``gated`` is set and this kind of expert has no gate.
         """
 
     def fold(
         self, checkpoint: Path, slots: Slots, update: ExpertUpdate
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the dense MLP tensors of the larger self for an engine, whole layers at a time."""
+        """Yield the dense MLP tensors after an update, for an engine, in whole layers."""
 
     def tensors(self, checkpoint: Path, slots: Slots) -> Iterator[tuple[str, Tensor]]:
-        """Yield the dense MLP tensors of the checkpoint as it is, which take ``fold`` back."""
+        """Yield the dense MLP tensors of the checkpoint as it is. Sending them undoes ``fold``."""
 
     def write(self, checkpoint: Path, target: Path, slots: Slots, update: ExpertUpdate) -> Slots:
-        """Write the checkpoint after the update, and return its layout."""
+        """Write the checkpoint after an update and return its slot layout."""
 
     def merge(self, checkpoint: Path, target: Path, slots: Slots, slot: int) -> Slots:
-        """Write a checkpoint in which ``slot`` is part of the base and free; return its layout."""
+        """Write a checkpoint with ``slot`` merged into the base and free; return its slot layout."""
 
     def export(self, checkpoint: Path, target: Path) -> None:
         """Write a plain checkpoint, without slots, that computes the same."""
 
 
 class GatedMLPGrowth:
-    """Growth by gated-MLP experts: the checkpoint is a plain, wider model at any time."""
+    """Growth by gated-MLP experts. The checkpoint is a plain, wider model at any time."""
 
     def add_slots(
         self, source: Path, target: Path, pools: Sequence[int], width: int, dtype: str
@@ -124,21 +134,27 @@ class GatedMLPGrowth:
 
 
 def growth_named(name: str) -> Growth:
-    """Return a growth by short name (``gated_mlp``, ``low_rank``), entry point or dotted path."""
+    """Create a growth from a short name (``gated_mlp``, ``low_rank``), entry point or dotted path."""
     growth: Growth = create(name, "growth", {})
     return growth
 
 
 def growth_of(slots: Slots) -> Growth:
-    """Return the growth that a checkpoint's slots are for."""
+    """Return the growth that a checkpoint's slots are made for."""
     return growth_named(slots.growth)
 
 
 def engine_extra_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]] | None:
-    """Return what an engine that has loaded a checkpoint must be sent still, if anything.
+    """Return the tensors that an engine needs in addition to the checkpoint that it loaded.
 
-    The slots of a low-rank model lie beside its weights; they are sent as the dense tensors that
-    they make.
+    The slots of a low-rank model lie beside its weights, where an engine does not load them. They
+    are sent as dense tensors.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+
+    Returns:
+        Names and tensors, or None if the checkpoint's own weights are complete.
     """
     slots = Slots.load(checkpoint)
     if slots is None or slots.growth != LOW_RANK or not slots.used:
@@ -161,14 +177,14 @@ def update(
         target: Directory to write.
         slots: Layout of the checkpoint.
         step: A ``Transfer`` or a ``Merge``.
-        expert: What was trained for a ``Transfer``; a ``Merge`` needs none.
+        expert: The tensors trained for a ``Transfer``; a ``Merge`` needs none.
         wake_gradients: See ``ExpertUpdate``.
 
     Returns:
-        The layout after the step.
+        The slot layout after the step.
 
     Raises:
-        ValueError: A transfer without its expert.
+        ValueError: A transfer has no expert.
     """
     growth = growth_of(slots)
     if isinstance(step, Merge):

@@ -1,8 +1,8 @@
-"""Memory levels and the clock that says when each of them sleeps. Pure.
+"""Memory levels, and the clock that determines when each of them consolidates. Pure.
 
-Levels are counted from 1, the fastest; the context, which feeds level 1, is sender
-``CONTEXT`` and has no slots. At every multiple of a level's period the level hands
-what it holds to the next slower one (paper, section on sleep; method.md 1.1, 1.3).
+Levels are counted from 1, the fastest. The context, which feeds level 1, is sender ``CONTEXT`` and
+has no slots. At every multiple of its period a level hands its slots on to the next slower level
+(paper, section on sleep; method.md 1.1, 1.3).
 """
 
 from __future__ import annotations
@@ -22,32 +22,36 @@ class Level:
     period: int
     """C^(l), in units of the clock."""
     slots: int
-    """Experts that the level's pool has room for."""
+    """Number of experts that the level's pool has room for."""
 
 
 class Due(NamedTuple):
     """A boundary that the clock has reached."""
 
     at: int
-    """When it is, in units of the clock."""
+    """Time of the boundary, in units of the clock."""
     senders: tuple[int, ...]
-    """Levels that consolidate at it, fastest first; ``CONTEXT`` may be the first."""
+    """Levels that consolidate at the boundary, fastest first; ``CONTEXT`` may be the first."""
 
 
 class Clock:
-    """Counts one unit of experience and fires at each multiple of each level's period.
-
-    levels: fastest first. unit: what is counted, one of ``UNITS``; whoever calls
-    ``advance`` counts it. context: how often the context is consolidated into level
-    1; None leaves that to the caller (one sleep per task, say).
-
-    Raises ValueError when a period does not divide the next slower one, or when a
-    pool is too small for what arrives between two sleeps of its own level.
-    """
+    """A counter of experience that fires at each multiple of each level's period."""
 
     def __init__(
         self, levels: Sequence[Level], unit: str = "nights", context: int | None = None
     ) -> None:
+        """Start the clock at 0.
+
+        Args:
+            levels: The levels, fastest first.
+            unit: What is counted, one of ``UNITS``. The caller of ``advance`` does the counting.
+            context: Period of consolidating the context into level 1. None leaves that to the
+                caller (one sleep per task, for example).
+
+        Raises:
+            ValueError: A period does not divide the next slower one, or a pool is too small for the
+                experts that arrive between two sleeps of its own level.
+        """
         if unit not in UNITS:
             raise ValueError(f"unit={unit!r} is unknown; choose one of {', '.join(UNITS)}")
         if not levels:
@@ -82,14 +86,17 @@ class Clock:
 
     @property
     def pools(self) -> tuple[int, ...]:
-        """Slots of each level, fastest first: what a checkpoint is widened by."""
+        """Number of slots of each level, fastest first, as a checkpoint is widened by them."""
         return tuple(level.slots for level in self.levels)
 
     def advance(self, amount: int) -> list[Due]:
-        """Let ``amount`` units pass; every boundary that is reached or crossed, in order.
+        """Let ``amount`` units pass and return every boundary reached or crossed, in order.
 
-        The slowest level's boundary is among them, though it has no receiver: see
+        The slowest level's boundaries are included, although that level has no receiver: see
         ``transfer.plan``.
+
+        Raises:
+            ValueError: ``amount`` is negative.
         """
         if amount < 0:
             raise ValueError(f"amount={amount}; time does not run backwards")
@@ -102,11 +109,15 @@ class Clock:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: the unit and how much of it has passed."""
+        """Return the unit and the current time, as JSON values."""
         return {"unit": self.unit, "now": self.now}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict``. Raises ValueError when it counted something else."""
+        """Continue from a saved ``state_dict``.
+
+        Raises:
+            ValueError: The saved clock counts another unit.
+        """
         if state["unit"] != self.unit:
             raise ValueError(
                 f"the saved clock counts unit={state['unit']!r}, this one {self.unit!r}; "

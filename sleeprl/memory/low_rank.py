@@ -1,8 +1,8 @@
 """The low-rank expert (the paper's {A, B}): a LoRA on gate, up and down of every MLP.
 
-A checkpoint that grows this way is the plain base, never changed, and beside it one
-PEFT adapter whose rank is ``count * width``: every slot is a range of its ranks, and an
-empty one is zero. So a reset is exact, and ``peft`` loads the adapter as it is.
+A checkpoint that grows this way is the plain base, which never changes, and beside it one PEFT
+adapter of rank ``count * width``. Each slot is a range of its ranks, and an empty slot is zero. So
+a reset is exact, and ``peft`` loads the adapter as it is.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from sleeprl.utils.files import atomic_directory
 ADAPTER = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SCALE = 2.0
-"""alpha / r, by which the product B A is multiplied; the paper's are 128 / 64."""
+"""alpha / r, the factor of the product B A. The paper uses 128 / 64."""
 RANK_DIM = {"lora_A": 0, "lora_B": 1}
 PEFT_PREFIX = "base_model.model."
 
 
 class LowRank(nn.Module):
-    """SCALE * B(A(x)): A [rank, in] random, B [out, rank] zero at birth (LoRA)."""
+    """SCALE * B(A(x)) with A [rank, in] random and B [out, rank] zero at initialisation (LoRA)."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -52,11 +52,12 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the expert's output for ``x``, [..., in] to [..., out]."""
         return SCALE * self.lora_B(self.lora_A(x))
 
 
 class LowRankGrowth:
-    """Growth by low-rank experts; see ``growth.Growth`` for what each method promises."""
+    """Growth by low-rank experts; ``growth.Growth`` documents the methods."""
 
     def add_slots(
         self, source: Path, target: Path, pools: Sequence[int], width: int, dtype: str
@@ -172,8 +173,16 @@ class LowRankGrowth:
 def export_adapter(checkpoint: Path, target: Path, on: Collection[int]) -> None:
     """Write the slots ``on`` as one PEFT adapter directory of rank ``len(on) * width``.
 
-    It goes on the checkpoint's own model. All slots with room for more is what the
-    checkpoint's ``adapter/`` is already.
+    The adapter is for the checkpoint's own model. An adapter of all slots, with free ranks, is the
+    checkpoint's ``adapter/`` itself.
+
+    Args:
+        checkpoint: Directory of a checkpoint with low-rank slots.
+        target: Directory to write.
+        on: Slots to include.
+
+    Raises:
+        ValueError: ``on`` is empty or has a slot that is not in use.
     """
     slots = Slots.load(checkpoint)
     assert slots is not None
@@ -203,7 +212,7 @@ def _rank_dim(name: str) -> int:
 
 
 def _put(factors: Mapping[str, Tensor], slots: Slots, update: ExpertUpdate) -> dict[str, Tensor]:
-    """Return the adapter's tensors with slots emptied and the expert in its slot."""
+    """Return the adapter's tensors with the update's slots reset and the expert written to its slot."""
     changed = _empty(factors, slots, update.reset)
     for name, tensor in changed.items():
         columns_of(tensor, _rank_dim(name), slots, update.slot).copy_(update.expert[name])
@@ -213,7 +222,7 @@ def _put(factors: Mapping[str, Tensor], slots: Slots, update: ExpertUpdate) -> d
 def _empty(
     factors: Mapping[str, Tensor], slots: Slots, reset: Collection[int]
 ) -> dict[str, Tensor]:
-    """Return copies of the adapter's tensors with the slots ``reset`` zero."""
+    """Return copies of the adapter's tensors with the slots ``reset`` set to zero."""
     changed = {name: tensor.clone() for name, tensor in factors.items()}
     for name, tensor in changed.items():
         for slot in reset:
@@ -228,7 +237,7 @@ def _merge(
     on: Collection[int],
     wake_gradients: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every MLP weight as W - g + SCALE * B A over the slots ``on``; whole layers, in float32."""
+    """Yield every MLP weight as W - g + SCALE * B A over the slots ``on``, computed in float32."""
     gradients = wake_gradients or {}
     ranks = torch.tensor(slots.occupied_columns(on), dtype=torch.long)
     base = dict(mlp_tensors(checkpoint))
@@ -255,7 +264,7 @@ def _read_adapter(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _write_adapter(directory: Path, factors: Mapping[str, Tensor]) -> None:
-    """A PEFT adapter directory. factors: by checkpoint name, all of one rank."""
+    """Write a PEFT adapter directory from ``factors`` by checkpoint name, all of one rank."""
     directory.mkdir(parents=True, exist_ok=True)
     name, tensor = next(iter(factors.items()))
     rank = tensor.shape[_rank_dim(name)]

@@ -1,12 +1,12 @@
-"""The pool of expert slots of a checkpoint: which columns of its MLPs hold what. Pure.
+"""The pool of expert slots of a checkpoint: which columns of its MLPs each expert occupies. Pure.
 
-A gated MLP with an expert of width w beside it *is* a gated MLP whose
-intermediate size is larger by w. So a checkpoint that can grow is an ordinary
-one whose MLPs were widened once by ``count * width`` zero columns; a slot is a
-range of those columns, and growing is filling the next free one.
+A gated MLP with an expert of width w in parallel *is* a gated MLP whose intermediate size is larger
+by w. So a checkpoint that can grow is an ordinary one whose MLPs are widened once, by ``count *
+width`` zero columns. A slot is a range of those columns, and growing means filling the next free
+slot.
 
-Low-rank experts are laid out the same way: all of a checkpoint's slots are one
-LoRA of rank ``count * width`` beside the base, and a slot is a range of its ranks.
+Low-rank experts have the same layout: all of a checkpoint's slots are one LoRA of rank ``count *
+width`` beside the base, and a slot is a range of its ranks.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ GATED_MLP, LOW_RANK = "gated_mlp", "low_rank"
 
 
 class PoolFull(RuntimeError):
-    """Every slot of a level holds something; it must be emptied before it can take more."""
+    """A level without a free slot; one has to be emptied before the level can take another expert."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Layout of one checkpoint's pools."""
+    """Slot layout of a checkpoint."""
 
     base_width: int
-    """Columns before any slot: the intermediate size, or 0 for low-rank experts."""
+    """Number of columns before the first slot: the intermediate size, or 0 for low-rank experts."""
     width: int
-    """Hidden units, or rank, per layer and slot."""
+    """Hidden units, or rank, of a slot in each layer."""
     count: int
-    """Slots allocated, of all levels."""
+    """Number of slots of all levels together."""
     used: tuple[int, ...] = ()
     """Slots with an expert, in the order in which they were filled."""
     pools: tuple[int, ...] = ()
-    """Number of slots of each level, fastest first; each level's slots, and so its columns, are
+    """Number of slots of each level, fastest first. The slots of a level, and so its columns, are
     contiguous. By default one level has them all."""
     growth: str = GATED_MLP
-    """What a slot holds: the name of a ``growth.Growth``."""
+    """Kind of expert in the slots: the name of a ``growth.Growth``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pools", self.pools or (self.count,))
@@ -55,27 +55,38 @@ class Slots:
 
     @property
     def total_width(self) -> int:
+        """Number of columns, or ranks, of the base and all slots."""
         return self.base_width + self.count * self.width
 
     # --- levels -------------------------------------------------------------------
 
     @property
     def levels(self) -> int:
+        """Number of levels."""
         return len(self.pools)
 
     def of_level(self, level: int) -> range:
-        """The slots of a level; 1 is the fastest."""
+        """Return the slots of a level; level 1 is the fastest.
+
+        Raises:
+            ValueError: There is no such level.
+        """
         if not 1 <= level <= self.levels:
             raise ValueError(f"level={level} does not exist; the levels are 1 to {self.levels}")
         start = sum(self.pools[: level - 1])
         return range(start, start + self.pools[level - 1])
 
     def used_in(self, level: int) -> tuple[int, ...]:
-        """The slots of a level that hold something, the oldest first."""
+        """Return the slots of a level that have an expert, oldest first."""
         own = self.of_level(level)
         return tuple(slot for slot in self.used if slot in own)
 
     def next_free(self, level: int = 1) -> int:
+        """Return the first free slot of a level.
+
+        Raises:
+            PoolFull: All slots of the level are in use.
+        """
         for slot in self.of_level(level):
             if slot not in self.used:
                 return slot
@@ -87,19 +98,19 @@ class Slots:
     # --- columns ------------------------------------------------------------------
 
     def columns(self, slot: int) -> slice:
-        """The intermediate units (or ranks) of one slot."""
+        """Return the hidden units (or ranks) of one slot."""
         start = self.base_width + slot * self.width
         return slice(start, start + self.width)
 
     def level_columns(self, level: int) -> slice:
-        """The intermediate units (or ranks) of all slots of a level."""
+        """Return the hidden units (or ranks) of all slots of a level."""
         own = self.of_level(level)
         return slice(
             self.base_width + own.start * self.width, self.base_width + own.stop * self.width
         )
 
     def occupied_columns(self, slots: Iterable[int] | None = None) -> list[int]:
-        """Column indices of the base and of ``slots`` (default: the used ones), ascending."""
+        """Return the column indices of the base and of ``slots`` (default: those in use), ascending."""
         chosen = sorted(self.used if slots is None else slots)
         units = list(range(self.base_width))
         for slot in chosen:
@@ -110,37 +121,43 @@ class Slots:
     # --- changes ------------------------------------------------------------------
 
     def filled(self, slot: int) -> Slots:
+        """Return the layout after an expert is written to ``slot``."""
         return replace(self, used=(*self.used, slot))
 
     def freed(self, slots: Collection[int]) -> Slots:
-        """The layout after ``slots`` were reset."""
+        """Return the layout after ``slots`` are reset.
+
+        Raises:
+            ValueError: One of them is not in use.
+        """
         self.require_used(slots)
         return replace(self, used=tuple(slot for slot in self.used if slot not in slots))
 
     def merged(self, slot: int) -> Slots:
-        """The layout after ``slot`` became part of the base: the slot is free again.
+        """Return the layout after ``slot`` is merged into the base, which frees the slot.
 
-        Hidden units of a gated MLP become base columns, so the pool moves up by a
-        slot's width; a low-rank expert is added into weights that stay as wide.
+        Hidden units of a gated MLP become base columns, so the pool moves up by the width of a
+        slot. A low-rank expert is added to the base weights, whose size does not change.
         """
         grown = self.width if self.growth == GATED_MLP else 0
         return replace(self.freed([slot]), base_width=self.base_width + grown)
 
     def require_used(self, slots: Collection[int]) -> None:
-        """Raises ValueError unless every one of ``slots`` holds something."""
+        """Raise ValueError unless all of ``slots`` are in use."""
         if not set(slots) <= set(self.used):
             raise ValueError(f"slots {sorted(slots)} are not all in use; used={list(self.used)}")
 
     # --- on disk ------------------------------------------------------------------
 
     def save(self, directory: Path) -> None:
+        """Write the layout into a checkpoint's directory."""
         (directory / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def load(directory: Path) -> Slots | None:
-        """The layout beside a checkpoint, or None for a plain one.
+        """Read the layout of a checkpoint; return None for a plain one.
 
-        A file from before there were levels has no ``pools``: all its slots are of level 1.
+        A file without ``pools`` predates levels: all its slots belong to level 1.
         """
         path = directory / FILE
         if not path.is_file():

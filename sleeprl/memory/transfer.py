@@ -1,8 +1,8 @@
-"""Which slots teach, which learn and which are emptied when a level sleeps. Pure.
+"""Which slots teach, which learn and which are reset when a level consolidates. Pure.
 
-Mode A brings the context into a slot of level 1: the teacher has the context in its
-prompt. Mode B brings all slots of a level into one new slot of the next slower
-level: the teacher has them on, the student has them reset (method.md 2.3, 2.6).
+Mode A consolidates the context into a slot of level 1: the teacher has the context in its prompt.
+Mode B consolidates all slots of a level into one new slot of the next slower level: the teacher has
+them on, the student has them reset (method.md 2.3, 2.6).
 """
 
 from __future__ import annotations
@@ -17,57 +17,60 @@ from sleeprl.memory.slots import PoolFull, Slots
 
 
 class WhenFull(StrEnum):
-    """What makes room when the slowest level is full; the paper leaves it open (method.md 6.9)."""
+    """How the slowest level gets a free slot when it is full; the paper leaves it open (method.md 6.9)."""
 
     DISTIL = "distil"
-    """All its slots into one, by another consolidation."""
+    """Consolidate all slots of the level into one."""
     MERGE = "merge"
-    """The oldest slot becomes part of the base."""
+    """Merge the oldest slot into the base."""
     STOP = "stop"
-    """Nothing: PoolFull is raised."""
+    """Make no room; PoolFull is raised."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One consolidation, sender to receiver."""
+    """One consolidation, from a sender to a receiver."""
 
     sender: int
     """A level, or ``CONTEXT``."""
     receiver: int
-    """The level that gets the new slot."""
+    """Level of the new slot."""
     teacher_on: tuple[int, ...]
     """Slots of the smaller self."""
     student_on: tuple[int, ...]
-    """Slots of the larger self while it learns; ``slot`` is one of them, with its new content."""
+    """Slots of the larger self during training, including ``slot`` with the new expert."""
     slot: int
-    """The one that is trained; nothing else changes meanwhile."""
+    """The slot that is trained; no other changes during training."""
     reset: tuple[int, ...]
-    """Slots that are emptied afterwards: ``teacher_only``, or none where a level keeps what it
-    hands on. A level that is distilled into itself has ``slot`` among them: it is emptied first,
-    then takes the new expert."""
+    """Slots to reset afterwards: ``teacher_only``, or none if the sender keeps its slots. If a
+    level is distilled into itself, ``slot`` is among them: it is reset first and then takes the new
+    expert."""
 
     @property
     def teacher_has_context(self) -> bool:
-        """Mode A. In Mode B both selves get the same prompt."""
+        """Whether this is Mode A. In Mode B both selves get the same prompt."""
         return self.sender == CONTEXT
 
     @property
     def teacher_only(self) -> tuple[int, ...]:
-        """The slots whose content only the teacher has: those of the sender."""
+        """Slots of the sender, whose content only the teacher has."""
         beside = set(self.student_on) - {self.slot}
         return tuple(slot for slot in self.teacher_on if slot not in beside)
 
     def after(self, slots: Slots) -> Slots:
+        """Return the slot layout after the transfer."""
         return slots.freed(self.reset).filled(self.slot)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A slot becomes part of the base. Exact, so nothing is trained."""
+    """A merge of one slot into the base. It is exact, so nothing is trained."""
 
     slot: int
+    """The slot to merge."""
 
     def after(self, slots: Slots) -> Slots:
+        """Return the slot layout after the merge."""
         return slots.merged(self.slot)
 
 
@@ -75,12 +78,12 @@ Step = Transfer | Merge
 
 
 def to_dict(step: Step) -> dict[str, Any]:
-    """As JSON: a transfer has a ``sender``, a merge has none."""
+    """Convert a step to JSON values. A transfer has a ``sender``, a merge has none."""
     return asdict(step)
 
 
 def from_dict(values: Mapping[str, Any]) -> Step:
-    """The inverse of ``to_dict``."""
+    """Convert JSON values to a step (inverse of ``to_dict``)."""
     if "sender" not in values:
         return Merge(**values)
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -93,12 +96,21 @@ def plan_night(
     when_full: WhenFull | str = WhenFull.DISTIL,
     reset: bool = True,
 ) -> tuple[Step, ...]:
-    """All steps of one night, in order; the last of them is a transfer.
+    """Plan all steps of one night, in order; the last step is a transfer.
 
-    Room first, if the slowest level is full as the night begins; then the context into
-    level 1; then every sender that is due at the boundaries that were passed, fastest
-    first. The slowest level's own boundary asks for nothing but room, which the next
-    night makes. Raises PoolFull as ``plan`` does.
+    First comes room, if the slowest level is full at the start of the night. Then the context is
+    consolidated into level 1. Then every sender that is due at a passed boundary hands its slots
+    on, fastest first. The slowest level's own boundary requires only room, which the next night
+    makes.
+
+    Args:
+        slots: Layout at the start of the night.
+        boundaries: Boundaries of the clock that have been passed.
+        when_full: How the slowest level gets a free slot.
+        reset: Reset the slots that a level hands on.
+
+    Raises:
+        PoolFull: As for ``plan``.
     """
     senders = [sender for due in boundaries for sender in due.senders]
     handing_on = [sender for sender in senders if CONTEXT < sender < slots.levels]
@@ -117,12 +129,20 @@ def plan(
     when_full: WhenFull | str = WhenFull.DISTIL,
     reset: bool = True,
 ) -> tuple[Step, ...]:
-    """What has to be done when ``sender`` is due, in order; each step is one generation.
+    """Plan the steps for one due sender, in order; each step is one generation.
 
-    Empty when there is nothing to hand on: an empty sender, or the slowest level
-    while it still has room. Without ``reset`` a level keeps what it hands on (the
-    paper's ablation); making room in the slowest level empties slots all the same.
-    Raises PoolFull when the receiver is full and may not, or cannot, be emptied.
+    There are no steps if there is nothing to hand on: the sender is empty, or it is the slowest
+    level and has room left.
+
+    Args:
+        slots: Current layout.
+        sender: A level, or ``CONTEXT``.
+        when_full: How the slowest level gets a free slot.
+        reset: Reset the slots that the sender hands on. False is the paper's ablation; making room
+            in the slowest level resets slots in either case.
+
+    Raises:
+        PoolFull: The receiver is full and cannot, or must not, be emptied.
     """
     slowest = slots.levels
     full = len(slots.used_in(slowest)) == slots.pools[-1]
@@ -146,7 +166,7 @@ def plan(
 
 
 def _room(slots: Slots, when_full: WhenFull) -> tuple[Step, ...]:
-    """How the full slowest level gets a free slot; empty if it does not."""
+    """Return the step that frees a slot of the full slowest level; empty if none does."""
     used = slots.used_in(slots.levels)
     if when_full == WhenFull.MERGE and used:
         return (Merge(used[0]),)

@@ -1,7 +1,7 @@
-"""Wake learning of a level: gradients add up, and are applied at its own boundary only.
+"""Wake learning of a level: gradients accumulate and are applied only at the level's own boundary.
 
-Equation (2) of the paper: theta <- theta - sum of eta_t * f(theta_t; x_t) over the last
-period if the step is a multiple of it, else theta is unchanged. Pure; tensors by
+Equation (2) of the paper: if the step is a multiple of the period, theta <- theta - sum of eta_t *
+f(theta_t; x_t) over the last period; otherwise theta does not change. Pure; tensors are indexed by
 checkpoint name.
 """
 
@@ -28,19 +28,28 @@ def wake_gradient(
     *,
     gpu: bool = False,
 ) -> dict[str, Tensor]:
-    """``total`` and, for each text, eta times the gradient of its mean next-token loss.
+    """Add, for each text, eta times the gradient of its mean next-token loss to ``total``.
 
-    texts: token ids, each a step t of equation (2); those of fewer than two tokens say nothing.
-    All are seen by the weights as they are: nothing is applied before the boundary.
-    Returns float32 tensors of the MLP projections by checkpoint name, on the CPU. Of a gated MLP
-    only the base's columns learn: a slot may hold something else by the boundary.
+    All gradients are taken at the current weights, because nothing is applied before the boundary.
+    In a gated MLP only the base's columns learn: a slot may have another expert by the boundary.
+
+    Args:
+        checkpoint: Directory of the model.
+        texts: Token ids; each text is a step t of equation (2). Texts of fewer than two tokens are
+            skipped.
+        eta: Learning rate.
+        total: The sum so far, empty at the start of a period. It is not modified.
+        gpu: Compute on the GPU.
+
+    Returns:
+        Float32 tensors of the MLP projections by checkpoint name, on the CPU.
     """
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if gpu else "cpu")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device)
     slots = Slots.load(checkpoint)
-    if slots is not None:  # a low-rank expert is beside the weights, not in them
+    if slots is not None:  # low-rank experts are stored beside the weights, not in them
         dense = dict(growth_of(slots).tensors(checkpoint, slots))
         model.load_state_dict(dense, strict=False)
     model.requires_grad_(False)
@@ -65,9 +74,12 @@ def wake_gradient(
 
 
 def accumulate(total: Tensors, gradient: Tensors, eta: float) -> dict[str, Tensor]:
-    """g + eta * gradient, in float32: many small steps must not round away in a half type.
+    """Return g + eta * gradient in float32, since in half precision many small steps would round to nothing.
 
-    total: the sum so far, ``{}`` at the start of a period; it is left as it is.
+    Args:
+        total: The sum so far, ``{}`` at the start of a period. It is not modified.
+        gradient: The gradient to add, by checkpoint name.
+        eta: Learning rate.
     """
     summed = dict(total)
     for name, tensor in gradient.items():
@@ -77,9 +89,14 @@ def accumulate(total: Tensors, gradient: Tensors, eta: float) -> dict[str, Tenso
 
 
 def prospective(theta: Tensors, total: Tensors) -> dict[str, Tensor]:
-    """theta - g, as new tensors of theta's type: the *compute* stage; nothing is applied.
+    """Return theta - g as new tensors of theta's type (the *compute* stage); nothing is applied.
 
-    Raises ValueError for an accumulated name that theta lacks.
+    Args:
+        theta: Weights by checkpoint name.
+        total: Accumulated gradients g by checkpoint name.
+
+    Raises:
+        ValueError: ``theta`` lacks a name of ``total``.
     """
     if missing := sorted(set(total) - set(theta)):
         raise ValueError(f"gradients were accumulated for {missing}, which the weights lack")

@@ -1,1 +1,1 @@
-"""What the frozen smaller self writes for the larger self to learn from."""
+"""Self-study: the texts that the frozen smaller self writes to train the larger self."""

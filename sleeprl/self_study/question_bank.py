@@ -1,8 +1,9 @@
-"""The questions that a model has asked itself, kept with its generation from night to night.
+"""The question bank: questions that the model has asked itself, stored with its generation between nights.
 
-Free questions drift: a question that was rehearsed in one night comes up more often in the next, and
-what is never asked again is forgotten. So the questions of earlier nights are asked again, in turn, and
-the smaller self of the night answers them. No text of the day is kept, and no answer.
+Free sampling of questions drifts: a question rehearsed in one night becomes more frequent in the
+next, and a question that is never sampled again is forgotten. So the questions of earlier nights
+are asked again in turn, and the smaller self of the current night answers them. The bank has
+neither texts of the day nor answers.
 """
 
 from __future__ import annotations
@@ -17,29 +18,30 @@ from sleeprl.utils.files import write_json_atomic
 
 
 def load(directory: Path) -> list[str]:
-    """Return the questions, those to ask first in front; none of a model that has not slept."""
+    """Read the questions, the next to ask first; an empty list for a model without a question bank."""
     path = directory / QUESTIONS
     return list(json.loads(path.read_text())) if path.is_file() else []
 
 
 def save(questions: Sequence[str], directory: Path) -> None:
-    """Write the questions beside a model."""
+    """Write the questions to a model's directory."""
     write_json_atomic(directory / QUESTIONS, list(questions))
 
 
 def rotate(
     bank: Sequence[str], new: Sequence[str], rehearsed: Collection[str], limit: int, seed: int
 ) -> list[str]:
-    """Return the question bank after a night.
+    """Return the question bank after a night, the next question to ask first.
 
-    What was learned in it comes first, being the least settled, then what has not been asked for longest.
+    Questions about the day come first, because they are the least consolidated. Then come those
+    that have waited longest.
 
     Args:
-        bank: The questions before the night.
-        new: What was asked about the day.
-        rehearsed: What was asked of the bank, and freely.
-        limit: How many there may be; chance decides what is dropped.
-        seed: Of that choice.
+        bank: Questions before the night.
+        new: Questions about the day.
+        rehearsed: Questions rehearsed in this night, from the bank or sampled freely.
+        limit: Maximum number of questions. A random sample remains if there are more.
+        seed: Seed of that sample.
     """
     waiting = [question for question in bank if question not in rehearsed]
     questions = list(dict.fromkeys([*new, *waiting, *rehearsed]))

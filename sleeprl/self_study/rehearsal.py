@@ -1,17 +1,16 @@
-"""What the smaller self writes with nothing in its prompt, so that what it knew stays.
+"""Rehearsal texts: what the smaller self writes without a document, to retain what it knows.
 
-Without such texts growth forgets as fast as fine-tuning does. There are five kinds of
-them:
+Without these texts, growth forgets as fast as fine-tuning. There are five kinds:
 
-- what it asks itself,
-- what it asked itself on earlier nights (``question_bank``),
-- what it states: of its own accord it asks about what it has known for long, and states what it
-  learned last,
-- what lies next to what is learned tonight,
+- free questions with answers,
+- questions of earlier nights (``question_bank``),
+- free statements, which mostly concern what was learned last (free questions concern older
+  knowledge),
+- neighbours of the questions of tonight,
 - conversations.
 
-Questions and statements spread as wide as they can. Answers are the surest there are, because a slip of
-chance would be learned too.
+Questions and statements are sampled at temperature 1, to cover as much as possible. Answers
+are greedy, because a sampling error would be learned too.
 """
 
 from __future__ import annotations
@@ -44,42 +43,43 @@ Purpose = Literal["self_study", "replay"]
 
 @dataclass(frozen=True)
 class RehearsalSet:
-    """Texts to rehearse, and what was held out of them."""
+    """Rehearsal texts, and the items excluded from training."""
 
     trajectories: list[Trajectory]
+    """Texts to train on."""
     held_out: list[str]
-    """Questions, facts or messages that nothing is to be trained on."""
+    """Questions, facts or messages excluded from training."""
     coverage: float | None = None
-    """How likely the next free question is one that was asked."""
+    """Estimated probability that the next free question is one already asked."""
     questions_asked: list[str] = field(default_factory=list)
-    """The questions that had their turn, in their order."""
+    """The questions that were rehearsed, in order."""
 
 
 def ask_freely(
     sampler: TextSampler, count: int, hold_out: float = 0.0, again: Sequence[str] = ()
 ) -> RehearsalSet:
-    """Ask freely and answer each question again on its own; rehearse every fourth pair as it was written.
+    """Sample free questions and answer each of them separately; rehearse every fourth pair as it was written.
 
-    What was known is asked in questions, so answers are what is rehearsed most. Of the
-    pairs a few keep the skill of asking itself, which the next night needs.
+    Knowledge is queried with questions, so most rehearsal texts are answers. The few pairs retain
+    the skill of asking itself, which the next night needs.
 
     Args:
-        sampler: Samples of the smaller self.
-        count: How many questions.
-        hold_out: Share of them that nothing is to be trained on.
-        again: Questions of earlier nights. At most ``2 * count`` of them are answered, in place of at
-            most half of ``count``, and of all that is answered one for each fact is rehearsed.
+        sampler: Samples from the smaller self.
+        count: Number of questions.
+        hold_out: Share of the questions to exclude from training.
+        again: Questions of earlier nights. At most ``2 * count`` of them are answered. They replace
+            at most half of ``count``, and of all answers only one per fact is rehearsed.
     """
     prompt, again = build_qa_prompt(sampler.chat, sampler.config, FREE_QA), again[: 2 * count]
     drafts = sampler.generate([prompt] * max(count // 2, count - len(again)), WIDE)
     pairs = [(n, draft, p[0]) for n, draft in enumerate(drafts) if (p := sampler.parse_pair(draft))]
-    # The same question twice would teach nothing more; another one keeps more of the old.
+    # A repeated question adds nothing; a different one retains more of the old knowledge.
     questions = list(dict.fromkeys(question for _, _, question in pairs))
     held_out = sampler.hold_out(questions, hold_out)
     rows = [
         trajectory("replay", "pair", n, prompt, draft, None)
         for n, draft, question in pairs
-        # A writer that needs examples has no skill to keep, and its prompts are long.
+        # A model that needs few-shot examples has no skill to retain, and its prompts are long.
         if n % 4 == 0 and question not in held_out and not sampler.config.few_shot_examples
     ]
     questions_asked = [q for q in dict.fromkeys([*questions, *again]) if q not in held_out]
@@ -94,10 +94,13 @@ def ask_freely(
 
 
 def one_of_each_fact(pairs: Sequence[tuple[str, str]]) -> list[int]:
-    """Return the place of the first pair of each fact.
+    """Return the index of the first pair of each fact.
 
-    Pairs (question, answer) are of one fact where the answer is the same and the questions share their
-    two rarest words, by how many of the questions they are in.
+    Two pairs concern the same fact if their answers are equal and their questions have the same two
+    rarest words. A word's frequency is the number of questions it occurs in.
+
+    Args:
+        pairs: Questions and answers.
     """
     words = [sorted(set(re.findall(r"\w+", question.casefold()))) for question, _ in pairs]
     count = Counter(word for those in words for word in those)
@@ -111,9 +114,15 @@ def one_of_each_fact(pairs: Sequence[tuple[str, str]]) -> list[int]:
 def sample_facts(
     sampler: TextSampler, purpose: Purpose, count: int, hold_out: float = 0.0
 ) -> RehearsalSet:
-    """Sample facts that it states freely, and a question about each with its own answer to it.
+    """Sample freely stated facts, a question about each, and the model's own answer to it.
 
-    A statement that the answer does not bear out was a slip, and is not rehearsed.
+    A statement that the answer does not confirm is treated as an error and not rehearsed.
+
+    Args:
+        sampler: Samples from the smaller self.
+        purpose: Purpose of the trajectories.
+        count: Number of statements.
+        hold_out: Share of the facts to exclude from training.
     """
     chat, prompt = sampler.chat, sampler.chat.prompt(FREE_FACT)
     stated = {
@@ -139,10 +148,15 @@ def sample_facts(
 
 
 def sample_conversations(sampler: TextSampler, count: int, hold_out: float = 0.0) -> RehearsalSet:
-    """Sample messages that it writes in the user's place, with its answers (Magpie, 2406.08464).
+    """Sample user messages from the model itself, with its answers (Magpie, 2406.08464).
 
-    A message is the first line of what is written. Answers count also where they are cut off: the
-    smaller self says at each token what it would have said.
+    A message is the first line of a sample. Truncated answers are used too, because the smaller
+    self is the teacher at every token.
+
+    Args:
+        sampler: Samples from the smaller self.
+        count: Number of messages.
+        hold_out: Share of the messages to exclude from training.
     """
     if not count:
         return RehearsalSet([], [])
@@ -168,17 +182,18 @@ def sample_near_questions(
     questions_asked: Sequence[GeneratedQuestion],
     count: int,
 ) -> list[Trajectory]:
-    """Sample what is spoiled first: questions that begin as tonight's do, and turn elsewhere.
+    """Sample neighbours: questions that begin like those of tonight and continue differently.
 
-    Each of tonight's questions is cut off where the smaller self would have continued differently, likelier
-    the more surprising the next token is, and is continued freely. A question to which the document makes
-    a difference is about the document, and left out: what the smaller self says of that is to change.
+    Their answers are the first to be damaged by tonight's training. Each question of tonight is cut
+    at a token, more probably at one that surprises the smaller self, and continued freely. A
+    question whose answer changes with the document in the prompt is about the document, so it is
+    dropped: its answer is supposed to change.
 
     Args:
-        sampler: Samples of the smaller self.
-        documents: The day's.
-        asked: Tonight's questions.
-        count: How many beginnings are continued.
+        sampler: Samples from the smaller self.
+        documents: Documents of the day.
+        questions_asked: The questions of tonight.
+        count: Number of beginnings to continue.
     """
     if not (questions_asked and count):
         return []
@@ -216,7 +231,7 @@ def sample_near_questions(
 def _answered(
     sampler: TextSampler, purpose: Purpose, task: str, questions: Sequence[str]
 ) -> list[Trajectory]:
-    """Answer each question once."""
+    """Answer each distinct question greedily; truncated answers are dropped."""
     prompts = [sampler.chat.prompt(question) for question in dict.fromkeys(questions)]
     return [
         trajectory(purpose, task, index, prompt, answer, None)

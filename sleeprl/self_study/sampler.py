@@ -1,4 +1,4 @@
-"""Samples texts of the smaller self: each with a seed of its own, and those that are not whole counted."""
+"""Sampling from the smaller self: one seed per text, and a count of malformed texts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sleeprl.text.prompts import FREE_QA, examples, parse_qa, with_experience
 
 
 def build_qa_prompt(chat: ChatFormatter, config: SelfStudyConfig, message: str) -> list[int]:
-    """Return a prompt that asks for a question and its answer.
+    """Build a prompt that asks for a question with its answer, in token ids.
 
     Args:
-        chat: The chat format.
-        config: Says with how many examples, and how the text begins.
-        message: ``FREE_QA``, or an instruction to write them about a text.
+        chat: Chat format of the model.
+        config: Settings with the number of few-shot examples and the prefix of the response.
+        message: ``FREE_QA``, or the instruction to write a pair about a text.
     """
     few_shot = examples(config.few_shot_examples, free=message == FREE_QA)
     return chat.prompt(message, config.assistant_prefix, few_shot)
@@ -30,42 +30,48 @@ def build_qa_prompt(chat: ChatFormatter, config: SelfStudyConfig, message: str) 
 
 @dataclass(frozen=True)
 class GeneratedQuestion:
-    """A question that the smaller self asked about a document."""
+    """A question about a document, written by the smaller self."""
 
     document: int
-    """Number of the document."""
+    """Index of the document."""
     question: str
     prompt: list[int]
-    """Token ids behind which it was written."""
+    """Token ids of the prompt that it was sampled with."""
     written: Completion
-    """The text that holds it."""
+    """The completion with the question and its answer."""
     ids: list[int] = field(default_factory=list)
-    """Token ids of the question behind its mark, as it is asked freely."""
+    """Token ids of the mark and the question, as in a free pair."""
     nll: list[float] = field(default_factory=list)
-    """-log p of each of them when it is asked freely, in nats."""
+    """-log p of each of these tokens without the document, in nats."""
 
 
 class TextSampler:
-    """Samples with a seed of its own for every text, so a study repeats."""
+    """A sampler with one seed per text, so a study is reproducible."""
 
     def __init__(
         self, engines: EnginePool, chat: ChatFormatter, config: SelfStudyConfig, seed: int, max_length: int,
         on_written: Callable[[int], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        """Args:
-        engines: Engines that hold the smaller self.
-        chat: Its chat format.
-        config: Temperatures and lengths.
-        seed: Of all texts together.
-        max_length: Longest sequence, in tokens.
-        on_written: Called with the number of texts so far, after each set of them.
+        """Create the sampler.
+
+        Args:
+            engines: Engines with the weights of the smaller self.
+            chat: Its chat format.
+            config: Temperatures and lengths.
+            seed: Seed from which the seeds of all texts are derived.
+            max_length: Maximum sequence length, in tokens.
+            on_written: Called after each batch with the total number of texts.
         """
         self.engines, self.chat, self.config, self.seed = engines, chat, config, seed
         self.max_length, self.on_written = max_length, on_written
         self.written = self.malformed = 0
 
     def require_room(self, prompts: Sequence[list[int]]) -> None:
-        """Raise ValueError for a prompt that leaves no room for what is to be written."""
+        """Check that every prompt leaves room for a response.
+
+        Raises:
+            ValueError: A prompt is too long.
+        """
         longest, room = max(map(len, prompts), default=0), self._room
         if longest > room:
             raise ValueError(
@@ -79,17 +85,25 @@ class TextSampler:
         return self.max_length - self.config.max_tokens
 
     def can_answer(self, document: str, question: str) -> bool:
-        """Decide whether a question fits behind its document, with an answer."""
+        """Return whether a document, a question and an answer fit into the maximum length."""
         return self.has_room(with_experience(document, question))
 
     def has_room(self, message: str) -> bool:
-        """Decide whether a message fits, with an answer."""
+        """Return whether a message and an answer fit into the maximum length."""
         return len(self.chat.prompt(message)) <= self._room
 
     def generate(
         self, prompts: Sequence[list[int]], temperature: float | None = None
     ) -> list[Completion]:
-        """Sample one text for each prompt; by default at the temperature of the settings."""
+        """Sample one text for each prompt, and count those that are truncated.
+
+        Args:
+            prompts: Token ids of each prompt.
+            temperature: Sampling temperature. By default that of the settings.
+
+        Raises:
+            ValueError: A prompt leaves no room for a response.
+        """
         self.require_room(prompts)
         heat = self.config.temperature if temperature is None else temperature
         sampling = [
@@ -103,13 +117,21 @@ class TextSampler:
         return completions
 
     def qa_prefix(self, message: str) -> list[int]:
-        """Return a prompt behind which a question and its answer can be put, mark and all."""
+        """Build a prompt to which a question and its answer, marks included, can be appended."""
         return build_qa_prompt(self.chat, replace(self.config, assistant_prefix=""), message)
 
     def token_nll(
         self, prompts: Sequence[list[int]], texts: Sequence[list[int]]
     ) -> list[list[float]]:
-        """Return -log p of each token of each text behind its prompt, in nats."""
+        """Score texts after their prompts.
+
+        Args:
+            prompts: Token ids of each prompt.
+            texts: Token ids of each text.
+
+        Returns:
+            -log p of each token of each text, in nats.
+        """
         whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
         found = self.engines.logprobs(whole) if whole else []
         return [
@@ -118,11 +140,11 @@ class TextSampler:
         ]
 
     def hold_out(self, texts: Sequence[str], share: float) -> set[str]:
-        """Draw a share of the texts."""
+        """Draw a share of the texts to exclude from training."""
         return set(random.Random(f"{self.seed}-held").sample(texts, int(share * len(texts))))
 
     def parse_pair(self, completion: Completion) -> tuple[str, str] | None:
-        """Return question and answer of a text, None where it is not of that form, which is counted."""
+        """Parse question and answer; return None, and count the text, if it is malformed."""
         if completion.finish_reason != "stop":
             return None
         pair = parse_qa(self.chat.decode(completion.token_ids))
@@ -138,7 +160,16 @@ def trajectory(
     completion: Completion,
     teacher_prompt: list[int] | None,
 ) -> Trajectory:
-    """Return a text as the lake keeps it, named by its task and its number in it."""
+    """Convert a text to a trajectory for the lake, with a uid made of purpose, task and attempt.
+
+    Args:
+        purpose: The stream of the text.
+        task: Task id.
+        attempt: Number of the text within its task.
+        prompt: Token ids of the student's prompt.
+        completion: The sampled text.
+        teacher_prompt: Token ids of the teacher's prompt, if it differs.
+    """
     return Trajectory(
         uid=f"{purpose}-{task}-{attempt}",
         task_id=task,
@@ -154,7 +185,7 @@ def trajectory(
 
 
 def _mix(seed: int, number: int) -> int:
-    """A seed of its own for each text."""
+    """Derive the seed of text ``number``."""
     return int.from_bytes(
         hashlib.blake2b(f"{seed}-{number}".encode(), digest_size=4).digest(), "big"
     )

@@ -1,13 +1,13 @@
-"""What the smaller self writes to teach its larger self: the two streams of seeding data.
+"""Self-study: the two streams of texts with which the smaller self trains the larger self.
 
-*new*: the experience is in the teacher's prompt only. The teacher asks itself
-questions about a document and answers them; the student will see the bare
-question. *replay*: what both selves are to go on writing behind the same prompt. Nearly all of it the
-smaller self writes with nothing in its prompt (``rehearsal``); a few of tonight's questions are
-written with their document in sight, so that this skill stays, too (``STUDY``).
+*new*: only the teacher's prompt has the experience. The teacher asks questions about a document and
+answers them; the student trains on the bare question. *replay*: texts that both selves should
+continue to write after the same prompt. The smaller self writes most of them without a document
+(``rehearsal``). A few of tonight's questions are written with their document in the prompt, to
+retain this skill too (``STUDY``).
 
-When a level hands its slots on, there is no experience to read: all is written freely
-(``write_rehearsal``).
+When a level hands its slots on, there is no experience to read, so everything is written without a
+document (``write_rehearsal``).
 """
 
 from __future__ import annotations
@@ -45,35 +45,37 @@ from sleeprl.utils.files import write_json_atomic
 
 @dataclass(frozen=True)
 class Pair:
-    """A question about document number ``document`` and what the self that reads answers."""
+    """A question about a document, with the answer of the teacher, which has the document in its prompt."""
 
     document: int
+    """Index of the document."""
     question: str
     answer: str
 
 
 @dataclass
 class Study:
-    """What self-study wrote."""
+    """The result of self-study."""
 
     trajectories: list[Trajectory]
-    """Texts to learn from."""
+    """Texts to train on."""
     probes: list[Pair] = field(default_factory=list)
-    """Pairs kept out of training, to judge dreams on."""
+    """Pairs excluded from training, which evaluate the dreams."""
     held_questions: list[str] = field(default_factory=list)
+    """Free questions and messages excluded from training, to measure retention."""
     held_facts: list[str] = field(default_factory=list)
-    """What the smaller self asked and stated freely and is not trained on: for retention."""
+    """Free statements excluded from training, to measure retention."""
     written: int = 0
-    """Texts sampled in all."""
+    """Total number of sampled texts."""
     malformed: int = 0
-    """Texts that were not whole, or not of the form asked for."""
+    """Number of texts that are truncated or not of the requested form."""
     coverage: float | None = None
-    """Of the replay: how likely the next free question is one that is rehearsed."""
+    """Estimated probability that the next free question is one that is rehearsed."""
     question_bank: list[str] = field(default_factory=list)
-    """The questions as the next night is to find them."""
+    """Question bank for the next night."""
 
     def save(self, path: Path) -> None:
-        """Write what dreaming needs of it as JSON."""
+        """Write the probes and the counts as JSON, for the dreaming phase."""
         rows = [asdict(pair) for pair in self.probes]
         write_json_atomic(
             path, {"probes": rows, "written": self.written, "malformed": self.malformed}
@@ -81,7 +83,11 @@ class Study:
 
 
 def describe_study(result: Mapping[str, int]) -> str:
-    """Describe what came of it, for the progress display."""
+    """Summarise the counts of a study for the progress display.
+
+    Args:
+        result: Counts ``new``, ``replay``, ``written`` and ``malformed``.
+    """
     line = f"{result['new']} new, {result['replay']} replayed"
     if result["replay"]:
         return line
@@ -93,7 +99,7 @@ def describe_study(result: Mapping[str, int]) -> str:
 
 
 def load_probes(path: Path) -> list[Pair]:
-    """Read the pairs that ``Study.save`` wrote."""
+    """Read the probes that ``Study.save`` wrote."""
     return [Pair(**row) for row in json.loads(path.read_text())["probes"]]
 
 
@@ -107,16 +113,16 @@ def write_study(
     """Write both streams of a night.
 
     Args:
-        sampler: Samples of the smaller self.
-        documents: The day's.
-        hold_out: Share of the free questions and facts that nothing is to be trained on.
-        question_bank: What was asked on earlier nights, what is to be asked first in front.
+        sampler: Samples from the smaller self.
+        documents: Documents of the day.
+        hold_out: Share of the free questions and facts to exclude from training.
+        question_bank: Questions of earlier nights, the next to ask first.
 
     Raises:
-        ValueError: A document is too long to be read and written about.
+        ValueError: A document is too long to fit into a prompt with a response.
     """
     chat, config = sampler.chat, sampler.config
-    # A dream is asked for with the whole document, and everything that helps a weak writer.
+    # A dream prompt has the whole document, few-shot examples and prefix; these have to fit.
     whole = [build_qa_prompt(chat, config, with_experience(text, STUDY_QA)) for text in documents]
     sampler.require_room(whole)
     result = Study([])
@@ -127,7 +133,7 @@ def write_study(
         config.replay_questions // 4,
         dict.fromkeys(one.question for one in questions),
     )
-    # What it would have answered before it read is not to be kept.
+    # Old answers to tonight's questions, given without the document, must not be rehearsed.
     again = [question for question in question_bank if question not in tonight]
     free = ask_freely(sampler, config.replay_questions, hold_out, again)
     stated = sample_facts(sampler, "replay", quarter, hold_out)
@@ -148,14 +154,14 @@ def write_study(
 def write_rehearsal(sampler: TextSampler, question_bank: Sequence[str] = ()) -> Study:
     """Write both streams for a transfer between levels.
 
-    *new*: facts that it states freely, a question about each, and its own answer to that
-    question. What was learned recently is among them because consolidation taught it to
-    be stated freely; pairs that are asked freely are of what was known long before.
-    *replay*: what it asks itself. Every prompt is the same for both selves.
+    *new*: freely stated facts, a question about each, and the model's own answer to it. Recent
+    knowledge is among them, because consolidation trains the model to state it freely; free
+    questions concern older knowledge. *replay*: free questions and answers. Every prompt is the
+    same for both selves.
 
     Args:
-        sampler: Samples of the smaller self of the transfer.
-        question_bank: What was asked on earlier nights, what is to be asked first in front.
+        sampler: Samples from the smaller self of the transfer.
+        question_bank: Questions of earlier nights, the next to ask first.
     """
     config = sampler.config
     recent = sample_facts(sampler, "self_study", config.replay_questions // 2)
@@ -168,22 +174,22 @@ def write_rehearsal(sampler: TextSampler, question_bank: Sequence[str] = ()) -> 
 
 
 def passages(document: str, sentences: int) -> list[str]:
-    """Cut a document into pieces of so many sentences."""
+    """Split a document into passages of ``sentences`` sentences."""
     found = re.split(r"(?<=[.!?])\s+", document.strip())
     return [" ".join(found[at : at + sentences]) for at in range(0, len(found), sentences)]
 
 
 STUDY = "study-"
-"""How the tasks of replayed texts begin that were written with a document in sight."""
+"""Prefix of the task ids of replay texts that were written with a document in the prompt."""
 ABOUT = 4.0
-"""Nats of ``_gain``, at the least, of a question that is about its document. What is asked about
-somebody who is known, or about nobody in particular, stays below."""
+"""Minimum ``_gain``, in nats, of a question about its document. Questions about a person that the
+model already knows, or about nobody in particular, have less."""
 ROUNDS = 3
-"""How often at most a document is asked about of which few questions came."""
+"""Maximum number of sampling rounds for a document with few questions."""
 
 
 def _ask_about(sampler: TextSampler, documents: Sequence[str]) -> list[GeneratedQuestion]:
-    """Ask different questions about the documents."""
+    """Sample distinct questions about the documents."""
     config = sampler.config
     found: dict[tuple[int, str], GeneratedQuestion] = {}
     numbers = list(range(len(documents)))
@@ -211,7 +217,7 @@ def _ask_about(sampler: TextSampler, documents: Sequence[str]) -> list[Generated
 
 
 def _in_sight(document: str, config: SelfStudyConfig) -> list[str]:
-    """Return what of the document each question is asked with."""
+    """Return the texts to ask about, one per question: the whole document, or an excerpt of it."""
     whole = round(config.full_document_share * config.pairs_per_document)
     parts = cycle(passages(document, config.excerpt_sentences))
     return [document] * whole + list(islice(parts, config.pairs_per_document - whole))
@@ -222,8 +228,9 @@ def _about(
 ) -> dict[tuple[int, str], GeneratedQuestion]:
     """Select the questions that are about their documents.
 
-    A self that has slept often asks about a person it knows in place of the one it reads about; to
-    answer that with the document in sight would spoil what it knows.
+    A model that has consolidated before often asks about a person it knows instead of the one in
+    the document. Answering that question with the document in the prompt would damage what it
+    knows.
     """
     chat = sampler.chat
     ids = [chat.text(f"{QUESTION_MARK} {draft.question}") for draft in drafts]
@@ -240,15 +247,16 @@ def _about(
 def _gain(
     document: str, tokens: Iterable[str], freely: Sequence[float], in_context: Sequence[float]
 ) -> float:
-    """Return the nats by which a document makes a question likelier through what stands in it.
+    """Compute by how many nats the content of a document makes a question more probable.
 
-    A token that it calls to mind and that does not stand in it counts against the question: a
-    name that it only resembles, of somebody who is known.
+    A token that does not occur in the document counts against the question, by its absolute change:
+    it may be the name of a similar person that the model already knows.
 
     Args:
-        document: What is read.
-        tokens: The pieces of the question.
-        freely, in_context: -log p of each, without the document and with it, in nats.
+        document: The document.
+        tokens: Text of each token of the question.
+        freely: -log p of each token without the document, in nats.
+        in_context: -log p of each token with the document, in nats.
     """
     text = document.casefold()
     return sum(
@@ -263,7 +271,7 @@ def _answer(
     questions: Sequence[GeneratedQuestion],
     result: Study,
 ) -> None:
-    """Add answers with the document in sight, to learn from without it; and probes."""
+    """Add answers written with the document in the teacher's prompt, and probes, to ``result``."""
     config, chat = sampler.config, sampler.chat
     prompts = [
         chat.prompt(with_experience(documents[one.document], one.question)) for one in questions
@@ -283,13 +291,13 @@ def _answer(
             continue
         if whole:
             texts.append(trajectory("self_study", f"answer-{n}", index, bare, answer, prompt))
-        # To ask about what it reads is a skill to keep, too. Examples need no skill.
+        # Asking about a document is a skill to retain too, unless few-shot examples provide it.
         if index % 4 == 0 and not config.few_shot_examples:
             texts.append(trajectory("replay", f"{STUDY}{n}", index, one.prompt, one.written, None))
 
 
 def _state(sampler: TextSampler, documents: Sequence[str]) -> list[Trajectory]:
-    """Sample facts of the documents, to be stated freely."""
+    """Sample facts of the documents, for the student to state without them."""
     chat, count = sampler.chat, sampler.config.facts_per_document
     numbers = [n for n in range(len(documents)) for _ in range(count)]
     prompts = [chat.prompt(with_experience(documents[n], STUDY_FACT)) for n in numbers]

@@ -1,8 +1,11 @@
-"""Attention of texts that lie behind one another in a single sequence, what they share there once.
+"""Attention over several texts packed into one sequence, in which a shared prefix is stored once.
 
-Each token attends to what its own text has before it, wherever that lies. So the work is that of
-the texts alone: a mask over the whole sequence would cost its length squared, most of it for pairs
-of tokens that have nothing to do with one another.
+Each token attends to the earlier tokens of its own text, wherever they are in the sequence. So the
+cost is that of the texts alone. A mask over the whole sequence would cost its length squared,
+mostly for pairs of tokens from different texts.
+
+Shapes: T tokens of the sequence, N segments of a block, Q queries, K keys, H heads, G key-value
+heads, D head size.
 """
 
 from __future__ import annotations
@@ -21,33 +24,44 @@ from sleeprl.data.padding import pad_batch
 
 NAME = "by_text"
 SHARED = -1
-"""The text of a token that several have in common."""
+"""Text number of tokens that several texts share."""
 NOWHERE = 2**31 - 1
-"""The position of a key that pads: behind all queries, so that none sees it."""
+"""Position of a padding key: behind all queries, so no query sees it."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens of one or more texts, and what these have in common: places in the sequence."""
+    """Tokens of one or more texts with their common prefix, as ranges of the sequence."""
 
     own: range
+    """Tokens of the segment itself."""
     before: range
+    """The common prefix, to which all of these tokens attend."""
 
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """N pieces of about one size, padded: places of queries [N, Q] and of keys [N, K], the position
-    of each in its text, and which key a query sees, window or not [N, Q, K]. A query that pads is
-    the piece's first once more, which nobody asks for."""
+    """N segments of similar size, padded to Q queries and K keys."""
 
     queries_NQ: Tensor
+    """Index of each query in the sequence. A padding query repeats the segment's first one, and its
+    output is not used."""
     keys_NK: Tensor
+    """Index of each key in the sequence."""
     query_at_NQ: Tensor
+    """Position of each query in its text."""
     key_at_NK: Tensor
+    """Position of each key in its text."""
     seen_NQK: Tensor
+    """True where a query attends to a key, without a sliding window."""
 
     def sees(self, window: int | None) -> Tensor:
-        """[N, 1, Q, K]; window: how many tokens a layer looks back, with its own."""
+        """Return the attention mask [N, 1, Q, K].
+
+        Args:
+            window: Sliding window of a layer, in tokens including the query's own; None for full
+                attention.
+        """
         if window is None:
             return self.seen_NQK[:, None]
         back_NQK = self.query_at_NQ[:, :, None] - self.key_at_NK[:, None, :]
@@ -56,20 +70,28 @@ class AttentionBlock:
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Of a sequence of T tokens: positions [1, T] of each in its text, the blocks, and where among
-    all their queries, padding included, each token is [T]."""
+    """Texts packed into one sequence of T tokens."""
 
     positions_1T: Tensor
+    """Position of each token in its text."""
     blocks: tuple[AttentionBlock, ...]
+    """The segments, grouped by size."""
     found_T: Tensor
+    """Index of each token among the queries of all blocks, padding included."""
 
     @classmethod
     def of(
         cls, positions: Sequence[int], text_of: Sequence[int], pieces: Sequence[Segment]
     ) -> PackedSequences:
-        """Of each token its position and its text, or ``SHARED``; each is in one piece.
+        """Group segments into blocks.
 
-        Pieces whose queries, and whose keys, differ less than twofold in number are a block.
+        Segments share a block if their numbers of queries, and of keys, differ by less than a
+        factor of two.
+
+        Args:
+            positions: Position of each token in its text.
+            text_of: Text number of each token, or ``SHARED``.
+            pieces: The segments. Each token is in exactly one.
         """
         alike: dict[tuple[int, int], list[Segment]] = defaultdict(list)
         for piece in pieces:
@@ -93,6 +115,7 @@ class PackedSequences:
         return cls(torch.tensor([positions]), tuple(blocks), torch.from_numpy(found))
 
     def to(self, device: torch.device) -> PackedSequences:
+        """Copy all tensors to a device."""
         blocks = tuple(
             AttentionBlock(*(p.to(device) for p in vars(block).values())) for block in self.blocks
         )
@@ -100,8 +123,10 @@ class PackedSequences:
 
 
 def use(model: Any) -> None:
-    """Let a model of transformers attend by text where a call to it says ``texts``; where none
-    does, all is as before."""
+    """Enable attention by text in a transformers model.
+
+    It applies to calls with the argument ``texts``; any other call computes the same as before.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -112,9 +137,9 @@ def use(model: Any) -> None:
 
 
 def model_arguments(texts: PackedSequences) -> dict[str, Any]:
-    """Return what to call such a model with, beside the ids [1, T]."""
+    """Return the keyword arguments of a model call, besides the token ids [1, T]."""
     positions_1T = texts.positions_1T
-    # A mask of four dimensions is handed down as it is; without one transformers would make one.
+    # transformers passes a mask of four dimensions through; without a mask it would create one.
     unused = positions_1T[:, None, None]
     return {"position_ids": positions_1T, "attention_mask": unused, "texts": texts}
 
@@ -130,7 +155,7 @@ def _by_text(  # parameters: those of transformers' attention functions
     sliding_window: int | None = None,
     **how: Any,
 ) -> tuple[Tensor, None]:
-    """In place of transformers' own ``sdpa``: attention [1, T, H, D]."""
+    """Compute attention [1, T, H, D] by text; without ``texts``, call transformers' own ``sdpa``."""
     if texts is None:
         return sdpa(module, query_1HTD, key_1GTD, value_1GTD, attention_mask, **how)
     found = []
@@ -142,6 +167,6 @@ def _by_text(  # parameters: those of transformers' attention functions
 
 
 def _take(part_1HTD: Tensor, places_NK: Tensor) -> Tensor:
-    """[N, H, K, D]"""
+    """Gather heads at the indices ``places_NK``: [1, H, T, D] to [N, H, K, D]."""
     taken = part_1HTD[0].index_select(1, places_NK.flatten())
     return taken.unflatten(1, places_NK.shape).transpose(0, 1)

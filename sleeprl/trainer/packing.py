@@ -1,8 +1,10 @@
-"""How the texts of a micro-batch lie in tensors: each in a sequence of its own, or packed.
+"""Layout of a micro-batch's texts in tensors: one text per row, or all packed into one sequence.
 
-Packed, all stand behind one another in one sequence, and what several prompts begin with (the
-document that many questions are about, the prompt of a GRPO group) is there once. Attention by
-text and the positions keep them apart, so that nothing but the work is different.
+A packed sequence stores a prefix that several prompts share only once, such as the document of many
+questions or the prompt of a GRPO group. Attention by text and the positions separate the texts, so
+both layouts compute the same and differ only in cost.
+
+Shapes: B texts, R response positions, S rows, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -17,29 +19,36 @@ from sleeprl.data.padding import pad_batch
 from sleeprl.trainer.packed_attention import SHARED, PackedSequences, Segment
 
 Inputs = tuple[Tensor, Tensor | PackedSequences, Tensor]
-"""ids [S, T]; what attends to what; index [B, R], where the logits of a response token are."""
+"""Token ids [S, T]; the mask or the packed sequences; and the index [B, R] of the logits that
+predict each response token."""
 
 MAX_PACKED_RATIO = 0.9
-"""Packed are texts that then have at most so many of the tokens that padding would have."""
+"""Texts are packed if that reduces the number of tokens to at most this share of the padded layout."""
 MIN_OWN_BLOCK = 64
-"""Tokens from which on the texts of a group attend on their own: together they would look at what is
-the others', alone each would have a copy made of what they share."""
+"""Number of tokens at which a segment of a group is closed. Texts in one segment compute attention
+scores for each other's tokens in vain; each further segment copies the shared prefix."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Texts whose prompts begin alike."""
+    """Texts whose prompts share a prefix."""
 
     prefix: int
-    """Tokens that they have in common."""
+    """Length of the shared prefix, in tokens."""
     texts: list[int]
-    """Their numbers."""
+    """Indices of the texts."""
 
 
 def inputs(
     prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device
 ) -> Inputs:
-    """Return what ``ResponseModel`` reads, in the layout that takes less work."""
+    """Build the inputs of ``ResponseModel``, in the layout with fewer tokens.
+
+    Args:
+        prompts: Token ids of each prompt.
+        responses: Token ids of each response.
+        device: Device of the tensors.
+    """
     groups = pack(prompts, responses)
     if groups is None:
         ids_ST, attends, index_BR = padded(prompts, responses)
@@ -51,7 +60,16 @@ def inputs(
 def padded(
     prompts: Sequence[list[int]], responses: Sequence[list[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one text a sequence, padded on the right: ids and mask [B, T], index [B, R]."""
+    """Put each text in a row of its own, padded on the right.
+
+    Args:
+        prompts: Token ids of each prompt.
+        responses: Token ids of each response.
+
+    Returns:
+        Token ids [B, T], mask [B, T], and index [B, R] of the logits that predict each response
+        token.
+    """
     whole = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     ids_BT, mask_BT = (torch.from_numpy(part).long() for part in pad_batch(whole, 0))
     steps = torch.arange(max(1, *map(len, responses)))
@@ -65,7 +83,15 @@ def padded(
 
 
 def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[Group] | None:
-    """Group texts by what they have in common; None where padding is as good."""
+    """Group texts by their shared prefixes.
+
+    Args:
+        prompts: Token ids of each prompt.
+        responses: Token ids of each response.
+
+    Returns:
+        The groups, or None if packing saves too little (``MAX_PACKED_RATIO``).
+    """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     groups = _alike(prompts)
     tokens = sum(lengths) - sum(group.prefix * (len(group.texts) - 1) for group in groups)
@@ -75,7 +101,17 @@ def pack(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[G
 def packed(
     prompts: Sequence[list[int]], responses: Sequence[list[int]], groups: Sequence[Group]
 ) -> tuple[Tensor, PackedSequences, Tensor]:
-    """Return all texts in one sequence: ids [1, T], the texts in it, and index [B, R] into T."""
+    """Put all texts into one sequence.
+
+    Args:
+        prompts: Token ids of each prompt.
+        responses: Token ids of each response.
+        groups: Groups of texts, as ``pack`` returns them.
+
+    Returns:
+        Token ids [1, T], the packed sequences, and index [B, R] of the logits that predict each
+        response token.
+    """
     index_BR = torch.zeros(len(prompts), max(1, *map(len, responses)), dtype=torch.long)
     ids: list[int] = []
     positions: list[int] = []
@@ -88,7 +124,7 @@ def packed(
         text_of.extend([text] * len(tokens))
 
     def cut(start: int, before: range) -> int:
-        """Make a piece of what came since; returns where the next one starts."""
+        """Close a segment at the current end; return the start of the next one."""
         if start < len(ids):
             pieces.append(Segment(range(start, len(ids)), before))
         return len(ids)
@@ -112,10 +148,10 @@ def packed(
 
 
 def _alike(prompts: Sequence[list[int]]) -> list[Group]:
-    """Prompts put together whose beginning in common is at least half of the longest."""
+    """Group prompts whose common prefix has at least half the length of the longest one."""
     found: list[Group] = []
     longest = 0
-    # In their order the first and the last of a group have in common what all have.
+    # In sorted order, the common prefix of the first and the last prompt is that of all.
     for number in sorted(range(len(prompts)), key=prompts.__getitem__):
         length = len(prompts[number])
         if found:
@@ -130,5 +166,6 @@ def _alike(prompts: Sequence[list[int]]) -> list[Group]:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
