@@ -61,7 +61,7 @@ _CROSS_ENTROPY = {"distillation": 0.0, "ce": 1.0, "seed_steps": 0}
 _BARE_QUESTION = {"prefix_min": 0.0, "prefix_max": 0.0}
 
 METHODS: dict[str, Method] = {
-    # Sleep, and what is left of it without one of its parts (method 4.2).
+    # Sleep, and what is left of it without one of its parts (the paper's Table 1).
     "seeding": Method("Sleep without dreams", grows=True),
     "no_imitation": Method("Sleep, no imitation", grows=True, sets={"distillation": 1.0}),
     "no_semantic": Method("Sleep, no semantics", grows=True, sets={"semantic": 0.0}),

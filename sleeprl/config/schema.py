@@ -156,7 +156,7 @@ class ConsolidationConfig:
     grad_clip: float = field(default=1.0, metadata=bounds(gt=0))
     """Largest norm of the gradient; a larger one is scaled down to it."""
     beta: float = field(default=0.0, metadata=bounds(ge=0, le=1))
-    """Mixture of the generalised JSD: 0 is the forward KL, 1 the reverse KL (method 7, GKD)."""
+    """Mixture of the generalised JSD: 0 is the forward KL, 1 the reverse KL (GKD, 2306.13649)."""
     support: str = field(default="teacher", metadata=choices(("teacher", "student", "full")))
     """The tokens that a divergence compares: the ``top_k`` of the ``teacher`` or of the ``student``,
     with all others as one tail bin, or the ``full`` vocabulary."""

@@ -1,4 +1,4 @@
-"""Learning to Imitate (method 2.4, step 2): the reward for continuing a teacher's text as the teacher did."""
+"""Learning to Imitate, step 2 of Knowledge Seeding: rewards a text that goes on as the teacher's does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frozen judges of the imitation reward's semantic part, by name (method.md 2.4, 6.1).
+"""The frozen judges of the imitation reward's semantic part, by name (step 2 of Knowledge Seeding).
 
 A judge scores pairs (student's text, teacher's text): 1 if both have the same meaning, else 0. It
 does not change during training.

@@ -1,4 +1,4 @@
-"""The objective of Knowledge Seeding, J_KS, as weights of streams (method 2.4, 6.4).
+"""The objective of Knowledge Seeding, J_KS, as weights of streams (the paper's steps 1 to 3).
 
     J_KS = (1 - alpha) * E[r]  -  alpha * E[F(teacher || student)]           (step 3)
     F    = lambda * (on the student's rollouts)  + (1 - lambda) * (on the teacher's texts)
@@ -28,8 +28,7 @@ class SeedingWeights:
 def on_policy_share(step: int, start: float, warmup: int = 0) -> float:
     """Return lambda at ``step``: constant ``start``, or a linear warm-up from ``start`` to 1.
 
-    A student without the new knowledge writes poor texts to train on, so teacher texts come first
-    (method 6.1).
+    A student without the new knowledge writes poor texts to train on, so teacher texts come first.
 
     Args:
         step: Number of the optimizer step, from 0.
@@ -63,8 +62,8 @@ def seeding_weights(
         on_policy: lambda at step 0, see ``on_policy_share``.
         on_policy_warmup: Steps until lambda is 1, see ``on_policy_share``.
         seed_steps: Number of first steps with alpha = 1, that is divergence only; after them the
-            objective is joint (method 6.4). 0 is joint from the start.
-        ce: Weight of the cross-entropy on teacher texts (method 6.2; 0 in the paper). It is added
+            objective is joint. 0 is joint from the start.
+        ce: Weight of the cross-entropy on teacher texts (0 in the paper). It is added
             to J_KS and not scaled by alpha or lambda.
 
     Raises:

@@ -1,6 +1,6 @@
 """Student rollouts for seeding: continue a teacher's text and be rewarded for agreement with it.
 
-The same rollouts are used for the on-policy divergence and the imitation reward (method 2.4: the
+The same rollouts are used for the on-policy divergence and the imitation reward (step 2: the
 cheapest reading of the joint objective).
 """
 

@@ -109,7 +109,7 @@ def divergence(
     k: int = 32,
     clip: float | None = None,
 ) -> Tensor:
-    """Compute F(teacher || student) of method 2.4 step 1 at each position.
+    """Compute F(teacher || student), step 1 of Knowledge Seeding, at each position.
 
     Args:
         teacher: Logits [N, V] or, for the support ``teacher``, a ``TopK``.

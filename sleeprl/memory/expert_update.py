@@ -12,7 +12,7 @@ from sleeprl.memory.slots import Slots
 
 @dataclass(frozen=True)
 class ExpertUpdate:
-    """One expert for one slot, with the resets and gradients of the *update* stage (method.md 2.3).
+    """One expert for one slot, with the resets and gradients of the *update* stage.
 
     Wake gradients are applied first, then slots are reset, then the expert is written.
     """

@@ -353,7 +353,7 @@ def load_training_form(
             become frozen experts in parallel with the MLPs, each with its switch.
         wake_gradients: Gradients accumulated for the sender's base, by checkpoint name and at the
             checkpoint's width. They are applied in the larger self and not in the smaller self (the
-            *compute* stage, method.md 2.3).
+            *compute* stage).
 
     Raises:
         ValueError: One of ``teacher_only_slots`` is not in use.

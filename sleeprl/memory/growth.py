@@ -64,7 +64,7 @@ class Growth(Protocol):
             dtype: Type of the parameters.
             teacher_only_slots: Slots that only the smaller self has (``Transfer.teacher_only``).
             wake_gradients: Accumulated gradients by checkpoint name. Only the larger self has them
-                applied (the *compute* stage, method.md 2.3).
+                applied (the *compute* stage).
         """
 
     def grow(

@@ -2,7 +2,7 @@
 
 Levels are counted from 1, the fastest. The context, which feeds level 1, is sender ``CONTEXT`` and
 has no slots. At every multiple of its period a level hands its slots on to the next slower level
-(paper, section on sleep; method.md 1.1, 1.3).
+(paper, section on sleep).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Mode A consolidates the context into a slot of level 1: the teacher has the context in its prompt.
 Mode B consolidates all slots of a level into one new slot of the next slower level: the teacher has
-them on, the student has them reset (method.md 2.3, 2.6).
+them on, the student has them reset.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sleeprl.memory.slots import PoolFull, Slots
 
 
 class WhenFull(StrEnum):
-    """How the slowest level gets a free slot when it is full; the paper leaves it open (method.md 6.9)."""
+    """How the slowest level gets a free slot when it is full; the paper leaves it open."""
 
     DISTIL = "distil"
     """Consolidate all slots of the level into one."""

@@ -1,4 +1,4 @@
-"""The judges, the joint objective, and invariants 5 to 8 of method 6.12."""
+"""The judges, and the joint objective of divergence and imitation reward."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def gkd(seed: int, beta: float, rows: list[int]) -> tuple[float, Tensor]:
 
 
 def grpo(seed: int) -> tuple[float, Tensor]:
-    """L_RL of method 2.4, written out: clipped ratio to the behaviour, mean over tokens."""
+    """The policy-gradient term written out: clipped ratio to the behaviour, mean over tokens."""
     logits, _, window, lengths = batch(seed)
     tokens = []
     for r in (1, 2):

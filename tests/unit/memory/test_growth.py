@@ -269,7 +269,7 @@ def learn(model: nn.Module, fresh: list[nn.Parameter], steps: int = 4) -> list[f
 def test_a_fast_level_is_handed_to_the_next_slower_one(
     two: Path, growth: Growth, tmp_path: Path
 ) -> None:
-    """Mode B, with the invariants 1 to 4 of method.md 6.12."""
+    """A level is handed on to the next: what is preserved, learned, emptied and left alone."""
     slots = slots_of(two)
     (step,) = plan(slots, sender=1)
     assert step == Transfer(1, 2, (3, 0, 1), (3, 4), slot=4, reset=(0, 1))
