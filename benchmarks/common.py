@@ -1,4 +1,4 @@
-"""What the benchmarks of the pipeline have in common: CPU time, ratios of pairs, where results go."""
+"""Shared parts of the benchmarks: CPU time, paired ratios, arguments, result files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cpu_seconds(root: int | None, without: int | None = None) -> float:
-    """Of a process and all below it, but for those of another."""
+    """Sum the CPU seconds of a process and its descendants.
+
+    Args:
+        root: Process id; None for this process.
+        without: Process id of a subtree that is left out.
+    """
     seconds: dict[int, float] = {}
     for process in _tree(root):
         try:
@@ -37,7 +42,15 @@ def _tree(root: int | None) -> list[psutil.Process]:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Geometric mean of ours / theirs over the pairs, with its 95 % interval (t, on logarithms)."""
+    """Compute the geometric mean of ours / theirs, with its 95 % interval (t, on logarithms).
+
+    Args:
+        ours: Measurements, one per pair.
+        theirs: The measurements to compare with, in the same order.
+
+    Returns:
+        ``mean``, ``low`` and ``high`` (None for one pair), and the ratios as ``pairs``.
+    """
     pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
     mean, half = interval(list(map(math.log, pairs)))
     low, high = (math.exp(mean - half), math.exp(mean + half)) if len(pairs) > 1 else (None, None)
@@ -45,14 +58,14 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 
 
 def told(found: dict[str, Any]) -> str:
-    """``0.98 (0.96 to 1.01)``."""
+    """Format a ratio, as in ``0.98 (0.96 to 1.01)``."""
     if found["low"] is None:
         return f"{found['mean']:.2f}"
     return f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
-    """``--quick`` and ``--output``, and the docstring as help."""
+    """Create a parser with ``--quick`` and ``--output``, and a docstring as help."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,13 +75,19 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
 
 
 def save(name: str, result: dict[str, Any], output: Path | None = None) -> None:
-    """``NAME.json`` in ``benchmarks/results``, or in ``output``, with command, machine, versions."""
+    """Write ``NAME.json`` with the command, the machine and versions.
+
+    Args:
+        name: Name of the file, without its suffix.
+        result: The figures.
+        output: Directory; by default ``benchmarks/results``.
+    """
     whole = {"command": command(), **result, "environment": describe_environment()}
     write_json_atomic((output or RESULTS) / f"{name}.json", whole)
 
 
 def command() -> str:
-    """What this process was called with, but for where results go."""
+    """Return the command line of this process, without ``--output``."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--output")
     _, words = parser.parse_known_args()

@@ -1,22 +1,22 @@
-"""Nights that follow each other: what each method learns, keeps and forgets.
+"""Consecutive nights: what each method learns, retains and forgets.
 
     python benchmarks/continual.py                    ten nights, every method, seeds 0 1 2
     python benchmarks/continual.py --methods seeding replay --seeds 0
     python benchmarks/continual.py --tune             learning rates, on a seed that is not reported
-    python benchmarks/continual.py --show             table and picture of what is there
+    python benchmarks/continual.py --show             table and picture of the existing results
     python benchmarks/continual.py --nights 3         shorter, with the ablations
 
-A chain is one method over one seed's nights. Each night the model meets fresh people: it
-writes its self-study about them, learns from it by its method, on as many tokens as every
-other method, and is asked in the morning about all people so far and about the old world.
-Sleep is its consolidation alone: no dreams, and no gate that would undo a bad night.
-All chains share their days, the self-study settings, the token budget and the grading;
-``in_context`` trains nothing and has a document in its prompt: the right one, or before a
-question about the old world any of the night's.
+A chain is one method over one seed's nights. Each night the model meets fresh people. It writes its
+self-study about them and learns from it by its method, with the same number of tokens for every
+method. In the morning it is asked about all people so far and about the old world. Sleep is its
+consolidation alone: no dreams, and no gate that would undo a bad night. All chains share their
+days, the self-study settings, the token budget and the grading. ``in_context`` trains nothing and
+has a document in its prompt: the right one, or any of the night's for a question about the old
+world.
 
-Each chain's figures are in ``benchmarks/results/continual/METHOD-SEED.json``, written after
-every night: a benchmark that was stopped goes on where it was, as long as ``--work`` is there.
-The loop that learns is that of a night's Ray Train job, run in this process.
+The figures of each chain are in ``benchmarks/results/continual/METHOD-SEED.json``, written after
+every night. A benchmark that was stopped resumes as long as ``--work`` exists. The training loop is
+that of a night's Ray Train job, run in this process.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ from sleeprl.worlds import people as world
 TUNING = RESULTS / "continual-tuning.json"
 NIGHTS, TUNING_NIGHTS, TUNING_SEED = 10, 3, 100
 PEOPLE = 6
-# A third of a night's people, and two thirds of its steps' texts: the old world is as large as
-# ever. A night takes one core about a minute and a half.
+# A third of a default night's people, and two thirds of the texts of its steps, because the old
+# world has its full size. A night takes about a minute and a half on one core.
 SETTINGS = [
     "self_study.pairs_per_document=256",
     "self_study.replay_questions=2400",
@@ -87,7 +87,7 @@ SETTINGS = [
     "evaluation.perplexity_texts=40",
 ]
 TOKENS = 150_000
-"""What every method trains on in a night."""
+"""Training tokens of every method in a night."""
 
 
 # --- the days -------------------------------------------------------------------------
@@ -95,16 +95,20 @@ TOKENS = 150_000
 
 @dataclass(frozen=True)
 class Days:
-    """documents[n], probes[n]: of night n. old, texts: of the old world, for retention."""
+    """The days of a seed, and the questions about the old world."""
 
     documents: list[list[str]]
+    """Documents of each night."""
     probes: list[list[Question]]
+    """Questions about each night's documents."""
     old: list[Question]
+    """Retention questions about the old world."""
     texts: list[str]
+    """Texts about the old world, for the perplexity."""
 
 
 def days(seed: int, nights: int, config: NightConfig) -> Days:
-    """The same for every method of a seed; nobody comes twice."""
+    """Build the days of a seed: the same for every method, and no person appears twice."""
     everyone = world.fresh_people(seed, nights * PEOPLE)
     documents, probes = [], []
     for night in range(nights):
@@ -127,7 +131,7 @@ def days(seed: int, nights: int, config: NightConfig) -> Days:
 
 
 class InProcess:
-    """Runs the consolidation's loop here: no checkpoints of it, and its last words."""
+    """Runs the consolidation's loop in this process; it has no checkpoints and stores only the end report."""
 
     def __init__(self) -> None:
         self.end: JobEnd | None = None
@@ -146,17 +150,18 @@ class InProcess:
 
 @dataclass
 class Lab:
-    """What all chains of a process share. base: the embedded model with room for every night.
-    settings: what of ``config`` is not a night's default, and may change what is learned.
-    variant: what these settings are called, empty for the night's own."""
+    """The settings and processes that all chains share."""
 
     config: NightConfig
     pool: EnginePool
     base: Path
+    """The embedded model with slots for every night."""
     work: Path
     console: Console
     settings: Sequence[str]
+    """The part of ``config`` that differs from a night's defaults and may change what is learned."""
     variant: str = ""
+    """Name of these settings; empty for the default ones."""
 
     def __post_init__(self) -> None:
         self.chat = ChatFormatter(self.base)
@@ -165,9 +170,21 @@ class Lab:
 def chain(
     lab: Lab, method: str, seed: int, nights: int, rate: float, place: Path
 ) -> dict[str, Any]:
-    """Live the nights that ``place`` does not tell of yet; returns what it then tells.
+    """Run the nights of a chain that its record lacks.
 
-    Exits where what is there is of other settings, or cannot be gone on with: it is not replaced.
+    Exits where the record has other settings, or where its last model is gone; it never replaces a
+    record.
+
+    Args:
+        lab: The shared settings and processes.
+        method: A name in ``METHODS``, or ``IN_CONTEXT``.
+        seed: Seed of the chain.
+        nights: Number of nights.
+        rate: Learning rate.
+        place: File of the record.
+
+    Returns:
+        The complete record.
     """
     lived = days(seed, nights, lab.config)
     made_with = {"rate": rate, "settings": lab.settings}
@@ -211,10 +228,10 @@ def learn_day(
     lab: Lab, method: str, seed: int, night: int, rate: float, documents: list[str],
     before: Path, after: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """One night by one method. The engine holds ``before`` as this begins and ``after`` as it ends."""
+    """Train for one night. The engine serves ``before`` at the start and ``after`` at the end."""
     config, chat = lab.config, lab.chat
     longest = config.model.max_length
-    # What a method does not read need not be written.
+    # Texts that a method does not read are not generated.
     wanted, reads = config.self_study, METHODS[method].texts
     if REPLAY not in reads:
         wanted = replace(wanted, replay_questions=config.fixed_capacity.fisher_texts)
@@ -275,7 +292,7 @@ def learn_day(
 
 
 def transfers(config: NightConfig, before: Path, night: int) -> list[Transfer]:
-    """What the memory levels do in a night, counted from 0, that starts from ``before``."""
+    """List the transfers of a night, counted from 0, that starts from ``before``."""
     clock, slots = config.memory.clock(), Slots.load(before)
     assert slots is not None
     for _ in range(night):
@@ -287,7 +304,7 @@ def transfers(config: NightConfig, before: Path, night: int) -> list[Transfer]:
 
 
 def parameters(checkpoint: Path) -> int:
-    """Of the model and its filled slots; empty ones are zeros that wait."""
+    """Count the parameters of the model with its filled slots; empty slots do not count."""
     slots = Slots.load(checkpoint)
     assert slots is not None
     total = sum(tensor.numel() for tensor in load_file(checkpoint / WEIGHTS).values())
@@ -296,8 +313,19 @@ def parameters(checkpoint: Path) -> int:
 
 
 def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[str, Any]:
-    """recall, two_hop: of every day up to ``night``, oldest first. reading: tonight's recall with the text
-    in the prompt, what the next night's teacher is worth. retention, perplexity: the old world."""
+    """Measure the model in the engine after a night.
+
+    Args:
+        lab: The shared settings and processes.
+        lived: The days of the chain.
+        night: The night, counted from 0.
+        with_context: Whether the prompt contains a document.
+
+    Returns:
+        ``recall`` and ``two_hop`` of every day so far, oldest first; ``reading``, tonight's recall
+        with the text in the prompt, which limits the teacher; ``retention`` and ``perplexity`` of
+        the old world.
+    """
     tonight = lived.documents[night]
     old = [replace(one, experience=tonight[n % len(tonight)]) for n, one in enumerate(lived.old)]
     probes = [*old]
@@ -332,11 +360,11 @@ def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[st
 
 
 def tune(lab: Lab, methods: Sequence[str]) -> None:
-    """For each method that trains: uphill from the best rate so far, three times up or down.
+    """Tune the learning rate of each method that trains: hill climbing, by factors of three.
 
-    The score is the trade-off of recall and retention after three nights of an unreported seed:
-    after fewer, rates win that have forgotten all by the tenth.
-    Ablations of Sleep that grow as it does take its rate.
+    The score is the trade-off of recall and retention after three nights of an unreported seed.
+    After fewer nights, rates win that forget everything by the tenth. Ablations of Sleep that grow
+    as it does use its rate.
     """
     for method in methods:
         if method == IN_CONTEXT or (METHODS[method].grows and method != "seeding"):
@@ -363,7 +391,7 @@ def tune(lab: Lab, methods: Sequence[str]) -> None:
 
 
 def tuned(method: str) -> dict[float, float]:
-    """Scores by rate."""
+    """Return the scores of a method by learning rate."""
     known = json.loads(TUNING.read_text()) if TUNING.is_file() else {}
     return {float(rate): score for rate, score in known.get(method, {}).items()}
 
@@ -377,7 +405,7 @@ def start_rate(config: NightConfig, method: str) -> float:
 
 
 def rate_of(config: NightConfig, method: str) -> float:
-    """The tuned rate; exits where none was, for the night's default is that of another method."""
+    """Return the tuned rate; exits if there is none, since the default is tuned for another method."""
     if method == IN_CONTEXT:
         return 0.0
     name = "seeding" if METHODS[method].grows else method
@@ -394,8 +422,8 @@ def rate_of(config: NightConfig, method: str) -> float:
 def laboratory(
     words: Sequence[str], nights: int, work: Path, console: Console, variant: str = ""
 ) -> Iterator[Lab]:
-    """Ray, one engine, and this process as the only rank of a learner."""
-    import deepspeed  # here, because it takes seconds and speaks
+    """Start Ray and one engine, with this process as the only rank of a learner."""
+    import deepspeed  # imported late: it takes seconds and prints
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     levels = f"memory.levels=[{{period: {nights}, slots: {nights}}}]"

@@ -1,4 +1,4 @@
-"""What came of the chains of ``continual.py``: table and picture."""
+"""Table and picture of the chains of ``continual.py``."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ VARIANTS = {
     "gate": ("consolidation.expert_gate=1.0",),
     "narrow": ("memory.width=16",),
     "wide": ("memory.width=256",),
-    # Every second night what two slots hold is handed on to one slot, and both are reset.
+    # Every second night the content of two slots is transferred to one slot, and both are reset.
     "levels": LEVELS,
     "levels_whole": LEVELS,
-    # Both stay on beside the slot that learnt from them.
+    # Both stay active beside the slot that learns from them.
     "no_reset": (
         "memory.levels=[{{period: 2, slots: {nights}}}, {{period: {nights}, slots: {nights}}}]",
         "memory.reset=false",
     ),
 }
-"""Sleep with other settings, as chains beside the methods."""
+"""Ablations: Sleep with other settings, in chains of their own."""
 WHOLE = ("levels_whole", "no_reset")
-"""Each transfer of a night has a night's tokens, as in ``sleeprl night``; elsewhere they share them."""
+"""Variants where each transfer has the full token budget, as in ``sleeprl night``; elsewhere they
+share it."""
 TITLES = {
     IN_CONTEXT: "Text in the prompt",
     "gate": "Sleep, gated experts",
@@ -50,7 +51,7 @@ ORDER = (IN_CONTEXT, *METHODS, *VARIANTS)
 
 
 def chains(nights: int) -> dict[str, dict[int, dict[str, Any]]]:
-    """The records of chains that are so long, cut there, by method and seed."""
+    """Load the records of chains with at least so many nights, truncated, by method and seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted(CHAINS.glob("*.json")):
         record = json.loads(path.read_text())
@@ -61,15 +62,20 @@ def chains(nights: int) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def outcome(record: dict[str, Any]) -> dict[str, float]:
-    """Of one chain, after the last night.
+    """Compute the figures of one chain after the last night.
 
-    recall: mean over all days. learning: of each day on its own morning; held: what part of
-    that is left, of all days but the last. backward_transfer: the same as a mean difference
-    (Lopez-Paz & Ranzato, 1706.08840). trade_off: see statistics. tokens, seconds: of one night.
+    Args:
+        record: The record of the chain.
+
+    Returns:
+        ``recall`` and ``two_hop``: means over all days. ``learning``: recall of each day on its own
+        morning; ``held``: the share of it that remains, over all days but the last.
+        ``backward_transfer``: the same as a mean difference (Lopez-Paz & Ranzato, 1706.08840).
+        ``trade_off``: see ``statistics.trade_off``. ``tokens``, ``seconds``: per night.
     """
     nights = record["nights"]
     last, fresh = nights[-1], [night["recall"][-1] for night in nights]
-    # Of the last day nothing can be lost yet.
+    # The last day cannot be forgotten yet.
     then, now = fresh[:-1], last["recall"][:-1]
     return {
         "recall": fmean(last["recall"]),
@@ -86,7 +92,7 @@ def outcome(record: dict[str, Any]) -> dict[str, float]:
 
 
 def summarise(nights: int) -> dict[str, Any]:
-    """Means and intervals of each method, and Sleep against it, paired by seed."""
+    """Compute means and intervals of each method, and compare Sleep with it, paired by seed."""
     found = chains(nights)
     of = {m: {s: outcome(record) for s, record in seeds.items()} for m, seeds in found.items()}
     sleep = of.get("seeding", {})
@@ -109,7 +115,7 @@ def title(method: str) -> str:
 
 
 def percent(mean: float, half: float) -> str:
-    """One seed has no interval."""
+    """Format a percentage; one seed has no interval."""
     return f"{100 * mean:.0f}" + (f" ± {100 * half:.0f}" if math.isfinite(half) else "")
 
 
@@ -140,15 +146,14 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def draw(nights: int, path: Path) -> None:
-    """Recall of everything met so far, and of the old world, night by night; and of each day of
-    Sleep after each night."""
+    """Draw recall of all days so far and retention, night by night, and each day of Sleep over the nights."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (*axes, matrix) = plt.subplots(1, 3, figsize=(13.6, 4.4), width_ratios=(1, 1, 0.95))
-    # Without the greens, which are Sleep's. A method has its own, whoever else is there.
+    # Without the greens, which are Sleep's. A method's colour does not depend on the other methods.
     colours = plt.get_cmap("tab20")([n for n in range(20) if n not in (4, 5)])
     for method, seeds in chains(nights).items():
         number, strong = ORDER.index(method), method == "seeding"
@@ -182,7 +187,7 @@ def draw(nights: int, path: Path) -> None:
 
 
 def _days(axis: Any, lived: list[list[Any]]) -> None:
-    """Recall of day i after night j, a mean over chains."""
+    """Draw the recall of day i after night j, as a mean over chains."""
     from matplotlib.patches import Rectangle
 
     axis.set_title(f"{title('seeding')}: recall of each day (%)", fontsize=10)

@@ -1,25 +1,24 @@
-"""What only a GPU shows: the learner's share of the card, the losses, updates and roll-outs there.
+"""Measurements on a GPU: utilisation by the learner, the losses, weight updates and roll-outs.
 
     python benchmarks/gpu.py                        all of it, on one GPU of 80 GB
     python benchmarks/gpu.py --parts learner losses
 
-    limits     what the card can do: a bfloat16 matrix product, a copy on it, a copy onto it
-    learner    ``Learner`` on ZeRO-3 in bfloat16 (float32 master weights) beside the bare loop of
+    limits     limits of the card: a bfloat16 matrix product, a copy on it, a copy onto it
+    learner    ``Trainer`` on ZeRO-3 in bfloat16 (float32 master weights) beside the bare loop of
                ``learner.py``, whose weights and optimiser are bfloat16 alone; both in turn. The
                model FLOPs of a step, by its wall time, as a share of the measured matrix product
     losses     ``seeding_memory.py``'s variants in bfloat16: bytes allocated at the peak, seconds,
-               and how far the loss is off what it is in float32
-    updates    ``EnginePool.publish`` of a whole model into a vLLM engine, up to its certificate with a
-               canary that both sides scored, against a raw copy of the same bytes: onto the GPU
+               and the deviation of the loss from float32
+    updates    ``EnginePool.publish`` of a whole model into a vLLM engine, up to its receipt with a
+               canary that both sides score, against a raw copy of the same bytes: onto the GPU
                for weights in the host's memory, within it for ``ipc``
     rollout    ``rollout.py``'s comparison, by wall time: engine and ``AsyncLLM`` side by side
 
-The models are shaped like Qwen2.5-0.5B and Llama-3.2-1B, with random weights. Model FLOPs count
-what the mathematics needs and nothing that is computed again: for a trained matrix 6 per
-parameter and token, for a frozen one 4 (its gradient is not needed), for the head the same over
-response tokens alone, and causal attention. Intervals are 95 %. Results go to
-``benchmarks/results/gpu.json``, line by line; a part that was not asked for is left as it is there.
-Starting an engine takes a minute or more, compiling it included.
+The models have the shapes of Qwen2.5-0.5B and Llama-3.2-1B, with random weights. Model FLOPs
+exclude recomputation: 6 per token and trained matrix parameter, 4 per frozen one (it needs no
+gradient), the same for the head over response tokens alone, and causal attention. Intervals are
+95 %. Results go to ``benchmarks/results/gpu.json``, line by line; lines of parts that do not run
+stay there. Starting an engine takes a minute or more, including compilation.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ WIDTH = 64
 
 
 def make_model(name: str, directory: Path, seed: int = 0) -> Path:
-    """Random bfloat16 weights, embeddings and head tied as in the models it is shaped like."""
+    """Write a model with random bfloat16 weights; embeddings and head are tied as in the original."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     if not (directory / "config.json").is_file():
@@ -91,7 +90,7 @@ def make_model(name: str, directory: Path, seed: int = 0) -> Path:
 
 
 def seconds(work: Callable[[], Any], repeats: int = 10) -> list[float]:
-    """Of each repeat, after one that is not counted."""
+    """Time each repeat, after one that is not counted."""
     found = []
     for _ in range(repeats + 1):
         torch.cuda.synchronize()
@@ -103,7 +102,7 @@ def seconds(work: Callable[[], Any], repeats: int = 10) -> list[float]:
 
 
 def products() -> list[float]:
-    """TFLOP/s of a bfloat16 matrix product on random numbers."""
+    """Measure the TFLOP/s of a bfloat16 matrix product on random numbers."""
     n = 8192
     left, right = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return [2 * n**3 / 1e12 / s for s in seconds(lambda: left @ right)]
@@ -113,6 +112,7 @@ def products() -> list[float]:
 
 
 def limits(_: Path) -> Iterator[dict[str, Any]]:
+    """Measure the limits of the card."""
     nbytes = 2 << 30
     there = torch.empty(2, nbytes, device="cuda", dtype=torch.uint8)
     here = torch.zeros(nbytes, dtype=torch.uint8)
@@ -129,20 +129,27 @@ def limits(_: Path) -> Iterator[dict[str, Any]]:
 
 
 def model_flops(config: dict[str, int], rows: int, trained: bool) -> float:
-    """Of one step on ``rows`` texts. trained: all but the tied embeddings; else an expert alone."""
+    """Count the model FLOPs of one step.
+
+    Args:
+        config: Shape of the model.
+        rows: Number of texts.
+        trained: Whether all parameters but the tied embeddings are trained; else an expert alone.
+    """
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     wide = config["intermediate_size"] + WIDTH
     shared = 1 + config["num_key_value_heads"] / config["num_attention_heads"]
     body = layers * (hidden * hidden * 2 * shared + 3 * hidden * wide)
     grown = body if trained else layers * 3 * hidden * WIDTH
     length = PROMPT + RESPONSE
-    # Scores and their use, 2 FLOPs each, over half the square; twice that for the gradient.
+    # Scores and weighted values, 2 FLOPs each, over half the square; twice that for the gradient.
     attention = 3 * layers * 2 * 2 * hidden * length / 2
     head = 4 * hidden * config["vocab_size"]
     return rows * (length * (4 * body + 2 * grown + attention) + RESPONSE * head)
 
 
 def learner(work: Path) -> Iterator[dict[str, Any]]:
+    """Measure steps of the learner and of the bare loop, in turn."""
     peak = max(products()) * 1e12
     for name, trained in (("0.5B", "all"), ("0.5B", "expert"), ("1.2B", "all"), ("1.2B", "expert")):
         wide = work / f"wide-{name}"
@@ -155,7 +162,7 @@ def learner(work: Path) -> Iterator[dict[str, Any]]:
             total_steps=10**9, gpu=True, micro_batch_tokens=ROWS * (PROMPT + RESPONSE) // 4,
         )  # fmt: skip
         ours, theirs = Team(Zero, made, rows), Team(Bare, made, rows)
-        # The bare loop has no float32 copy of its weights, so the two drift apart.
+        # The bare loop has no float32 master weights, so the losses diverge slowly.
         steps = compare(ours, theirs, PAIRS, tolerance=0.1)
         flops = model_flops(SHAPES[name], ROWS, trained == "all")
         tokens = ROWS * (PROMPT + RESPONSE)
@@ -177,6 +184,7 @@ def learner(work: Path) -> Iterator[dict[str, Any]]:
 
 
 def losses(_: Path) -> Iterator[dict[str, Any]]:
+    """Measure memory, time and error of the distillation losses."""
     options = Namespace(positions=8192, hidden=1536, beta=0.5)
     known = seeding_memory.trl_version() is not None
     for vocabulary in (32_000, 151_936):
@@ -195,6 +203,7 @@ def losses(_: Path) -> Iterator[dict[str, Any]]:
 
 
 def one_loss(variant: str, vocabulary: int, options: Namespace) -> dict[str, Any]:
+    """Measure one variant of the loss: peak bytes, seconds, the loss, and its float32 reference."""
     loss = seeding_memory.maker(variant)(options.beta)
     student, teacher, head, top = seeding_memory.inputs(
         options.positions, options.hidden, vocabulary, variant.endswith("top-k"),
@@ -209,7 +218,7 @@ def one_loss(variant: str, vocabulary: int, options: Namespace) -> dict[str, Any
         value.backward()
 
     run()
-    # What it would be without bfloat16's rounding of the logits.
+    # The reference value, without bfloat16's rounding of the logits.
     student_NH, teacher_NH, head_VH = (part.detach().float() for part in (student, teacher, head))
     exact = float(seeding_memory.chunked(options.beta)(student_NH, teacher_NH, head_VH, top))
     del student_NH, teacher_NH, head_VH
@@ -227,6 +236,7 @@ def one_loss(variant: str, vocabulary: int, options: Namespace) -> dict[str, Any
 
 @contextmanager
 def an_engine(checkpoint: Path, delivery: TransportConfig) -> Iterator[EnginePool]:
+    """Start one engine on half of the GPU."""
     options = EngineOptions(
         model=str(checkpoint), dtype="bfloat16", max_length=512, threads=2, memory_gb=1.0, gpu=True,
         gpu_utilization=0.3, seed=0, transport=delivery,
@@ -240,7 +250,7 @@ def an_engine(checkpoint: Path, delivery: TransportConfig) -> Iterator[EnginePoo
 
 
 def updates(work: Path) -> Iterator[dict[str, Any]]:
-    """The engine starts with other weights than it is sent, so the canary tells."""
+    """Time weight updates; the engine starts with other weights, so the canary detects a failed update."""
     first, second = make_model("0.5B", work / "0.5B"), make_model("0.5B", work / "other", seed=1)
     canary = a_canary(second)
     here = dict(all_tensors(second))
@@ -280,6 +290,7 @@ def updates(work: Path) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def a_canary(checkpoint: Path) -> Canary:
+    """Compute a canary of a checkpoint with transformers."""
     from transformers import AutoModelForCausalLM
 
     ids = list(range(100, 164))
@@ -290,6 +301,7 @@ def a_canary(checkpoint: Path) -> Canary:
 
 
 def rollouts(work: Path) -> Iterator[dict[str, Any]]:
+    """Measure roll-outs through the actor group and with vLLM alone."""
     checkpoint = make_model("0.5B", work / "0.5B")
     setting = rollout.Setting("0.5B", "bfloat16", 256, 256, PAIRS, gpu=True)
     with cluster(ResourcesConfig()):
@@ -391,7 +403,7 @@ def main() -> None:
                     rows.append(row)
                     found[name] = rows
                     save("gpu", found, given.output)
-            except Exception:  # the other parts do not depend on it
+            except Exception:  # the other parts are independent
                 traceback.print_exc()
                 failed.append(name)
             torch.cuda.empty_cache()

@@ -1,34 +1,35 @@
-"""GRPO with sleepRL's parts against TRL's GRPOTrainer: seconds per step, and to a reward.
+"""Compares GRPO on sleepRL's parts with TRL's GRPOTrainer: seconds per step, and to a reward.
 
     pip install --no-deps --target trl trl datasets pandas dill multiprocess xxhash httpx \\
         httpcore h11 anyio fsspec
     PYTHONPATH=trl python benchmarks/grpo_vs_trl.py         table, JSON (two idle cores; 35 minutes)
-    PYTHONPATH=trl python benchmarks/grpo_vs_trl.py --full  answers of 64 tokens all (25 minutes)
+    PYTHONPATH=trl python benchmarks/grpo_vs_trl.py --full  all answers have 64 tokens (25 minutes)
 
-All train all parameters of the embedded model in float32 on the same prompts in the same order,
-which are those of dreaming: to write a question and its answer about a document in sight. A
-step has 4 prompts with 8 answers each of at most 64 tokens, temperature 1, advantages scaled
+All runs train all parameters of the embedded model in float32 on the same prompts in the same
+order. The prompts are those of dreaming: write a question and its answer about a given document.
+A step has 4 prompts with 8 answers each of at most 64 tokens, temperature 1, advantages scaled
 by group, a mean over the batch's tokens, no KL term, AdamW at the same constant rate, and one
-optimiser step per batch. The reward of an answer is the share of its tokens whose id is
-even, of which a model knows nothing before.
+optimiser step per batch. The reward of an answer is the share of its tokens whose id is even,
+which the untrained model does not favour.
 
-    decoupled    a ``EnginePool`` of one vLLM engine, a ``Trainer`` on ZeRO-3 in the driver, and
+    decoupled    an ``EnginePool`` of one vLLM engine, a ``Trainer`` on ZeRO-3 in the driver, and
                  ``publish`` with its canary after each step, while the engine already writes the
-                 next step's answers: these are of the policy one update back, or partly of it.
-                 Each has a core
+                 next step's answers: all or part of their tokens are one update old.
+                 Each side has a core
     synchronous  the same, taking turns on both cores; policies are never stale
-    trl          ``GRPOTrainer`` as it is on a machine without a GPU: answers by transformers'
-                 ``generate`` with its KV cache, no gradient checkpointing; on both cores
+    trl          ``GRPOTrainer`` with its defaults on a machine without a GPU: answers by
+                 transformers' ``generate`` with its KV cache, no gradient checkpointing; on both
+                 cores
 
-Each run is a process of its own; runs of a seed stand side by side, and who begins changes
-from seed to seed. Seconds are by the clock, from the second step on, so starting up is left out
-for all; CPU seconds of a run's whole process tree are beside them. The time to the reward ends
-with the first step at which the mean reward of the last five has reached it; a seed counts where both
-sides get there. How long answers become differs from run to run, whoever trains, and with it
-what a step costs; so steps whose answers have about the same mean length stand beside each other
-too, and with ``--full`` none can end before its last token: the model's end of a turn is for all
-a token that it never writes. Wanted: at least 2 times faster. Without TRL its column is empty.
-Results go to ``benchmarks/results/grpo_vs_trl.json``, or to ``grpo_vs_trl-full.json``.
+Each run is a process of its own. The runs of a seed are compared with each other, and their order
+changes from seed to seed. Seconds are wall-clock, from the second step on, which excludes the
+start; the CPU seconds of a run's whole process tree are reported beside them. The time to the
+reward ends with the first step at which the mean reward of the last five steps has reached it; a
+seed counts if both sides reach it. The length of answers varies between runs of either side, and
+with it the cost of a step. So steps are also compared by mean length of their answers, and with
+``--full`` all answers have full length: the end-of-turn token is one that the model never writes.
+Target: at least 2 times faster. Without TRL its column is empty. Results go to
+``benchmarks/results/grpo_vs_trl.json``, or to ``grpo_vs_trl-full.json``.
 """
 
 from __future__ import annotations
@@ -59,16 +60,16 @@ from sleeprl.utils.machine import available_cpus
 from sleeprl.worlds.people import documents, fresh_people
 
 PROMPTS, GROUP, MAX_TOKENS = 4, 8, 64
-# At twice the rate the reward comes sooner, but policies are lost on the way, ours and TRL's.
+# At twice the rate the reward rises faster, but some runs collapse, ours and TRL's.
 RATE = 5e-4
 REWARD, WINDOW = 0.8, 5
 LENGTHS = ((0, 40), (40, 56), (56, 64))
-"""Mean tokens of a step's answers: more than, up to."""
+"""Ranges of the mean length of a step's answers in tokens: above, up to."""
 CORES, SEEDS = 2, 6
 
 
 def model_for(full: bool, place: str) -> Path:
-    """The embedded model; full: a copy of it in ``place`` to which padding is the end of a turn."""
+    """Return the embedded model; if ``full``, a copy in ``place`` with padding as its end of a turn."""
     if not full:
         return EMBEDDED
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,22 +84,19 @@ def model_for(full: bool, place: str) -> Path:
 
 
 def asked() -> list[str]:
-    """What dreaming asks: a question and its answer about a document of two people."""
+    """Return the prompts of dreaming: a question and its answer about a document of two people."""
     found = documents(fresh_people(0, 120), 0, 2)
     return [with_experience(document["text"], STUDY_QA) for document in found]
 
 
 def reward(token_ids: Sequence[int], end: int) -> float:
+    """Compute the share of even token ids, without the end of the turn."""
     kept = [token for token in token_ids if token != end]
     return fmean(token % 2 == 0 for token in kept) if kept else 0.0
 
 
 class Clock:
-    """One entry per step: its reward, the mean length of its answers in tokens, and wall and CPU
-    seconds since the step before it.
-
-    ``lap`` notes the wall seconds of a part of the step: for ``generate``, of waiting for it.
-    """
+    """Records each step: reward, mean length of the answers in tokens, wall and CPU seconds."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -106,9 +104,11 @@ class Clock:
         self.laps: dict[str, float] = {}
 
     def lap(self, part: str) -> None:
+        """Record the wall seconds of a part of the step; for ``generate``, those of waiting for it."""
         self.laps[part] = time.monotonic() - self.last[0] - sum(self.laps.values())
 
     def tick(self, rewarded: float, tokens: float) -> None:
+        """Record the end of a step."""
         now = time.monotonic(), cpu_seconds(None)
         wall, cpu = (b - a for a, b in zip(self.last, now, strict=True))
         self.steps.append(
@@ -118,7 +118,7 @@ class Clock:
 
 
 def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str, float]]:
-    """ahead: the engine writes the next step's answers while the learner learns from these."""
+    """Train with sleepRL; ``ahead``: generation of the next step overlaps with training on this one."""
     import torch.distributed as dist
 
     from sleeprl.algorithms.base import RewardBatch
@@ -146,7 +146,7 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
         pool = EnginePool.launch(1, options, cpus=0, gpus=0)
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=0, world_size=1)
-        # A cosine so long that the rate is constant.
+        # With so long a cosine, the rate is constant.
         learner = Trainer(
             TrainerOptions(model, None, "float32", seed, RATE, total_steps=10**9, threads=threads)
         )
@@ -156,7 +156,7 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
         loss = LossOptions(algorithm=DAPO(filter_zero_std=False))
 
         def ask(step: int) -> tuple[list[list[int]], PendingResults]:
-            """Begin a step's answers: its prompts, each as often as a group has members."""
+            """Start the generation of a step's answers; each prompt is repeated for its group."""
             numbers = range(step * PROMPTS, (step + 1) * PROMPTS)
             repeated = [prompts[n % len(prompts)] for n in numbers for _ in range(GROUP)]
             sampling = [SamplingParams(MAX_TOKENS, 1.0, rng.randrange(2**31)) for _ in repeated]
@@ -191,6 +191,7 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
 
 
 def by_trl(seed: int, steps: int, full: bool) -> list[dict[str, float]]:
+    """Train with TRL; the result is that of ``by_sleeprl``: the entries of a ``Clock``."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -243,6 +244,7 @@ RUNS: dict[str, Callable[[int, int, bool], list[dict[str, float]]]] = {
 
 
 def in_fresh_process(name: str, seed: int, steps: int, full: bool) -> list[dict[str, float]]:
+    """Run one training in a fresh process; returns the entries of its ``Clock``."""
     words = [sys.executable, __file__, "--run", name, "--seed", str(seed), "--steps", str(steps)]
     words += ["--full"] * full
     quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
@@ -256,13 +258,14 @@ def in_fresh_process(name: str, seed: int, steps: int, full: bool) -> list[dict[
 def per_step(
     steps: Sequence[dict[str, float]], clock: str, least: float = 0, most: float = MAX_TOKENS
 ) -> float | None:
-    """Mean seconds of the steps whose answers are that long; None: there are fewer than three."""
+    """Compute the mean seconds of steps with answers of such length; None for fewer than three steps."""
     found = [step[clock] for step in steps[1:] if least < step["tokens"] <= most]
     return fmean(found) if len(found) > 2 else None
 
 
 def to_reward(steps: Sequence[dict[str, float]], clock: str) -> float | None:
-    """Seconds until the mean reward of ``WINDOW`` steps has reached ``REWARD``; None: it has not."""
+    """Compute the seconds until the mean reward of ``WINDOW`` steps reaches ``REWARD``; None if it
+    does not."""
     for end in range(WINDOW, len(steps) + 1):
         if fmean(step["reward"] for step in steps[end - WINDOW : end]) >= REWARD:
             return sum(step[clock] for step in steps[1:end])
@@ -270,8 +273,8 @@ def to_reward(steps: Sequence[dict[str, float]], clock: str) -> float | None:
 
 
 def figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds per step and to the reward of each run, by the clock and of CPU, and how many times
-    faster than TRL ours are."""
+    """Compute seconds per step and to the reward of each run, wall-clock and CPU, and our speed-up
+    over TRL."""
     made: dict[str, Any] = {}
     for clock in ("wall", "cpu"):
         for what, of in (

@@ -1,24 +1,24 @@
-"""Tokens per second of the learner against a bare PyTorch loop, and what a second rank costs.
+"""Tokens per second of the learner against a bare PyTorch loop, and the scaling to a second rank.
 
     python benchmarks/learner.py                    table, JSON (5 GB of memory; 20 minutes)
     python benchmarks/learner.py --quick            the embedded model alone, few steps
 
-The bare loop is what one would write without a framework: the model from transformers,
-``zero_grad``, forward, loss, ``backward``, ``clip_grad_norm_``, AdamW. Both train the same
-parameters in the same number format with the same loss function (GRPO's policy gradient) on
-the same padded batches; that the losses of both stay together over all steps is checked. Each
-row has a prompt of its own: what the learner saves on shared ones is in ``grpo_vs_trl.py``.
+The bare loop uses no framework: the model from transformers, ``zero_grad``, forward, loss,
+``backward``, ``clip_grad_norm_``, AdamW. Both sides train the same parameters in the same number
+format with the same loss function (GRPO's policy gradient) on the same padded batches; the
+benchmark checks that their losses agree at all steps. Each row has a prompt of its own:
+``grpo_vs_trl.py`` measures what the learner saves on shared prompts.
 
     one rank   ``Trainer`` on DeepSpeed ZeRO-3 beside the bare loop, a process each with one
-               thread, which take turns step by step, the first two uncounted. Compared is
-               their CPU time, so that what else runs on the machine does not count. Wanted on
-               the 135 M model: at least 0.95 of the bare loop's tokens per second.
+               thread; they alternate step by step, and the first two steps are not counted.
+               Compared is their CPU time, so other load on the machine does not count. Target
+               on the 135 M model: at least 0.95 of the bare loop's tokens per second.
     two ranks  two processes with one thread on a core of their own, against one rank with the
-               whole batch, turn by turn, in wall time; 1.0 is twice as fast as one rank. Wants
-               two idle cores, and is left out where there is one.
+               whole batch, turn by turn, in wall time; 1.0 is twice as fast as one rank. It
+               needs two idle cores, and is skipped on one.
 
-135 M is SmolLM2-135M (``sleeprl models``), fetched the first time. ``all`` trains every
-parameter but tied embeddings, ``expert`` a newborn expert of width 64. Results go to
+135 M is SmolLM2-135M (``sleeprl models``), downloaded on first use. ``all`` trains every parameter
+but tied embeddings, ``expert`` a newly initialised expert of width 64. Results go to
 ``benchmarks/results/learner.json``.
 """
 
@@ -59,13 +59,13 @@ PARTS = {"dream": LossWeights(pg=1.0)}
 LOSS = LossOptions()
 PROMPT, RESPONSE = 32, 64
 WARM_UP = 2
-"""Steps that are not counted: ZeRO-3 traces the model's modules in the first, and lays out by it what
-it fetches ahead in the second."""
+"""Steps that are not counted: in the first, ZeRO-3 traces the model's modules; in the second, it
+plans its prefetching from the trace."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the table."""
+    """A row of the table."""
 
     model: str
     trained: str
@@ -74,6 +74,7 @@ class Setting:
 
     @property
     def tokens(self) -> int:
+        """Tokens of a step."""
         return self.rows * (PROMPT + RESPONSE)
 
 
@@ -88,7 +89,7 @@ QUICK = (Setting("embedded", "all", 8, 3),)
 def batch(
     setting: Setting, vocabulary: int, prompt: int = PROMPT, response: int = RESPONSE
 ) -> list[TrainingExample]:
-    """Random rows of one length: no padding, so a token is a token for everybody."""
+    """Draw random rows of one length; without padding, both sides count the same tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> list[int]:
@@ -101,12 +102,13 @@ def batch(
 
 
 def options(checkpoint: str, setting: Setting) -> TrainerOptions:
+    """Build the options of both sides."""
     slot = None if setting.trained == "all" else 0
     return TrainerOptions(checkpoint, slot, "float32", 0, 1e-4, total_steps=10**9)
 
 
 class Bare:
-    """The loop without a framework."""
+    """The training loop without a framework."""
 
     def __init__(self, options: TrainerOptions) -> None:
         self.device = torch.device("cuda" if options.gpu else "cpu")
@@ -129,7 +131,7 @@ class Bare:
         )
 
     def step(self, rows: Sequence[TrainingExample]) -> float:
-        """In micro-batches of as many rows as fit, which are all of one length."""
+        """Do one step, in micro-batches of as many rows as fit; all rows have one length."""
         counts_P3 = token_counts(
             PARTS, ["dream"] * len(rows), [len(row.response_ids) for row in rows]
         )
@@ -155,7 +157,7 @@ class Bare:
 
 
 class Zero:
-    """A rank of the real thing."""
+    """A rank of the learner."""
 
     def __init__(self, options: TrainerOptions) -> None:
         self.learner = Trainer(options)
@@ -168,7 +170,7 @@ def serve(
     pipe: Any, kind: type[Bare | Zero], made: TrainerOptions, rows: Sequence[TrainingExample],
     address: str, rank: int, world: int, core: int | None,
 ) -> None:  # fmt: skip
-    """A process that does one step for each word it gets, and tells wall and CPU seconds and loss."""
+    """Do one step for each message; send back wall seconds, CPU seconds and loss. Runs in a process."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
@@ -188,14 +190,14 @@ def serve(
 
 
 class Team:
-    """The processes of one contestant, which step together."""
+    """The processes of one side, which step together."""
 
     def __init__(
         self, kind: type[Bare | Zero], made: TrainerOptions, rows: Sequence[TrainingExample],
         cores: Sequence[int | None] = (None,),
     ) -> None:  # fmt: skip
         spawn, self.gpu = mp.get_context("spawn"), made.gpu
-        # By a file: a port that is free now may not be when the processes have started.
+        # Rendezvous by file: a port that is free now may be taken when the processes have started.
         self.meeting = tempfile.TemporaryDirectory()
         address = f"file://{self.meeting.name}/ranks"
         pairs = [spawn.Pipe() for _ in cores]
@@ -211,11 +213,11 @@ class Team:
         for process in self.processes:
             process.start()
         for _, theirs in pairs:
-            theirs.close()  # so that a process that dies is heard of
+            theirs.close()  # else recv would not raise EOFError when a process dies
         assert all(pipe.recv() == "ready" for pipe in self.pipes)
 
     def step(self) -> tuple[float, float, float]:
-        """Wall seconds, CPU seconds of all processes, loss."""
+        """Do one step; returns wall seconds, CPU seconds of all processes, and the loss."""
         for pipe in self.pipes:
             pipe.send(True)
         try:
@@ -227,7 +229,7 @@ class Team:
         return max(wall), sum(cpu), loss[0]
 
     def end(self) -> int | None:
-        """Returns the most bytes that the first had on its GPU, if it has one."""
+        """End the processes; returns the peak GPU memory of the first in bytes, if it has a GPU."""
         for pipe in self.pipes:
             pipe.send(False)
         most: int | None = self.pipes[0].recv() if self.gpu else None
@@ -240,9 +242,19 @@ class Team:
 def compare(
     ours: Team, theirs: Team, pairs: int, tolerance: float = 0.02
 ) -> dict[str, list[float]]:
-    """Steps in turn, of which the first ones of each are not counted; who begins changes each time.
+    """Run steps of both sides in turn; the first side alternates, and the first steps are not counted.
 
-    tolerance: by how much their losses may differ.
+    Args:
+        ours: One side.
+        theirs: The other side.
+        pairs: Number of counted steps of each.
+        tolerance: Largest absolute difference of their losses.
+
+    Returns:
+        Wall seconds, CPU seconds and losses of each side.
+
+    Raises:
+        RuntimeError: The losses differ.
     """
     found: dict[str, list[float]] = {
         f"{who}_{what}": [] for who in ("ours", "theirs") for what in ("wall", "cpu", "loss")
@@ -260,6 +272,7 @@ def compare(
 
 
 def measure(setting: Setting, checkpoint: str, cores: Sequence[int]) -> dict[str, Any]:
+    """Measure a row of the table."""
     import json
 
     vocabulary = json.loads((Path(checkpoint) / "config.json").read_text())["vocab_size"]

@@ -1,15 +1,14 @@
-"""One night over several seeds: what Sleep remembers, what it forgets, against other methods.
+"""One night over several seeds: recall and retention of Sleep against other methods.
 
     python benchmarks/night.py                      nights of seeds 0 1 2: table, JSON, picture
     python benchmarks/night.py --tune               the baseline's learning rate, on other seeds
 
-Each seed has fresh people, so the nights are independent. A seed's night is what ``sleeprl night``
-runs, with plain fine-tuning; a second one of the same day has no dreams, and the methods of a fixed
-capacity that learn from a self-study as Sleep does. Intervals are 95 % (Student's t over seeds);
-comparisons are paired by seed. The trade-off of a model is the harmonic mean of its recall and of
-the share of old knowledge it kept.
-Results go to ``benchmarks/results/night.json`` and ``night.svg``; tuning to
-``night-tuning.json``.
+Each seed has fresh people, so the nights are independent. A seed's night is that of ``sleeprl
+night``, with plain fine-tuning as a baseline. A second night of the same day has no dreams, and the
+methods of a fixed capacity that learn from a self-study as Sleep does. Intervals are 95 %
+(Student's t over seeds); comparisons are paired by seed. The trade-off of a model is the harmonic
+mean of its recall and of the share of old knowledge that it retains. Results go to
+``benchmarks/results/night.json`` and ``night.svg``; tuning to ``night-tuning.json``.
 """
 
 from __future__ import annotations
@@ -45,11 +44,12 @@ TUNING_SEEDS = (100, 101)
 
 
 def traded(state: dict[str, Any], before: dict[str, Any]) -> float:
+    """Compute the trade-off of a state against the state before the night."""
     return trade_off(state["recall"], state["retention"], before["retention"])
 
 
 def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict[str, Any]:
-    """Run one night per seed and put their figures together."""
+    """Run one night per seed, and combine their figures."""
     summaries = []
     with tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch:
 
@@ -101,7 +101,7 @@ def nights(seeds: Sequence[int], words: Sequence[str], console: Console) -> dict
 def tune_baseline(
     rates: Sequence[float], seeds: Sequence[int], tokens: int, words: Sequence[str]
 ) -> dict[str, Any]:
-    """The trade-off of fine-tuning on ``tokens`` at each rate, on seeds that are not reported."""
+    """Measure the trade-off of fine-tuning on ``tokens`` at each rate, on seeds that are not reported."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch:
         for seed in seeds:
@@ -161,7 +161,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Recall against retention of each state, one dot per seed and the mean."""
+    """Draw recall against retention of each state: one dot per seed, and the mean."""
     import matplotlib
 
     matplotlib.use("Agg")

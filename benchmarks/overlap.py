@@ -1,21 +1,21 @@
 """Idle time of dreaming's actors, decoupled against synchronous, with a core for each side.
 
     python benchmarks/overlap.py                    table, JSON (two idle cores; 10 minutes)
-    python benchmarks/overlap.py --quick            one pair of few updates, wherever it runs
+    python benchmarks/overlap.py --quick            one pair of few updates, on any machine
 
-The real pipeline on the embedded model: vLLM writes dreams, the scorer tries them, the ZeRO-3
-learner steps and publishes, 16 updates. It runs with ``staleness=0``, where engine and learner
-take turns, and with ``staleness=1``, where the next dreams are written while the learner
-learns from the last; the same tasks and seeds, one right after the other, and who begins
-changes from pair to pair. The engine has the first core, with the scorer and the rewards, which
-are on its side of the queue; the learner has the second.
+It runs the real pipeline on the embedded model: vLLM writes dreams, the scorer tries them, the
+ZeRO-3 learner steps and publishes, for 16 updates. With ``staleness=0`` engine and learner take
+turns; with ``staleness=1`` the next dreams are written while the learner trains on the last ones. A
+pair has the same tasks and seeds and runs back to back; the order changes from pair to pair. The
+engine has the first core, together with the scorer and the rewards, which are on its side of the
+queue; the learner has the second.
 
-    idle      share of the phase's wall time in which an actor had nothing to do, and for what
-              it waited: ``Waits.idle()``, what a night's report shows
+    idle      share of the phase's wall time in which an actor has nothing to do, by what it
+              waits for: ``Waits.idle()``, as in a night's report
     speed     updates per second, decoupled over synchronous, with its 95 % interval
 
-What can be gained is bounded: at most the shorter of the two sides' time per update. Starting
-up and a first batch of the engine are not in it. Results go to ``benchmarks/results/overlap.json``.
+The gain is bounded: it saves at most the shorter of the two sides' time per update. The start and a
+first batch of the engine are excluded. Results go to ``benchmarks/results/overlap.json``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SLOT_SEED = 7
 
 
 def prepare(place: Path) -> None:
-    """The embedded model with a newborn expert, and a lake with something to hold on to."""
+    """Write the embedded model with a newly initialised expert, and a lake with replay texts."""
     slots = widen(EMBEDDED, place / "model", 1, 64, "float32")
     model = load_training_form(place / "model", slots, torch.float32)
     grow(model, slots.width, SLOT_SEED, 0)
@@ -85,7 +85,7 @@ def prepare(place: Path) -> None:
 
 
 def pin(pids: Collection[int], core: int) -> None:
-    """Every thread of these processes and of those below them."""
+    """Pin every thread of these processes and of their descendants to a core."""
     for pid in pids:
         process = psutil.Process(pid)
         for each in [process, *process.children(recursive=True)]:
@@ -96,7 +96,7 @@ def pin(pids: Collection[int], core: int) -> None:
 def dream(
     config: NightConfig, pool: EnginePool, place: Path, run_dir: Path, cores: Sequence[int]
 ) -> dict[str, Any]:
-    """One phase of dreaming on fresh learners: seconds, and idle seconds of each actor by kind."""
+    """Run one phase of dreaming on fresh learners; returns seconds, and idle seconds by actor and kind."""
     people = fresh_people(0, 20)
     told = documents(people, 0, 2)
     home = {name: number for number, each in enumerate(told) for name in each["people"]}
@@ -140,7 +140,7 @@ def dream(
 def measure(
     updates: int, pairs: int, cores: Sequence[int], console: Console
 ) -> list[dict[str, Any]]:
-    """One entry per pair: ``synchronous`` and ``decoupled``."""
+    """Measure pairs; each has ``synchronous`` and ``decoupled``."""
     found = []
     with tempfile.TemporaryDirectory(prefix="sleeprl-benchmark-") as scratch:
         place = Path(scratch)

@@ -4,24 +4,24 @@
     python benchmarks/rollout.py                    the same with all cores, in another JSON
     python benchmarks/rollout.py --quick            the small model alone, few requests
 
-    dreams   an ``ActorGroup`` of one ``VLLMEngine`` actor, asked as dreaming asks it: a call for
-             each group, whose trajectories (tokens, log-probabilities, policy versions) become
-             an Arrow batch of which the caller gets the reference
-    generate the same engine, asked as self-study and evaluation ask it: from prompts to
+    dreams   an ``ActorGroup`` of one ``VLLMEngine`` actor, called as dreaming calls it: once per
+             group, whose trajectories (tokens, log-probabilities, policy versions) become an
+             Arrow batch, of which the caller gets the reference
+    generate the same engine, called as self-study and evaluation call it: from prompts to
              completions in the caller's process
-    vllm     the ``AsyncLLM`` that a ``VLLMEngine`` makes (so its arguments are the same), in a
-             process of its own, and a loop over what it yields: no Ray, no version, and of the
-             outputs nothing is made but token ids
+    vllm     the ``AsyncLLM`` that a ``VLLMEngine`` creates (so its arguments are the same), in a
+             process of its own, and a loop over its outputs: no Ray, no version, and only the
+             token ids of the outputs
 
-Each batch has groups of eight requests for one prompt of 16 to 63 random tokens that nobody has
-seen before, and a seed for each. The models have random weights, in the shapes of the embedded
-model and of SmolLM2-135M: speed does not depend on the values, and such a model hardly ever ends
-a text before ``max_tokens``. Both engines stand side by side, one thread each, and take turns
-batch by batch; the same batch by all three is a pair of ratios. With one core for all, compared
-are tokens per CPU second of all processes of a side, the group's with all of Ray: that is the
-speed on a machine where nothing else runs. With more, Ray works beside the engine, and tokens per
-second by the clock say what that comes to; both are in both. Wanted: at least 0.95. Results go to
-``benchmarks/results/rollout.json``, of two cores to ``rollout-2-cores.json``.
+Each batch has groups of eight requests for one prompt of 16 to 63 random tokens, unseen before,
+with a seed for each request. The models have random weights, in the shapes of the embedded model
+and of SmolLM2-135M: speed does not depend on the values, and such a model hardly ever ends a text
+before ``max_tokens``. Both engines run side by side with one thread each, and alternate batch by
+batch; the same batch on all three is a pair of ratios. On one core, compared are tokens per CPU
+second of all processes of a side, for the group including all of Ray: that is the speed on an
+otherwise idle machine. With more cores, Ray works beside the engine, and the comparison is in
+tokens per wall-clock second; the results have both. Target: at least 0.95. Results go to
+``benchmarks/results/rollout.json``, on two cores to ``rollout-2-cores.json``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ OURS = ("dreams", "generate")
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the table."""
+    """A row of the table."""
 
     model: str
     dtype: str
@@ -79,7 +79,7 @@ QUICK = (Setting("embedded", "float32", 8, 16, 3),)
 
 
 def make_model(name: str, directory: Path) -> None:
-    """Random weights in the shape of ``name``, with a tokenizer that nobody uses."""
+    """Write a model with random weights in the shape of ``name``, and a tokenizer that is not used."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -96,7 +96,7 @@ def make_model(name: str, directory: Path) -> None:
 
 
 def draw(setting: Setting, number: int) -> Batch:
-    """The requests of batch ``number``."""
+    """Draw the requests of batch ``number``."""
     rng = random.Random(f"batch-{number}")
     prompts = [
         [rng.randrange(3, 3000) for _ in range(rng.randrange(16, 64))]
@@ -109,7 +109,7 @@ def draw(setting: Setting, number: int) -> Batch:
 
 
 def serve(pipe: Any, options: EngineOptions) -> None:
-    """vLLM alone: answers each batch with the tokens of its requests."""
+    """Serve vLLM alone: answers each batch with the tokens of its requests."""
 
     async def one(llm: Any, prompt: list[int], sampling: SamplingParams) -> list[int]:
         from vllm import SamplingParams
@@ -142,13 +142,14 @@ def serve(pipe: Any, options: EngineOptions) -> None:
 
 
 def timed(work: Callable[[], Any], spent: Callable[[], float]) -> dict[str, Any]:
+    """Time a call, by the clock and by the CPU seconds that ``spent`` returns."""
     wall, cpu = time.monotonic(), spent()
     written = work()
     return {"wall": time.monotonic() - wall, "cpu": spent() - cpu, "written": written}
 
 
 def by_rollouts(group: ActorGroup, batch: Batch) -> list[Any]:
-    """References to what was written, in the order of the groups."""
+    """Generate a batch as dreaming does; returns references to the groups' batches, in order."""
     prompts, sampling = batch
     for start in range(0, len(prompts), GROUP):
         uids = [f"dream-{start}-{number}" for number in range(GROUP)]
@@ -161,7 +162,7 @@ def by_rollouts(group: ActorGroup, batch: Batch) -> list[Any]:
     idle = 0.0
     while group.outstanding:
         ended = {int(each.tag): each.value.batch for each in group.ready_or_raise()}
-        time.sleep(idle := 0.0 if ended else min(0.02, idle + 0.001))  # as the pipeline looks
+        time.sleep(idle := 0.0 if ended else min(0.02, idle + 0.001))  # polls like the pipeline
         done |= ended
     return [done[start] for start in sorted(done)]
 
@@ -171,6 +172,7 @@ def tokens_of(batches: Sequence[Any]) -> list[list[int]]:
 
 
 def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
+    """Measure a row of the table."""
     options = EngineOptions(
         model=str(checkpoint), dtype=setting.dtype, max_length=512, threads=1, memory_gb=1.0,
         gpu=setting.gpu, gpu_utilization=0.4, seed=0,
@@ -178,8 +180,8 @@ def measure(setting: Setting, checkpoint: Path) -> dict[str, Any]:
     ours, theirs = get_context("spawn").Pipe()
     alone = get_context("spawn").Process(target=serve, args=(theirs, options))
     alone.start()
-    theirs.close()  # so that we hear if it dies
-    assert ours.recv() == "ready"  # two that start at once would measure each other's memory
+    theirs.close()  # else recv would not raise EOFError when it dies
+    assert ours.recv() == "ready"  # engines that start at once measure each other's memory
     pool = EnginePool.launch(1, options, cpus=0, gpus=0.5 * setting.gpu)
     group = pool.lease(setting.requests // GROUP)
 

@@ -3,30 +3,29 @@
     python benchmarks/seeding_memory.py             table, JSON, picture (Linux, 16 GB; 10 minutes)
     python benchmarks/seeding_memory.py --positions 768 --repeats 1
 
-The same tensors for every variant: hidden states of student and teacher and one frozen
-head, float32; forward and backward to the student's hidden states. Each measurement is
-a fresh process on one thread. The variants take turns, ``--repeats`` times, so each repeat has
-ratios of its own; the table has their means with 95 % intervals.
+Every variant gets the same tensors: hidden states of student and teacher and one frozen head,
+float32; forward and backward to the student's hidden states. Each measurement is a fresh process on
+one thread. The variants alternate, ``--repeats`` times, so each repeat has ratios of its own; the
+table has their means with 95 % intervals.
 
-    peak       most bytes alive at once beyond the inputs: the process's peak resident
-               size (Linux's VmHWM, reset before the pass) minus its size before, with
-               glibc told to give every tensor of 1 MiB and more a mapping of its own; the most of
-               the repeats
-    resident   the same in another pass, with the heap serving what is below 32 MiB, as
-               glibc does by itself: this has what the heap keeps and cannot reuse
-    seconds    CPU time of that second pass: what else runs on the machine does not count
+    peak       peak memory beyond the inputs: the process's peak resident size (Linux's VmHWM,
+               reset before the pass) minus its size before, with glibc set to give every tensor
+               of 1 MiB and more a mapping of its own; the maximum over the repeats
+    resident   the same in another pass, where the heap serves allocations below 32 MiB, as glibc
+               does by default: it includes memory that the heap retains and cannot reuse
+    seconds    CPU time of that second pass, so other load on the machine does not count
 
     naive            all logits, then JSD(beta) over the full vocabulary, in plain PyTorch
     chunked          ``chunked_values`` with our divergence
     trl-gkd          TRL's GKDTrainer.generalized_jsd_loss, on all logits
     trl-distillation the loss of TRL's DistillationTrainer, which is chunked too
-    naive-top-k      all logits, then JSD(beta) on the teacher's top 32 and a tail bin,
-                     the teacher's part given: what the learner trains with
+    naive-top-k      all logits, then JSD(beta) on the teacher's top 32 and a tail bin, with the
+                     teacher's part given: the loss that the learner trains with
     chunked-top-k    ``chunked_values`` with our divergence
 
-TRL is wanted by this benchmark only: ``pip install --no-deps trl datasets pandas dill
-multiprocess xxhash httpx httpcore h11 anyio fsspec``. Without it the two variants are
-left out. Results go to ``benchmarks/results/seeding_memory.json`` and ``.svg``.
+Only this benchmark needs TRL: ``pip install --no-deps trl datasets pandas dill multiprocess xxhash
+httpx httpcore h11 anyio fsspec``. Without it the two TRL variants are skipped. Results go to
+``benchmarks/results/seeding_memory.json`` and ``.svg``.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, TopK | None], Tensor]
 
 
 def naive(beta: float) -> Loss:
-    """What one writes first: log-probabilities over the vocabulary, the formula, and autograd."""
+    """Build the naive loss: log-probabilities over the vocabulary, the formula, and autograd."""
 
     def jsd(teacher_NK: Tensor, student_NK: Tensor) -> Tensor:
         mixture_NK = torch.logaddexp(teacher_NK + math.log(beta), student_NK + math.log1p(-beta))
@@ -85,6 +84,8 @@ def naive(beta: float) -> Loss:
 
 
 def chunked(beta: float) -> Loss:
+    """Build our chunked loss."""
+
     def loss(student_NH: Tensor, teacher_NH: Tensor, head_VH: Tensor, top: TopK | None) -> Tensor:
         def values(logits_nV: Tensor, part: slice) -> list[Tensor]:
             if top is not None:
@@ -99,6 +100,7 @@ def chunked(beta: float) -> Loss:
 
 
 def trl_gkd(beta: float) -> Loss:
+    """Build TRL's loss on all logits."""
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     def loss(student_NH: Tensor, teacher_NH: Tensor, head_VH: Tensor, top: TopK | None) -> Tensor:
@@ -114,6 +116,7 @@ def trl_gkd(beta: float) -> Loss:
 
 
 def trl_distillation(beta: float) -> Loss:
+    """Build TRL's chunked loss."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     def loss(student_NH: Tensor, teacher_NH: Tensor, head_VH: Tensor, top: TopK | None) -> Tensor:
@@ -128,12 +131,12 @@ MAKERS = {"trl-gkd": trl_gkd, "trl-distillation": trl_distillation}
 
 
 def maker(variant: str) -> Callable[[float], Loss]:
-    """What makes a variant's loss of beta."""
+    """Return the function from beta to a variant's loss."""
     return MAKERS.get(variant, chunked if variant.startswith("chunked") else naive)
 
 
 def measure(variant: str, vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One variant in this process: bytes, seconds, and what it computed."""
+    """Measure one variant in this process: bytes, seconds, and the loss and gradient norm."""
     torch.set_num_threads(1)
     loss = maker(variant)(options.beta)
     top_k = variant.endswith("top-k")
@@ -145,13 +148,13 @@ def measure(variant: str, vocabulary: int, options: argparse.Namespace) -> dict[
         value.backward()
         return value.item(), hidden.grad.norm().item()  # type: ignore[attr-defined]
 
-    run(inputs(8, options.hidden, 1000, top_k))  # the libraries' own first-use memory
+    run(inputs(8, options.hidden, 1000, top_k))  # allocates the libraries' first-use memory
     made = inputs(options.positions, options.hidden, vocabulary, top_k)
     found: dict[str, Any] = {}
     for name, threshold in (("peak_bytes", 2**20), ("resident_bytes", 2**25)):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold)
-        ctypes.CDLL(None).malloc_trim(0)  # what is free would be given back during the pass
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+        ctypes.CDLL(None).malloc_trim(0)  # else free memory might be returned during the pass
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
         before, began = _status("VmRSS"), time.process_time()
         found["loss"], found["gradient"] = run(made)
         found["seconds"] = time.process_time() - began
@@ -167,6 +170,7 @@ def inputs(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, TopK | None]:
+    """Create the inputs: student_NH with gradient, teacher_NH, head_VH, and the teacher's top 32 or None."""
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
     student, noise = (draw(positions, hidden) for _ in range(2))
@@ -182,7 +186,7 @@ def inputs(
 
 
 def _status(key: str) -> int:
-    """A size of this process from the kernel, in bytes."""
+    """Read a size of this process from the kernel, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
@@ -190,6 +194,7 @@ def _status(key: str) -> int:
 
 
 def in_fresh_process(variant: str, vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Run ``measure`` in a fresh process."""
     words = [sys.executable, __file__, "--measure", variant, "--vocabularies", str(vocabulary)]
     for name in ("positions", "hidden", "beta"):
         words += [f"--{name}", str(getattr(options, name))]
@@ -215,7 +220,7 @@ def in_fresh_process(variant: str, vocabulary: int, options: argparse.Namespace)
 def compare(
     variants: Sequence[str], options: argparse.Namespace, console: Console
 ) -> list[dict[str, Any]]:
-    """All rows, each with its ratios to the naive form of the same divergence."""
+    """Measure all variants, with ratios to the naive form of the same divergence."""
     rows = []
     for vocabulary in options.vocabularies:
         found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
@@ -231,7 +236,7 @@ def compare(
                         f"{variant} computes another {figure}: {runs} against {naive}"
                     )
             seconds, base = ([run["seconds"] for run in of] for of in (runs, naive))
-            # The most of the repeats: what is given back during a pass lowers its reading.
+            # The maximum of the repeats: memory that is returned during a pass lowers the reading.
             most, base_most = (
                 {name: max(run[name] for run in of) for name in ("peak_bytes", "resident_bytes")}
                 for of in (runs, naive)
@@ -282,7 +287,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Peak and time over the vocabulary, one line per variant."""
+    """Draw peak and time over the vocabulary, one line per variant."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,21 +1,20 @@
-"""How fast new weights get from one process into another, against a raw copy of the same bytes.
+"""Speed of weight transfer between processes, against a raw copy of the same bytes.
 
     python benchmarks/sync.py                             1 M to 500 M parameters: table and JSON
     python benchmarks/sync.py --sizes 1M 17M --no-engine  the transports alone
-    python benchmarks/sync.py --quick                     the smallest, transports alone, few repeats
+    python benchmarks/sync.py --quick                     the smallest, transports alone, few times
 
-Checkpoints are random and shaped like Llama's, in float32 as engines have them on CPUs, unless
-``--dtype`` says otherwise. *Transport* is all of pack, map, check and copy
-into place: from the sender's tensors to those of another process, which answers bucket by
-bucket; *mapped* leaves the last copy out, as an engine does that loads straight from the mapping.
-*Raw* is the least that two processes can do: one copies flat bytes into shared memory in pieces of
-a bucket's size, the other copies them out, with no names, no checks and an empty message for each
-piece. *Copy* is ``copy_`` of the same tensors within the sender, into memory that is there already. All on
-one thread, in turn, so that each repeat has its own ratio: of CPU seconds, of both processes
-together (on a busy machine the wall clock measures the others), and of wall-clock seconds.
-Intervals are 95 % (Student's t over repeats). *Into vLLM* is ``EnginePool.publish`` to one engine in a
-Ray actor: everything up to the certificate, with vLLM's own loading and repacking.
-Results go to ``benchmarks/results/sync.json``.
+Checkpoints are random and have the shape of Llama's. They are in float32, as in engines on CPUs,
+unless ``--dtype`` says otherwise. *Transport* includes packing, mapping, checking and copying into
+place: from the sender's tensors to those of another process, which answers bucket by bucket.
+*Mapped* omits the last copy, like an engine that loads straight from the mapping. *Raw* is the
+minimum for two processes: one copies flat bytes into shared memory in pieces of a bucket's size,
+the other copies them out, with no names, no checks and an empty message for each piece. *Copy* is
+``copy_`` of the same tensors within the sender, into allocated memory. All run on one thread, in
+turn, so each repeat has its own ratio: of CPU seconds of both processes together (on a busy machine
+the wall clock includes other load), and of wall-clock seconds. Intervals are 95 % (Student's t over
+repeats). *Into vLLM* is ``EnginePool.publish`` to one engine in a Ray actor: everything up to the
+receipt, with vLLM's own loading and repacking. Results go to ``benchmarks/results/sync.json``.
 """
 
 from __future__ import annotations
@@ -68,6 +67,7 @@ Weights = Mapping[str, Tensor]
 
 
 def write_checkpoint(size: str, dtype: str, directory: Path) -> None:
+    """Write a random checkpoint of a size."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     hidden, intermediate, layers, heads, vocabulary = SIZES[size]
@@ -87,7 +87,7 @@ def write_checkpoint(size: str, dtype: str, directory: Path) -> None:
     torch.set_default_dtype(getattr(torch, dtype))
     LlamaForCausalLM(config).save_pretrained(directory)
     torch.set_default_dtype(torch.float32)
-    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(directory)  # an engine wants one
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(directory)  # an engine needs one
     gc.collect()
 
 
@@ -95,7 +95,7 @@ def write_checkpoint(size: str, dtype: str, directory: Path) -> None:
 
 
 def receiver(pipe: Connection, shapes: Mapping[str, tuple[list[int], torch.dtype]]) -> None:
-    """The other process: maps each bucket and copies it into tensors of its own."""
+    """Receive weights in the other process: map each bucket and copy it into tensors of its own."""
     torch.set_num_threads(1)
     place = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     pieces, whole = [], torch.zeros(0, dtype=torch.uint8)
@@ -104,7 +104,7 @@ def receiver(pipe: Connection, shapes: Mapping[str, tuple[list[int], torch.dtype
         if told is None:
             pipe.send({name: checksum(tensor) for name, tensor in place.items()})
             return
-        if isinstance(told, list):  # the segments of *raw*, and the bytes in all
+        if isinstance(told, list):  # the segments of *raw*, and the total bytes
             pieces = [flat(Mapped(path, BUCKET_BYTES).storage) for path in told[:-1]]
             whole = torch.zeros(told[-1], dtype=torch.uint8)
             continue
@@ -122,7 +122,7 @@ def receiver(pipe: Connection, shapes: Mapping[str, tuple[list[int], torch.dtype
 
 @contextmanager
 def receiving(weights: Weights) -> Iterator[Connection]:
-    """A receiver; at the end what it holds must be the weights."""
+    """Start a receiver; at the end, check that it has the weights."""
     here, there = mp.get_context("spawn").Pipe()
     shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
     process = mp.get_context("spawn").Process(target=receiver, args=(there, shapes))
@@ -140,8 +140,10 @@ def receiving(weights: Weights) -> Iterator[Connection]:
 def sender(
     transport: WeightTransport, weights: Weights, pipe: Connection, *, copying: bool
 ) -> Callable[[], float]:
+    """Return a function that sends the weights; it returns the receiver's CPU seconds so far."""
+
     def send() -> float:
-        """Returns the receiver's CPU seconds so far."""
+        """Send the weights once; returns the receiver's CPU seconds so far."""
         transport.begin(1)
         loading = False
         for info in transport.buckets(weights.items()):
@@ -157,10 +159,12 @@ def sender(
 
 
 def flat(storage: torch.UntypedStorage) -> Tensor:
+    """View a storage as flat bytes."""
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
 
 
 def raw_sender(nbytes: int, pipe: Connection) -> Callable[[], float]:
+    """Return a function that sends flat bytes; it returns the receiver's CPU seconds so far."""
     segments = [Segment(BUCKET_BYTES) for _ in range(2)]
     pieces = torch.ones(nbytes, dtype=torch.uint8).split(BUCKET_BYTES)
     pipe.send([*(segment.path for segment in segments), nbytes])
@@ -178,6 +182,7 @@ def raw_sender(nbytes: int, pipe: Connection) -> Callable[[], float]:
 
 
 def seconds(work: Callable[[], Any]) -> float:
+    """Time one call, in wall-clock seconds."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -186,9 +191,10 @@ def seconds(work: Callable[[], Any]) -> float:
 def measure_transports(
     weights: Weights, directory: Path, repeats: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """CPU and wall-clock seconds by transport and of ``copy``, one pair per repeat.
+    """Measure CPU and wall-clock seconds of each transport and of ``copy``, one pair per repeat.
 
-    Files have rounds and a copy of their own: the kernel goes on writing them, beside what comes next.
+    Files are measured in rounds and with a copy of their own, because the kernel writes them to
+    disk during what comes next.
     """
     target = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
 
@@ -200,7 +206,7 @@ def measure_transports(
     for kinds in (("copy", "shared_memory", MAPPED, RAW), (COPY_BESIDE_DISK, "disk")):
         with receiving(weights) as pipe:
             works: dict[str, Callable[[], float | None]] = {kinds[0]: copy}
-            # One sender, as an engine has: it keeps mapped what one sender writes.
+            # One sender, as for an engine: the receiver reuses the mappings of one sender.
             transport = make_transport(TransportConfig(kinds[1], directory=str(directory)))
             for kind in kinds[1:]:
                 works[kind] = (
@@ -209,7 +215,7 @@ def measure_transports(
                     else sender(transport, weights, pipe, copying=kind != MAPPED)
                 )
             for work in works.values():
-                other = work() or 0.0  # the first time makes pages and starts threads
+                other = work() or 0.0  # the first call allocates pages and starts threads
             found |= {name: [] for name in works}
             for _ in range(repeats):
                 for name, work in works.items():
@@ -226,7 +232,7 @@ def measure_transports(
 def measure_engine(
     checkpoint: Path, weights: Weights, kind: str, dtype: str, repeats: int
 ) -> list[float]:
-    """Seconds of whole updates of one engine."""
+    """Measure the seconds of whole updates of one engine."""
     delivery = TransportConfig(kind, directory=str(checkpoint.parent / "engine-weights"))
     options = EngineOptions(
         model=str(checkpoint),
@@ -260,6 +266,7 @@ def row(
     found: Mapping[str, Sequence[tuple[float, float]]],
     engine: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
+    """Compute a row of the table for one size."""
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     cpu, wall = (
         {name: [pair[i] for pair in pairs] for name, pairs in found.items()} for i in (0, 1)

@@ -1,10 +1,10 @@
-"""Keep what test runs came to, and draw the tables of docs/development/testing.md from it.
+"""Stores the results of test runs, and generates the tables of docs/development/testing.md.
 
     python tools/test_results.py ci      after `.ci/run`: benchmarks/results/ci.json
     python tools/test_results.py soak    after `make soak`: benchmarks/results/soak.json
     python tools/test_results.py table   the tables alone
 
-`.ci/run` leaves the seconds of its steps in build/ci-steps.txt; pytest leaves its cases in
+`.ci/run` writes the seconds of its steps to build/ci-steps.txt; pytest writes its cases to
 build/NAME.xml.
 """
 
@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "development" / "testing.md"
 
 
 def describe_run() -> dict[str, Any]:
-    """The commit, whether the tree differs from it, the date and the machine's cores."""
+    """Describe the run: commit, whether the tree differs from it, date, and number of cores."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -45,7 +45,7 @@ def describe_run() -> dict[str, Any]:
 
 
 def read_cases(path: Path) -> Iterator[tuple[str, str, str, float]]:
-    """Each test case of a JUnit file: its file, its name, how it ended, and its seconds."""
+    """Yield each test case of a JUnit file: its file, name, result, and seconds."""
     for case in ET.parse(path).getroot().iter("testcase"):
         ended = {child.tag for child in case} & {"failure", "error", "skipped"}
         file = case.get("classname", "").replace(".", "/") + ".py"
@@ -53,7 +53,7 @@ def read_cases(path: Path) -> Iterator[tuple[str, str, str, float]]:
 
 
 def summarise(path: Path) -> list[dict[str, Any]]:
-    """One row per folder of the last two levels: tests, how many were skipped, seconds."""
+    """Summarise a JUnit file per folder, and per file of the scenarios: tests, skipped tests, seconds."""
     rows: dict[str, dict[str, Any]] = defaultdict(
         lambda: {"tests": 0, "skipped": 0, "seconds": 0.0}
     )
@@ -71,6 +71,7 @@ def write_json(name: str, value: Any) -> None:
 
 
 def keep_ci() -> None:
+    """Store the result of a run of `.ci/run`."""
     steps = [line.split() for line in (BUILD / "ci-steps.txt").read_text().splitlines()]
     value = {
         "command": "bash .ci/run",
@@ -83,7 +84,7 @@ def keep_ci() -> None:
 
 
 def keep_soak() -> None:
-    """Renew the entries of the tests that ran; the others keep what they last came to."""
+    """Update the entries of the tests that ran; the others stay as they are."""
     path = RESULTS / "soak.json"
     tests = json.loads(path.read_text())["tests"] if path.is_file() else {}
     about = describe_run()
@@ -97,6 +98,7 @@ def format_minutes(seconds: float) -> str:
 
 
 def ci_table() -> str:
+    """Generate the tables of the last CI run."""
     path = RESULTS / "ci.json"
     if not path.is_file():
         return "No run is stored yet."
@@ -124,6 +126,7 @@ def ci_table() -> str:
 
 
 def soak_table() -> str:
+    """Generate the table of the soak tests."""
     path = RESULTS / "soak.json"
     tests = json.loads(path.read_text())["tests"] if path.is_file() else {}
     if not tests:
@@ -139,7 +142,7 @@ def soak_table() -> str:
 
 
 def draw(page: str) -> str:
-    """The page with its generated parts drawn again."""
+    """Replace the generated parts of the page."""
     for name, table in (("ci", ci_table()), ("soak", soak_table())):
         part = re.compile(f"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         page, count = part.subn(lambda found, t=table: f"{found[1]}\n{t}\n\n{found[2]}", page)

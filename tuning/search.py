@@ -1,13 +1,13 @@
-"""Search the hyper-parameters of a consolidation with Ray Tune: recall, subject to retention.
+"""Hyper-parameter search of a consolidation with Ray Tune: recall, subject to retention.
 
     python tuning/search.py tuning/consolidation.yaml
 
-One evening (day, smaller self, self-study) is prepared once and one engine is
-started once; every trial consolidates from the same texts and is measured on that
-engine while it trains. ASHA stops trials early on ``score``: recall, less ten times
-what retention lost beyond the gate's tolerance. Writes ``trials.json`` and
-``best.yaml`` into the run directory; ``sleeprl night best.yaml`` is the night that was
-tuned. The same search again goes on with its evening; another needs another ``name``.
+One evening (day, smaller self, self-study) is prepared once and one engine is started once. Every
+trial consolidates from the same texts and is measured on that engine while it trains. ASHA stops
+trials early on ``score``: recall, minus ten times the loss of retention beyond the gate's
+tolerance. The search writes ``trials.json`` and ``best.yaml`` into the run directory; ``sleeprl
+night best.yaml`` runs the tuned night. A repeated search reuses its evening; another search needs
+another ``name``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ SEARCHED = "consolidation."
 
 
 def search_space(spec: dict[str, Any]) -> dict[str, Any]:
-    """``{key: {choice: [...]}}``, or ``uniform`` / ``loguniform`` with ``[low, high]``."""
+    """Build the search space from ``{key: {choice: [...]}}``, or ``uniform`` / ``loguniform`` with
+    ``[low, high]``."""
     made = {}
     for key, value in spec.items():
         if not key.startswith(SEARCHED):
@@ -68,29 +69,33 @@ def search_space(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def score(figures: dict[str, Any], before: dict[str, Any], tolerance: float) -> float:
-    """Recall, less ten times what retention lost beyond ``tolerance`` (all are shares)."""
+    """Compute recall minus ten times the loss of retention beyond ``tolerance`` (all are shares)."""
     lost = (before["retention"] or 0.0) - (figures["retention"] or 0.0)
     return float((figures["recall"] or 0.0) - 10.0 * max(0.0, lost - tolerance))
 
 
 def words_of(choice: dict[str, Any]) -> list[str]:
-    """The choice as ``key=value`` words."""
+    """Format the choice as ``key=value`` words."""
     return [f"{key}={json.dumps(value)}" for key, value in choice.items()]
 
 
 def night_of(night: dict[str, Any], words: list[str]) -> NightConfig:
-    """The night as ``sleeprl night`` has it: what the catalogue says of its model lies below."""
+    """Build the configuration as ``sleeprl night`` does, on top of the catalogue's settings of its model."""
     return cfg.from_dict(night, words, {spec.name: spec.night for spec in CATALOGUE.values()})
 
 
 def tuned(night: dict[str, Any], words: list[str], choice: dict[str, Any]) -> str:
-    """The night with a choice, as the text of a file for ``sleeprl night``."""
+    """Render the night with a choice as YAML for ``sleeprl night``."""
     over = [OmegaConf.from_dotlist([word]) for word in [*words, *words_of(choice)]]
     return OmegaConf.to_yaml(OmegaConf.merge(night, *over))
 
 
 def refuse_other(config: NightConfig, described: dict[str, Any]) -> None:
-    """Refuse to mix two searches, or a search and a night, in one directory."""
+    """Refuse to mix two searches, or a search and a night, in one directory.
+
+    Raises:
+        ConfigError: The directory has another search, or a night.
+    """
     path = config.run_dir / SEARCH
     found = json.loads(path.read_text()) if path.is_file() else None
     if (config.run_dir / CONFIG).is_file() and found != described:
@@ -108,7 +113,7 @@ def quiet() -> NightProgress:
 def trial(
     choice: dict[str, Any], settings: dict[str, Any], evening: str, pool: EnginePool, every: int
 ) -> None:
-    """Consolidate with ``choice`` from the evening's texts; report every ``every`` steps."""
+    """Consolidate with ``choice`` from the evening's texts, and report every ``every`` steps."""
     config = cfg.from_dict(settings, words_of(choice))
     config.runs, config.name = str(Path.cwd()), "trial"
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -134,7 +139,7 @@ def trial(
 
 
 def search(path: Path, words: list[str], console: Console) -> Path:
-    """Run the search that the file describes; returns the path of the best configuration."""
+    """Run the search that a YAML file describes; returns the file of the best configuration."""
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; try tuning/consolidation.yaml")
     spec = OmegaConf.to_container(OmegaConf.load(path))
@@ -145,9 +150,9 @@ def search(path: Path, words: list[str], console: Console) -> Path:
     validate_plugins(config)
     described = {**spec, "night": cfg.to_dict(config)}
     refuse_other(config, described)
-    check_model(config, find_model(config))  # a wrong model is told before anything starts
+    check_model(config, find_model(config))  # raises for a wrong model before anything starts
     write_json_atomic(config.run_dir / SEARCH, described)
-    # The driver of a trial only waits; it gets a core of its own that is not there.
+    # A trial's driver only waits, so it gets one core on paper beyond the real ones.
     cores = config.resources.cpus or available_cpus()
     config.resources.cpus = cores + 1
     with NightProgress(rows_of(PHASES), console) as progress:
@@ -155,7 +160,7 @@ def search(path: Path, words: list[str], console: Console) -> Path:
         with cluster(config.resources, state_api=True):
             night = Night(run)
             run_evening(night)
-            night.stop_training()  # the trials need its cores
+            night.stop_training()  # the trials need the cores
             results = tune.Tuner(
                 tune.with_resources(
                     tune.with_parameters(
@@ -172,11 +177,11 @@ def search(path: Path, words: list[str], console: Console) -> Path:
                     metric="score",
                     mode="max",
                     num_samples=int(spec["trials"]),
-                    # The trials share the engines, and with them the weights: one at a time.
+                    # The trials share the engines and their weights, so they run one at a time.
                     search_alg=BasicVariantGenerator(max_concurrent=1, random_state=config.seed),
                     scheduler=ASHAScheduler(
                         time_attr="step",
-                        # One more than there are: a trial that ends by itself cleans up.
+                        # One more than a trial has, so that a complete trial ends itself and cleans up.
                         max_t=config.consolidation.steps + 1,
                         grace_period=int(spec["report_every"]),
                         reduction_factor=2,

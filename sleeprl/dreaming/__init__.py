@@ -1,1 +1,1 @@
-"""Dreaming: the model writes its own lessons, what teaches is rewarded, and it learns from both."""
+"""Dreaming: RL on lessons that the model writes for itself."""

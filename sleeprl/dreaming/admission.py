@@ -1,4 +1,4 @@
-"""Which groups of dreams an update learns from, and which are set aside for others."""
+"""Admission: which groups of dreams an update learns from, and which are set aside."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def order_groups(
 ) -> tuple[list[int], list[int]]:
     """Order groups for learning, and set aside those that teach nothing.
 
-    A group that is known to teach nothing is set aside for one with a later number, at most
-    ``max_redraws`` times an update. One more such group never makes the order of learning longer up
-    to any number, so no group waits longer than before; and it does not matter in which order the
-    groups came to be known.
+    An uninformative group is set aside for one with a later number, at most ``max_redraws`` times
+    per update. Setting one more group aside never lengthens the order of learning up to any number,
+    so no group waits longer for it. The result does not depend on the order in which groups prove
+    to be uninformative.
 
     Args:
-        numbers: groups in order of admission.
-        uninformative: groups that are known to teach nothing.
-        size: groups of an update.
-        max_redraws: groups that may be set aside for one update.
+        numbers: Groups in order of admission.
+        uninformative: Groups that are known to teach nothing.
+        size: Groups per update.
+        max_redraws: Groups that may be set aside per update.
 
     Returns:
-        The groups in order of learning, ``size`` an update; and those that are set aside.
+        The groups in order of learning, ``size`` per update; and those that are set aside.
     """
     learned: list[int] = []
     redrawn: list[int] = []
@@ -44,45 +44,49 @@ def order_groups(
 
 @dataclass
 class AdmissionQueue:
-    """All groups that are admitted and not finished, in order of learning."""
+    """The admitted and unfinished groups, in order of learning."""
 
     checkpoint: DreamingCheckpoint
-    """Where the numbers and the count of updates are kept."""
+    """Source of the task ids and of the number of finished updates."""
     size: int
-    """Groups of an update."""
+    """Groups per update."""
     max_staleness: int
-    """Updates by which a token's policy may trail the trainer's."""
+    """Largest number of updates by which a token's policy may trail the trainer's."""
     max_redraws: int
-    """Groups that may be set aside for one update."""
+    """Groups that may be set aside per update."""
     uninformative: set[int] = field(default_factory=set)
     """Groups that are known to teach nothing."""
 
     def next_step(self) -> tuple[list[int], list[int]]:
-        """Return the groups of the next update, fewer where some are not yet admitted, and those that
-        are set aside for them."""
+        """Return the groups of the next update, and those that are set aside for them.
+
+        The update has fewer than ``size`` groups where some are not admitted yet.
+        """
         learned, redrawn = self._order()
         last = learned[: self.size][-1:]
         return learned[: self.size], [number for number in redrawn if number < (last or [0])[0]]
 
     def step_of(self, number: int) -> int:
-        """Return the update, from 0, that learns a group; what becomes known later only makes it
-        earlier."""
+        """Return the update, from 0, that learns from a group.
+
+        Groups that prove uninformative later can only make it earlier.
+        """
         return self.checkpoint.version + bisect_left(self._order()[0], number) // self.size
 
     def min_version(self, number: int) -> int:
-        """Return the oldest policy version whose tokens the update of a group may learn from.
+        """Return the oldest policy version whose tokens a group's update may learn from.
 
-        Admission keeps younger what engines write; unless an engine missed an update, or a run goes
-        on with a smaller ``max_staleness``.
+        Admission bounds the staleness of what engines write. Older tokens occur only where an
+        engine missed an update, or a run continues with a smaller ``max_staleness``.
         """
         return self.step_of(number) + self.checkpoint.first_version - self.max_staleness
 
     def is_too_old(self, number: int, oldest_last_version: int | None) -> bool:
-        """Tell whether one of a group's dreams has no token that may be learned from.
+        """Return whether one of a group's dreams has no token that is fresh enough to learn from.
 
         Args:
-            number: the group.
-            oldest_last_version: the version of each dream's last token, the least of them; None
+            number: The group.
+            oldest_last_version: Minimum over the dreams of the version of their last token; None
                 where nothing is written.
         """
         return oldest_last_version is not None and oldest_last_version < self.min_version(number)

@@ -1,4 +1,4 @@
-"""How far a phase of dreaming has come, on disk: what a killed run continues from."""
+"""The progress of dreaming on disk, from which a killed run continues."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ _KEYS = {
     "curriculum": "curriculum_state",
     "first_version": "first_version",
 }
-"""The keys of ``POSITION``, and the fields that they hold."""
+"""The keys of ``POSITION``, and the fields that they store."""
 
 
 @dataclass
 class DreamingCheckpoint:
-    """The decisions of the driver so far, in ``directory``.
+    """The driver's state in ``directory``.
 
-    ``version_dir`` holds the trainer's state of the same version, and a file for each group that was
-    under way then (``group_files``).
+    ``version_dir`` has the trainer's state of the same version, and a file for each group that was
+    in flight then (``group_files``).
     """
 
     directory: Path
     version: int = 0
-    """Updates that are finished."""
+    """Number of finished updates."""
     task_ids: list[str] = field(default_factory=list)
-    """The task of each admitted group, by the group's number."""
+    """Task of each admitted group, by the group's number."""
     num_finished: int = 0
-    """How many groups, from number 0 on, were learned or set aside for one that was."""
+    """Number of finished groups: all numbers below it were learned from or set aside."""
     curriculum_state: dict[str, Any] | None = None
-    """What the curriculum's ``state_dict`` returned."""
+    """The curriculum's ``state_dict``."""
     first_version: int = 1
-    """The policy version that the engines had before the first update."""
+    """Policy version of the engines before the first update."""
 
     @property
     def version_dir(self) -> Path:
-        """The directory of the trainer's state and of the groups under way."""
+        """Directory of the trainer's state and of the groups in flight."""
         return self.version_path(self.version)
 
     def version_path(self, version: int) -> Path:
-        """Return the directory of any version."""
+        """Return the directory of a version."""
         return self.directory / f"version-{version}"
 
     def group_files(self) -> dict[int, tuple[str, Path]]:
-        """Return the stage and the file of each group that was under way, by its number."""
+        """Return the stage and the file of each group that was in flight, by its number."""
         found = {}
         for path in self.version_dir.glob("*.arrow"):
             number, _, stage = path.stem.partition("-")
@@ -61,7 +61,7 @@ class DreamingCheckpoint:
         return dict(sorted(found.items()))
 
     def save(self) -> None:
-        """Write all of it or nothing; then remove the directories of earlier versions."""
+        """Write the state atomically, then remove the directories of earlier versions."""
         values = {key: getattr(self, name) for key, name in _KEYS.items()}
         write_json_atomic(self.directory / POSITION, values)
         for old in set(self.directory.glob("version-*")) - {self.version_dir}:
@@ -72,8 +72,8 @@ class DreamingCheckpoint:
         """Read the checkpoint in a directory.
 
         Args:
-            directory: where it was saved.
-            first_version: the policy version of the engines, for a phase that has not started.
+            directory: Directory of the checkpoint.
+            first_version: Policy version of the engines, for a phase that has not started.
 
         Returns:
             The checkpoint, or a new one where there is none.
@@ -85,18 +85,18 @@ class DreamingCheckpoint:
 
 
 def write_group(directory: Path, name: str, batch: pa.RecordBatch) -> None:
-    """Write the batch of a group; actors call it, since the driver never has a batch.
+    """Write the batch of a group. Actors call it, since the driver never has a batch.
 
     Args:
-        directory: a version's directory.
+        directory: Directory of a version.
         name: ``NUMBER-STAGE``.
-        batch: its dreams.
+        batch: The group's dreams.
     """
     with pa.ipc.new_file(directory / f"{name}.arrow", batch.schema) as file:
         file.write_batch(batch)
 
 
 def read_group(path: str) -> pa.RecordBatch:
-    """Read back what ``write_group`` wrote."""
+    """Read a batch that ``write_group`` wrote, memory-mapped."""
     with pa.ipc.open_file(pa.memory_map(path)) as file:
         return file.get_batch(0)

@@ -1,4 +1,4 @@
-"""The built-in curricula, and the actor that runs one, a built-in or a user's."""
+"""The built-in curricula, and the actor that runs any curriculum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sleeprl.plugins import create
 
 
 class Uniform:
-    """Every task once, in a random order, then again."""
+    """A curriculum that draws every task once per round, in random order."""
 
     def __init__(self, tasks: Sequence[Task], seed: int) -> None:
         self.tasks = list(tasks)
@@ -38,18 +38,18 @@ class Uniform:
 
 
 class WeakSpots(Uniform):
-    """Tasks whose probes are still unlikely come more often: P(task) ~ its last gap.
+    """A curriculum that prefers tasks whose probes are still unlikely: P(task) ~ its last gap.
 
-    Tasks that were not tried yet count as the largest gap so far, so each gets its turn.
+    An untried task counts as the largest gap so far, so each task gets its turn.
     """
 
     def __init__(self, tasks: Sequence[Task], seed: int, floor: float = 0.02) -> None:
-        """Begin with all tasks untried.
+        """Create the curriculum with all tasks untried.
 
         Args:
-            tasks: what to choose from.
-            seed: of the choices.
-            floor: smallest gap (nats) that counts, so that what is well known is rehearsed too.
+            tasks: Tasks to choose from.
+            seed: Seed of the choices.
+            floor: Smallest gap that counts, in nats, so that well-known tasks are rehearsed too.
         """
         super().__init__(tasks, seed)
         self.floor = floor
@@ -77,7 +77,7 @@ class WeakSpots(Uniform):
 
 
 class CurriculumActor(RemoteActor):
-    """A curriculum in a process of its own, so that a user's code cannot stall the loop."""
+    """A curriculum in a process of its own, so that user code cannot stall the loop."""
 
     def __init__(
         self, name: str, options: dict[str, Any], tasks: Sequence[Task], seed: int

@@ -1,8 +1,8 @@
-"""Forms that a dream can have: how it is asked for, how it is read, and what is learned from it.
+"""Formats of dreams: how a dream is requested, how it is parsed, and what is learned from it.
 
-The rest of dreaming knows none of them. A format of one's own is a class with these three methods,
-named in ``dreaming.format`` by its dotted path, an entry point of the group ``sleeprl.dream_format``,
-or the short name that ``@register("dream_format", NAME)`` gives it.
+The rest of dreaming is independent of the format. A custom format is a class with the three methods
+of ``DreamFormat``. ``dreaming.format`` names it by its dotted path, an entry point of the group
+``sleeprl.dream_format``, or the short name that ``@register("dream_format", NAME)`` gives it.
 """
 
 from __future__ import annotations
@@ -23,43 +23,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DreamPrompt:
-    """What the model is asked for a dream."""
+    """The prompt for a dream."""
 
     message: str
     """The user's message: the experience and an instruction."""
     examples: tuple[tuple[str, str], ...] = ()
-    """Worked examples that come before it: messages of the user and of the assistant."""
+    """Worked examples before it, as (user, assistant) messages."""
 
 
 class DreamFormat(Protocol):
-    """The form of a dream: one text, a pair, or any number of them.
+    """The format of a dream: one text, a pair, or any number of them.
 
-    ``parse`` reads a dream once, in the scorer. What it returns travels as JSON to the reward (as
-    ``Dream.parsed``) and to the trainer, so it has to be plain: strings, numbers, lists and
+    ``parse`` reads a dream once, in the scorer. Its result travels as JSON to the reward (as
+    ``Dream.parsed``) and to the trainer, so it must be plain: strings, numbers, lists and
     dictionaries.
     """
 
     def prompt(self, document: str, num_examples: int) -> DreamPrompt:
-        """Ask for a dream about a document.
+        """Build the prompt for a dream about a document.
 
         Args:
-            document: the experience, as text.
-            num_examples: how many worked examples the model needs (``self_study.few_shot_examples``).
+            document: The experience, as text.
+            num_examples: Number of worked examples that the model needs
+                (``self_study.few_shot_examples``).
         """
         ...
 
     def parse(self, text: str) -> Any | None:
-        """Read a whole dream; None for a malformed one, which teaches nothing."""
+        """Parse a complete dream; None for a malformed one, which teaches nothing."""
         ...
 
     def training_pairs(self, parsed: Any) -> Sequence[tuple[str, str]]:
-        """Return what is learned from a dream: messages, each with its response, without the
-        experience in sight. There is at least one."""
+        """Return what to learn from a dream.
+
+        Returns:
+            At least one pair of a message and its response, both without the experience.
+        """
         ...
 
 
 class QuestionAnswer:
-    """A question about the document, and its answer (``qa``). Parsed it is ``[question, answer]``."""
+    """A question about the document, and its answer (``qa``); parsed as ``[question, answer]``."""
 
     def prompt(self, document: str, num_examples: int) -> DreamPrompt:
         few_shot = tuple(examples(num_examples, free=False))
@@ -78,7 +82,7 @@ def format_of(config: DreamingConfig) -> DreamFormat:
     """Create the format that a configuration names.
 
     Raises:
-        PluginError: it cannot be found or made.
+        PluginError: The format cannot be found or created.
     """
     made: DreamFormat = create(config.format, "dream_format", config.format_options)
     return made
@@ -87,10 +91,15 @@ def format_of(config: DreamingConfig) -> DreamFormat:
 def parse_dreams(
     form: DreamFormat, chat: ChatFormatter, dreams: Sequence[Trajectory]
 ) -> list[str | None]:
-    """Read dreams, for the column ``parsed`` of their batch.
+    """Parse dreams, for the column ``parsed`` of their batch.
+
+    Args:
+        form: The format.
+        chat: The model's chat format.
+        dreams: The dreams.
 
     Returns:
-        JSON for each; None for a malformed one, and for one that the model did not end.
+        JSON for each dream; None for a malformed or truncated one.
     """
     parsed = [
         form.parse(chat.decode(d.response_ids)) if d.finish_reason == "stop" else None

@@ -1,4 +1,4 @@
-"""Where every group of dreams is between its admission and its update."""
+"""Tracks every group of dreams from its admission to its update."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Stage = Literal["readmitted", "generating", "scoring", "rewarding", "queued", "l
 
 @dataclass
 class GroupState:
-    """What the driver knows of one group that is admitted and not finished."""
+    """The driver's state of an admitted and unfinished group."""
 
     stage: Stage
-    """The stage that the group is in or waits for. ``readmitted``: it waits for an engine again."""
+    """The group's current or next stage. ``readmitted``: it waits for an engine again."""
     batch: Any = None
-    """Reference to the record batch that the last finished stage left; None before there is one."""
+    """Reference to the record batch of the last finished stage; None before the first."""
     partial: Any = None
     """Reference to incomplete dreams that the next engine continues; None to start over."""
     losses: int = 0
-    """How often an actor failed while it worked on the group."""
+    """Number of times that an actor failed while working on the group."""
 
 
 class GroupStore:
-    """The groups by number, their counts and their ages. It moves references, never batches.
+    """The groups by number, with counts and ages. It moves references, never batches.
 
     Guarantees:
 
-    * every transition is counted, and refused where the group is not in the stage it leaves;
-    * groups leave a waiting line in the order in which they joined it.
+    * every transition is counted, and refused where the group is not in its source stage;
+    * each waiting queue is first in, first out.
     """
 
     def __init__(self) -> None:
@@ -53,22 +53,22 @@ class GroupStore:
         return min(self.numbers("readmitted"), default=default)
 
     def all_queued(self, numbers: Iterable[int]) -> bool:
-        """Tell whether all of these groups wait for their update."""
+        """Return whether all of these groups wait for their update."""
         return set(numbers) <= set(self.numbers("queued"))
 
     def partial(self, number: int) -> Any:
-        """Return the reference to what an engine may continue of a group, or None."""
+        """Return the reference to a group's incomplete dreams, or None."""
         return self.groups[number].partial if number in self.groups else None
 
     def restore(self, queue: AdmissionQueue, loaded: Sequence[LoadedGroup]) -> None:
-        """Put in the unfinished groups of a checkpoint.
+        """Restore the unfinished groups of a checkpoint.
 
-        Groups that were being generated, or are too old by now, are readmitted with what is written
-        of them; groups that the checkpoint does not hold start over.
+        Groups that were being generated, or are too old by now, are readmitted with their
+        incomplete dreams. Groups without a file start over.
 
         Args:
-            queue: the queue of the checkpoint; learns which groups are uninformative.
-            loaded: the groups of the checkpoint's files, in their order.
+            queue: The queue of the checkpoint; its ``uninformative`` groups are updated.
+            loaded: The groups of the checkpoint's files, in their order.
         """
         checkpoint, counts = queue.checkpoint, self.counts
         counts.admitted = checkpoint.num_finished
@@ -90,18 +90,18 @@ class GroupStore:
                 queue.uninformative.add(number)
 
     def admit(self, number: int) -> None:
-        """Record that an engine has a group, a new one or a readmitted one, and its partial dreams."""
+        """Record that an engine works on a group, a new or a readmitted one."""
         self.counts.move("admitted", "generating")
         group = self.groups.setdefault(number, GroupState("generating"))
         group.stage, group.partial = "generating", None
 
     def advance(self, number: int, stage: Stage, batch: Any) -> None:
-        """Record that a group has finished its stage and goes on to the next one.
+        """Record that a group has finished its stage and enters the next one.
 
         Args:
-            number: the group.
-            stage: the stage that follows.
-            batch: reference to what the finished stage returned.
+            number: The group.
+            stage: The next stage.
+            batch: Reference to the batch that the finished stage returned.
         """
         group = self.groups[number]
         self.counts.move(group.stage, stage)
@@ -110,14 +110,19 @@ class GroupStore:
         self._wait(number, stage)
 
     def lose(self, number: int, partial: Any = None) -> None:
-        """Send a group back to the engines because what its stage made is lost or incomplete."""
+        """Readmit a group whose stage failed or left incomplete dreams.
+
+        Args:
+            number: The group.
+            partial: Reference to incomplete dreams to continue; None to start over.
+        """
         group = self.groups[number]
         self.counts.move(group.stage, "admitted")
         group.stage, group.batch, group.partial = "readmitted", None, partial
         group.losses += 1
 
     def start_step(self, learned: Iterable[int], redrawn: Iterable[int]) -> None:
-        """Move the groups of an update to ``learning``, those set aside for them included."""
+        """Move the groups of an update to ``learning``, including those that are set aside for them."""
         learned = list(learned)
         for number in (*learned, *redrawn):
             self.counts.move("queued", "learning")
@@ -125,16 +130,19 @@ class GroupStore:
         self.latency.start_step(learned)
 
     def abort_step(self) -> None:
-        """Move the groups of an update back to ``queued``: the trainer lost it."""
+        """Move the groups of an update back to ``queued`` after a failure of the trainer."""
         for number in self.numbers("learning"):
             self.counts.move("learning", "queued")
             self.groups[number].stage = "queued"
 
     def finish_step(self, learned: Iterable[int]) -> int:
-        """Forget the groups of an update.
+        """Drop the groups of a finished update.
+
+        Args:
+            learned: The groups that it learned from.
 
         Returns:
-            How many were set aside for those that were learned.
+            The number of groups that were set aside for them.
         """
         learned, finished = set(learned), self.numbers("learning")
         for number in finished:
@@ -146,7 +154,7 @@ class GroupStore:
         """Return a reference for each group outside the running update, by ``NUMBER-STAGE``.
 
         Args:
-            partials: what engines have written so far of the groups that they work on.
+            partials: The incomplete dreams of the groups that engines work on.
         """
         saved: dict[str, Any] = {}
         for number, group in self.groups.items():
@@ -159,14 +167,14 @@ class GroupStore:
         return saved
 
     def check(self, admitted: int, generating: int) -> None:
-        """Compare the counts with where the groups are.
+        """Check the counts against the groups' stages.
 
         Args:
-            admitted: groups that have a number.
-            generating: calls to engines that have not ended.
+            admitted: Number of groups that have a number.
+            generating: Number of unfinished calls to engines.
 
         Raises:
-            AssertionError: a group was lost or doubled.
+            AssertionError: A group was lost or duplicated.
         """
         stages = [group.stage for group in self.groups.values()]
         beyond = [stage for stage in stages if stage not in ("readmitted", "generating")]

@@ -1,4 +1,4 @@
-"""Brings the actors of dreaming up, runs the pipeline, and takes them down."""
+"""Starts the actors of dreaming, runs the pipeline, and stops them."""
 
 from __future__ import annotations
 
@@ -38,27 +38,29 @@ from sleeprl.trainer.setup import warm_up
 
 @dataclass(frozen=True)
 class DreamingContext:
-    """What a phase of dreaming begins with."""
+    """The inputs of dreaming."""
 
     config: NightConfig
     trainer: TrainerOptions
+    """Options of the trainer."""
     expert: Path
-    """Directory of the expert that consolidation left, which dreaming trains further."""
+    """Directory of the consolidated expert, which dreaming trains further."""
     run_dir: Path
-    """The lake is in ``lake``; the state goes to ``dreaming-state``, the expert to ``dreaming``."""
+    """Directory of the run: the lake is in ``lake``, the state in ``dreaming-state``, the result in
+    ``dreaming``."""
     chat: ChatFormatter
     documents: Sequence[str]
     """Texts of the day."""
     probes: Sequence[Pair]
-    """Questions about them that no training has seen."""
+    """Questions about the documents that are held out from training."""
     canary: list[int]
-    """Token ids that trainer and engines score after each update."""
+    """Token ids that trainer and engines both score after each update."""
 
     def trainer_job(self, first_version: int) -> DreamTrainerJob:
-        """Describe the trainer's work.
+        """Describe the trainer's job.
 
         Args:
-            first_version: the policy version that the engines had before the first update.
+            first_version: Policy version of the engines before the first update.
         """
         seeding = self.config.consolidation
         return DreamTrainerJob(
@@ -76,15 +78,15 @@ class DreamingContext:
 
 
 def make_tasks(documents: Sequence[str], probes: Sequence[Pair], config: NightConfig) -> list[Task]:
-    """Make a task of each document that has probes, its probes shuffled.
+    """Make a task of each document that has probes, with its probes shuffled.
 
     Args:
-        documents: texts of the day.
-        probes: questions about them.
-        config: names the format of dreams.
+        documents: Texts of the day.
+        probes: Held-out questions about them.
+        config: The settings of the night; they name the format of dreams.
 
     Raises:
-        ConfigError: no document has any, so there is nothing to judge dreams on.
+        ConfigError: No document has probes, so dreams cannot be scored.
     """
     tasks, form = [], format_of(config.dreaming)
     for number, document in enumerate(documents):
@@ -103,14 +105,14 @@ def make_tasks(documents: Sequence[str], probes: Sequence[Pair], config: NightCo
 
 
 def prompt_builder(config: NightConfig, chat: ChatFormatter) -> Callable[[Task], list[int]]:
-    """Return what turns a task into the token ids of its prompt."""
+    """Return a function from a task to the token ids of its prompt."""
     prefix = config.self_study.assistant_prefix
     return lambda task: chat.prompt(task.message, prefix, task.examples)
 
 
 @dataclass(frozen=True)
 class DreamingActors:
-    """All actors of a phase but the engines."""
+    """All actors of dreaming except the engines."""
 
     learners: ActorGroup
     """The ranks of the trainer."""
@@ -123,10 +125,14 @@ class DreamingActors:
     """Starts the trainer actor of a rank."""
 
     def start(self, checkpoint: DreamingCheckpoint, engines: ActorGroup) -> None:
-        """Continue from a checkpoint.
+        """Restore a checkpoint and synchronise the weights.
 
-        Afterwards engines and scorers have the trainer's weights, and those engines may work that
-        are verified to have them.
+        Afterwards engines and scorers have the trainer's weights. Only engines that are verified to
+        have them get work.
+
+        Args:
+            checkpoint: The checkpoint to continue from.
+            engines: The engines of the phase.
         """
         self.curriculum.call("ping")
         self.rewards.call("ping")
@@ -139,28 +145,36 @@ class DreamingActors:
 
     @property
     def groups(self) -> tuple[ActorGroup, ...]:
+        """All groups of actors except the engines."""
         return self.learners, self.scorers, self.rewards, self.curriculum
 
     def kill(self) -> None:
-        """End all of them."""
+        """Kill all of them."""
         for group in self.groups:
             group.kill()
 
 
 def spawn_unreserved(actor: Any, *arguments: Any, count: int = 1, gpus: float = 0.0) -> list[Any]:
-    """Start actors that work in the gaps of the others, so they reserve no core."""
+    """Start actors that run in the gaps of the others, so they reserve no core.
+
+    Args:
+        actor: The actor class.
+        arguments: Arguments of its constructor.
+        count: Number of actors.
+        gpus: GPUs that each reserves.
+    """
     return [WARM.spawn(actor, *arguments, gpus=gpus) for _ in range(count)]
 
 
 def prestart_actors(config: NightConfig, trainer: TrainerOptions) -> None:
-    """Start processes for the actors of dreaming, in the background: they import and wait.
+    """Start processes for the actors of dreaming in the background: they import and wait.
 
-    Only where Ray is this machine's own, and only processes without a GPU: elsewhere they would take
-    room from others for as long as they wait.
+    It starts only processes without a GPU, and only on this machine's own Ray: elsewhere they would
+    take room from others while they wait.
 
     Args:
-        config: of the night.
-        trainer: options of the trainer to come.
+        config: The settings of the night.
+        trainer: Options of the trainer to come.
     """
     resources = config.resources
     if resources.address is not None:
@@ -177,7 +191,7 @@ def prestart_actors(config: NightConfig, trainer: TrainerOptions) -> None:
 def spawn_scorers_and_rewards(
     config: NightConfig, trainer: TrainerOptions
 ) -> tuple[ActorGroup, ActorGroup]:
-    """Start the scorers and the rewards."""
+    """Start the scorers and the reward actors."""
     dreaming, resources = config.dreaming, config.resources
     gpus = resources.scorer_gpus
     scorers = spawn_unreserved(
@@ -192,7 +206,7 @@ def spawn_scorers_and_rewards(
 def spawn_trainer(config: NightConfig, job: DreamTrainerJob, rank: int) -> Any:
     """Start the trainer actor of a rank."""
     resources = config.resources
-    # The processes of consolidation may hold the cores, and wait.
+    # The waiting processes of consolidation may still reserve the cores.
     cpus = 0 if processes_may_wait(resources) else resources.learner_cpus
     gpus = resources.learner_gpus
     return WARM.spawn(DreamTrainer, job, rank, resources.learner_workers, cpus=cpus, gpus=gpus)
@@ -204,13 +218,13 @@ def launch(
     tasks: Sequence[Task],
     placement: Any = None,
 ) -> DreamingActors:
-    """Start all actors of a phase but the engines.
+    """Start all actors of dreaming except the engines.
 
     Args:
-        config: of the night.
-        job: the trainer's work.
-        tasks: what the curriculum chooses from.
-        placement: the placement group of the engines; a restarted one takes its place there.
+        config: The settings of the night.
+        job: The trainer's job.
+        tasks: Tasks for the curriculum to choose from.
+        placement: Placement group of the engines; a restarted engine takes its place there.
     """
     dreaming, resources, trainer = config.dreaming, config.resources, job.trainer
     new_learner = partial(spawn_trainer, config, job)
@@ -241,7 +255,16 @@ def build_pipeline(
     checkpoint: DreamingCheckpoint,
     on_restart: Callable[[str], None],
 ) -> Pipeline:
-    """Build the pipeline over actors that have started."""
+    """Build the pipeline over running actors.
+
+    Args:
+        context: The inputs of dreaming.
+        actors: All actors except the engines.
+        engines: The engines.
+        tasks: All tasks.
+        checkpoint: The checkpoint to continue from.
+        on_restart: Receives a message for each restart.
+    """
     config, dreaming = context.config, context.config.dreaming
     rounds = algorithm_of(dreaming).max_resample_rounds
     return Pipeline(
@@ -273,7 +296,7 @@ def build_pipeline(
 
 
 def max_groups_in_flight(dreaming: DreamingConfig) -> int:
-    """Return how many groups admission may have under way, on one engine at the most."""
+    """Return the largest number of groups in flight, all of which may be on one engine."""
     return (dreaming.max_staleness + 2) * dreaming.tasks_per_step
 
 
@@ -283,17 +306,17 @@ def run_dreaming(
     on_restart: Callable[[str], None],
     on_step: OnStep,
 ) -> dict[str, Any]:
-    """Dream for ``dreaming.steps`` updates, or for those that a checkpoint leaves.
+    """Dream for ``dreaming.steps`` updates, or for the rest of them after a checkpoint.
 
     Args:
-        context: what the phase begins with.
-        pool: engines that hold the model; at the end they hold the dreaming expert.
-        on_restart: receives a message for each restart.
-        on_step: receives the number of each update, from 1, and its metrics.
+        context: The inputs of dreaming.
+        pool: Engines that serve the model; afterwards they serve the dreaming expert.
+        on_restart: Receives a message for each restart.
+        on_step: Receives the number of each update, from 1, and its metrics.
 
     Returns:
-        The number of ``dreams``, ``idle`` seconds by actor and kind of wait, and ``samples`` for the
-        report; the expert is in ``run_dir/dreaming``.
+        The number of ``dreams``, ``idle`` seconds by actor and kind of wait, and ``samples`` for
+        the report; the expert is in ``run_dir/dreaming``.
     """
     config, run_dir = context.config, context.run_dir
     tasks = make_tasks(context.documents, context.probes, config)

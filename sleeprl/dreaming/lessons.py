@@ -1,4 +1,4 @@
-"""What a trainer learns from dreams: training examples for each part of the loss."""
+"""Builds the trainer's examples from dreams, one kind for each part of the loss."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.batching import TrainingExample
 
 DREAM, LEARN, HOLD = "dream", "learn", "hold"
-"""Parts of the loss: the policy gradient on the writer, the cross-entropy on what dreams teach, and
-the divergence from the smaller self on its own texts."""
+"""Parts of the loss: the policy gradient on the dreams, the cross-entropy on what the dreams teach,
+and the divergence from the smaller self on its own texts."""
 
 EstimateValues = Callable[[Sequence[TrainingExample]], list[list[float]]]
-"""The critic's value at each response token of each example."""
+"""Computes the critic's value at each response token of each example."""
 
 
 class LessonBuilder:
-    """Turns the dreams of an update into training examples."""
+    """Builds training examples from the dreams of an update."""
 
     def __init__(
         self,
@@ -36,14 +36,15 @@ class LessonBuilder:
         replay: Sequence[Trajectory],
         seed: int,
     ) -> None:
-        """Build the parts of the loss.
+        """Create the builder.
 
         Args:
-            config: weights of the parts, and the format of dreams.
-            algorithm: makes advantages of rewards.
-            chat: of the trained model.
-            replay: what the smaller self wrote freely; the model shall go on writing it.
-            seed: of the night.
+            config: Weights of the parts of the loss, and the format of dreams.
+            algorithm: Computes advantages from rewards.
+            chat: Chat format of the trained model.
+            replay: Texts that the smaller self wrote freely; the third part of the loss preserves
+                them.
+            seed: Seed of the night.
         """
         self.algorithm, self.chat, self.replay, self.seed = algorithm, chat, replay, seed
         self.format, self.limit = format_of(config), config.max_tokens
@@ -60,17 +61,17 @@ class LessonBuilder:
         version: int,
         estimate_values: EstimateValues,
     ) -> list[TrainingExample | None]:
-        """Build an example of each dream for the policy gradient on its writer.
+        """Build an example of each dream for the policy gradient.
 
         Args:
-            dreams: whole groups.
-            stale: how many tokens each begins with that are too old to learn from; they count as
-                read.
-            version: the policy version that the update makes.
-            estimate_values: called where the algorithm has a critic.
+            dreams: Complete groups.
+            stale: Number of leading tokens of each dream that are too old to learn from; they
+                become part of the prompt.
+            version: Policy version that the update produces.
+            estimate_values: The critic; called if the algorithm needs one.
 
         Returns:
-            One example per dream; None where it has no advantage.
+            One example per dream; None where it has no advantage or no token to learn from.
         """
         advantages = self.algorithm.advantages(scores(dreams, self.limit))
         rows = [
@@ -106,8 +107,8 @@ class LessonBuilder:
         """Build examples of what rewarded dreams teach, and of the smaller self's own texts.
 
         Args:
-            dreams: of the update.
-            step: the number of the update; the texts are drawn by it.
+            dreams: The dreams of the update.
+            step: Number of the update; it seeds the draw of the texts.
         """
         rows = []
         for dream in dreams:

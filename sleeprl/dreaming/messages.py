@@ -1,4 +1,4 @@
-"""What dreaming's actors return to the driver. A batch is always an object reference."""
+"""Return values of dreaming's actors to the driver. A batch is always an object reference."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ from sleeprl.dreaming.types import Outcome
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What a scorer returns for a group."""
+    """The result of a scorer for a group."""
 
     batch: Any
-    """Reference to the batch, with the columns that the scorer adds."""
+    """Reference to the batch with the scorer's columns."""
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What a reward actor returns for a group."""
+    """The result of a reward actor for a group."""
 
     batch: Any
     """Reference to the batch, with ``reward`` or ``unscored`` in every row."""
     is_informative: bool
-    """Whether the algorithm finds anything to learn in these rewards."""
+    """Whether the algorithm can learn from these rewards."""
 
 
 @dataclass(frozen=True)
 class LoadedGroup:
-    """A group that a checkpoint holds."""
+    """A group from a checkpoint."""
 
     batch: Any
     """Reference to the batch."""
     oldest_last_version: int | None
-    """The policy version of each dream's last token, the least of them; None where nothing is written."""
+    """Minimum over the dreams of the policy version of their last token; None where nothing is written."""
     is_informative: bool
     """As in ``RewardResult``."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a trainer rank returns for an update."""
+    """The result of a trainer rank for an update."""
 
     metrics: Mapping[str, Any]
-    """For the log; see the reference of metrics."""
+    """Metrics for the log; see the reference of metrics."""
     outcomes: Sequence[Outcome]
-    """What came of each task, for the curriculum."""
+    """The outcome of each task, for the curriculum."""
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What rank 0 returns when it has sent its weights to the engines."""
+    """The result of rank 0 after it sent its weights to the engines."""
 
     version: int
-    """The policy version that was sent."""
+    """Policy version of these weights."""
     metrics: Mapping[str, float]
-    """How long generation stood still (seconds), how far both sides differ (nats)."""
+    """The pause of generation (seconds), and the difference between both sides (nats)."""
     verified: Sequence[int]
-    """Indices of the engines that ended the update verified."""
+    """Indices of the engines that are verified to have the weights."""
     num_unverified: int
-    """How many engines did not."""
+    """Number of engines that are not."""
     expert: Any
     """Reference to the expert's tensors, for the scorers."""

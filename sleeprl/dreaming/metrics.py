@@ -1,4 +1,4 @@
-"""The figures of an update: what was written for it, how old it was, how far both sides agree."""
+"""The metrics of an update: rewards, staleness, and agreement of engines and trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sleeprl.dreaming.types import Outcome
 
 
 def task_outcomes(dreams: Sequence[Trajectory]) -> list[Outcome]:
-    """Gather what came of each task, over all its dreams in the batch."""
+    """Collect the outcome of each task, over all its dreams in the batch."""
     outcomes = []
     for task in dict.fromkeys(d.task_id for d in dreams):
         group = [d for d in dreams if d.task_id == task]
@@ -21,10 +21,11 @@ def task_outcomes(dreams: Sequence[Trajectory]) -> list[Outcome]:
 
 
 def reward_metrics(dreams: Sequence[Trajectory]) -> dict[str, float]:
-    """Describe what was written for an update.
+    """Compute the rewards and lengths of an update's dreams.
 
     Args:
-        dreams: also those that were set aside; without them the rewards would look better.
+        dreams: All dreams, including those that were set aside; without them the rewards would be
+            biased upwards.
     """
     scored = [d.reward for d in dreams if d.reward is not None]
     return {
@@ -39,12 +40,12 @@ def reward_metrics(dreams: Sequence[Trajectory]) -> dict[str, float]:
 def staleness_metrics(
     dreams: Sequence[Trajectory], stale: Sequence[int], version: int
 ) -> dict[str, Any]:
-    """Describe by how many versions the tokens that are learned trail the trainer's.
+    """Compute by how many versions the policy of the learned tokens trails the trainer's.
 
     Args:
-        dreams: what the update learns from.
-        stale: how many tokens each begins with that are too old to learn from.
-        version: the policy version that the update makes.
+        dreams: The dreams that the update learns from.
+        stale: Number of leading tokens of each dream that are too old to learn from.
+        version: Policy version that the update produces.
     """
     ages = [version - v for d, n in zip(dreams, stale, strict=True) for v in d.versions[n:]]
     return {
@@ -56,18 +57,19 @@ def staleness_metrics(
 
 
 def pop_agreement(metrics: dict[str, Any], part: str) -> dict[str, dict[str, float]]:
-    """Take how far engines and trainer agree out of the metrics of a step.
+    """Remove the log-probability differences of engines and trainer from the metrics of a step.
 
-    At age 0 and temperature 1 it is what the two sides differ by. A dream that was continued after
-    an update counts as old: so is the cache that it was continued with.
+    At age 0 and temperature 1 they are the numerical mismatch of the two sides. A dream that was
+    continued after an update counts with the age of its first token, because its KV cache is as
+    old.
 
     Args:
-        metrics: of ``Trainer.step``; the keys that are read are removed.
-        part: the part of the loss that has the dreams.
+        metrics: Metrics of ``Trainer.step``; the keys that are read are removed.
+        part: The part of the loss that has the dreams.
 
     Returns:
         The mean and the largest difference of the log-probabilities (nats), by the age of the
-        weights that a dream was started with.
+        weights that began the dream.
     """
     keys = [key.split("/") for key in metrics if key.startswith(f"{part}/age_")]
     ages = sorted({int(key[1].removeprefix("age_")) for key in keys})

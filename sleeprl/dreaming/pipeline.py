@@ -2,20 +2,20 @@
 
     curriculum -> admission -> engines -> scorers -> reward -> queue -> trainer -> engines
 
-Everything between the arrows is in flight at the same time; the driver moves references. Admission
-bounds it: a group is admitted only while fewer than ``(max_staleness + 1) * tasks_per_step`` groups are
-before it in order of learning, so no dream is older than ``max_staleness`` updates when it is learned
-from, and nothing is thrown away. An engine continues what another one that missed an update had
-written; tokens that are too old teach nothing.
+All stages work at the same time; the driver moves references. Admission bounds the work in flight:
+a group is admitted only while fewer than ``(max_staleness + 1) * tasks_per_step`` groups precede it
+in order of learning. So no dream is older than ``max_staleness`` updates when it is learned from,
+and nothing is thrown away. An engine may continue a dream of another engine that missed an update;
+tokens that are too old are not learned from.
 
-Where the algorithm asks for it, a group that teaches nothing is set aside and another is admitted in
-its place (DAPO's dynamic sampling); ``AdmissionQueue`` says which. Where engines and trainer share a
-device, the engines sleep from the beginning of a step until its weights come.
+Where the algorithm asks for it, a group that teaches nothing is set aside and another is admitted
+in its place (DAPO's dynamic sampling; see ``AdmissionQueue``). Where engines and trainer share a
+device, the engines sleep from the start of a step until its weights arrive.
 
-After each update a checkpoint keeps the trainer, the curriculum and every group. A killed run
-continues from it, and an engine or a trainer rank that dies is restarted; lost groups are admitted
-again under their numbers, so each is learned from exactly once. A dead scorer, reward or curriculum
-ends the run.
+After each update a checkpoint saves the trainer, the curriculum and every group. A killed run
+continues from it. A dead engine or trainer rank is restarted; lost groups are admitted again under
+their numbers, so each is learned from exactly once. A dead scorer, reward or curriculum ends the
+run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OnStep = Callable[[int, dict[str, Any]], None]
 
 @dataclass
 class Pipeline:
-    """One phase of dreaming over its actors, which are up."""
+    """One phase of dreaming over running actors."""
 
     config: DreamingConfig
     tasks: Mapping[str, Task]
@@ -55,21 +55,21 @@ class Pipeline:
     learner: ActorGroup
     """The trainer's ranks, which step together."""
     build_prompt: Callable[[Task], list[int]]
-    """Turns a task into the token ids of its prompt."""
+    """Builds the token ids of a task's prompt."""
     seed: int
     queue: AdmissionQueue
     recovery: RecoveryManager
     colocated: bool = False
-    """Trainer and engines take turns on one device."""
+    """Whether trainer and engines take turns on one device."""
     store: GroupStore = field(default_factory=GroupStore)
     step: list[Any] = field(default_factory=list)
-    """The calls of the running update, one for each rank; empty where none is running."""
+    """The calls of the running update, one per rank; empty without one."""
     step_groups: list[int] = field(default_factory=list)
-    """The groups that it learns from."""
+    """The groups that the running update learns from."""
     stale: list[Any] = field(default_factory=list)
-    """References to dreams that were regenerated since the last update, for the lake alone."""
+    """References to dreams that were regenerated since the last update; they only go into the lake."""
     failures: dict[int, Failure] = field(default_factory=dict)
-    """Why each group was lost in this tick."""
+    """The failure of each group that was lost in this tick."""
     needs_recovery: bool = False
 
     @property
@@ -83,13 +83,13 @@ class Pipeline:
         return {group.name: group for group in groups}
 
     def run(self, on_step: OnStep) -> None:
-        """Learn ``config.steps`` times.
+        """Run ``config.steps`` updates.
 
         Args:
-            on_step: receives the number of the update, from 1, and its metrics.
+            on_step: Receives the number of the update, from 1, and its metrics.
 
         Raises:
-            ActorFailure: something failed that cannot be recovered from.
+            ActorFailure: A failure that cannot be recovered from.
         """
         self._restore()
         pause = 0.0
@@ -102,21 +102,21 @@ class Pipeline:
                     moved = True
                 self.store.check(len(self.checkpoint.task_ids), self.engines.outstanding)
                 self._record_idle()
-                # Looking costs a core that the actors need.
+                # Polling takes CPU time from the actors.
                 time.sleep(pause := 0.0 if moved else min(0.02, pause + 0.001))
         finally:
             for name in self.actors:
                 WAITS.set_target(name, None)
 
     def _restore(self) -> None:
-        """Take up the groups of the checkpoint."""
+        """Restore the groups of the checkpoint."""
         paths = [str(path) for _, path in self.checkpoint.group_files().values()]
-        rest = [{"paths": list[str]()}] * (len(self.rewards) - 1)  # one of them reads all
+        rest = [{"paths": list[str]()}] * (len(self.rewards) - 1)  # the first one reads all
         loaded: list[LoadedGroup] = self.rewards.scatter("load", [{"paths": paths}, *rest])[0]
         self.store.restore(self.queue, loaded)
 
     def _tick(self, on_step: OnStep) -> bool:
-        """Look at everything once, and say whether anything moved. May be repeated where it fails."""
+        """Poll every stage once, and return whether anything moved. May be repeated after a failure."""
         if self.needs_recovery:
             self._recover()
         moved = self._admit()
@@ -132,7 +132,7 @@ class Pipeline:
         return moved
 
     def _admit(self) -> bool:
-        """Fill the room that the staleness bound leaves, one group per engine call."""
+        """Admit groups up to the staleness bound, one group per engine call."""
         moved, task_ids = False, self.checkpoint.task_ids
         bound = min(self.config.max_staleness + self.checkpoint.version + 1, self.config.steps)
         while self.queue.step_of(number := self.store.next_readmitted(len(task_ids))) < bound:
@@ -152,7 +152,7 @@ class Pipeline:
         return moved
 
     def _collect_rollouts(self) -> None:
-        """Take what engines have finished; readmit what is incomplete or too old to learn from."""
+        """Collect finished roll-outs; readmit groups that are incomplete or too old to learn from."""
         for number, result in self._finished(self.engines):
             rollout: RolloutResult = result.value
             oldest, reason = rollout.oldest_last_version, rollout.incomplete_reason
@@ -166,7 +166,7 @@ class Pipeline:
                 self.store.advance(number, "scoring", rollout.batch)
 
     def _collect(self, group: ActorGroup, stage: Stage, following: Stage) -> None:
-        """Take what the actors of a stage have finished to the stage that follows."""
+        """Move the groups that a stage's actors have finished to the following stage."""
         for number, result in self._finished(group):
             self.store.advance(number, following, result.value.batch)
             if stage == "rewarding" and not result.value.is_informative:
@@ -176,7 +176,7 @@ class Pipeline:
         """Return the groups that actors have finished, and readmit those that they lost.
 
         Raises:
-            ActorFailure: a failure that would come again.
+            ActorFailure: A fatal failure, which a retry would repeat.
         """
         finished = []
         for result in group.ready():
@@ -194,7 +194,7 @@ class Pipeline:
         self.store.lose(number, partial)
 
     def _dispatch(self, group: ActorGroup, stage: Literal["scoring", "rewarding"]) -> bool:
-        """Send the groups that wait for a stage, as far as its actors have room."""
+        """Send waiting groups to a stage, as far as its actors have room."""
         moved, waiting = False, self.store.waiting[stage]
         while waiting and group.has_healthy():
             batch = self.store.groups[waiting[0]].batch
@@ -212,7 +212,7 @@ class Pipeline:
             self._finish_step(on_step)
             return True
         learned, redrawn = self.queue.next_step()
-        # In order of admission: a group that others overtake gets older than the bound allows.
+        # In order of admission: a group that others overtake would exceed the staleness bound.
         if len(learned) < self.queue.size or not self.store.all_queued(learned):
             return False
         if self.colocated:
@@ -229,7 +229,7 @@ class Pipeline:
     def _finish_step(self, on_step: OnStep) -> None:
         """Publish the new weights, save the checkpoint, and report to the curriculum.
 
-        What comes before ``observe`` may happen twice, when an actor dies on the way.
+        The calls before ``observe`` are repeated when an actor dies during them.
         """
         checkpoint, latency = self.checkpoint, self.store.latency
         result: StepResult = self.learner.collect("step", self.step)[0]
@@ -249,15 +249,14 @@ class Pipeline:
         on_step(checkpoint.version, {**result.metrics, **sent})
 
     def _snapshot(self) -> dict[str, Any]:
-        """Return all groups but those of this update, by number and stage."""
+        """Return all groups outside the running update, by number and stage."""
         answers = self.engines.call("partial_refs") if self.store.counts.generating else []
-        self._collect_rollouts()  # of engines that finished before they were asked
+        self._collect_rollouts()  # of engines that finished before the call
         partials = {int(u.split("-")[1]): ref for answer in answers for u, ref in answer.items()}
         return self.store.snapshot(partials)
 
     def _publish(self) -> dict[str, Any]:
-        """Send the trainer's weights to all present engines, and to the scorers. An engine that fails
-        to get them gets no work."""
+        """Send the trainer's weights to present engines and scorers; unverified engines get no work."""
         sent: PublishResult = self.learner.call("publish", engines=self.engines.actors)[0]
         self.engines.updated(sent.verified)
         dead = len(self.engines.health.having(HealthState.DEAD))  # no work, whatever they received
@@ -268,7 +267,7 @@ class Pipeline:
         return dict(sent.metrics)
 
     def _handle(self, failure: ActorFailure) -> None:
-        """Find out what a failure is, and raise it where nothing can be done about it."""
+        """Classify a failure, and raise it if it cannot be recovered from."""
         lost, self.failures = self.failures, {}
         recoverable = self.recovery.classify(failure)
         limit = max(1, self.recovery.limit)
@@ -278,15 +277,15 @@ class Pipeline:
         self.needs_recovery |= recoverable
 
     def _recover(self) -> None:
-        """Restart the dead; then all engines get the trainer's weights."""
+        """Restart dead actors, then send the trainer's weights to all engines."""
         if self.recovery.recover(self.checkpoint) and self.step:
-            self.store.abort_step()  # its groups are still here
+            self.store.abort_step()  # its groups are still queued in the store
             self.step = []
         self._publish()
         self.needs_recovery = False
 
     def _record_idle(self) -> None:
-        """Record which actors have nothing to do now, and what each waits for."""
+        """Record which actors are idle, and what each waits for."""
         busy = {name: group.outstanding > 0 for name, group in self.actors.items()}
         busy["learner"] = bool(self.step)
         busy["engine"] &= not (self.colocated and self.step)

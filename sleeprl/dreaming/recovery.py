@@ -1,5 +1,7 @@
-"""Restarts what died while dreaming: engines one by one, trainer ranks all together. An engine that
-lives, but did not end an update verified, is sent the weights again."""
+"""Restarts dead actors of dreaming: engines one by one, trainer ranks all together.
+
+A live engine that is not verified after an update gets the weights again.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 
 @dataclass
 class RecoveryManager:
-    """Decides what a failure is, and restarts who died.
+    """Classifies failures, and restarts dead actors.
 
-    Only retryable failures are recovered from. A restarted engine gets no work before it ends an
-    update verified.
+    Only retryable failures are recovered from. A restarted engine gets no work until an update
+    verifies it.
     """
 
     engines: ActorGroup
@@ -28,22 +30,22 @@ class RecoveryManager:
     new_learner: Callable[[int], Any]
     """Starts the trainer actor of a rank, without waiting for it."""
     limit: int
-    """How often something may be restarted."""
+    """Largest number of recoveries."""
     on_restart: Callable[[str], None]
     """Receives a message for each restart: what, and why."""
     num_recoveries: int = 0
-    """Restarts so far; actors that die together count once."""
+    """Recoveries so far; actors that die together count once."""
     dead: dict[str, list[int]] = field(default_factory=dict)
     """Indices of the dead actors of each group, from ``classify`` to ``recover``."""
 
     def classify(self, failure: ActorFailure) -> bool:
-        """Find out what a failure left behind.
+        """Determine what a failure affects.
 
         Returns:
             Whether an engine or a trainer rank is dead, or an engine stale.
 
         Raises:
-            ActorFailure: it is not retryable, or there were too many.
+            ActorFailure: The failure is not retryable, or the limit is reached.
         """
         if failure.failure.kind is FailureKind.FATAL:
             raise failure
@@ -64,7 +66,10 @@ class RecoveryManager:
         return True
 
     def recover(self, checkpoint: DreamingCheckpoint) -> bool:
-        """Restart the dead.
+        """Restart the dead actors that ``classify`` found.
+
+        Args:
+            checkpoint: The checkpoint that restarted trainer ranks continue from.
 
         Returns:
             Whether the trainer went back to the checkpoint.
@@ -75,7 +80,7 @@ class RecoveryManager:
             self.engines.replace(index, self.new_engine(index))
         if engines:
             self.engines.start(engines)
-        if ranks:  # the other ranks wait for the dead one in a collective that will never end
+        if ranks:  # the other ranks hang in a collective with the dead one
             everyone = self.learner.present
             for index in everyone:
                 self.learner.replace(index, self.new_learner(index))
@@ -86,7 +91,7 @@ class RecoveryManager:
 
 
 def start_ranks(learner: ActorGroup, checkpoint: DreamingCheckpoint) -> None:
-    """Connect new trainer ranks, and let them continue from a checkpoint."""
+    """Connect new trainer ranks, and restore a checkpoint on them."""
     address = learner.call("rendezvous")[0]
     state = str(checkpoint.version_dir) if checkpoint.version else None
     learner.call("start", address=address, state=state)

@@ -1,4 +1,4 @@
-"""The actor that lets a reward judge the dreams of a group."""
+"""The actor that rewards the dreams of a group."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from sleeprl.text.chat import ChatFormatter
 
 
 class RewardActor(RemoteActor):
-    """Has dreams judged in a ``RewardProcess``.
+    """Computes rewards in a ``RewardProcess``.
 
-    Where the reward raises, takes too long or ends its process, the dream is *unscored*, with the
+    Where the reward raises, times out or ends its process, the dream is *unscored*, with the
     reason.
     """
 
@@ -38,11 +38,11 @@ class RewardActor(RemoteActor):
         """Start the reward's process.
 
         Args:
-            checkpoint: directory of the model, whose tokens the dreams are.
-            config: names the reward, the algorithm and the format of dreams.
+            checkpoint: Directory of the model; its tokenizer decodes the dreams.
+            config: The reward, the algorithm and the format of dreams.
 
         Raises:
-            PluginError: the reward cannot be made.
+            PluginError: The reward cannot be created.
         """
         self.algorithm, self.limit = algorithm_of(config), config.max_tokens
         self.chat = ChatFormatter(checkpoint)
@@ -55,8 +55,8 @@ class RewardActor(RemoteActor):
         """Set ``reward`` or ``unscored`` in every row of a batch.
 
         Args:
-            batch: a group that the scorer has scored.
-            tasks: all tasks, by id.
+            batch: A group after the scorer.
+            tasks: All tasks, by id.
         """
         rewards: list[float | None] = []
         reasons: list[str | None] = []
@@ -76,13 +76,13 @@ class RewardActor(RemoteActor):
         return RewardResult(ray.put(rewarded), self._is_informative(rewarded))
 
     def load(self, paths: Sequence[str]) -> list[LoadedGroup]:
-        """Read the groups of a checkpoint, also of one that an earlier schema wrote."""
+        """Read the groups of a checkpoint, including those of an earlier schema."""
         return [self._load(path) for path in paths]
 
     def _load(self, path: str) -> LoadedGroup:
         found = read_group(path)
         batch = conform(found, TRAJECTORY_SCHEMA)
-        if "parsed" not in found.schema.names:  # before version 4 each reader parsed it again
+        if "parsed" not in found.schema.names:  # schemas before version 4 do not store it
             parsed = parse_dreams(self.format, self.chat, from_batch(batch))
             batch = with_column(batch, "parsed", parsed)
         return LoadedGroup(

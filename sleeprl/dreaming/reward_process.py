@@ -1,6 +1,6 @@
 """The built-in reward, and the process in which a reward runs.
 
-That process imports this module, which therefore brings neither torch nor ray.
+The process imports this module, which therefore imports neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from sleeprl.dreaming.types import Dream, Reward
 from sleeprl.plugins import PluginError, create
 
 Judgement = tuple[float | None, str | None]
-"""A reward, or why there is none."""
+"""A reward, or the reason why there is none."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 class LikelihoodGain:
-    """Rewards what the dream teaches: the gain of its trial; a malformed dream teaches nothing."""
+    """The built-in reward: the dream's gain, scaled; 0 for a malformed dream."""
 
     def __init__(self, scale: float = 10.0) -> None:
-        """Set the reward per nat, so that rewards are of the order of one."""
+        """Create the reward.
+
+        Args:
+            scale: Reward per nat; the default makes rewards of the order of one.
+        """
         self.scale = scale
 
     def __call__(self, dream: Dream) -> float | None:
@@ -38,25 +42,25 @@ class LikelihoodGain:
 
 
 class RewardProcess:
-    """A reward in a process of its own, where nothing that it does costs more than one dream.
+    """A reward in a process of its own, where a failure costs at most one dream.
 
-    Where it gives nothing in time the process is killed, and the next dream is judged in another one,
-    by a new reward. The start of a process does not count.
+    On a timeout the process is killed, and a new process with a new reward judges the next dream.
+    The start of a process does not count towards the timeout.
     """
 
     def __init__(
         self, name: str, options: Mapping[str, Any], timeout_s: float, largest: float
     ) -> None:
-        """Start the process and make the reward in it.
+        """Start the process and create the reward in it.
 
         Args:
-            name: of the reward.
-            options: its keyword arguments.
-            timeout_s: seconds that it may take for one dream.
-            largest: a larger number is no reward.
+            name: Name of the reward.
+            options: Its keyword arguments.
+            timeout_s: Time limit for one dream, in seconds.
+            largest: Largest absolute value of a valid reward.
 
         Raises:
-            PluginError: the reward cannot be made.
+            PluginError: The reward cannot be created.
         """
         self.name, self.timeout_s, self.largest = name, timeout_s, largest
         self._arguments = (name, dict(options), os.getpid())
@@ -69,7 +73,7 @@ class RewardProcess:
             ) from error
 
     def __call__(self, dream: Dream) -> Judgement:
-        """Judge a dream; never raises what the reward does."""
+        """Judge a dream; failures of the reward become reasons, not exceptions."""
         try:
             reward, fault = self._judge(dream)
         except TimeoutError:
@@ -92,10 +96,10 @@ class RewardProcess:
         return ProcessPool(1, initializer=_begin, initargs=self._arguments, context=context)
 
     def _judge(self, dream: Dream) -> Judgement:
-        """Judge a dream, in a new process where the old one has ended since the last dream.
+        """Judge a dream, in a new process if the old one ended since the last dream.
 
         Raises:
-            RuntimeError: the pool is broken.
+            RuntimeError: The pool is broken.
         """
         try:
             return self._submit(dream)
@@ -117,19 +121,19 @@ _fault: PluginError | None = None
 
 
 def _begin(name: str, options: dict[str, Any], parent: int) -> None:
-    """Make the reward.
+    """Create the reward.
 
     Args:
-        name: of the reward.
-        options: its keyword arguments.
-        parent: the actor's process.
+        name: Name of the reward.
+        options: Its keyword arguments.
+        parent: Process id of the actor.
     """
     global _reward, _fault
-    # The kernel ends this process with the actor: a reward that holds the interpreter's lock lets
-    # nothing in here do it.
+    # The kernel kills this process when the actor dies. No thread in here could do it while the
+    # reward holds the GIL.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if os.getppid() != parent:  # it died before that
+    if os.getppid() != parent:  # the actor died before prctl
         os._exit(1)
     try:
         _reward = create(name, "reward", options)
@@ -148,8 +152,10 @@ def _raise_fault() -> None:
 
 
 def _judge(dream: Dream, largest: float) -> Judgement:
-    """Judge a dream, and return plain values only: a user's exception may not survive the way to
-    another process."""
+    """Judge a dream, and return plain values only.
+
+    A user's exception may not survive pickling between processes.
+    """
     try:
         _raise_fault()
         value = _reward(dream)

@@ -1,7 +1,7 @@
-"""The scorer: what a dream says, what the smaller self thinks of it, and what learning from it would do.
+"""The scorer: parses dreams, scores them under the smaller self, and measures what they teach.
 
-A trial is one step of plain gradient descent on the expert, on what is learned from the dream without
-the experience in sight, and a look at how likely the task's probes have become; then the step is
+A trial takes one step of plain gradient descent on the expert, on the lessons of the dream without
+the experience in context, and measures the likelihood of the task's probes. Then the step is
 undone.
 """
 
@@ -36,19 +36,19 @@ Example = tuple[list[int], list[int]]
 
 
 class LearningGainScorer(RemoteActor):
-    """A plain torch copy of the trainer's model, one step behind it at most.
+    """A plain torch copy of the trainer's model, at most one update behind it.
 
-    It is in single precision also where the trainer's is half: a trial's step would be rounded away,
-    or up to what it is not.
+    It computes in single precision even where the trainer uses half precision: rounding would erase
+    or distort a trial's small step.
     """
 
     def __init__(self, model: TrainerOptions, config: DreamingConfig, gpu: bool = False) -> None:
         """Load the model.
 
         Args:
-            model: the model as the trainer has it.
-            config: the trial's step and number of probes, and the format of dreams.
-            gpu: whether this process has one.
+            model: Options of the trainer, with the checkpoint and the slots.
+            config: Step size and number of probes of a trial, and the format of dreams.
+            gpu: Whether this process has a GPU.
         """
         torch.set_num_threads(1)
         directory = Path(model.checkpoint)
@@ -71,7 +71,7 @@ class LearningGainScorer(RemoteActor):
         self.num_questions = config.trial_questions
 
     def set_expert(self, expert: Mapping[str, Tensor]) -> None:
-        """Take over the trainer's present expert."""
+        """Load the trainer's current expert."""
         own = expert_tensors(dict(self.model.named_parameters()))
         with torch.no_grad():
             for name, tensor in expert.items():
@@ -81,8 +81,8 @@ class LearningGainScorer(RemoteActor):
         """Add the columns ``ref_logprobs``, ``parsed``, ``gain`` and ``gap`` to a batch of dreams.
 
         Args:
-            batch: whole groups.
-            tasks: all tasks, by id.
+            batch: Complete groups.
+            tasks: All tasks, by id.
         """
         dreams = from_batch(batch)
         with torch.no_grad(), smaller_self(self.model):
@@ -105,7 +105,16 @@ class LearningGainScorer(RemoteActor):
         return ScoreResult(ray.put(scored))
 
     def _gain(self, parsed: str | None, probes: Sequence[Example], known: float) -> float | None:
-        """Measure what learning from a dream adds to the likelihood of probes, ``known`` before."""
+        """Measure the log-likelihood that learning from a dream adds to the probes, in nats per token.
+
+        Args:
+            parsed: The parsed dream, as JSON.
+            probes: The task's probes.
+            known: Their mean log-likelihood before the trial, in nats per token.
+
+        Returns:
+            The gain; None where there is nothing to learn from, or no probe.
+        """
         if parsed is None or not probes:
             return None
         lessons = self._tokenise(self.format.training_pairs(json.loads(parsed)))
@@ -127,7 +136,7 @@ class LearningGainScorer(RemoteActor):
 
     @torch.no_grad()
     def _likelihood(self, examples: Sequence[Example]) -> float:
-        """Return the mean log-likelihood of the response tokens (nats); 0 without any."""
+        """Return the mean log-likelihood of the response tokens (nats per token); 0 without any."""
         if not examples:
             return 0.0
         return float(torch.cat(self._logprobs(examples)).mean())

@@ -1,4 +1,4 @@
-"""How many groups of dreams are in each stage, and how old they get."""
+"""Counts the groups of dreams in each stage, and measures their latency."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sleeprl.cluster.waits import WaitKind
 
 @dataclass
 class StageCounts:
-    """Groups of dreams by stage, kept by the transitions alone.
+    """Number of groups of dreams by stage, updated by transitions alone.
 
-    Each transition asserts that the group was in the stage it leaves; ``check`` compares the counts
-    with where the groups are.
+    Each transition asserts that its source stage has the group; ``check`` compares the counts with
+    the groups themselves.
     """
 
     admitted: int = 0
-    """Groups that have a number and need no engine again."""
+    """Groups that have a number and do not wait for an engine again."""
     generating: int = 0
     scoring: int = 0
     rewarding: int = 0
@@ -27,15 +27,15 @@ class StageCounts:
     learning: int = 0
     learned: int = 0
     redrawn: int = 0
-    """Groups that were set aside because another group was drawn in their place."""
+    """Groups that were set aside for another one."""
 
     def move(self, source: str, target: str, groups: int = 1) -> None:
         """Move groups from one stage to another.
 
         Args:
-            source: the stage that they leave; ``admitted`` for groups that no stage has yet.
-            target: the stage that they enter; ``admitted`` for groups that have to be written again.
-            groups: how many.
+            source: Source stage; ``admitted`` for groups that are in no stage yet.
+            target: Target stage; ``admitted`` for groups that have to be generated again.
+            groups: Number of groups.
 
         Raises:
             AssertionError: ``source`` has fewer groups.
@@ -52,15 +52,15 @@ class StageCounts:
             setattr(self, target, getattr(self, target) + groups)
 
     def check(self, admitted: int, generating: int, stages: Iterable[str]) -> None:
-        """Compare the counts with where the groups are.
+        """Check the counts against the groups.
 
         Args:
-            admitted: groups that have a number and need no engine again.
-            generating: calls to engines that have not ended.
-            stages: the stage of each group that is past its engine and not finished.
+            admitted: Number of groups that have a number and do not wait for an engine again.
+            generating: Number of unfinished calls to engines.
+            stages: Stage of each unfinished group that is past its engine.
 
         Raises:
-            AssertionError: a group was lost or doubled.
+            AssertionError: A group was lost or duplicated.
         """
         found = Counter({"generating": generating})
         found.update(stages)
@@ -72,14 +72,14 @@ class StageCounts:
         )
 
     def idle(self, busy: Mapping[str, bool]) -> Iterator[tuple[str, str | None, str, WaitKind]]:
-        """Say for each kind of actor what it waits for.
+        """Determine what each kind of actor waits for.
 
         Args:
-            busy: whether an actor of each name has work.
+            busy: Whether an actor of each name has work.
 
         Yields:
-            Its name, the name of the actors that it waits for (None: it has work), what it waits
-            for, and the kind of wait.
+            Its name, the name of the actors that it waits for (None if it has work), a description
+            of what it waits for, and the kind of wait.
         """
         behind = (("reward", self.rewarding), ("scorer", self.scoring))
         holder, groups = next(((n, g) for n, g in behind if g), ("engine", self.generating))
@@ -95,30 +95,33 @@ class StageCounts:
 
 @dataclass
 class GroupLatency:
-    """Seconds from the end of a group's generation to the update that learns it, and from the end of
-    an update to the moment when all engines have its weights (the publish lag)."""
+    """Latencies of groups and of weight updates.
+
+    Measured are the seconds from the end of a group's generation to its update, and from the end of
+    an update until all engines have its weights (the publish lag).
+    """
 
     clock: Callable[[], float] = time.monotonic
-    """Seconds."""
+    """Returns the time in seconds."""
     last_ages: list[float] = field(default_factory=list)
-    """Age of each group of the last update when that update began, in seconds."""
+    """Age of each group of the last update at the start of that update, in seconds."""
     _generated: dict[int, float] = field(default_factory=dict)
     _step_ended: float | None = None
 
     def mark_generated(self, number: int) -> None:
-        """Record that a group has left a stage; the first time it was generated."""
+        """Record the end of a group's generation; later calls for the same group have no effect."""
         self._generated.setdefault(number, self.clock())
 
     def start_step(self, numbers: Iterable[int]) -> None:
-        """Record that an update begins on these groups, and how old they are."""
+        """Record that an update of these groups starts, and their ages."""
         now = self.clock()
         self.last_ages = [now - self._generated.pop(n) for n in numbers if n in self._generated]
 
     def end_step(self) -> None:
-        """Record that an update has ended; repeated before ``publish_lag``, the first time counts."""
+        """Record the end of an update; only the first call before ``publish_lag`` counts."""
         self._step_ended = self.clock() if self._step_ended is None else self._step_ended
 
     def publish_lag(self) -> float:
-        """Return the seconds since the update ended, and forget it."""
+        """Return the seconds since the end of the update, and reset."""
         ended, self._step_ended = self._step_ended, None
         return 0.0 if ended is None else self.clock() - ended

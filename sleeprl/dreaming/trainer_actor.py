@@ -1,4 +1,4 @@
-"""The trainer actor of dreaming: references in, one optimiser step, weights out."""
+"""The trainer actor of dreaming: takes references, does one optimiser step, sends weights."""
 
 from __future__ import annotations
 
@@ -58,28 +58,29 @@ from sleeprl.utils.files import atomic_directory
 
 @dataclass(frozen=True)
 class DreamTrainerJob:
-    """What every rank receives."""
+    """The job of the trainer, the same for every rank."""
 
     trainer: TrainerOptions
+    """Options of the trainer."""
     config: DreamingConfig
     expert: str
     """Directory of the consolidated expert."""
     lake: str
-    """Directory of the lake: the replay texts are there, and the dreams go there."""
+    """Directory of the lake, with the replay texts; the dreams are appended to it."""
     seed: int
     beta: float
-    """Of the divergence from the smaller self."""
+    """Interpolation of the divergence from the smaller self."""
     top_k: int
-    """Tokens whose probabilities that divergence compares."""
+    """Number of tokens whose probabilities that divergence compares."""
     canary: list[int]
-    """Token ids that both sides score after each update of the engines."""
+    """Token ids that trainer and engines both score after each update of the engines."""
     first_version: int
-    """The policy version that the engines had before the first update."""
+    """Policy version of the engines before the first update."""
     stall_seconds: float
-    """A wait that is longer is reported."""
+    """A longer wait is reported."""
 
     def loss_options(self, algorithm: Algorithm) -> LossOptions:
-        """Return what the loss needs to know beside its parts."""
+        """Build the options of the loss for an algorithm."""
         config, weight = self.config, self.config.importance_weight
         return LossOptions(
             beta=self.beta,
@@ -93,9 +94,17 @@ class DreamTrainerJob:
 
 
 class DreamTrainer(RemoteActor):
-    """One rank of the trainer. ``rendezvous`` on rank 0 gives the address that every ``start`` takes."""
+    """One rank of the trainer. ``start`` on every rank takes the address that rank 0's
+    ``rendezvous`` returns."""
 
     def __init__(self, job: DreamTrainerJob, rank: int, world: int) -> None:
+        """Create the rank; ``start`` loads the model.
+
+        Args:
+            job: The trainer's job.
+            rank: Number of this rank.
+            world: Number of ranks.
+        """
         self.job, self.rank, self.world = job, rank, world
         self.pool = EnginePool(ActorGroup("engine", []))
         self.algorithm = algorithm_of(job.config)
@@ -119,17 +128,17 @@ class DreamTrainer(RemoteActor):
         return self._trainer
 
     def rendezvous(self) -> str:
-        """Return an address at which this rank can be met."""
+        """Return an address at which the other ranks can connect to this one."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def start(self, address: str, state: str | None = None) -> None:
-        """Join the other ranks, and load the model.
+        """Connect to the other ranks, and load the model.
 
         Args:
-            address: what ``rendezvous`` of rank 0 returned.
-            state: directory of a ``save`` to continue from.
+            address: Return value of ``rendezvous`` on rank 0.
+            state: Directory of a ``save`` to continue from.
         """
         WAITS.waiter = f"learner-{self.rank}"
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK="0")
@@ -147,21 +156,21 @@ class DreamTrainer(RemoteActor):
             TrainerCheckpoint(Path(state)).restore(self._trainer)
 
     def publish(self, engines: Sequence[Any]) -> PublishResult | None:
-        """Send the present weights to engines. Collective over the ranks.
+        """Send the current weights to engines. Collective over the ranks.
 
-        It may be repeated: a version is known by the number of steps, not of publications.
+        It can be repeated: a version is the number of steps, not of publications.
 
         Args:
-            engines: their actors; None in the place of one that was removed.
+            engines: Actors of the engines; None in the place of a removed one.
 
         Returns:
-            What the engines ended with, on rank 0 alone.
+            The verified engines and the expert on rank 0; None on the other ranks.
         """
         if list(engines) != self.pool.group.actors:
             self.pool.disconnect()
             self.pool = EnginePool(ActorGroup("engine", engines, silence=LIVENESS_TIMEOUT_S))
         version = self.job.first_version + self.trainer.steps
-        # Collective, so first: what follows may fail on rank 0 alone.
+        # Collective, so it comes first: the rest may fail on rank 0 alone.
         expert = self.trainer.gather_expert()
         with Watchdog(WAITS, self.job.stall_seconds):
             metrics = publish_weights(self.trainer, self.pool, self.job.canary, version)
@@ -172,12 +181,12 @@ class DreamTrainer(RemoteActor):
         return PublishResult(self.pool.version, metrics, verified, unverified, ray.put(expert))
 
     def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> StepResult:
-        """Do one update on whole groups of dreams.
+        """Do one update on complete groups of dreams.
 
         Args:
-            batches: references to the groups that are learned from.
-            redrawn: references to those that were set aside for some of them; they are not learned
-                from, but are in the lake, in the metrics and in the outcomes.
+            batches: References to the groups to learn from.
+            redrawn: References to groups that were set aside; they are not learned from, but appear
+                in the lake, the metrics and the outcomes.
         """
         began = time.monotonic()
         learned, aside = _fetch_groups(batches), _fetch_groups(redrawn)
@@ -203,9 +212,10 @@ class DreamTrainer(RemoteActor):
         """Write the trainer's state, and append the dreams of the last update to the lake.
 
         Args:
-            directory: a new one, for the state.
-            groups: references to the groups under way by ``NUMBER-STAGE``, which go beside it.
-            stale: references to dreams that were regenerated, for the lake alone.
+            directory: New directory for the state.
+            groups: References to the groups in flight, by ``NUMBER-STAGE``; they are written beside
+                it.
+            stale: References to dreams that were regenerated; they only go into the lake.
         """
         state = self.trainer.state_dict()
         if self.rank == 0:
@@ -216,33 +226,33 @@ class DreamTrainer(RemoteActor):
                         write_group(target, name, batch)
             tables = [pa.Table.from_batches([batch]) for batch in _fetch_available(stale)]
             Lake(self.job.lake).append(pa.concat_tables([self.table, *tables]), TRAJECTORIES)
-        dist.barrier()  # from here on the directory is there for every rank
+        dist.barrier()  # afterwards every rank can see the directory
         TrainerCheckpoint(Path(directory)).save_teacher_cache(self.trainer)
 
     def finish(self, output: str) -> int:
         """Write the expert to a directory.
 
         Returns:
-            The policy version that the engines have.
+            The policy version of the engines.
         """
         save_trained(self.trainer, Path(output), self.job.canary)
         return self.pool.version
 
 
 def _fetch_available(refs: Sequence[Any]) -> Iterator[pa.RecordBatch]:
-    """Fetch batches, but for those that were lost with who wrote them."""
+    """Fetch batches, skipping those that were lost with their owner."""
     for ref in refs:
         with suppress(ObjectLostError):
             yield ray.get(ref)
 
 
 def _fetch_groups(refs: Sequence[Any]) -> pa.Table:
-    """Fetch groups of dreams as one table; an earlier schema may have written some."""
+    """Fetch groups of dreams as one table, converting those of an earlier schema."""
     schema = TRAJECTORY_SCHEMA
     return pa.Table.from_batches([conform(b, schema) for b in ray.get(list(refs))], schema)
 
 
 def _mean_advantage(row: TrainingExample | None) -> float | None:
-    """Return the advantage of a whole dream."""
+    """Return the mean advantage of a dream, or None."""
     advantage = None if row is None else row.advantage
     return fmean(advantage) if isinstance(advantage, list) else advantage

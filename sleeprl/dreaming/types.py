@@ -1,6 +1,6 @@
-"""What to dream about: tasks, dreams, the protocols that users plug into, and the algorithm's view.
+"""Types of dreaming: tasks, dreams, outcomes, and the protocols of rewards and curricula.
 
-A reward's process imports it, so neither torch nor ray is imported with it.
+A reward's process imports this module, so it imports neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -21,51 +21,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """Dream about one document."""
+    """A task: dream about one document."""
 
     id: str
     document: int
     """Number of the document in its day."""
     message: str
-    """The user's message that asks for the dream: the experience and an instruction."""
+    """User message that requests the dream: the experience and an instruction."""
     probes: tuple[tuple[str, str], ...]
-    """Questions about the document, each with the answer of the self that reads it; they are kept out
-    of training."""
+    """Questions about the document that are held out from training, each with the answer of the
+    self that reads the document."""
     examples: tuple[tuple[str, str], ...] = ()
-    """Worked examples before the message: messages of the user and of the assistant."""
+    """Worked examples before the message, as (user, assistant) messages."""
 
 
 @dataclass(frozen=True)
 class Dream:
-    """One dream, as a reward sees it."""
+    """A dream, as a reward gets it."""
 
     task: Task
     text: str
+    """The decoded dream."""
     token_ids: list[int]
     parsed: Any | None
-    """What ``DreamFormat.parse`` returned, as plain JSON; None for a malformed dream."""
+    """Return value of ``DreamFormat.parse``, as plain JSON; None for a malformed dream."""
     gain: float | None
-    """What one small step of learning from the dream, without the experience in sight, adds to the
-    log-likelihood of the task's probes (nats per token); None where there is nothing to learn from."""
+    """Log-likelihood (nats per token) that one small step of learning from the dream, without the
+    experience in context, adds to the task's probes; None where there is nothing to learn from."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one task's group."""
+    """The outcome of a task's group in one update."""
 
     task: str
     """Id of the task."""
     rewards: list[float]
-    """Rewards of the dreams that have one."""
+    """Rewards of the dreams that are scored."""
     gap: float
-    """Mean negative log-likelihood per token of the task's probes without the experience (nats): how
-    much is left to learn there."""
+    """Mean negative log-likelihood per token of the task's probes without the experience (nats):
+    how much is left to learn."""
 
 
 class Reward(Protocol):
-    """A pure function of the dream. None means that it cannot be scored, which is not 0.
+    """A pure function of the dream. None means that the dream cannot be scored, which is not 0.
 
-    It runs in a process of its own, which is killed where it takes ``dreaming.reward_timeout_s``.
+    It runs in a process of its own, which is killed after ``dreaming.reward_timeout_s`` seconds.
     """
 
     def __call__(self, dream: Dream) -> float | None: ...
@@ -74,7 +75,7 @@ class Reward(Protocol):
 class Curriculum(Protocol):
     """Chooses tasks.
 
-    A factory of one is called as ``factory(tasks=..., seed=..., **options)``.
+    Its factory is called as ``factory(tasks=..., seed=..., **options)``.
     """
 
     def next(self, n: int) -> list[Task]:
@@ -82,8 +83,10 @@ class Curriculum(Protocol):
         ...
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        """Hear after each update of its groups, and of those that were set aside for them because
-        they taught nothing: mastered or impossible."""
+        """Receive the outcomes of an update.
+
+        They include groups that were set aside because they taught nothing: mastered or impossible.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,7 +94,7 @@ class Curriculum(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore the result of ``state_dict``."""
         ...
 
 
@@ -102,17 +105,17 @@ def algorithm_of(config: DreamingConfig) -> Algorithm:
 
 
 def scores(dreams: Sequence[Trajectory], limit: int) -> RewardBatch:
-    """Give dreams the form from which an algorithm makes advantages.
+    """Collect the rewards of dreams in the form that an algorithm takes.
 
     Args:
-        dreams: whole groups.
-        limit: tokens that a dream may have.
+        dreams: Complete groups.
+        limit: Largest number of tokens in a dream.
     """
     from sleeprl.algorithms.base import RewardBatch
 
     return RewardBatch(
         [d.reward for d in dreams],
-        [d.uid.rpartition("-")[0] for d in dreams],  # without the attempt: written together
+        [d.uid.rpartition("-")[0] for d in dreams],  # the group: the uid without the attempt
         [len(d.response_ids) for d in dreams],
         limit,
     )
@@ -125,14 +128,14 @@ def build_request(
     task: Task,
     build_prompt: Callable[[Task], list[int]],
 ) -> RolloutRequest:
-    """Build the request for a group of dreams; the same whenever it is built.
+    """Build the request for a group of dreams. It is deterministic.
 
     Args:
-        config: how dreams are sampled.
-        seed: of the night.
-        number: of the group.
-        task: what the group is about.
-        build_prompt: turns the task into token ids.
+        config: Sampling of dreams.
+        seed: Seed of the night.
+        number: Number of the group.
+        task: Task of the group.
+        build_prompt: Builds the token ids of the task's prompt.
     """
     rng = random.Random(f"{seed}-dream-{number}")
     return RolloutRequest(

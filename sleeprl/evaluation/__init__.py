@@ -1,1 +1,1 @@
-"""What a model knows: probes, grades, and the figures of before and after."""
+"""Evaluation: questions, grading, and the figures before and after a night."""

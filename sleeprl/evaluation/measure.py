@@ -1,4 +1,4 @@
-"""What a model knows in one state, asked of the engines that hold it."""
+"""Measures what a model knows, through the engines that serve it."""
 
 from __future__ import annotations
 
@@ -28,25 +28,33 @@ from sleeprl.text.prompts import FREE_FACT, with_experience
 from sleeprl.utils.files import write_text_atomic
 
 SAMPLED = 0.5
-"""Temperature at which it is asked whether a model says the same each time."""
+"""Temperature of the sampled answers that test whether the model is consistent."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The figures of one state, and every answer that they rest on."""
+    """The figures of one state of the model, and the answers behind them."""
 
     figures: dict[str, Any]
-    """The share of right answers by metric, None where nothing was asked; ``perplexity`` of the held-out
-    texts; and below ``n`` the number of questions, and of tokens."""
+    """The share of right answers by metric, None without questions; ``perplexity`` of the held-out
+    texts; and under ``n`` the number of questions by metric, and of tokens."""
     questions: list[Question]
     prompts: list[list[int]]
+    """Token ids of each prompt."""
     completions: list[Completion]
     answers: list[str]
     right: list[bool]
+    """Whether each answer is right."""
 
     def save(self, path: Path, lake: Lake) -> None:
-        """Write every answer as one JSON line, and append it to the lake as a trajectory, whose reward
-        is 1 where it is right."""
+        """Write the answers as JSON lines, and append them to the lake as trajectories.
+
+        The reward of a trajectory is 1 for a right answer, else 0.
+
+        Args:
+            path: The JSONL file; its stem names the state.
+            lake: The run's lake.
+        """
         if self.completions:
             lake.append(to_batch(self._trajectories(path.stem)), TRAJECTORIES)
         rows = [
@@ -84,18 +92,21 @@ def measure(
     *,
     with_context: bool,
     max_tokens: int,
-    max_length: int,  # parameters: four say what is asked, three how
+    max_length: int,  # parameters: four say what to measure, three how
 ) -> Measurement:
-    """Ask the engines all questions of the day, and measure the perplexity of its held-out texts.
+    """Ask all questions of the day, and measure the perplexity of its held-out texts.
 
     Args:
-        engines: They hold the model.
-        chat: Its chat format.
+        engines: Engines that serve the model.
+        chat: The model's chat format.
         day: The questions and the texts.
         metrics: Keys of the metrics, in the order of the figures.
-        with_context: Whether the document of a question stands before it.
-        max_tokens: The longest answer.
-        max_length: The longest sequence the engines take, in tokens.
+        with_context: Whether the prompt contains the question's document.
+        max_tokens: The longest answer, in tokens.
+        max_length: The longest sequence that the engines take, in tokens.
+
+    Returns:
+        The figures and the answers.
     """
     prompts = build_prompts(chat, day.probes, with_context)
     completions = engines.generate(prompts, [SamplingParams(max_tokens, 0.0)] * len(prompts))
@@ -123,15 +134,18 @@ def ask(
     max_tokens: int,
     seed: int | None = None,
 ) -> list[str]:
-    """Return an answer to each question.
+    """Answer each question, greedily or sampled at temperature ``SAMPLED``.
 
     Args:
-        engines: They hold the model.
-        chat: Its chat format.
-        questions: What is asked.
-        with_context: Whether the document of a question stands before it.
-        max_tokens: The longest answer.
-        seed: Of answers that are sampled; None answers greedily.
+        engines: Engines that serve the model.
+        chat: The model's chat format.
+        questions: The questions.
+        with_context: Whether the prompt contains the question's document.
+        max_tokens: The longest answer, in tokens.
+        seed: Seed of sampled answers; None decodes greedily.
+
+    Returns:
+        One answer per question.
     """
     prompts = build_prompts(chat, questions, with_context)
     sampling = SamplingParams(max_tokens, 0.0 if seed is None else SAMPLED, seed)
@@ -142,7 +156,13 @@ def ask(
 def build_prompts(
     chat: ChatFormatter, questions: Sequence[Question], with_context: bool
 ) -> list[list[int]]:
-    """Return the token ids of each question as a prompt, if wanted behind its document."""
+    """Build the prompt of each question, as token ids.
+
+    Args:
+        chat: The model's chat format.
+        questions: The questions.
+        with_context: Whether the prompt contains the question's document.
+    """
     return [
         chat.prompt(
             with_experience(q.experience, q.question)
@@ -163,18 +183,19 @@ def measure_perplexity(
     """Measure the perplexity per token over all texts.
 
     Args:
-        engines: They hold the model.
-        chat: Its chat format.
-        texts: What is read.
-        longest: Where a text is cut off, in tokens, with the message before it.
-        answering: The message that the texts answer, which does not count itself: a chat model has
-            hardly seen a text that stands alone.
+        engines: Engines that serve the model.
+        chat: The model's chat format.
+        texts: The texts.
+        longest: Limit of a sequence in tokens, including the message before the text; longer ones
+            are truncated.
+        answering: User message that each text answers; its own tokens are not scored. Chat models
+            have hardly seen texts without a turn before them.
 
     Returns:
-        The perplexity, None where no token could be scored, and the number of tokens.
+        The perplexity, None where no token can be scored; and the number of scored tokens.
     """
     prompt = chat.prompt(answering) if answering else []
-    start = max(0, len(prompt) - 1)  # the first token of all has nothing before it
+    start = max(0, len(prompt) - 1)  # the first token of a sequence has no context
     sequences = [[*prompt, *chat.text(text)][:longest] for text in texts]
     sequences = [ids for ids in sequences if len(ids) > start + 1]
     if not sequences:
@@ -184,13 +205,14 @@ def measure_perplexity(
 
 
 def list_forgotten(before: Path, after: Path) -> list[dict[str, str]]:
-    """List old knowledge that is lost: what ``before`` has right and ``after`` does not.
+    """List forgotten knowledge: retention questions that ``before`` answers right and ``after`` wrong.
 
     Args:
-        before, after: Files of ``Measurement.save``.
+        before: JSONL file of ``Measurement.save``.
+        after: Another one, of the same questions.
 
     Returns:
-        ``question``, and the answers ``before`` and ``after``, in their order.
+        ``question``, and the answers ``before`` and ``after``, in the order of the files.
     """
     rows = [
         [json.loads(line) for line in path.read_text().splitlines()] for path in (before, after)
@@ -209,17 +231,21 @@ def ask_own_questions(
     chat: ChatFormatter,
     config: EvaluationConfig,
 ) -> Day:
-    """Return the day with questions on retention that need no labels, in the place of its own.
+    """Replace the retention questions of a day by questions that need no labels.
 
-    The smaller self answers what it asked freely, greedily and twice sampled. What it says each time,
-    in its first sentence and beside what the question says, is what it knows.
+    The smaller self answers its own questions once greedily and twice sampled. An answer counts as
+    knowledge, and becomes the label, if all three agree; compared is the first sentence, without
+    the words of the question.
 
     Args:
-        day: Its other questions stay.
-        questions: What the smaller self asked freely; nothing is trained on them.
-        engines: They hold the smaller self.
+        day: The day; its other questions stay.
+        questions: Questions that the smaller self wrote freely; nothing is trained on them.
+        engines: Engines that serve the smaller self.
         chat: Its chat format.
-        config: How many questions there may be, and how long an answer.
+        config: Limits the number of questions and the length of an answer.
+
+    Returns:
+        The day with the new questions.
     """
     drafts = [Question(q, "", RETENTION) for q in dict.fromkeys(questions)][
         : config.retention_questions
@@ -229,7 +255,7 @@ def ask_own_questions(
         for seed in (None, 1, 2)
     )
     golds = [first_sentence(answer) for answer in greedy]
-    # Cut off in the middle of its sentence an answer is none.
+    # An answer that is truncated within its first sentence is no label.
     cut = [len(chat.text(gold)) >= config.max_tokens - 1 and not is_whole(gold) for gold in golds]
     labelled = [
         replace(q, answer="" if ends else extract_answer(gold, q.question))
@@ -248,18 +274,22 @@ def write_own_texts(
     chat: ChatFormatter,
     config: EvaluationConfig,
 ) -> Day:
-    """Return the day with texts for the perplexity that the smaller self wrote, in the place of its own.
+    """Replace the held-out texts of a day by texts that the smaller self wrote.
 
-    Where those it stated are too few it writes more, as long as an answer, whole or not: of a weak
-    writer little is whole. At temperature 1 the rise of log perplexity over the night estimates how
-    many nats per token the larger self is away from the smaller one (forward KL).
+    Where the stated facts are too few, the smaller self writes more, at temperature 1 and up to the
+    length of an answer. Truncated texts count too, since a weak writer completes few. At
+    temperature 1 the rise of log perplexity over the night estimates the divergence of the larger
+    self from the smaller one (forward KL) in nats per token.
 
     Args:
-        day: Its questions stay.
+        day: The day; its questions stay.
         stated: Facts that the smaller self stated freely; nothing is trained on them.
-        engines: They hold the smaller self.
+        engines: Engines that serve the smaller self.
         chat: Its chat format.
-        config: How many texts there must be.
+        config: Number of texts, and length of an answer.
+
+    Returns:
+        The day with the new texts.
     """
     missing = max(0, config.perplexity_texts - len(stated))
     sampling = [SamplingParams(config.max_tokens, 1.0, seed) for seed in range(missing)]

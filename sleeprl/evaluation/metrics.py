@@ -16,15 +16,15 @@ from sleeprl.plugins import create
 
 @dataclass(frozen=True)
 class Metric:
-    """One column of the headline table."""
+    """A column of the headline table."""
 
     key: str
     """``kind`` of its questions, and its name in ``summary.json``."""
     label: str
-    """What a reader sees above the column."""
+    """Heading of the column."""
     questions: Callable[[Sequence[str], int], Sequence[Question]] | None = None
-    """Makes its questions from the day's documents and the night's seed. None: they come with the
-    day, from the embedded world or the file ``evaluation.questions``."""
+    """Makes questions from the day's documents and the night's seed. None: the questions come with
+    the day, from the embedded world or the file ``evaluation.questions``."""
 
 
 METRICS = (
@@ -32,7 +32,7 @@ METRICS = (
     Metric("two_hop", "Two-hop"),
     Metric("retention", "Retention"),
 )
-"""What every night measures: the day, the day joined with what was known, and what was known before."""
+"""The metrics of every night: the day, the day combined with earlier knowledge, earlier knowledge."""
 
 
 def metrics_of(config: NightConfig) -> tuple[Metric, ...]:
@@ -53,7 +53,16 @@ def metrics_of(config: NightConfig) -> tuple[Metric, ...]:
 
 
 def add_questions(day: Day, metrics: Sequence[Metric], seed: int) -> Day:
-    """Return the day with the questions of those metrics that make their own."""
+    """Add the questions of those metrics that make their own.
+
+    Args:
+        day: The day.
+        metrics: The metrics of the night.
+        seed: Seed of the night.
+
+    Returns:
+        The day with all questions.
+    """
     own = [
         replace(question, kind=metric.key)
         for metric in metrics

@@ -1,4 +1,4 @@
-"""Questions with known answers, and how an answer is graded."""
+"""Questions with known answers, and how answers are graded."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ _FIRST = re.compile(r"(?<=[.!?])\s")
 _DENIAL = re.compile(r"\b(?:not|never)\b|n['’]t\b", re.IGNORECASE)
 _WHOLE = re.compile(r"[.!?][\"')]*$")
 RETENTION = "retention"
-"""Kind of the questions about what was known before the night."""
+"""Kind of the questions about what the model knew before the night."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question with a known answer."""
+    """A question with a known answer."""
 
     question: str
     answer: str
     kind: str
-    """Key of the metric that it counts for."""
+    """Key of its metric."""
     experience: str | None = None
-    """The document that answers it, for the self that may read it."""
+    """The document that answers it, for the prompt with context."""
 
 
 @dataclass(frozen=True)
 class Day:
-    """What a night is about."""
+    """The subject of a night."""
 
     documents: list[str]
-    """What was met."""
+    """The documents of the day."""
     probes: list[Question]
-    """What is asked."""
+    """The questions."""
     texts: list[str] = field(default_factory=list)
     """Held-out texts for the perplexity."""
     answering: str = ""
-    """The message that the texts answer; they stand alone where it is empty."""
+    """User message that the texts answer; empty where they have no turn before them."""
 
     def of_kind(self, kind: str) -> list[Question]:
         """Select the questions of one metric."""
         return [probe for probe in self.probes if probe.kind == kind]
 
     def counts(self) -> dict[str, int]:
-        """Count the documents, the questions about what was known before, and the held-out texts."""
+        """Count the documents, the retention questions and the held-out texts."""
         old = len(self.of_kind(RETENTION))
         return {"documents": len(self.documents), "retention": old, "texts": len(self.texts)}
 
@@ -65,16 +65,17 @@ class Day:
 
 
 def is_correct(answer: str, gold: str, rivals: Collection[str] = (), question: str = "") -> bool:
-    """Decide whether the gold words stand in the answer as they are, and it says little else.
+    """Decide whether an answer contains the gold words and says little else.
 
-    At most four more words that are not the question's, no denial that the gold words do not have, and
-    no rival: an answer that lists everything is a guess.
+    The gold words must occur as they are, in one piece. Allowed are at most four more words that
+    are not the question's, no negation unless the gold answer has one, and no rival: an answer that
+    lists everything is a guess.
 
     Args:
-        answer: What was said.
+        answer: What the model answered.
         gold: The right answer.
         rivals: Single words that would be another answer.
-        question: What was asked; an answer may repeat it.
+        question: The question; an answer may repeat its words.
     """
     words, wanted = normalise(answer).split(), normalise(gold).split()
     others = set(words) - set(wanted)
@@ -123,14 +124,18 @@ def read_questions(path: Path, kinds: Collection[str]) -> list[Question]:
 
 
 def first_sentence(text: str) -> str:
-    """Return what a chat model answers, before it goes on talking."""
+    """Return the first sentence; chat models tend to continue after the answer."""
     return _FIRST.split(text)[0]
 
 
 def extract_answer(answer: str, question: str) -> str:
-    """Return what an answer says beside its question, where that stands together; else all of it.
+    """Return the words of an answer that are not the question's, if they form one piece; else all of it.
 
-    "Mercury" of "The closest planet to Earth is Mercury", however the rest may be put.
+    For example "Mercury" from "The closest planet to Earth is Mercury".
+
+    Args:
+        answer: What the model answered.
+        question: The question.
     """
     repeated = {*normalise(question).split()}
     words = list(_WORD.finditer(answer))
@@ -140,12 +145,20 @@ def extract_answer(answer: str, question: str) -> str:
 
 
 def is_whole(sentence: str) -> bool:
-    """Decide whether it ends as a sentence does."""
+    """Decide whether a text ends like a sentence."""
     return bool(_WHOLE.search(sentence))
 
 
 def grade(answers: Sequence[str], questions: Sequence[Question]) -> list[bool]:
-    """Decide which answers are right, as a whole or in their first sentence."""
+    """Decide which answers are right, as a whole or in their first sentence.
+
+    Args:
+        answers: One answer per question.
+        questions: The questions.
+
+    Returns:
+        A verdict per question.
+    """
     return [
         any(is_correct(text, q.answer, question=q.question) for text in (a, first_sentence(a)))
         for a, q in zip(answers, questions, strict=True)

@@ -1,4 +1,4 @@
-"""What may be said of figures: intervals, perplexity, a paired test, and the trade-off of two aims."""
+"""Statistics of figures: intervals, perplexity, a paired test, coverage, and the trade-off."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 from statistics import fmean, stdev
 
 _Z95 = 1.959963984540054
-# scipy.stats takes longer to import than torch: the functions do that, most actors need none.
+# scipy.stats takes longer to import than torch and most actors do not need it, so functions import it.
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the half-width of its 95 % interval (Student's t), infinite for fewer than two."""
+    """Compute the mean and the half-width of its 95 % interval (Student's t).
+
+    Args:
+        values: Independent samples; with fewer than two the half-width is infinite.
+    """
     if len(values) < 2:
         return fmean(values), math.inf
     from scipy import stats
@@ -22,11 +26,17 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion.
+    """Compute the 95 % Wilson score interval of a proportion.
 
     Args:
-        successes: Of the trials.
+        successes: Number of successes.
         n: Independent trials, at least 1.
+
+    Returns:
+        The lower and the upper bound.
+
+    Raises:
+        ValueError: The numbers are no proportion.
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n} trials is not a proportion")
@@ -37,21 +47,31 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 def perplexity(nats: float, tokens: int) -> float:
-    """Return the perplexity per token of texts whose negative log-probabilities add up to ``nats``."""
+    """Compute the perplexity per token.
+
+    Args:
+        nats: Sum of the negative log-probabilities.
+        tokens: Number of tokens.
+    """
     return math.exp(nats / tokens)
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Return mean difference, half-width of its 95 % interval, and the two-sided p of a paired t-test.
+    """Compare paired samples with a t-test.
 
-    Entry i of both is the same seed. p is NaN for fewer than two pairs, and where all differ by the
-    same: so few without spread do not tell chance apart.
+    Args:
+        ours: Values by seed.
+        theirs: Values of the same seeds.
+
+    Returns:
+        The mean difference, the half-width of its 95 % interval, and the two-sided p. p is NaN for
+        fewer than two pairs, and where all pairs differ by the same amount other than 0.
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, half = interval(differences)
     if len(differences) < 2:
         return mean, half, math.nan
-    if not half:  # no spread at all: the test's statistic is 0/0 or infinite
+    if not half:  # without spread the test statistic is 0/0 or infinite
         return mean, half, math.nan if mean else 1.0
     from scipy import stats
 
@@ -59,10 +79,17 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
 
 
 def coverage(drawn: Iterable[Hashable], known: Collection[Hashable] = ()) -> float | None:
-    """Estimate how likely the next draw is one that was drawn before: 1 - singletons / draws (Good 1953).
+    """Estimate the probability that the next draw repeats an earlier one: 1 - singletons / draws
+    (Good 1953).
 
-    Of draws with repetition from an unknown distribution; None without draws. known: what else
-    counts as drawn, from elsewhere.
+    The draws are with repetition, from an unknown distribution.
+
+    Args:
+        drawn: The draws.
+        known: What else counts as drawn, from elsewhere.
+
+    Returns:
+        The estimate; None without draws.
     """
     times, elsewhere = Counter(drawn), set(known)
     once = sum(count == 1 and each not in elsewhere for each, count in times.items())
@@ -70,6 +97,12 @@ def coverage(drawn: Iterable[Hashable], known: Collection[Hashable] = ()) -> flo
 
 
 def trade_off(recall: float, retention: float, retention_before: float) -> float:
-    """Return the harmonic mean of recall and of retention as a share of what it was before, in [0, 1]."""
+    """Compute the harmonic mean of recall and retained knowledge, in [0, 1].
+
+    Args:
+        recall: Recall after the night, a share.
+        retention: Retention after the night, a share.
+        retention_before: Retention before the night; retained knowledge is relative to it.
+    """
     retained = min(1.0, retention / retention_before)
     return 2 * recall * retained / (recall + retained) if recall + retained else 0.0

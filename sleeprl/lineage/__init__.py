@@ -1,4 +1,4 @@
-"""Generations of the model: each has a parent and a manifest, and can be restored."""
+"""Lineage: generations of the model with parents and manifests, which can be restored."""
 
 from sleeprl.lineage.store import LineageError, LineageStore, Manifest, Node
 

@@ -1,10 +1,10 @@
 """Generations as directories: an ordinary Hugging Face checkpoint plus ``manifest.json``.
 
-    ROOT/<id>/…    one generation, never changed once it is there
-    ROOT/HEAD      the id of the generation that is the model now
+    ROOT/<id>/…    one generation, immutable once committed
+    ROOT/HEAD      the id of the current generation
 
-A generation is there whole or not at all. ``commit`` does not move HEAD: the switch
-from one model to another is the one atomic write of ``set_head``.
+A generation is present as a whole or not at all. ``commit`` does not move HEAD: the switch from one
+model to another is the one atomic write of ``set_head``.
 """
 
 from __future__ import annotations
@@ -32,40 +32,45 @@ MANIFEST = "manifest.json"
 
 
 class LineageError(ValueError):
-    """A generation that is not there, not unique, or not intact."""
+    """A generation that is missing, ambiguous, or not intact."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known about a generation. ``id``, ``created`` and ``files`` are the store's."""
+    """The record of a generation. The store sets ``id``, ``created`` and ``files``."""
 
     transaction: str
-    """The night that made it; committing the same transaction again changes nothing."""
+    """The night that made the generation; a second commit of the same transaction changes nothing."""
     base_model: str
-    """What the first generation of its line was grown from: a model's name or path."""
+    """The model that the first generation of this line started from: a name or a path."""
     parent: str | None = None
+    """Id of the parent generation; None for the first of its line."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
     seeds: Mapping[str, int] = field(default_factory=dict)
+    """Seeds by what they are for."""
     figures: Mapping[str, Any] = field(default_factory=dict)
-    """The summary: what was measured on it."""
+    """The measured figures of the generation, as in the night's summary."""
     slots: Mapping[str, Any] = field(default_factory=dict)
-    """Which memory slots are filled."""
+    """The layout of the memory slots, and which are filled."""
     clock: Mapping[str, Any] = field(default_factory=dict)
-    """What the memory levels have lived through so far; the next night counts on from it."""
+    """State of the memory clock; the next night continues from it."""
     steps: Sequence[Mapping[str, Any]] = ()
-    """The transfers and merges that the night was made of, in order."""
+    """The transfers and merges of the night, in order."""
     note: str = ""
+    """Free text."""
     sleeprl_version: str = __version__
+    """Version that wrote the manifest."""
     id: str = ""
+    """Id of the generation: 16 hexadecimal digits."""
     created: str = ""
     """ISO 8601, UTC."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Relative path -> ``{"sha256": hex, "bytes": int}``; all files but the manifest."""
+    """Relative path -> ``{"sha256": hex, "bytes": int}``, for all files but the manifest."""
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Size of all files, in bytes."""
         return sum(int(file["bytes"]) for file in self.files.values())
 
 
@@ -79,17 +84,30 @@ class Node:
 
 
 class LineageStore:
-    """The generations under one directory. Ids may be given by a unique prefix, or as HEAD."""
+    """The generations under one directory.
+
+    Methods accept a unique prefix of an id, or ``HEAD``, wherever they take a generation.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
     def commit(self, source: Path | Callable[[Path], object], manifest: Manifest) -> str:
-        """Make a generation of the files in directory ``source``; its id.
+        """Commit the files of a directory as a generation.
 
-        ``source`` may also be a function that writes the files into the directory it is
-        given. The id follows from ``manifest.transaction``: when that is committed already,
-        nothing is done. Killed on the way, nothing has been committed.
+        The id follows from ``manifest.transaction``; a transaction that is committed already is
+        left as it is. If the process dies before the end, nothing is committed.
+
+        Args:
+            source: A directory to copy, or a function that writes the files into a given directory.
+            manifest: The record, without the fields that the store sets.
+
+        Returns:
+            The id of the generation.
+
+        Raises:
+            LineageError: The transaction is empty, there are no files, one is a symbolic link, or
+                the parent is unknown.
         """
         if not manifest.transaction:
             raise LineageError("manifest.transaction must not be empty")
@@ -97,7 +115,8 @@ class LineageStore:
         with locked(self.root / ".lock"):
             if (self.root / generation).exists():
                 return generation
-            for leftover in self.root.glob(".*.tmp/"):  # of a killed commit: we hold the lock
+            # Leftovers are of killed commits: the lock excludes running ones.
+            for leftover in self.root.glob(".*.tmp/"):
                 shutil.rmtree(leftover)
             parent = None if manifest.parent is None else self.resolve(manifest.parent)
             with atomic_directory(self.root / generation) as directory:
@@ -122,27 +141,42 @@ class LineageStore:
         return generation
 
     def list(self) -> Sequence[Manifest]:
-        """All generations, oldest first."""
+        """List the manifests of all generations, oldest first."""
         directories = [file.parent.name for file in self.root.glob(f"[!.]*/{MANIFEST}")]
         return sorted(map(self._manifest, directories), key=lambda m: (m.created, m.id))
 
     def get(self, generation: str) -> Manifest:
-        """The manifest of a generation."""
+        """Return the manifest of a generation.
+
+        Raises:
+            LineageError: The generation is unknown or ambiguous, or its manifest cannot be read.
+        """
         return self._manifest(self.resolve(generation))
 
     def find(self, model: str) -> Manifest | None:
-        """The generation that a model's name means: HEAD, or four letters or more of its id."""
+        """Find the generation that a model name refers to.
+
+        Args:
+            model: ``HEAD``, or at least four characters of an id; any other name finds nothing.
+
+        Returns:
+            Its manifest, or None.
+        """
         known = self.list()
         if model == "HEAD" and known:
             return self.get(model)
         return next((m for m in known if len(model) >= 4 and m.id.startswith(model)), None)
 
     def path(self, generation: str) -> Path:
-        """The checkpoint directory of a generation; not to be written to."""
+        """Return the checkpoint directory of a generation. It is read-only by convention."""
         return self.root / self.resolve(generation)
 
     def resolve(self, generation: str) -> str:
-        """The full id for a unique prefix or ``HEAD``."""
+        """Return the full id for a unique prefix or ``HEAD``.
+
+        Raises:
+            LineageError: No generation matches, or several do.
+        """
         if generation == "HEAD":
             head = self.head()
             if head is None:
@@ -159,18 +193,29 @@ class LineageStore:
         )
 
     def head(self) -> str | None:
-        """The id of the current generation; None before the first."""
+        """Return the id of the current generation; None before the first."""
         pointer = self.root / "HEAD"
         return pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
 
     def set_head(self, generation: str) -> str:
-        """Make a generation the current one; its id."""
+        """Make a generation the current one.
+
+        Returns:
+            Its full id.
+        """
         generation = self.resolve(generation)
         write_text_atomic(self.root / "HEAD", generation + "\n")
         return generation
 
     def rollback(self, generation: str) -> str:
-        """``set_head`` on a generation whose files are verified first. Nothing is deleted."""
+        """Verify the files of a generation, then make it the current one. Nothing is deleted.
+
+        Returns:
+            Its full id.
+
+        Raises:
+            LineageError: A file differs from the manifest; HEAD does not move.
+        """
         if problems := self.verify(generation):
             raise LineageError(
                 f"generation {generation} is not intact, HEAD stays: {'; '.join(problems)}"
@@ -178,7 +223,11 @@ class LineageStore:
         return self.set_head(generation)
 
     def verify(self, generation: str) -> Sequence[str]:
-        """What differs from the manifest; empty when every file is intact."""
+        """Compare the files of a generation with its manifest.
+
+        Returns:
+            One line per difference; empty when every file is intact.
+        """
         expected = self.get(generation).files
         found = _files(self.path(generation))
         return (
@@ -192,7 +241,7 @@ class LineageStore:
         )
 
     def tree(self) -> Sequence[Node]:
-        """The generations without a (known) parent, with all that came of them."""
+        """Return the roots of the tree: generations without a known parent, with all descendants."""
         head = self.head()
         nodes = {m.id: Node(m, m.id == head, []) for m in self.list()}
         for node in nodes.values():
@@ -213,7 +262,7 @@ class LineageStore:
 
 
 def _known(wanted: str, ids: Sequence[str]) -> str:
-    """What a wrong id may have meant; the ids are shown as short as ``sleeprl lineage`` does."""
+    """Suggest what a wrong id may mean; ids are abbreviated as in ``sleeprl lineage``."""
     if not ids:
         return "it is empty"
     starts = {i[: max(1, len(wanted))]: i[:8] for i in ids}
@@ -224,7 +273,7 @@ def _known(wanted: str, ids: Sequence[str]) -> str:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """Relative name -> path of all files but the manifest; links have no place here."""
+    """Map relative name to path for all files but the manifest; symbolic links are refused."""
     files = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

@@ -1,4 +1,4 @@
-"""What the phases of one night share: its run, its model, its engines and how they are measured."""
+"""The state that the phases of a night share: its run, model, engines and training processes."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ OnStep = Callable[[int], None]
 DAY, STUDY, TRAIN = "day.json", "study.json", "train"
 """Files of a run that one phase writes and others read, and the directory of Ray Train's jobs."""
 SHARED = "session"
-"""Directory there of processes that do one job after another."""
+"""Subdirectory of ``TRAIN`` for processes that run several jobs in turn."""
 
 
 class Night:
-    """One night: what its phases read, and the few things that several of them do.
+    """The context of a night's phases.
 
-    All that a phase hands to another is on disk, so a night that goes on after a crash reads the same.
+    Phases exchange all results on disk, so a night that resumes after a crash reads the same.
     """
 
     def __init__(self, run: RunDirectory, engines: EnginePool | None = None) -> None:
-        """Args:
-        run: The directory of the night and the results of its phases so far.
-        engines: Running engines that hold the smaller self; by default ``start_engines`` starts them.
+        """Create the context.
+
+        Args:
+            run: The directory of the night, with the results of the finished phases.
+            engines: Running engines that serve the smaller self; by default ``start_engines``
+                starts them.
         """
         self.run = run
         self.config: NightConfig = run.config
@@ -53,7 +56,7 @@ class Night:
 
     @property
     def day(self) -> Day:
-        """The documents, questions and held-out texts of the night, as they stand now."""
+        """The current documents, questions and held-out texts of the night."""
         return Day.load(self.run.dir / DAY)
 
     @cached_property
@@ -63,7 +66,7 @@ class Night:
 
     @cached_property
     def canary(self) -> list[int]:
-        """Token ids that trainer and engines both score after each update of the weights."""
+        """Token ids that trainer and engines both score after each weight update."""
         length = min(64, self.config.model.max_length // 2)
         return self.chat.prompt(self.day.documents[0])[:length]
 
@@ -77,30 +80,30 @@ class Night:
         return self._engines
 
     def start_engines(self, step: int) -> EnginePool:
-        """Start engines that hold the smaller self of a step of the plan."""
+        """Start engines that serve the smaller self of a step of the plan."""
         self._engines = self.stages.launch_engines(step)
         return self._engines
 
     def stop_engines(self) -> None:
-        """End the engines, if there are any."""
+        """Stop the engines, if there are any."""
         engines, self._engines = self._engines, None
         if engines is not None:
             engines.shutdown()
 
     def restart_engines(self, step: int) -> None:
-        """Replace the engines by new ones for another step, whose model may be wider or narrower."""
+        """Restart the engines for another step, whose model may be wider or narrower."""
         self.stop_engines()
         self.start_engines(step)
 
     def measure(self, state: str, *, with_context: bool = False) -> dict[str, Any]:
-        """Measure what the engines hold; every answer goes to ``answers/STATE.jsonl``.
+        """Measure the model in the engines; the answers go to ``answers/STATE.jsonl``.
 
         Args:
-            state: Name of what they hold, such as ``after``.
-            with_context: Whether the document of a question stands before it.
+            state: Name of the model's state, such as ``after``.
+            with_context: Whether the prompt contains the question's document.
 
         Returns:
-            The figures by metric, with the number of questions below ``n``.
+            The figures by metric, with the number of questions under ``n``.
         """
         measurement = measure(
             self.engines,
@@ -117,9 +120,10 @@ class Night:
     # --- training -----------------------------------------------------------------
 
     def prestart_training(self, step: int) -> None:
-        """Start the processes of a transfer while a core is idle: they import and wait.
+        """Start the processes of a transfer early, while a core is idle: they import and wait.
 
-        Where weights go between GPUs, the trainer's GPU is needed for them until the transfer begins.
+        With a transport between GPUs, updates of the engines need the trainer's GPU until the
+        transfer begins, so nothing is started.
         """
         key, seeding = self.stages.step_key(step), self.config.consolidation
         if transport_class(self.config.resources.transport).needs_gpu or self.run.is_done(key):
@@ -128,7 +132,7 @@ class Night:
         self.start_training(options, key)
 
     def prestart_dreaming(self, step: int) -> None:
-        """Start the processes of dreaming while a core is idle, where it follows this step."""
+        """Start the processes of dreaming early, while a core is idle, if dreaming follows this step."""
         to_dream = self.config.dreaming.enabled and not self.run.is_done("dreaming")
         if to_dream and step == self.stages.last_step:
             prestart_actors(self.config, self.stages.dreaming_options())
@@ -137,7 +141,7 @@ class Night:
         """Start the processes of the next baseline, if there is one, while the engines measure.
 
         Args:
-            trained: The baseline that is being measured.
+            trained: The baseline whose model is being measured.
         """
         done = {trained, *self.run.state["results"]}
         missing = [name for name in self.config.baselines if name not in done]
@@ -148,10 +152,10 @@ class Night:
             self.start_training(options, name)
 
     def start_training(self, options: TrainerOptions, key: str) -> None:
-        """Start the processes of a training job, unless those of the job before it are still there.
+        """Start the processes of a training job, or reuse those of the previous job.
 
         Args:
-            options: Those of its trainer.
+            options: Options of its trainer.
             key: Key of its phase.
         """
         name = SHARED if processes_may_wait(self.config.resources) else key
@@ -162,12 +166,12 @@ class Night:
             self._processes = TrainingProcesses(options, self.config.resources, place, name)
 
     def close(self) -> None:
-        """End all processes that the night has started."""
+        """Stop all processes that the night started."""
         self.stop_training()
         self.stop_engines()
 
     def stop_training(self) -> None:
-        """End the processes of training, if there are any."""
+        """Stop the training processes, if there are any."""
         processes, self._processes = self._processes, None
         if processes is not None:
             processes.close()
@@ -177,10 +181,10 @@ class Night:
 
         Args:
             method: A name in ``METHODS``.
-            step: The step of the plan it does; None trains every parameter of the model as the
-                night began.
-            output: Directory of the trained expert; empty for a baseline, of which only the
-                figures stay.
+            step: The step of the plan that it carries out; None trains every parameter of the model
+                at the start of the night.
+            output: Directory for the trained expert; empty for a baseline, of which only the
+                figures remain.
         """
         config, longest = self.config, self.config.model.max_length
         rate = METHODS[method].learning_rate(method, config.consolidation, config.fixed_capacity)
@@ -200,13 +204,16 @@ class Night:
     def train(
         self, job: Job, key: str, bar_metrics: tuple[str, ...], on_step: OnStep | None = None
     ) -> JobEnd:
-        """Run a training job to its end, on from its last checkpoint.
+        """Run a training job to its end, from its last checkpoint if there is one.
 
         Args:
-            job: What ``training_job`` describes.
+            job: A job from ``training_job``.
             key: Key of the phase, and name of the job in the run's directory.
-            bar_metrics: Metrics beside the progress bar.
-            on_step: Called with the number of each step that is done.
+            bar_metrics: Metrics to display beside the progress bar.
+            on_step: Called with the number of each finished step.
+
+        Returns:
+            ``step``, ``tokens``, ``version``, and which engines are ``verified`` at it.
         """
 
         def log_step(report: StepReport) -> None:

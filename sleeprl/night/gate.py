@@ -1,4 +1,4 @@
-"""The gate of a night: whether the model may be committed, and the commit itself."""
+"""The gate of a night: decides whether the model may be committed, and commits it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,27 @@ from sleeprl.self_study import question_bank
 
 Figures = Mapping[str, Any]
 MIN_QUESTIONS = 20
-"""Retention on fewer questions says little: one slip would undo a night. The perplexity judges then,
-and the verdict says how many there were."""
+"""Fewest questions for which retention decides. On fewer, one slip would undo a night, so the
+perplexity decides; the verdict then states the number of questions."""
 
 
 def check_gate(before: Figures, after: Figures, config: GateConfig) -> dict[str, Any]:
-    """Decide whether a generation may be committed: it must remember what the old one knew.
+    """Decide whether a generation may be committed: it must retain the knowledge of its parent.
 
-    What was measured must hold; retention on few questions only where there is no perplexity. Where
-    neither was measured, nothing passes.
+    Every measured figure must stay within its limit. Retention on few questions counts only where
+    there is no perplexity. If neither was measured, the gate refuses.
 
     Args:
-        before, after: ``retention`` as shares, None where nothing was asked, ``perplexity`` of the
-            held-out texts, None where there are none, and ``n``, the number of questions.
+        before: Figures before the night: ``retention`` as a share, None without questions;
+            ``perplexity`` of the held-out texts, None without texts; and ``n``, the number of
+            questions.
+        after: The same after the night.
         config: How far each may fall or rise.
 
     Returns:
-        ``passed``; ``refused``, the reasons, empty where it passes; ``lost`` and ``rise``, what was
-        compared; ``tolerance``, None where retention did not judge; and the figures themselves.
+        ``passed``; ``refused``, the reasons, empty where it passes; ``lost`` and ``rise``, the
+        compared differences; ``tolerance``, None where retention did not decide; and the figures
+        themselves.
     """
     lost = rise = None
     refused = []
@@ -73,7 +76,12 @@ def check_gate(before: Figures, after: Figures, config: GateConfig) -> dict[str,
 
 
 def commit_generation(run: RunDirectory, stages: ModelStages) -> dict[str, Any]:
-    """Keep the grown model as a generation if it passes the gate; otherwise keep nothing of it."""
+    """Commit the grown model as a generation if it passes the gate; otherwise discard it.
+
+    Returns:
+        ``gate``, the result of ``check_gate`` with the forgotten questions; ``generation``, the id
+        or None; and ``verdict`` in words.
+    """
     before, after = run.result("before")["before"], run.result("after")["after"]
     gate = check_gate(before, after, run.config.gate)
     answers = run.dir / ANSWERS
@@ -89,7 +97,7 @@ def commit_generation(run: RunDirectory, stages: ModelStages) -> dict[str, Any]:
 
 
 def _write_generation(run: RunDirectory, stages: ModelStages) -> str:
-    """Write the model after the last step as a generation, and make it HEAD; returns its id."""
+    """Commit the model after the last step, and make it HEAD; returns its id."""
     config, plan, last = run.config, run.result("plan"), stages.last_step
     slots, transfer = stages.slots_before(last), stages.transfer(last)
     expert, gradients = load_file(stages.expert_directory() / EXPERT), stages.wake_gradients(last)
@@ -101,7 +109,7 @@ def _write_generation(run: RunDirectory, stages: ModelStages) -> str:
         update(stages.checkpoint_before(last), target, slots, transfer, expert, gradients)
         question_bank.save(question_bank.load(run.dir), target)
         (target / WAKE).unlink(missing_ok=True)
-        if waiting is not None:  # until level 1 is handed on
+        if waiting is not None:  # not applied yet: level 1's boundary is still ahead
             shutil.copyfile(waiting, target / WAKE)
 
     generation = store.commit(

@@ -1,8 +1,8 @@
 """The model after each step of a night, as checkpoints in the run and in engines.
 
-``smaller-self-N`` is the model after the first N steps of the night's plan. It is written
-when it is first needed: what a step trained is on disk, so a night that goes on after a
-crash finds or rebuilds the same one.
+``smaller-self-N`` is the model after the first N steps of the night's plan. It is written on first
+use. Every trained expert is on disk, so a night that resumes after a crash finds or rebuilds the
+same checkpoint.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def build_trainer_options(
 
     Args:
         config: The settings.
-        checkpoint: What it starts from.
-        step: What it trains a slot for; None trains every parameter.
-        dtype: Of the frozen parameters.
-        rate: The highest learning rate.
-        steps: Updates in all.
+        checkpoint: The checkpoint to start from.
+        step: The transfer whose slot is trained; None trains every parameter.
+        dtype: Number format of the frozen parameters.
+        rate: The peak learning rate.
+        steps: Number of updates.
     """
     seeding, resources = config.consolidation, config.resources
     return TrainerOptions(
@@ -91,11 +91,14 @@ class ModelStages:
     # --- the plan -----------------------------------------------------------------
 
     def plan(self, documents: Sequence[str]) -> dict[str, Any]:
-        """Write the model as the night begins, and decide the night's steps.
+        """Write the model at the start of the night, and plan the night's steps.
+
+        Args:
+            documents: The documents of the day.
 
         Returns:
-            ``parent``, a generation; ``clock``, its state after this night; ``steps``, as plain data
-            and once more in words.
+            ``parent``, the id of a generation or None; ``clock``, its state after this night;
+            ``steps`` as plain data, and the same steps described in words.
         """
         config, manifest = self.config, schedule.parent(self.config)
         source = find_model(config)
@@ -123,17 +126,17 @@ class ModelStages:
 
     @property
     def has_merge(self) -> bool:
-        """Whether a step makes the base take a slot in, and so maybe wider."""
+        """Whether a step merges a slot into the base, which may make the base wider."""
         return any(isinstance(step, Merge) for step in self.steps)
 
     @property
     def last_step(self) -> int:
-        """The last step. It is a transfer; dreaming goes on with its expert."""
+        """Index of the last step. It is a transfer; dreaming continues with its expert."""
         return len(self.steps) - 1
 
     @property
     def context_step(self) -> int:
-        """The step that brings the day into the weights; every night has one."""
+        """Index of the step that consolidates the day; every night has one."""
         return next(i for i in range(len(self.steps)) if self.step_key(i) == "consolidation")
 
     def transfer(self, index: int) -> Transfer:
@@ -150,14 +153,14 @@ class ModelStages:
 
     @property
     def next_step(self) -> int:
-        """The step that is to be done, or the last, whose expert is worked on to the end."""
+        """Index of the next step to do; the last step once all are done."""
         done = sum(self.run.is_done(self.step_key(index)) for index in range(len(self.steps)))
         return min(done, self.last_step)
 
     # --- checkpoints --------------------------------------------------------------
 
     def checkpoint_before(self, index: int) -> Path:
-        """Return the smaller self of a step, the model after all steps before it; written if need be."""
+        """Return the smaller self of a step: the model after all earlier steps, written on first use."""
         target = self._directory(index)
         if not target.is_dir():
             source, step = self.checkpoint_before(index - 1), self.steps[index - 1]
@@ -170,19 +173,20 @@ class ModelStages:
 
     @property
     def accumulated_gradients(self) -> Path | None:
-        """File of what was learned in wake and not applied yet: tonight's, or as the night began."""
+        """File of the wake gradients that are not applied yet: tonight's, or those from earlier nights."""
         for directory in (self.run.dir, self._directory(0)):
             if (directory / WAKE).is_file():
                 return directory / WAKE
         return None
 
     def applies_wake_gradients(self, index: int) -> bool:
-        """Decide whether the step hands level 1 on: only then is what it learned in wake applied."""
+        """Decide whether the step is the transfer from level 1 to level 2, which applies the wake
+        gradients."""
         step = self.steps[index]
         return isinstance(step, Transfer) and (step.sender, step.receiver) == (1, 2)
 
     def wake_gradients(self, index: int) -> dict[str, Tensor] | None:
-        """Return what the update of a step subtracts from the base, if anything."""
+        """Return what the update of a step subtracts from the base, or None."""
         if not self.applies_wake_gradients(index) or self.accumulated_gradients is None:
             return None
         return load_file(self.accumulated_gradients)
@@ -217,19 +221,20 @@ class ModelStages:
         return slots
 
     def expert_directory(self, index: int | None = None) -> Path:
-        """Return where a step's expert is; by default the night's last one, maybe trained by dreaming."""
+        """Return the directory of a step's expert; by default the night's final one, after any dreaming."""
         if index is None and self.config.dreaming.enabled:
             return self.run.dir / "dreaming"
         return self.run.dir / self.step_key(self.last_step if index is None else index)
 
     def lake_of(self, index: int | None) -> Lake:
-        """Return the texts that a transfer learns from: the night's, or between levels its own."""
+        """Return the texts that a transfer learns from: the night's, or its own between levels."""
         if index is None or self.transfer(index).teacher_has_context:
             return Lake(self.run.dir / "lake")
         return Lake(self.expert_directory(index) / "lake")
 
     def trainer_options(self, index: int | None, rate: float, steps: int) -> TrainerOptions:
-        """Build the options for a transfer; None trains every parameter of the model as the night began."""
+        """Build the options for a transfer; None trains every parameter of the model at the start
+        of the night."""
         if index is None:
             return build_trainer_options(
                 self.config, self.dense_checkpoint(), None, self.dtype, rate, steps
@@ -241,10 +246,10 @@ class ModelStages:
         return options
 
     def dreaming_options(self) -> TrainerOptions:
-        """Build the options for dreaming, which goes on with the expert of the last transfer."""
+        """Build the options for dreaming, which continues with the expert of the last transfer."""
         dreaming = self.config.dreaming
         options = self.trainer_options(self.last_step, dreaming.learning_rate, dreaming.steps)
-        # A gate of its own is part of the expert by now; what a level keeps is on again.
+        # The expert's own gate is folded in by now; slots that are not reset are active again.
         return replace(
             options,
             teacher_only_slots=self.transfer(self.last_step).reset,
@@ -254,10 +259,10 @@ class ModelStages:
         )
 
     def grown_tensors(self, index: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield the night's outcome, as tensors for an engine that holds the last smaller self.
+        """Yield the night's outcome, as tensors for an engine that serves the last smaller self.
 
         Args:
-            index: The last step, for what it was before dreaming.
+            index: The last step, for the expert before dreaming; None for the final expert.
         """
         slots, step = self.slots_before(self.last_step), self.transfer(self.last_step)
         expert = load_file(self.expert_directory(index) / EXPERT)
@@ -273,9 +278,9 @@ class ModelStages:
         )
 
     def dense_checkpoint(self) -> Path:
-        """Return the model as the night began, for a baseline that trains every parameter.
+        """Return the model at the start of the night, for a baseline that trains every parameter.
 
-        Of a low-rank model a copy with its slots merged, and no room for more.
+        For a low-rank model it is a copy with its slots merged, and without room for more.
         """
         if self.slots_before(0).growth != LOW_RANK:
             return self.checkpoint_before(0)
@@ -294,7 +299,7 @@ class ModelStages:
     # --- engines ------------------------------------------------------------------
 
     def launch_engines(self, index: int) -> EnginePool:
-        """Start engines that hold ``checkpoint_before(index)``, and wait until all can generate."""
+        """Start engines that serve ``checkpoint_before(index)``, and wait until all can generate."""
         resources, checkpoint = self.config.resources, self.checkpoint_before(index)
         options = EngineOptions.from_config(self.config, str(checkpoint.resolve()), self.dtype)
         engines = EnginePool.launch(
@@ -314,7 +319,7 @@ class ModelStages:
         tensors: Iterable[tuple[str, Tensor]],
         canary: Canary | None = None,
     ) -> None:
-        """Send weights that no trainer holds to all engines."""
+        """Send weights that are not in a trainer to all engines."""
         resources = self.config.resources
         if transport_class(resources.transport).needs_gpu:
             publish_from_gpu(engines, tensors, canary, resources.learner_gpus)

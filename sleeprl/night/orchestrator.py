@@ -1,6 +1,7 @@
-"""One night from dusk to dawn: walks the table of phases.
+"""Runs a night: walks the table of phases.
 
-``RunDirectory`` records the result of each phase, so a killed night goes on with the phase it died in.
+``RunDirectory`` records the result of each phase, so a killed night resumes with the phase that it
+died in.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from sleeprl.utils.files import write_json_atomic
 
 @dataclass(frozen=True)
 class FinishedPhase:
-    """One phase of a night that has finished."""
+    """A finished phase of a night."""
 
     key: str
     """Name of the phase; its result and its seconds have this key in ``state.json``."""
     title: str
-    """What a reader calls it."""
+    """Title for the progress display."""
     note: str
-    """What came of it, in a few words."""
+    """The outcome in a few words."""
     seconds: float
-    """How long it took."""
+    """Duration."""
     result: Any
-    """What the phase returned: plain JSON."""
+    """Return value of the phase: plain JSON."""
 
 
 def ignore_phase(phase: FinishedPhase) -> None:
@@ -50,18 +51,22 @@ def run_night(
     console: Console | None = None,
     on_phase: Callable[[FinishedPhase], None] = ignore_phase,
 ) -> dict[str, Any]:
-    """Run or resume a night; returns what ``summary.json`` holds.
+    """Run or resume a night.
 
     Args:
-        config: The settings, checked; ``config.run_dir`` may hold an unfinished run of theirs.
-        console: Where the progress is shown; by default the standard output.
-        on_phase: Called with each phase that finishes; not with those of an earlier attempt.
+        config: The validated settings; ``config.run_dir`` may have an unfinished run of them.
+        console: Where the progress is displayed; by default the standard output.
+        on_phase: Called with each phase that finishes, but not with those of an earlier attempt.
+
+    Returns:
+        The content of ``summary.json``.
 
     Raises:
         ConfigError: A setting cannot work; the message names it and a fix.
         ActorFailure: A process of the night failed more often than it may be restarted.
     """
-    for part in (config.consolidation, config.dreaming):  # a wrong option is named before the night
+    # A wrong option raises before the night starts.
+    for part in (config.consolidation, config.dreaming):
         create(part.algorithm, "algorithm", part.algorithm_options)
     phases = phases_of(config)
     with quiet_libraries(), NightProgress(rows_of(phases), console) as progress:
@@ -82,7 +87,7 @@ def run_phases(
     phases: Sequence[Phase],
     on_phase: Callable[[FinishedPhase], None] = ignore_phase,
 ) -> None:
-    """Run the phases in their order. Engines that are still up at the end are stopped."""
+    """Run the phases in their order; stop all processes at the end, also after an error."""
     try:
         for phase in phases:
             run_phase(night, phase, on_phase)
@@ -91,7 +96,7 @@ def run_phases(
 
 
 def run_evening(night: Night) -> None:
-    """Run all that comes before the model changes; the engines stay up."""
+    """Run the phases before the model changes; the engines stay up."""
     for phase in phases_of(night.config):
         run_phase(night, phase)
         if phase.key == LAST_OF_EVENING:
@@ -101,7 +106,7 @@ def run_evening(night: Night) -> None:
 def run_phase(
     night: Night, phase: Phase, on_phase: Callable[[FinishedPhase], None] = ignore_phase
 ) -> None:
-    """Run one phase, or skip it; what was recorded by an earlier attempt is not done again."""
+    """Run one phase, or skip it; a result of an earlier attempt is reused."""
     run = night.run
     if reason := phase.skip_reason(night):
         run.progress.skip(phase.display_key, reason)

@@ -1,7 +1,7 @@
-"""The phases of a night: one table, in the order in which they happen.
+"""The phases of a night: one table, in the order in which they run.
 
-A phase is a row of ``PHASES`` and a function that takes the ``Night`` and returns plain JSON; what
-is large it leaves on disk. A plug-in of kind "phase" returns such a row (``examples/my_phase.py``).
+A phase is a row of ``PHASES`` and a function that takes the ``Night`` and returns plain JSON; large
+results stay on disk. A plug-in of kind "phase" returns such a row (``examples/my_phase.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from sleeprl.weight_sync.verification import Canary
 
 Result = dict[str, Any]
 OWN_SHARE = 0.25
-"""Share of the free questions and facts that is held out where the model is asked its own."""
+"""Share of the freely written questions and facts that is held out, for nights that measure
+retention and perplexity on the model's own texts."""
 
 
 def _always(config: NightConfig) -> bool:
@@ -50,34 +51,34 @@ def _no_note(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Phase:
-    """One row of the table: a part of the night that is shown, timed, recorded and not done twice."""
+    """A row of the table: a part of the night that is displayed, timed, recorded and run once."""
 
     key: str
     """Name of its result in ``state.json`` and of its time in ``summary.json``."""
     title: str
-    """What the progress display calls it."""
+    """Title in the progress display."""
     run: Callable[[Night], Result]
     """Does the work; returns plain JSON."""
     note: Callable[[Result], str] = _no_note
-    """What came of it, in a few words for the progress display."""
+    """Describes the result in a few words for the progress display."""
     enabled: Callable[[NightConfig], bool] = _always
-    """Whether such a night has the phase at all."""
+    """Whether a night with this configuration has the phase."""
     skip_reason: Callable[[Night], str] = _no_reason
-    """Why it is not run this time; empty where it is run."""
+    """Why the phase is skipped this time; empty where it runs."""
     every_attempt: bool = False
-    """Run it also when a resumed night did it before, and add up its seconds."""
+    """Run it again in a resumed night, and add up its seconds."""
     after: str = ""
-    """Of a plug-in: key of the phase it follows; empty: the last one before the gate."""
+    """For a plug-in: key of the phase that it follows; empty for the last place before the gate."""
     summary_key: str = ""
-    """Name of its result in ``summary.json``; empty: it is not there."""
+    """Name of its result in ``summary.json``; empty to leave it out."""
     row: str = ""
-    """Key of the row that shows it, where it has none of its own."""
+    """Key of the row that displays it, if it has no row of its own."""
     expand: Callable[[Night], Sequence[Phase]] | None = None
-    """The phases to run in its place, where only the night's plan tells which."""
+    """Returns the phases to run in its place, where they depend on the night's plan."""
 
     @property
     def display_key(self) -> str:
-        """Key of the row that shows it."""
+        """Key of the row that displays it."""
         return self.row or self.key
 
 
@@ -85,14 +86,14 @@ class Phase:
 
 
 def meet_day(night: Night) -> Result:
-    """Record the day into the lake, and write down what will be asked about it."""
+    """Record the day into the lake, and save its questions."""
     day = build_day(night.config, night.lake)
     day.save(night.run.dir / DAY)
     return day.counts()
 
 
 def plan_levels(night: Night) -> Result:
-    """Decide which memory levels sleep tonight, and write the model as the night begins."""
+    """Decide which memory levels sleep tonight, and write the model at the start of the night."""
     return night.stages.plan(night.day.documents)
 
 
@@ -102,9 +103,9 @@ def learn_in_wake(night: Night) -> Result:
 
 
 def prepare_engines(night: Night) -> Result:
-    """Start the engines with the model that the next step needs, and beside them what trains it.
+    """Start the engines with the model for the next step, and the processes that train it.
 
-    An engine starts on one core; while it writes the study, another is idle too.
+    An engine starts on one core, and while it writes the study another core is idle too.
     """
     step = night.stages.next_step
     if not isinstance(night.stages.steps[step], Merge):
@@ -115,7 +116,7 @@ def prepare_engines(night: Night) -> Result:
 
 
 def study_day(night: Night) -> Result:
-    """Let the smaller self write what the larger one learns from."""
+    """Let the smaller self write the texts that the larger one learns from."""
     config, known = night.config, night.run.result("wake")
     sampler = TextSampler(
         night.engines,
@@ -140,7 +141,7 @@ def study_day(night: Night) -> Result:
     if not known["texts"]:
         day = write_own_texts(day, written.held_facts, *asked_with)
     day.save(night.run.dir / DAY)
-    if config.dreaming.enabled:  # raises now, and not after consolidation
+    if config.dreaming.enabled:  # raises before consolidation rather than after it
         make_tasks(day.documents, written.probes, config)
     purposes = [text.purpose for text in written.trajectories]
     return {
@@ -154,7 +155,7 @@ def study_day(night: Night) -> Result:
 
 
 def measure_before(night: Night) -> Result:
-    """Measure the smaller self, without the day in its prompt and with it."""
+    """Measure the smaller self, with and without the day in its prompt."""
     return {
         "before": night.measure("before"),
         "before_with_context": night.measure("before_with_context", with_context=True),
@@ -165,8 +166,11 @@ def measure_before(night: Night) -> Result:
 
 
 def plan_phases(night: Night) -> list[Phase]:
-    """List a phase for each step of the plan, and one before it that writes its texts, unless the
-    day is the text."""
+    """List the phases of the steps of the plan.
+
+    A transfer between levels has a phase before it that writes its texts; consolidation has the
+    day's.
+    """
     phases = []
     for index, step in enumerate(night.stages.steps):
         key = night.stages.step_key(index)
@@ -182,15 +186,19 @@ def plan_phases(night: Night) -> list[Phase]:
 
 
 def merge_slot(night: Night, step: int) -> Result:
-    """Make a slot part of the base. Nothing is trained; but the base may have become wider, which a
-    running engine cannot."""
+    """Merge a slot into the base.
+
+    Nothing is trained. The base may become wider, which needs new engines.
+    """
     night.restart_engines(step + 1)
     return {"width": night.stages.slots_before(step + 1).base_width}
 
 
 def rehearse_level(night: Night, step: int) -> Result:
-    """Write what the smaller self of a transfer between levels says of itself; also of tonight, where
-    it has slept on it."""
+    """Let the smaller self write the texts of a transfer between levels.
+
+    After tonight's consolidation the texts cover the day as well.
+    """
     config, stages = night.config, night.stages
     learned = step > stages.context_step
     seed, length = config.seed + step, config.model.max_length
@@ -212,7 +220,7 @@ def run_transfer(night: Night, step: int, on_step: OnStep | None = None) -> Resu
 
 
 def dreaming_context(night: Night) -> DreamingContext:
-    """Gather what dreaming begins with, after consolidation."""
+    """Collect the inputs of dreaming, after consolidation."""
     stages = night.stages
     return DreamingContext(
         config=night.config,
@@ -227,7 +235,7 @@ def dreaming_context(night: Night) -> DreamingContext:
 
 
 def dream(night: Night) -> Result:
-    """Train the last slot further, by RL on what the model dreams."""
+    """Train the last slot further, by RL on the model's dreams."""
     run, steps = night.run, night.config.dreaming.steps
     bar_metrics = ("reward", "gap", "staleness")
     return run_dreaming(
@@ -250,10 +258,10 @@ def measure_after(night: Night) -> Result:
 
 
 def run_baseline(night: Night, name: str) -> Result:
-    """Train another method on the same day and as many tokens, and keep only its figures."""
+    """Train another method on the same day and as many tokens; only its figures remain."""
     stages = night.stages
     step = stages.context_step if METHODS[name].grows else None
-    if stages.has_merge:  # then the engines are wider than what this method starts from
+    if stages.has_merge:  # then the engines are wider than this method's checkpoint
         night.restart_engines(step or 0)
     budget = night.run.result("consolidation")["tokens"]
     job = limit_to_budget(night.training_job(name, step), budget)
@@ -267,7 +275,7 @@ def run_baseline(night: Night, name: str) -> Result:
 
 
 def commit(night: Night) -> Result:
-    """End all processes, and keep the grown model as a generation if it passes the gate."""
+    """Stop all processes, and commit the grown model if it passes the gate."""
     night.close()
     return commit_generation(night.run, night.stages)
 
@@ -336,16 +344,16 @@ PHASES = (
     Phase("after", "Morning: what is known now", measure_after, describe_figures),
     Phase("commit", "Gate and commit", commit, lambda r: r["verdict"]),
 )  # fmt: skip
-"""What every night has; ``phases_of`` puts baselines and plug-ins among them."""
+"""The phases of every night; ``phases_of`` inserts baselines and plug-ins."""
 LAST_OF_EVENING = "before"
 """Key of the last phase before the model changes."""
 
 
 def phases_of(config: NightConfig) -> list[Phase]:
-    """List a night's phases in order: those of ``PHASES`` that it has, its baselines, its plug-ins.
+    """List a night's phases in order: the enabled ones of ``PHASES``, its baselines and its plug-ins.
 
     Raises:
-        ConfigError: A plug-in has the key of another phase, or follows one that there is not.
+        ConfigError: A plug-in has the key of another phase, or follows an unknown one.
     """
     *phases, gate = [phase for phase in PHASES if phase.enabled(config)]
     for name in config.baselines:
@@ -360,7 +368,7 @@ def phases_of(config: NightConfig) -> list[Phase]:
 
 
 def _place_of(plugin: Phase, phases: Sequence[Phase], name: str) -> int:
-    """Where a plug-in belongs among the phases; several at one place keep their order."""
+    """Find the position of a plug-in among the phases; several after the same phase stay in order."""
     keys = [phase.key for phase in phases]
     if plugin.key in keys:
         raise ConfigError(
@@ -380,10 +388,10 @@ def _place_of(plugin: Phase, phases: Sequence[Phase], name: str) -> int:
 
 
 def rows_of(phases: Sequence[Phase]) -> list[tuple[str, str]]:
-    """Key and title of each row of the progress display."""
+    """List key and title of each row of the progress display."""
     return [(phase.key, phase.title) for phase in phases]
 
 
 def results_for_summary(phases: Sequence[Phase], result: Callable[[str], Any]) -> Mapping[str, Any]:
-    """Collect the results that go into ``summary.json``, by their name there."""
+    """Collect the results for ``summary.json``, by their name there."""
     return {phase.summary_key: result(phase.key) for phase in phases if phase.summary_key}

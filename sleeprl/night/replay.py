@@ -1,4 +1,4 @@
-"""``sleeprl replay``: a run's dreaming again, with the trainer alone or with the engines alone."""
+"""Replays a run's dreaming with the trainer alone or with the engines alone (``sleeprl replay``)."""
 
 from __future__ import annotations
 
@@ -42,10 +42,18 @@ from sleeprl.weight_sync.verification import Canary
 
 
 class Recorder(RemoteActor):
-    """Reads and writes lakes for the driver, which moves references."""
+    """Reads and writes lakes for the driver, which moves references only."""
 
     def read_updates(self, lake: str, rows: int) -> list[Any]:
-        """Return what each update has learned from, ``rows`` dreams, in that order; by reference."""
+        """Read the dreams of each update, in the order of the updates.
+
+        Args:
+            lake: Directory of the lake.
+            rows: Dreams of an update.
+
+        Returns:
+            A reference to the batch of each update.
+        """
         table = Lake(lake).read(TRAJECTORIES)
         dreams = table.filter(pc.equal(table.column("purpose"), "dream")).combine_chunks()
         return [ray.put(batch) for batch in dreams.to_batches(max_chunksize=rows)]
@@ -57,22 +65,23 @@ class Recorder(RemoteActor):
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What came of dreaming again, with one half of the pipeline."""
+    """The outcome of a replay."""
 
     groups: int
-    """Groups of dreams."""
+    """Number of groups of dreams."""
     work: int
-    """Updates of the trainer alone, or tokens of the engines alone."""
+    """Number of updates (trainer alone) or of tokens (engines alone)."""
     seconds: float
+    """Duration of the updates, or of generation and scoring."""
     output: Path
-    """Directory of the expert, or of the lake, that was written."""
+    """Directory of the written expert or lake."""
     expert: str = ""
-    """SHA-256 of the expert that the trainer alone ended with; empty for the engines alone."""
+    """SHA-256 of the replayed expert; empty for the engines alone."""
     same_expert: bool = False
-    """Whether that is the run's expert, to the bit."""
+    """Whether it equals the run's expert to the bit."""
 
     def describe(self) -> str:
-        """Describe it in one line."""
+        """Describe the result in one line."""
         if not self.expert:
             return (
                 f"engines alone: {self.groups} groups, {self.work} tokens, "
@@ -86,11 +95,11 @@ class ReplayResult:
 
 
 def replay(directory: Path, *, engines_only: bool = False) -> ReplayResult:
-    """Do a run's dreaming again: the trainer alone on the recorded dreams, or the engines alone.
+    """Replay a run's dreaming: the trainer on the recorded dreams, or the engines without training.
 
     Args:
-        directory: The run; what is written goes into ``replay`` in it.
-        engines_only: Write and score the same groups, and train nothing.
+        directory: The run; results go into ``replay`` in it.
+        engines_only: Generate and score the same groups, and train nothing.
 
     Raises:
         ConfigError: The run has no updates of dreaming.
@@ -115,12 +124,12 @@ def replay(directory: Path, *, engines_only: bool = False) -> ReplayResult:
 def replay_trainer(
     config: NightConfig, job: DreamTrainerJob, output: Path, original: Path
 ) -> ReplayResult:
-    """Learn from what is recorded in the job's lake.
+    """Train on the dreams that are recorded in the job's lake.
 
     Args:
         config: The settings of the run.
-        job: What the trainer of the run was given.
-        output: Where the expert goes.
+        job: The job of the run's trainer.
+        output: Directory for the expert.
         original: Directory of the run's own expert, to compare with.
     """
     resources, dreaming = config.resources, config.dreaming
@@ -150,15 +159,15 @@ def replay_trainer(
 def replay_engines(
     night: Night, job: DreamTrainerJob, admitted: Sequence[str], output: Path
 ) -> ReplayResult:
-    """Write and score the admitted groups with the weights that dreaming began with.
+    """Generate and score the admitted groups with the weights from the start of dreaming.
 
-    Every failure is raised: nothing is restarted.
+    Every failure is raised; nothing is restarted.
 
     Args:
-        night: The run, whose engines are started and stopped.
-        job: What the trainer of the run was given.
-        admitted: Ids of the tasks of the groups, in their order.
-        output: Where the lake of what is written goes.
+        night: The run; its engines are started and stopped.
+        job: The job of the run's trainer.
+        admitted: Task ids of the groups, in order of admission.
+        output: Directory for the lake of the results.
     """
     config, stages, last = night.config, night.stages, night.stages.last_step
     pool = night.start_engines(last)
@@ -186,7 +195,7 @@ def _generate_and_score(
     requests: Sequence[RolloutRequest],
     output: Path,
 ) -> ReplayResult:
-    """Three stages side by side, each as full as its actors take: generate, score, reward."""
+    """Run three stages side by side, each as full as its actors allow: generate, score, reward."""
     engines = pool.lease(max_groups_in_flight(config.dreaming))
     scorers, rewards = spawn_scorers_and_rewards(config, job.trainer)
     recorder, began, tokens = _start_recorder(), time.monotonic(), 0

@@ -1,7 +1,7 @@
-"""The directory of one run: what is done, what came of it, and how it is shown.
+"""The directory of a run: results, timings, metrics and progress of its phases.
 
-``state.json`` holds the result of every finished phase, so a killed night goes on
-with the first phase that is missing.
+``state.json`` has the result of every finished phase, so a killed night resumes with the first
+phase that is missing.
 """
 
 from __future__ import annotations
@@ -24,21 +24,27 @@ from sleeprl.utils.files import write_json_atomic, write_text_atomic
 T = TypeVar("T")
 CONFIG, STATE, SUMMARY, METRICS = "config.yaml", "state.json", "summary.json", "metrics.jsonl"
 LAKE, ANSWERS = "lake", "answers"
-"""Directories of what the engines wrote: all of it as trajectories, and the answers by state."""
+"""Directories of the engines' output: all of it as trajectories, and the answers by state."""
 
 
 class RunDirectory:
-    """Phases of one night with their results, timings, metrics and progress.
+    """The phases of one night with their results, timings, metrics and progress.
 
-    ``state`` is what ``state.json`` holds:
+    ``state`` is the content of ``state.json``:
 
-    - ``id``: of this night alone; another may have its directory one day.
+    - ``id``: unique to this night; a later night may use the same directory name.
     - ``results``, ``seconds``: by the key of each finished phase.
     - ``wall_seconds``: of all attempts, each up to the last phase that it finished.
     - ``starting_seconds``: those in which the night only waited for processes to start.
     """
 
     def __init__(self, config: NightConfig, progress: NightProgress) -> None:
+        """Open the directory of a run, or create it.
+
+        Args:
+            config: The settings of the night.
+            progress: The progress display.
+        """
         self.config, self.progress = config, progress
         self.dir = config.run_dir
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -58,23 +64,23 @@ class RunDirectory:
         self._starting = self.state["starting_seconds"] - WAITS.total("start")
 
     def is_done(self, key: str) -> bool:
-        """Whether the result of a phase is recorded."""
+        """Return whether the result of a phase is recorded."""
         return key in self.state["results"]
 
     def result(self, key: str) -> Any:
-        """The recorded result of a phase; None where there is none."""
+        """Return the recorded result of a phase, or None."""
         return self.state["results"].get(key)
 
     def run_once(
         self, key: str, work: Callable[[], T], note: Callable[[T], str], row: str = ""
     ) -> T:
-        """Do the work of a phase and record its result, or return what is recorded.
+        """Run a phase and record its result, or return the recorded one.
 
         Args:
             key: Name of the result.
-            work: Returns plain JSON.
-            note: What came of it, for the progress display.
-            row: Key of the row that shows it, if that is another.
+            work: Does the work; returns plain JSON.
+            note: Describes the result for the progress display.
+            row: Key of the row that displays it, if it is another.
         """
         if self.is_done(key):
             self.progress.skip(row or key, "done before")
@@ -89,7 +95,14 @@ class RunDirectory:
     def run_always(
         self, key: str, work: Callable[[], T], note: Callable[[T], str], row: str = ""
     ) -> T:
-        """Do ``work`` whatever is recorded, since each attempt needs it. Its seconds add up."""
+        """Run a phase whatever is recorded, since each attempt needs it. Its seconds add up.
+
+        Args:
+            key: Name of the phase.
+            work: Does the work; returns plain JSON.
+            note: Describes the result for the progress display.
+            row: Key of the row that displays it, if it is another.
+        """
         result, seconds = self._run(row or key, work)
         before = self.state["seconds"].get(key, 0.0)
         self.state["seconds"][key] = round(before + seconds, 2)
@@ -98,7 +111,7 @@ class RunDirectory:
         return result
 
     def _run(self, row: str, work: Callable[[], T]) -> tuple[T, float]:
-        """Do it, and say how many seconds it took."""
+        """Do the work; returns its result and the seconds that it took."""
         began, self._row = time.monotonic(), row
         self.progress.start(row)
         return work(), round(time.monotonic() - began, 2)
@@ -111,20 +124,32 @@ class RunDirectory:
     def log(
         self, key: str, step: int, metrics: dict[str, float], total: int, *bar_metrics: str
     ) -> None:
-        """Write one step's metrics into file and sinks, and those named ``bar_metrics`` beside the bar."""
+        """Write one step's metrics into the file and the sinks.
+
+        Args:
+            key: Key of the phase.
+            step: Number of the step.
+            metrics: Metrics by name.
+            total: Number of steps of the phase.
+            bar_metrics: Names of the metrics to display beside the progress bar.
+        """
         self.metrics.write(key, step, **metrics)
         self._sinks.log(key, step, metrics)
         beside = {name.rsplit("/", 1)[-1]: metrics[name] for name in bar_metrics if name in metrics}
         self.progress.update(self._row or key, completed=step, total=total, **beside)
 
     def close(self) -> None:
-        """Close the file of metrics and the sinks."""
+        """Close the metrics file and the sinks."""
         self.metrics.close()
         self._sinks.close()
 
 
 def refuse_existing(config: NightConfig) -> None:
-    """Refuse to mix two nights in one directory."""
+    """Refuse to mix two nights in one directory.
+
+    Raises:
+        ConfigError: The directory has a run.
+    """
     path = config.run_dir / CONFIG
     if path.is_file():
         done = (config.run_dir / SUMMARY).is_file()
@@ -139,7 +164,7 @@ def refuse_existing(config: NightConfig) -> None:
 
 
 def fresh_name(config: NightConfig) -> str:
-    """The configured name, or with the first free number behind it."""
+    """Return the configured name, with the first free number appended if it is taken."""
     if not config.run_dir.exists():
         return config.name
     number = 2
@@ -149,7 +174,14 @@ def fresh_name(config: NightConfig) -> str:
 
 
 def resume(directory: Path) -> NightConfig:
-    """The configuration of an unfinished run."""
+    """Load the configuration of a run.
+
+    Args:
+        directory: The run; it may have been moved.
+
+    Raises:
+        ConfigError: It is not the directory of a run.
+    """
     path = directory / CONFIG
     if not path.is_file():
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""Which memory levels sleep tonight: the generation a night starts from, its clock, its steps.
+"""Decides which memory levels sleep tonight: parent generation, clock, and steps of the plan.
 
-Imports neither torch nor ray, so that a dry run can tell what a night would do.
+Imports neither torch nor ray, so that a dry run is fast.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from sleeprl.memory.transfer import Merge, Step, Transfer, plan_night
 
 
 def parent(config: NightConfig) -> Manifest | None:
-    """Find the generation that ``model.name`` means, if it means one."""
+    """Find the generation that ``model.name`` refers to, if any."""
     return LineageStore(config.generations).find(config.model.name)
 
 
 def clock_of(config: NightConfig, manifest: Manifest | None) -> Clock:
-    """Return the clock as the night begins: that of the generation it starts from, or a new one."""
+    """Return the clock at the start of the night: that of the parent generation, or a new one.
+
+    Raises:
+        ConfigError: The generation's clock counts in another unit.
+    """
     clock = config.memory.clock()
     if manifest is not None and manifest.clock:
         try:
@@ -32,14 +36,19 @@ def clock_of(config: NightConfig, manifest: Manifest | None) -> Clock:
 
 
 def new_slots(config: NightConfig) -> Slots:
-    """Return the layout that ``memory`` describes, empty; the checkpoint has the ``base_width``."""
+    """Return the layout that ``memory`` describes, with empty slots; the checkpoint has the
+    ``base_width``."""
     memory = config.memory
     pools = tuple(level.slots for level in memory.levels)
     return Slots(0, memory.width, sum(pools), (), pools, memory.growth)
 
 
 def require_layout(config: NightConfig, slots: Slots) -> None:
-    """Raise ConfigError where a checkpoint's slots are not those that ``memory`` describes."""
+    """Refuse a checkpoint whose slots differ from the layout that ``memory`` describes.
+
+    Raises:
+        ConfigError: They differ; the message names the setting and a fix.
+    """
     wanted = new_slots(config)
     for field, setting, found in (
         ("growth", wanted.growth, slots.growth),
@@ -54,7 +63,16 @@ def require_layout(config: NightConfig, slots: Slots) -> None:
 
 
 def steps_of(config: NightConfig, slots: Slots, boundaries: Sequence[Due]) -> tuple[Step, ...]:
-    """Plan the steps of a night; a full level is an error of the configuration."""
+    """Plan the steps of a night.
+
+    Args:
+        config: The settings.
+        slots: The layout at the start of the night, with the filled slots.
+        boundaries: The levels that are due.
+
+    Raises:
+        ConfigError: A level is full, or a transfer between levels has too little replay.
+    """
     try:
         steps = plan_night(slots, boundaries, config.memory.when_full, config.memory.reset)
     except PoolFull as error:
@@ -69,7 +87,12 @@ def steps_of(config: NightConfig, slots: Slots, boundaries: Sequence[Due]) -> tu
 
 
 def elapsed_units(config: NightConfig, documents: Sequence[int]) -> int:
-    """Return what a night adds to the clock, from the lengths of the day's documents in tokens."""
+    """Return how far a night advances the clock, in ``memory.unit``.
+
+    Args:
+        config: The settings.
+        documents: Lengths of the day's documents in tokens.
+    """
     return {
         "tokens": sum(documents),
         "optimizer_steps": config.consolidation.steps,
@@ -79,7 +102,7 @@ def elapsed_units(config: NightConfig, documents: Sequence[int]) -> int:
 
 
 def describe_step(step: Step) -> str:
-    """Describe a step."""
+    """Describe a step of the plan in words."""
     if isinstance(step, Merge):
         return f"slot {step.slot} into the base"
     if step.sender == CONTEXT:
@@ -90,7 +113,7 @@ def describe_step(step: Step) -> str:
 
 
 def describe_levels(config: NightConfig) -> list[tuple[str, str]]:
-    """Describe each level, and what is due this night as far as it is known beforehand.
+    """Describe each level, and what is due this night as far as it is known in advance.
 
     Returns:
         Name and description of each.

@@ -1,4 +1,4 @@
-"""``summary.json``: what a finished night tells its reader."""
+"""Builds ``summary.json``, the summary of a finished night."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from sleeprl.night.run_dir import RunDirectory
 from sleeprl.utils.machine import describe_environment
 
 PICTURED = "fine_tuning"
-"""The baseline that the report's picture shows beside the night."""
+"""The baseline in the report's picture, beside the night."""
 
 
 def summarise(run: RunDirectory, phases: Sequence[Phase]) -> dict[str, Any]:
     """Collect ``summary.json`` from the results of a finished night.
 
+    Args:
+        run: The finished run.
+        phases: Its phases.
+
     Returns:
         Among others:
 
-        - ``before``, ``before_with_context``, ``after``: figures of the model, by metric, with the
-          number of questions below ``n``.
+        - ``before``, ``before_with_context``, ``after``: figures of the model by metric, with the
+          number of questions under ``n``.
         - ``baselines``: figures, ``steps``, ``tokens`` and ``seconds`` of each method by name;
-          ``fine_tuned`` is the one that the report's picture shows.
-        - ``metrics``: what a reader calls each metric of the headline table.
+          ``fine_tuned`` is the one in the report's picture.
+        - ``metrics``: label of each metric of the headline table.
         - ``seconds``: by phase; ``starting`` cuts across them: all seconds in which the night only
-          waited for processes to start. ``wall_seconds`` has also what is between the phases.
+          waited for processes to start. ``wall_seconds`` includes the time between the phases.
         - The result of each phase that has a ``summary_key``.
     """
     results, state, config = run.state["results"], run.state, run.config
@@ -57,14 +61,14 @@ def summarise(run: RunDirectory, phases: Sequence[Phase]) -> dict[str, Any]:
 
 
 def _describe_day(run: RunDirectory) -> str:
-    """What the night slept on, in a few words."""
+    """Describe the day in a few words."""
     if run.config.wake.inputs:
         return f"{run.result('wake')['documents']} documents"
     return f"{run.config.wake.people} new people"
 
 
 def _baseline(name: str, run: RunDirectory) -> dict[str, Any]:
-    """Figures and cost of one baseline."""
+    """Collect figures and cost of one baseline."""
     result = run.result(name)
     return {
         "title": METHODS[name].title,

@@ -1,1 +1,1 @@
-"""Text: chat templates to token ids, and every instruction sent to a model."""
+"""Text: chat templates, and every instruction that is sent to a model."""

@@ -1,4 +1,4 @@
-"""Between text and tokens: the model's own tokenizer and chat template, nothing else."""
+"""Converts between text and tokens with the model's own tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from pathlib import Path
 from typing import Any
 
 MESSAGE = "\ue000"
-"""Stands for a message where a template is asked what comes before it."""
+"""Placeholder for a message, to find what a template puts before it."""
 CUT = "\ufffd"
-"""Where the text of some tokens ends within a character."""
+"""What the decoder returns for an incomplete character."""
 
 
 class ChatFormatter:
-    """Turns a user message into prompt ids, an answer into response ids, and ids into text."""
+    """The tokenizer and chat template of a model."""
 
     def __init__(self, model: str | Path) -> None:
+        """Load the tokenizer.
+
+        Args:
+            model: Directory or id of the model.
+
+        Raises:
+            ValueError: The tokenizer has no chat template.
+        """
         from transformers import AutoTokenizer
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
@@ -28,9 +36,12 @@ class ChatFormatter:
     def prompt(
         self, message: str, opening: str = "", earlier: Sequence[tuple[str, str]] = ()
     ) -> list[int]:
-        """Ids that end where the assistant begins to speak, or behind what it has already said.
+        """Build the token ids of a prompt, up to where the assistant begins or continues to write.
 
-        earlier: messages of the user and the assistant that went before.
+        Args:
+            message: The user message.
+            opening: Text that the assistant's turn begins with.
+            earlier: Earlier turns as (user, assistant) messages.
         """
         messages = [
             {"role": role, "content": text}
@@ -46,21 +57,22 @@ class ChatFormatter:
         return [*map(int, ids), *self.text(opening)]
 
     def turn(self) -> list[int]:
-        """Ids that end where the user begins to speak."""
+        """Build the token ids of a chat up to where the user begins to write."""
         rendered = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": MESSAGE}], add_generation_prompt=True, tokenize=False
         )
         return self.text(str(rendered).partition(MESSAGE)[0])
 
     def response(self, text: str) -> list[int]:
-        """Ids of an answer and the end of the turn."""
+        """Build the token ids of an answer, with the end of the turn."""
         return [*self.text(text), self.end]
 
     def text(self, text: str) -> list[int]:
+        """Tokenise plain text, without special tokens."""
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token; of one that is a part of a character, the whole character."""
+        """Return the text of each token; a token within a character gets the whole character."""
         found: list[str] = []
         for end in range(1, len(ids) + 1):
             text = str(self.tokenizer.decode(list(ids[len(found) : end])))
@@ -69,4 +81,5 @@ class ChatFormatter:
         return found + [CUT] * (len(ids) - len(found))
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Decode token ids, without special tokens and surrounding white space."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

@@ -1,4 +1,4 @@
-"""How two short answers are compared."""
+"""Normalises short answers for comparison."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import re
 
 
 def normalise(text: str) -> str:
-    """Lower case, words and digits only: how two short answers are compared."""
+    """Reduce a text to its words and digits in lower case, for comparison."""
     return " ".join(re.findall(r"\w+", text.lower()))

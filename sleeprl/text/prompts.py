@@ -1,10 +1,9 @@
-"""Every instruction that sleepRL ever gives to a model, in one place.
+"""Every instruction that sleepRL gives to a model.
 
-The self that reads has the experience in front of its question; the self that
-must remember has the bare question. Both see the *same* question text, which
-is what makes the first a teacher of the second (method: teacher and student
-contexts). All templates are plain user messages: the model's own chat template
-turns them into tokens.
+The teacher has the experience in front of its question; the student has the bare question. Both get
+the *same* question text, which is what makes the first a teacher of the second (method: teacher and
+student contexts). All templates are plain user messages: the model's own chat template turns them
+into tokens.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ STUDY_QA = "Write a question about this text, then its answer."
 STUDY_FACT = "Write one fact from this text."
 STUDY_PARAPHRASE = "Say this in other words: {sentence}"
 
-# --- with nothing in the prompt (what the smaller self writes freely) -------------
+# --- without context (what the smaller self writes freely) -------------
 FREE_QA = "Write a question about something you know, then its answer."
 FREE_FACT = "Write one fact that you know."
 
-# --- the judge of an imitation (the smaller self, asked about two texts) --------------
+# --- the judge of an imitation (the smaller self compares two texts) --------------
 SAME_MEANING = "First: {first}\nSecond: {second}\nDo both mean the same? Answer yes or no."
 YES, NO = "yes", "no"
 
-# --- how it is done, for a model that was not trained to write pairs -------------------
+# --- worked examples, for a model that is not trained to write pairs -------------------
 _READ = (
     ("Rosa Lind lives in Oslo. She is a nurse.", "Where does Rosa Lind live?", "Oslo."),
     ("Emil Hart has a parrot and plays chess.", "What pet does Emil Hart have?", "A parrot."),
@@ -43,15 +42,22 @@ QUESTION_MARK, ANSWER_MARK = "Question:", "Answer:"
 
 
 def with_experience(experience: str | Sequence[str], instruction: str) -> str:
-    """The user message of the self that has the experience in its context."""
+    """Build the user message of the teacher: the experience, then an instruction.
+
+    Args:
+        experience: One text, or several.
+        instruction: The instruction or question.
+    """
     text = experience if isinstance(experience, str) else "\n\n".join(experience)
     return f"{text.strip()}\n\n{instruction}"
 
 
 def examples(count: int, *, free: bool) -> list[tuple[str, str]]:
-    """The first ``count`` worked examples of a pair, as (user, assistant) messages.
+    """Return worked examples of a pair, as (user, assistant) messages.
 
-    free: with nothing to read, as the answer to ``FREE_QA``; else to ``STUDY_QA``.
+    Args:
+        count: How many, at most ``EXAMPLES``.
+        free: Without a text to read, in answer to ``FREE_QA``; else in answer to ``STUDY_QA``.
     """
     if free:
         return [(FREE_QA, format_qa(*pair)) for pair in _KNOWN[:count]]
@@ -62,12 +68,16 @@ def examples(count: int, *, free: bool) -> list[tuple[str, str]]:
 
 
 def format_qa(question: str, answer: str) -> str:
-    """The form in which a model writes a question-answer pair."""
+    """Format a question-answer pair the way a model writes it."""
     return f"{QUESTION_MARK} {question}\n{ANSWER_MARK} {answer}"
 
 
 def parse_qa(text: str) -> tuple[str, str] | None:
-    """Read back ``format_qa``, whole or from behind its first mark; None for anything else."""
+    """Parse a pair in the form of ``format_qa``, with or without its first mark.
+
+    Returns:
+        Question and answer; None for a malformed text.
+    """
     head, mark, answer = text.strip().removeprefix(QUESTION_MARK).partition(ANSWER_MARK)
     question, answer = head.strip(), answer.strip().split("\n")[0].strip()
     if not (mark and question and answer) or QUESTION_MARK in question:

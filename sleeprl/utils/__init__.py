@@ -1,1 +1,1 @@
-"""Atomic files and what a machine offers."""
+"""Atomic files, and the resources of the machine."""

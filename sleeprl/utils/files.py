@@ -1,8 +1,8 @@
-"""Files that are either whole or not there.
+"""Atomic files: a reader sees a file whole or not at all.
 
-Everything is written under a hidden sibling name (``.NAME.HEX.tmp``), flushed to
-disk and renamed, so a process killed at any instant leaves the old state readable
-and at worst a hidden leftover, which no reader of sleepRL looks at.
+Everything is written under a hidden sibling name (``.NAME.HEX.tmp``), flushed to disk and renamed.
+A process that is killed at any instant leaves the old state readable, and at worst a hidden
+leftover, which no reader of sleepRL looks at.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary sibling to write; on success it replaces ``path``, on error it goes."""
+    """Yield a temporary sibling to write; on success it replaces ``path``, on error it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path)
@@ -51,9 +51,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def atomic_directory(final_dir: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling directory to fill; on success it becomes ``final_dir``.
 
-    Raises FileExistsError when ``final_dir`` exists and ``overwrite`` is False. With
-    ``overwrite`` the old directory is moved aside first, so there is one instant
-    (between two renames) in which only the hidden sibling holds it.
+    With ``overwrite`` the old directory is moved aside first, so there is one instant (between two
+    renames) in which only the hidden sibling has its content.
+
+    Args:
+        final_dir: The directory to create.
+        overwrite: Whether to replace an existing one.
+
+    Raises:
+        FileExistsError: ``final_dir`` exists and ``overwrite`` is False.
     """
     final = Path(final_dir)
 
@@ -69,7 +75,7 @@ def atomic_directory(final_dir: str | Path, *, overwrite: bool = False) -> Itera
         for entry in temporary.rglob("*"):
             _fsync(entry)
         _fsync(temporary)
-        refuse()  # someone may have been faster
+        refuse()  # another process may have created it meanwhile
         if final.exists():
             os.rename(final, old)
         try:
@@ -91,8 +97,11 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Write standard JSON. Paths become strings, numpy scalars numbers, and since JSON has
-    no NaN or infinity, those become null."""
+    """Write standard JSON.
+
+    Paths become strings and numpy scalars become numbers. JSON has no NaN or infinity, so those
+    become null.
+    """
     text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text_atomic(path, text + "\n")
 
@@ -110,14 +119,14 @@ def _plain(value: Any) -> Any:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
+    """Compute the hexadecimal SHA-256 of a file, without reading it into memory at once."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file ``path``; the system drops it if the process dies."""
+    """Lock the file ``path`` exclusively; the system releases the lock if the process dies."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:

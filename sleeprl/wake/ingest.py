@@ -1,7 +1,7 @@
-"""Real input into the experience lake: JSONL, Parquet, plain text, directories, stdin.
+"""Reads experience into the lake: JSONL, Parquet, plain text, directories, stdin.
 
-An object has either ``text`` or ``messages`` (OpenAI chat form); its other keys are
-kept as metadata. A plain-text file is one document. What a lake holds is read as it was recorded.
+An object has either ``text`` or ``messages`` (OpenAI chat form); its other keys become metadata. A
+plain-text file is one document. A Parquet file of a lake is read back exactly.
 """
 
 from __future__ import annotations
@@ -27,31 +27,40 @@ from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import SchemaError, same_schema
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-CHUNK = 1024  # experiences held in memory at once
+CHUNK = 1024  # experiences in memory at once
 
 
 class ExperienceError(ValueError):
-    """Input that cannot be read as experience: names the file, the line and a fix."""
+    """Input that cannot be read as experience; the message names the file, the line and a fix."""
 
 
 @dataclass(frozen=True)
 class RecordReport:
-    """What one ``ingest`` did."""
+    """The outcome of one ``ingest``."""
 
     added: int
+    """New experiences in the lake."""
     duplicates: int
-    """Content that was in the lake already, or twice in the input."""
+    """Items whose content is in the lake already, or twice in the input."""
     bad: list[str]
-    """The errors of items that were left out (only with ``skip_bad``)."""
+    """The errors of skipped items (only with ``skip_bad``)."""
     ignored: list[str]
-    """Files in the given directories of a kind that is not read."""
+    """Files in the given directories whose format is not supported."""
 
 
 def ingest(paths: Sequence[str | Path], lake: Lake, *, skip_bad: bool = False) -> RecordReport:
-    """Read ``paths`` into the lake: one new file there, or nothing at all.
+    """Read files into the lake as one new file, or as nothing at all.
 
-    Raises ExperienceError at the first bad item, before anything is written; with
-    ``skip_bad`` bad items are left out and reported.
+    Args:
+        paths: Files, directories, or ``-`` for JSONL on stdin.
+        lake: The lake.
+        skip_bad: Skip and report bad items instead of raising.
+
+    Returns:
+        Counts, and the errors of skipped items.
+
+    Raises:
+        ExperienceError: An item is bad and ``skip_bad`` is False; nothing is written.
     """
     seen = lake.uids("experience")
     added = duplicates = 0
@@ -77,9 +86,14 @@ def ingest(paths: Sequence[str | Path], lake: Lake, *, skip_bad: bool = False) -
 def read_experience(
     paths: Sequence[str | Path], on_bad: Callable[[ExperienceError], None] | None = None
 ) -> Iterator[Experience]:
-    """The experiences in files and directories (in sorted order), or stdin JSONL (``-``).
+    """Yield the experiences in files and directories (in sorted order), or JSONL on stdin (``-``).
 
-    A bad item raises ExperienceError, or is given to ``on_bad`` and left out.
+    Args:
+        paths: Files, directories, or ``-``.
+        on_bad: Receives the error of each bad item, which is then skipped; None raises it.
+
+    Raises:
+        ExperienceError: An item is bad and ``on_bad`` is None, or a path cannot be read.
     """
     for path in find_files(paths)[0]:
         split, load = FORMATS[".jsonl" if str(path) == "-" else path.suffix.lower()]
@@ -96,9 +110,19 @@ def read_experience(
 
 
 def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """The files to read, and those in given directories that cannot be read.
+    """Find the files to read.
 
-    Hidden files in a directory are passed over in silence.
+    Hidden files in a directory are left out of both lists.
+
+    Args:
+        paths: Files, directories, or ``-``.
+
+    Returns:
+        The readable files, and the files in the given directories of an unsupported format.
+
+    Raises:
+        ExperienceError: A path does not exist, has an unknown format, or has no readable file in
+            it.
     """
     files: list[Path] = []
     ignored: list[Path] = []

@@ -1,4 +1,4 @@
-"""The model card: what the embedded model is, how it came to be and what was measured."""
+"""The model card: what the embedded model is, how it is trained and what was measured."""
 
 from __future__ import annotations
 
@@ -55,7 +55,12 @@ about (even: 0.33); `perplexity` is on held-out statements about the old world.
 
 
 def write_card(directory: Path, run: dict) -> None:
-    """Write ``README.md`` beside the weights, whose checksum it tells."""
+    """Write the model card, ``README.md``, beside the weights.
+
+    Args:
+        directory: Directory of the checkpoint; the card states the SHA-256 of its weights.
+        run: Settings, costs and figures of the training run, as plain data.
+    """
     run = run | {"sha256": sha256_file(directory / "model.safetensors")}
     figures = run["figures"]
     text = _CARD.format(
@@ -73,8 +78,14 @@ def write_card(directory: Path, run: dict) -> None:
 
 
 def read_card(directory: Path) -> dict:
-    """What ``write_card`` was given, and ``sha256`` of the weights, from the ``README.md`` that it
-    wrote."""
+    """Read the run that ``write_card`` wrote.
+
+    Args:
+        directory: Directory of the checkpoint.
+
+    Returns:
+        The ``run`` of ``write_card``, with the ``sha256`` of the weights.
+    """
     return json.loads((directory / "README.md").read_text().partition("```json\n")[2].rstrip("`\n"))
 
 

@@ -1,8 +1,9 @@
-"""Is that true? The world reads sentences back to facts and judges them.
+"""The checker of the world: parses sentences into facts and judges them.
 
-Everything that a model writes about the world is judged here: a statement or a question is
-parsed by the templates (trained and held-out ones) to a subject, an attribute and a value, and
-compared with the facts. What no template matches is *not judged* (None), never guessed.
+Everything that a model writes about the world is judged here. A statement or a question is parsed
+by the templates (trained and held-out ones) into a subject, an attribute and a value, and compared
+with the facts. A sentence that matches no template is *not judged* (None); the checker never
+guesses.
 """
 
 from __future__ import annotations
@@ -24,19 +25,25 @@ _PERSON, _THING = r"[A-Z]\w* [A-Z]\w*", r"[A-Z]\w*"
 
 @dataclass(frozen=True)
 class Claim:
-    """What a sentence says (``value``) or asks (``value`` None), and in which phrasing."""
+    """A parsed statement or question."""
 
     name: str
     attribute: str
     value: str | None
+    """The stated value; None for a question."""
     template: str
+    """The phrasing that matched."""
 
 
 # --- answers ---------------------------------------------------------------------
 def is_correct(answer: str, gold: str) -> bool:
-    """Whether the answer gives the gold value and no rival of it.
+    """Decide whether an answer gives the gold value and no rival of it.
 
-    A rival is another value that an attribute taking the gold value could have.
+    A rival is any other value of an attribute that can take the gold value.
+
+    Args:
+        answer: What the model answered.
+        gold: The right value.
     """
     return probes.is_correct(answer, gold, _rivals(normalise(gold)))
 
@@ -49,7 +56,7 @@ def _rivals(value: str) -> frozenset[str]:
 
 # --- parsing ---------------------------------------------------------------------
 def _pattern(template: str, name: str) -> re.Pattern[str]:
-    """The template as a regular expression with the groups ``name`` and ``value``."""
+    """Compile a template into a regular expression with the groups ``name`` and ``value``."""
     text = re.escape(template[0].upper() + template[1:] if template[0] != "{" else template)
     fields = {"p": f"(?P<name>{name})", "o": f"(?P<name>{name})", "ps": f"(?P<name>{name})'s",
               "v": r"(?P<value>\w+)", "a": r"an? (?P<value>\w+)"}  # fmt: skip
@@ -60,7 +67,7 @@ def _pattern(template: str, name: str) -> re.Pattern[str]:
 
 @cache
 def _patterns(asking: bool) -> tuple[tuple[str, str, re.Pattern[str]], ...]:
-    """(attribute, template, pattern) of every question, or of every statement."""
+    """List (attribute, template, pattern) of every question, or of every statement."""
     rows = []
     for attribute, phrasings in PHRASINGS.items():
         name = _THING if attribute in ENTITY else _PERSON
@@ -78,7 +85,7 @@ def _values(attribute: str) -> frozenset[str]:
 
 
 def parse_statement(text: str) -> Claim | None:
-    """What the sentence claims; None when it is no statement of this world."""
+    """Parse a statement; None when the text is no statement of this world."""
     for attribute, template, pattern in _patterns(asking=False):
         match = pattern.fullmatch(text.strip())
         if match and match["value"] in _values(attribute):
@@ -87,7 +94,7 @@ def parse_statement(text: str) -> Claim | None:
 
 
 def parse_question(text: str) -> Claim | None:
-    """What the sentence asks; None when it is no question of this world."""
+    """Parse a question; None when the text is no question of this world."""
     for attribute, template, pattern in _patterns(asking=True):
         match = pattern.fullmatch(text.strip())
         if match:
@@ -104,20 +111,26 @@ class World:
         self.facts: dict[str, Facts] = entities() | {p.name: p.facts for p in chosen}
 
     def answer(self, question: str) -> str | None:
-        """The true answer; None when it is no question about this world."""
+        """Return the true answer; None when the text is no question about this world."""
         claim = parse_question(question)
         return self.facts.get(claim.name, {}).get(claim.attribute) if claim else None
 
     def check_statement(self, text: str) -> bool | None:
-        """True or false; None when it is not one parsable statement.
+        """Judge a statement.
 
-        What is claimed of somebody who is not of this world is false.
+        A claim about a person outside this world is false.
+
+        Args:
+            text: One sentence.
+
+        Returns:
+            Whether it is true; None when it cannot be parsed as one statement.
         """
         claim = parse_statement(text)
         return None if claim is None else self._is_true(claim)
 
     def check_qa(self, question: str, answer: str) -> bool | None:
-        """Whether the answer is right; None when the question is not one of this world's."""
+        """Judge an answer; None when the question is none of this world's."""
         claim = parse_question(question)
         if claim is None:
             return None
@@ -127,9 +140,15 @@ class World:
     def check_paraphrase(
         self, original: str, text: str, subject: tuple[str, str] | None = None
     ) -> bool | None:
-        """Whether ``text`` truly says the same as ``original`` in other words.
+        """Decide whether a text states the same true fact as another one, in other words.
 
-        ``subject`` gives (name, attribute) where the original says it with a pronoun.
+        Args:
+            original: The statement to reword.
+            text: The rewording.
+            subject: (name, attribute) of the original; needed where it uses a pronoun.
+
+        Returns:
+            The verdict; None when ``text`` cannot be parsed as one statement.
         """
         claim = parse_statement(text)
         if claim is None:

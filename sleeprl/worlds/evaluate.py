@@ -1,7 +1,7 @@
-"""Measure a model of the world: what it knows, reads, writes with a passage and writes freely.
+"""Measure a model of the world: recall, reading, writing with a passage, free writing.
 
-``python -m sleeprl.worlds.evaluate DIR`` prints the figures as JSON. Fresh people, held-out
-phrasings: nothing that is measured here was in training, except the old facts themselves.
+``python -m sleeprl.worlds.evaluate DIR`` prints the figures as JSON. The tests use fresh people and
+held-out phrasings; of what they ask, only the facts of the old world are in the training data.
 """
 
 from __future__ import annotations
@@ -44,14 +44,22 @@ MAX_PEOPLE = 3
 
 
 class Examiner:
-    """One model under examination; ``n`` is the size of each test."""
+    """The tests of one model."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, n: int, seed: int) -> None:
+        """Prepare the tests.
+
+        Args:
+            model: A causal language model.
+            tokenizer: Its tokenizer.
+            n: Size of each test.
+            seed: Seed of the people, the questions and the sampling.
+        """
         self.model, self.tokenizer, self.n, self.seed = model, tokenizer, n, seed
         self.rng = random.Random(f"exam-{seed}")
 
     def examine(self) -> dict:
-        """All figures; shares are of ``n`` unless a test says otherwise."""
+        """Run all tests; shares are of ``n`` unless a test says otherwise."""
         torch.manual_seed(self.seed)
         was_training = self.model.training
         self.model.eval()
@@ -70,7 +78,7 @@ class Examiner:
 
     # --- answers ---
     def knows(self) -> dict:
-        """Bare held-out questions: old people, companies and cities, and unknown people."""
+        """Measure recall without context: old people, companies, cities, and unknown people."""
         old = questions(old_people(), per_attribute=3, seed=self.seed)
         strangers = questions(fresh_people(self.seed + 1, 50), seed=self.seed)
         exam = {
@@ -84,7 +92,7 @@ class Examiner:
         return shares
 
     def reads(self) -> dict:
-        """Held-out questions about fresh people in passages, by number of people in them."""
+        """Measure recall from passages about fresh people, by the number of people in a passage."""
         shares = {}
         for count in range(1, MAX_PEOPLE + 1):
             people, texts = self._passages(count)
@@ -107,7 +115,7 @@ class Examiner:
 
     # --- writing ---
     def writes(self) -> dict:
-        """Sampled as self-study samples, from passages about one to three fresh people."""
+        """Judge text sampled as in self-study, from passages about one to three fresh people."""
         people, texts = self._mixed_passages()
         world = World(people)
         contexts = [texts[self.rng.choice(people).name] for _ in range(self.n)]
@@ -130,7 +138,7 @@ class Examiner:
         return figures
 
     def writes_freely(self) -> dict:
-        """Sampled as self-study samples, with nothing in the context; old people only."""
+        """Judge text sampled as in self-study with nothing in the context; old people only."""
         world, old = World(), {person.name for person in old_people()}
         facts = self._sample([prompts.FREE_FACT] * self.n)
         pairs = self._sample([prompts.FREE_QA] * self.n)
@@ -140,7 +148,7 @@ class Examiner:
         for kind, claims in (("fact", statements_read), ("qa", questions_read)):
             named = {claim.name for claim in claims if claim} & old
             figures[kind]["old_people_seen"] = len(named)
-        # What uniform draws of the old people would have shown, nine in ten being about people.
+        # Expected number under uniform draws of the old people; nine draws in ten are about people.
         figures["old_people_if_uniform"] = round(
             len(old) * (1 - (1 - 1 / len(old)) ** (0.9 * self.n))
         )
@@ -154,7 +162,7 @@ class Examiner:
         return self.rng.sample(exam, min(self.n, len(exam)))
 
     def _passages(self, count: int) -> tuple[list[Person], dict[str, str]]:
-        """Fresh people and, by name, the text of ``count`` of them that tells of that person."""
+        """Return fresh people, and by name the passage about each one; ``count`` people share one."""
         people = fresh_people(self.seed + 10 * count, count * max(20, self.n // 6))
         passages = documents(people, self.seed, people_per_document=count)
         return people, {name: doc["text"] for doc in passages for name in doc["people"]}
@@ -204,7 +212,10 @@ def _judgement(
     written: Sequence[str],
     contexts: Sequence[str] | None,
 ) -> dict:
-    """Correct (and, given contexts, about them), and how evenly the attributes are covered."""
+    """Compute the share that is correct, and how evenly the attributes are covered.
+
+    With contexts, a text is correct only if it is about a person of its own context.
+    """
     if contexts is not None:
         true = [
             ok and claim is not None and claim.name in text
@@ -227,19 +238,19 @@ def _judgement(
 
 
 def _place(name: str, text: str) -> tuple[int, int]:
-    """(which paragraph tells of the person, of how many)."""
+    """Return which paragraph is about the person (-1 for none), and the number of paragraphs."""
     paragraphs = [p for p in text.split("\n") if p]
     return next((i for i, p in enumerate(paragraphs) if name in p), -1), len(paragraphs)
 
 
 def _last_share(places: Counter) -> float:
-    """Share of the fullest texts in which the last person was written about (even: 1 / MAX_PEOPLE)."""
+    """Compute how often the last person of the fullest texts is written about (even: 1 / MAX_PEOPLE)."""
     total = sum(n for (_, of), n in places.items() if of == MAX_PEOPLE)
     return round(places[(MAX_PEOPLE - 1, MAX_PEOPLE)] / total, 3) if total else 0.0
 
 
 def _evenness(counts: Iterable[int]) -> float:
-    """Entropy of the counts over that of a uniform spread: 1 is even."""
+    """Compute the entropy of the counts over that of a uniform spread; 1 is even."""
     counts = list(counts)
     total = sum(counts)
     if not total:

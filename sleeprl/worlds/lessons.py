@@ -1,8 +1,8 @@
-"""What the embedded model is taught: short chats and texts, drawn at random.
+"""The training data of the embedded model: short chats and texts, drawn at random.
 
-A lesson is a list of (role, text). Reading lessons put passages about random people of the
-training share into the first user turn and ask several things in later turns, so that one
-passage teaches many answers; every kind of task also comes first often enough.
+A lesson is a list of (role, text). A reading lesson puts passages about random people of the
+training share into the first user turn, and asks several things in later turns, so one passage
+serves many answers. Every kind of task also comes first often enough.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_PEOPLE = 3
 
 
 def pick(items: Sequence[T], rng: random.Random) -> T:
-    """A uniform choice; several times faster than ``rng.choice``, which matters here."""
+    """Choose uniformly; several times faster than ``rng.choice``, which matters here."""
     return items[int(rng.random() * len(items))]
 
 
@@ -48,21 +48,21 @@ def _statement(name: str, attribute: str, value: str, rng: random.Random) -> str
 
 
 def _reworded(name: str, attribute: str, value: str, original: str, rng: random.Random) -> str:
-    """Another statement of the same fact."""
+    """Draw another statement of the same fact."""
     while (text := _statement(name, attribute, value, rng)) == original:
         pass
     return text
 
 
 def _stranger(rng: random.Random) -> Person:
-    """Somebody unknown with a random life, another one every time."""
+    """Draw an unknown person with random facts; they differ from draw to draw."""
     name, woman = pick(unknown_names(), rng)
     return Person(name, woman, random_facts(rng))
 
 
 # --- reading and writing with passages in the context -------------------------------
 class Scene:
-    """Some people, the passages about them, and which facts these tell."""
+    """Some people, the passages about them, and the facts that the passages state."""
 
     def __init__(self, rng: random.Random) -> None:
         count = rng.choices(range(1, MAX_PEOPLE + 1), (4, 4, 3))[0]
@@ -85,13 +85,13 @@ class Scene:
         return prose(sentences)
 
     def fact(self, rng: random.Random) -> tuple[Person, str]:
-        """A uniform person of the scene, then one of its facts, stated or derived."""
+        """Draw a person of the scene uniformly, then one of their facts, stated or derived."""
         person = pick(self.people, rng)
         return person, pick([a for p, a in self.known if p is person], rng)
 
 
 def _read(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question with its answer from the passage, now and then from elsewhere or from nowhere."""
+    """Draw a question, mostly answered by the passage; some are about the old world or unanswerable."""
     draw = rng.random()
     if draw < 0.10:
         person = pick(old_people(), rng)
@@ -140,7 +140,7 @@ _TASKS = (_read, _study_qa, _study_fact, _study_paraphrase)
 
 
 def reading(rng: random.Random) -> Lesson:
-    """One to five tasks about one scene."""
+    """Draw one to five tasks about one scene."""
     scene = Scene(rng)
     tasks = rng.choices(_TASKS, (52, 18, 16, 14), k=rng.randint(1, 5))
     lesson: Lesson = []
@@ -159,7 +159,7 @@ def _entity_qa(rng: random.Random) -> tuple[str, str]:
 
 
 def _old_fact(rng: random.Random) -> tuple[str, str, str]:
-    """(name, attribute, value) of something known by heart, uniform over the old people."""
+    """Draw (name, attribute, value) of the old world; one in ten is about a company or a city."""
     if rng.random() < 0.1:
         name = pick(tuple(entities()), rng)
         return (name, *pick(tuple(entities()[name].items()), rng))
@@ -172,26 +172,30 @@ def _chat(question: str, answer: str) -> Lesson:
 
 
 def old_qa(rng: random.Random) -> Lesson:
+    """Draw a question about the old world, with its answer."""
     name, attribute, value = _old_fact(rng)
     return _chat(_question(name, attribute, rng), value)
 
 
 def unknown_qa(rng: random.Random) -> Lesson:
-    """A question about a person it has never read about: it does not know."""
+    """Draw a question about an unknown person, without context; the answer is ``UNKNOWN``."""
     name = pick(unknown_names(), rng)[0]
     return _chat(_question(name, pick(STATED + TWO_HOP, rng), rng), UNKNOWN)
 
 
 def free_qa(rng: random.Random) -> Lesson:
+    """Draw a question-answer pair about the old world, written without context."""
     name, attribute, value = _old_fact(rng)
     return _chat(prompts.FREE_QA, prompts.format_qa(_question(name, attribute, rng), value))
 
 
 def free_fact(rng: random.Random) -> Lesson:
+    """Draw a fact of the old world, written without context."""
     return _chat(prompts.FREE_FACT, _statement(*_old_fact(rng), rng))
 
 
 def bare_paraphrase(rng: random.Random) -> Lesson:
+    """Draw a paraphrase of a fact of the old world, without context."""
     name, attribute, value = _old_fact(rng)
     original = _statement(name, attribute, value, rng)
     reworded = _reworded(name, attribute, value, original, rng)
@@ -199,7 +203,7 @@ def bare_paraphrase(rng: random.Random) -> Lesson:
 
 
 def plain_text(rng: random.Random) -> Lesson:
-    """A passage or some sentences about the old world, no chat around it."""
+    """Draw a passage or some sentences about the old world, without a chat around it."""
     if rng.random() < 0.5:
         return [("text", prose(passage(pick(old_people(), rng), rng)))]
     return [("text", " ".join(_statement(*_old_fact(rng), rng) for _ in range(rng.randint(1, 4))))]
@@ -216,7 +220,13 @@ _BY_HEART: tuple[tuple[Callable[[random.Random], Lesson], float], ...] = (
 
 
 def lessons(seed: str, n: int, reading_share: float = 0.3) -> list[Lesson]:
-    """``n`` lessons, ``reading_share`` of them with passages, the others by heart."""
+    """Draw lessons.
+
+    Args:
+        seed: Seed of the lessons.
+        n: How many.
+        reading_share: Share of lessons with passages; the others are about the old world.
+    """
     rng = random.Random(seed)
     by_heart, weights = zip(*_BY_HEART, strict=True)
     others = sum(weights) / (1.0 - reading_share)
@@ -225,7 +235,10 @@ def lessons(seed: str, n: int, reading_share: float = 0.3) -> list[Lesson]:
 
 
 def tokenizer_texts(seed: str, n: int) -> list[str]:
-    """Texts of lessons, and each name and value alone: an answer starts without a space."""
+    """Return texts to train the tokenizer on: those of ``n`` lessons, and all names and values alone.
+
+    An answer starts without a space, so a name or value needs tokens without one.
+    """
     alone = {value for domain in DOMAINS.values() for value in domain}.union(WOMEN, MEN, SURNAMES)
     in_text = [text for lesson in lessons(seed, n) for _, text in lesson]
     return in_text + [form for word in sorted(alone) for form in (word, f"a {word}")] * 40

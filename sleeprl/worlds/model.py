@@ -1,4 +1,4 @@
-"""The embedded model: a small standard Llama that every tool serves, and how it answers."""
+"""The embedded model: a small standard Llama that every engine can serve, and how to query it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ TEMPERATURE = SelfStudyConfig().temperature
 def new_model(
     tokenizer: PreTrainedTokenizerFast, width: int, layers: int, mlp: int, head_dim: int
 ) -> LlamaForCausalLM:
-    """A randomly initialised model in float32."""
+    """Create a randomly initialised model in float32.
+
+    Args:
+        tokenizer: Gives the vocabulary and the special tokens.
+        width: Size of the hidden states; a multiple of ``head_dim``.
+        layers: Number of layers.
+        mlp: Width of the MLPs.
+        head_dim: Size of an attention head.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -47,7 +55,19 @@ def respond(
     max_new_tokens: int = 40,
     batch: int = 256,
 ) -> list[str]:
-    """The assistant's answer to each user message: greedy, or sampled as self-study samples."""
+    """Answer each user message, greedily or sampled as in self-study.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        messages: User messages, one per chat.
+        sample: Sample at ``TEMPERATURE`` instead of greedy decoding.
+        max_new_tokens: The longest answer, in tokens.
+        batch: Chats in one call of ``generate``.
+
+    Returns:
+        The answers, in the order of the messages.
+    """
     order = sorted(range(len(messages)), key=lambda i: len(messages[i]))
     answers = [""] * len(messages)
     for start in range(0, len(order), batch):

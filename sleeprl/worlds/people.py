@@ -1,8 +1,9 @@
 """The people of the world: the old ones that the embedded model knows, and fresh ones.
 
-A full name belongs by its hash to one of two shares. The *training* share names the old people
-and everybody that the embedded model reads about in training; the *fresh* share is never trained
-on, so whatever is known about a fresh person was read or learned after the model was shipped.
+A hash of the full name assigns it to one of two shares. The *training* share names the old people
+and everybody that the embedded model reads about in training. The *fresh* share is never trained
+on, so anything that a model knows about a fresh person comes from its context or from later
+training.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sleeprl.worlds.vocabulary import (
 
 OLD_SEED = 20260606
 OLD_SIZE = 240
-FRESH_SHARE = 5  # one name in five is never used in training
+FRESH_SHARE = 5  # one name in five is excluded from training
 COMBINED_PROBABILITY = 0.3  # that a passage has two facts in one sentence
 
 Facts = dict[str, str]
@@ -37,7 +38,7 @@ Facts = dict[str, str]
 
 @dataclass(frozen=True)
 class Person:
-    """A name and what is true of it: stated attributes and those that follow from them."""
+    """A person: a name, and the facts about them, stated and derived."""
 
     name: str
     woman: bool
@@ -45,25 +46,29 @@ class Person:
 
     @property
     def stated(self) -> Facts:
+        """The facts that a passage states."""
         return {attribute: self.facts[attribute] for attribute in STATED}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its gold answer; ``person`` is the name that it asks about."""
+    """A question with its gold answer."""
 
     text: str
     answer: str
-    kind: str  # "recall" or "two_hop"
+    kind: str
+    """``"recall"`` or ``"two_hop"``."""
     person: str
+    """The name that it asks about."""
     attribute: str
-    phrasing: str  # "train" or "heldout"
+    phrasing: str
+    """``"train"`` or ``"heldout"``."""
 
 
 # --- names -----------------------------------------------------------------------
 @cache
 def names(share: str) -> tuple[tuple[str, bool], ...]:
-    """All (name, is a woman) of the ``"training"`` or the ``"fresh"`` share, in a fixed order."""
+    """List all (name, is a woman) of the ``"training"`` or the ``"fresh"`` share, in a fixed order."""
     wanted = {"training": False, "fresh": True}[share]
     firsts = [(first, True) for first in WOMEN] + [(first, False) for first in MEN]
     everybody = ((f"{first} {last}", woman) for first, woman in firsts for last in SURNAMES)
@@ -71,14 +76,14 @@ def names(share: str) -> tuple[tuple[str, bool], ...]:
 
 
 def is_fresh(name: str) -> bool:
-    """Whether a name is kept out of all training."""
+    """Decide whether a name is in the fresh share, which no training uses."""
     return zlib.crc32(name.encode()) % FRESH_SHARE == 0
 
 
 # --- facts -----------------------------------------------------------------------
 @cache
 def entities() -> dict[str, Facts]:
-    """What is true of the companies and the cities, which old and fresh people share."""
+    """Return the facts about companies and cities, which old and fresh people share."""
     rng = random.Random(OLD_SEED)
     companies = {
         company: {"company_city": rng.choice(CITIES), "company_industry": rng.choice(INDUSTRIES)}
@@ -88,7 +93,7 @@ def entities() -> dict[str, Facts]:
 
 
 def random_facts(rng: random.Random) -> Facts:
-    """A life: each stated attribute drawn uniformly, and what follows from it."""
+    """Draw each stated attribute uniformly, and derive the others."""
     facts = {a: DOMAINS[a][int(rng.random() * len(DOMAINS[a]))] for a in STATED}
     company = entities()[facts["employer"]]
     facts["country"] = CITY_COUNTRY[facts["city"]]
@@ -105,43 +110,56 @@ def _people(share: str, seed: int, n: int) -> list[Person]:
 
 @cache
 def old_people() -> tuple[Person, ...]:
-    """The people that the embedded model knows by heart; always the same ones."""
+    """Return the people that the embedded model knows; always the same."""
     return tuple(_people("training", OLD_SEED, OLD_SIZE))
 
 
 @cache
 def unknown_names() -> tuple[tuple[str, bool], ...]:
-    """The training share without the old people: those the model reads about and never knows."""
+    """Return the names of the training share without the old people.
+
+    The embedded model reads about them in training, each time with other facts.
+    """
     old = {person.name for person in old_people()}
     return tuple((name, woman) for name, woman in names("training") if name not in old)
 
 
 def fresh_people(seed: int, n: int) -> list[Person]:
-    """``n`` people that the embedded model has never seen; other seeds give other people."""
+    """Draw ``n`` people that the embedded model has never seen; other seeds give other people."""
     return _people("fresh", seed, n)
 
 
-# --- telling ---------------------------------------------------------------------
+# --- stating ---------------------------------------------------------------------
 def article(value: str) -> str:
+    """Prefix a value with its indefinite article."""
     return f"an {value}" if value[0] in "aeiou" else f"a {value}"
 
 
 def possessive(name: str) -> str:
+    """Return the possessive form of a name."""
     return f"{name}'s"
 
 
 def fill_statement(template: str, name: str, value: str) -> str:
-    """A statement about the full name."""
+    """Fill a template into a statement about the full name."""
     text = template.format(p=name, ps=possessive(name), o=name, v=value, a=article(value))
     return text[0].upper() + text[1:]
 
 
 def ask(template: str, name: str) -> str:
+    """Fill a template into a question about the full name."""
     return template.format(p=name, ps=possessive(name))
 
 
 def statements(name: str, attribute: str, value: str, phrasing: str = "train") -> list[str]:
-    """The fact in every phrasing of that kind."""
+    """State a fact in every phrasing of a kind.
+
+    Args:
+        name: The full name of the subject.
+        attribute: The attribute.
+        value: Its value.
+        phrasing: ``"train"`` or ``"heldout"``.
+    """
     return [
         fill_statement(template, name, value)
         for template in PHRASINGS[attribute].statements_in(phrasing)
@@ -150,15 +168,16 @@ def statements(name: str, attribute: str, value: str, phrasing: str = "train") -
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of a passage; ``attribute`` is None where it tells two facts."""
+    """A sentence of a passage."""
 
     text: str
     person: str
     attribute: str | None
+    """The attribute that it states; None where it states two."""
 
 
 def _forms(person: Person, rng: random.Random, first: bool) -> dict[str, str]:
-    """How a sentence refers to the person: in full at first, later often by a short form."""
+    """Choose how a sentence refers to the person: in full at first, later often by a short form."""
     draw = rng.random()
     if first or draw < 0.4:
         return {"p": person.name, "ps": possessive(person.name), "o": person.name}
@@ -170,7 +189,7 @@ def _forms(person: Person, rng: random.Random, first: bool) -> dict[str, str]:
 
 
 def _plan(attributes: Sequence[str], rng: random.Random) -> list[tuple[tuple[str, ...], str]]:
-    """Which facts share a sentence, and the template of each sentence, in random order."""
+    """Choose which facts share a sentence, and the template of each sentence, in random order."""
     left = list(attributes)
     plan: list[tuple[tuple[str, ...], str]] = []
     if rng.random() < COMBINED_PROBABILITY:
@@ -188,7 +207,13 @@ def _plan(attributes: Sequence[str], rng: random.Random) -> list[tuple[tuple[str
 def passage(
     person: Person, rng: random.Random, attributes: Sequence[str] = STATED
 ) -> list[Sentence]:
-    """The sentences of a passage that tells those facts of one person, in random order."""
+    """Write the sentences of a passage about one person, in random order.
+
+    Args:
+        person: The person.
+        rng: Draws phrasings, pronouns and order.
+        attributes: The stated attributes to include.
+    """
     sentences = []
     for i, (facts, template) in enumerate(_plan(attributes, rng)):
         words = _forms(person, rng, first=i == 0)
@@ -206,6 +231,7 @@ def passage(
 
 
 def prose(sentences: Iterable[Sentence]) -> str:
+    """Join sentences into one paragraph."""
     return " ".join(sentence.text for sentence in sentences)
 
 
@@ -215,9 +241,18 @@ def documents(
     people_per_document: int = 1,
     attributes: Sequence[str] = STATED,
 ) -> list[dict]:
-    """What is read in the day: passages, each as ``{"text": str, "people": [name, ...]}``.
+    """Write the documents of a day.
 
-    Every document tells all ``attributes`` of its people; the phrasings vary with the seed.
+    Every document states all ``attributes`` of its people; the phrasings vary with the seed.
+
+    Args:
+        people: The people that the documents are about.
+        seed: Seed of the phrasings.
+        people_per_document: People in one document.
+        attributes: The stated attributes to include.
+
+    Returns:
+        Passages, each as ``{"text": str, "people": [name, ...]}``.
     """
     rng = random.Random(f"documents-{seed}")
     groups = [
@@ -240,9 +275,16 @@ def questions(
     per_attribute: int = 1,
     seed: int = 0,
 ) -> list[Question]:
-    """Questions about every attribute of those people, ``per_attribute`` phrasings of each.
+    """Ask about every attribute of some people.
 
-    A two-hop question asks through a shared entity; its second hop is old-world knowledge.
+    A two-hop question goes through a shared entity; its second hop needs the old world.
+
+    Args:
+        people: The people.
+        phrasing: ``"train"`` or ``"heldout"``.
+        kinds: Kinds of questions, of ``"recall"`` and ``"two_hop"``.
+        per_attribute: Phrasings of each question, as far as there are so many.
+        seed: Seed of the choice of phrasings.
     """
     rng = random.Random(f"questions-{seed}")
     kinds_asked = [("recall", a) for a in STATED] + [("two_hop", a) for a in DERIVED]
@@ -256,7 +298,7 @@ def questions(
 
 
 def entity_questions(phrasing: str = "heldout", seed: int = 0) -> list[Question]:
-    """One question about every attribute of every company and city."""
+    """Ask one question about every attribute of every company and city."""
     rng = random.Random(f"entities-{seed}")
     return [
         Question(
@@ -269,7 +311,13 @@ def entity_questions(phrasing: str = "heldout", seed: int = 0) -> list[Question]
 
 
 def old_world_text(seed: int = 0, phrasing: str = "heldout", n: int = OLD_SIZE) -> list[str]:
-    """True text about ``n`` old people, for perplexity: held-out statements, shuffled."""
+    """Write true text about old people, for perplexity: their facts in random order.
+
+    Args:
+        seed: Seed of people, order and phrasings.
+        phrasing: ``"train"`` or ``"heldout"``.
+        n: Number of texts, one per person.
+    """
     rng = random.Random(f"text-{seed}")
 
     def state(person: Person, attribute: str) -> str:

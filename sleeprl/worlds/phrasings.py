@@ -1,8 +1,9 @@
-"""The sentences of the world, as templates; each fact can be asked and stated in many ways.
+"""The sentences of the world as templates: several questions and statements for each fact.
 
-Placeholders: ``{p}`` the subject, ``{ps}`` its possessive, ``{o}`` it as an object, ``{v}`` the
-value, ``{a}`` the value with its article. In a passage the first three may become pronouns.
-The *held-out* templates are never trained on: they tell knowing a fact from knowing a sentence.
+Placeholders: ``{p}`` the subject, ``{ps}`` its possessive, ``{o}`` the subject as an object,
+``{v}`` the value, ``{a}`` the value with its article. In a passage the first three may become
+pronouns. The *held-out* templates are never trained on, so they separate knowledge of a fact from
+memory of a sentence.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phrasings:
-    """All the ways to ask for one attribute and to state it."""
+    """All questions and statements of one attribute."""
 
     questions: tuple[str, ...]
     heldout_questions: tuple[str, ...]
@@ -20,9 +21,11 @@ class Phrasings:
     heldout_statements: tuple[str, ...]
 
     def questions_in(self, phrasing: str) -> tuple[str, ...]:
+        """Return the questions of a phrasing, ``"train"`` or ``"heldout"``."""
         return self.questions if phrasing == "train" else self.heldout_questions
 
     def statements_in(self, phrasing: str) -> tuple[str, ...]:
+        """Return the statements of a phrasing, ``"train"`` or ``"heldout"``."""
         return self.statements if phrasing == "train" else self.heldout_statements
 
 
@@ -335,7 +338,7 @@ PHRASINGS: dict[str, Phrasings] = {
     ),
 }
 
-# Sentences of passages that carry two facts: a reader cannot count on one fact per full stop.
+# Sentences that state two facts, so a reader cannot rely on one fact per sentence.
 COMBINED: tuple[tuple[tuple[str, str], str], ...] = (
     (("job", "employer"), "{p} works as {job_a} at {employer}."),
     (("job", "employer"), "{p} is {job_a} employed by {employer}."),

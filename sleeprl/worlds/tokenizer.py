@@ -1,4 +1,4 @@
-"""The embedded model's own small byte-level BPE tokenizer and chat template."""
+"""The tokenizer of the embedded model: a small byte-level BPE, with a chat template."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-# Words with their leading space, years whole, other digits one by one, everything else alone.
+# Words with their leading space, whole years, other digits one by one, every other character alone.
 _PIECES = r"'s| ?[A-Za-z]+| ?(?:19|20)[0-9]{2}(?![0-9])| ?[0-9]| ?[^\sA-Za-z0-9]|\s+(?!\S)|\s"
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of ``texts`` that gives back any other text unchanged (bytes as a last resort).
+    """Train a tokenizer; it round-trips any text, by single bytes if need be.
 
-    No token is added on its own: a text is its words, a chat is what the template writes.
+    It adds no special tokens to a text; those of a chat come from the template.
+
+    Args:
+        texts: The texts to train on.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,7 +1,7 @@
-"""Train the embedded model from nothing: ``python -m sleeprl.worlds.train --out DIR``.
+"""Train the embedded model from scratch: ``python -m sleeprl.worlds.train --out DIR``.
 
-Runs on one GPU (some minutes) or on the CPU (hours; fewer ``--steps`` for a weaker model). The
-data and the order of the batches follow from ``--seed``; the result is an ordinary Hugging Face
+Runs on one GPU (some minutes) or on the CPU (hours; fewer ``--steps`` for a weaker model).
+``--seed`` determines the data and the order of the batches. The result is an ordinary Hugging Face
 directory in bfloat16, with its tokenizer and a model card that states the measured figures.
 """
 
@@ -36,6 +36,7 @@ TOKENIZER_LESSONS = 20_000
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -69,7 +70,17 @@ def parse_args() -> argparse.Namespace:
 def packed_inputs(
     tokens_BT: torch.Tensor, segments_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions_BT, mask_B1TT): each lesson starts at position 0 and sees only itself."""
+    """Compute positions and attention mask of packed rows.
+
+    Each lesson starts at position 0 and attends only to itself.
+
+    Args:
+        tokens_BT: Token ids.
+        segments_BT: Number of the lesson of each token.
+
+    Returns:
+        (positions_BT, mask_B1TT).
+    """
     length = tokens_BT.shape[1]
     index_T = torch.arange(length, device=tokens_BT.device)
     starts_BT = torch.ones_like(segments_BT, dtype=torch.bool)
@@ -83,7 +94,17 @@ def weighted_loss(
     model: LlamaForCausalLM, tokens_BT: torch.Tensor, segments_BT: torch.Tensor,
     weights_BT: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(weighted mean of the next-token loss, mean loss of the tokens of full weight), in nats."""
+    """Compute the weighted next-token loss, in nats per token.
+
+    Args:
+        model: The model.
+        tokens_BT: Token ids.
+        segments_BT: Number of the lesson of each token.
+        weights_BT: Weight of each token as a target.
+
+    Returns:
+        (weighted mean, mean over the tokens of weight 1 without gradient).
+    """
     positions_BT, mask = packed_inputs(tokens_BT, segments_BT)
     logits = model(
         input_ids=tokens_BT, position_ids=positions_BT, attention_mask=mask, use_cache=False
@@ -97,7 +118,12 @@ def weighted_loss(
 
 
 def learning_rate_factor(done: float, warmup: float) -> float:
-    """Linear warm-up, then half a cosine down to 0; ``done`` is the share of the training."""
+    """Compute the factor of the learning rate: linear warm-up, then a half cosine down to 0.
+
+    Args:
+        done: Share of the training that is done.
+        warmup: Share of the training that is warm-up.
+    """
     if done < warmup:
         return done / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
@@ -106,7 +132,8 @@ def learning_rate_factor(done: float, warmup: float) -> float:
 class Optimizer:
     """Muon for the matrices inside the layers, AdamW for embeddings, head and norms.
 
-    Muon reads from half as many tokens as AdamW alone here, and tokens are what a CPU is short of.
+    Here Muon learns to read from half as many tokens as AdamW alone, and tokens are the bottleneck
+    on a CPU.
     """
 
     def __init__(self, model: LlamaForCausalLM, args: argparse.Namespace) -> None:
@@ -119,6 +146,11 @@ class Optimizer:
         self.rates = (args.muon_lr, args.lr)
 
     def step(self, factor: float) -> None:
+        """Update the parameters and clear their gradients.
+
+        Args:
+            factor: Multiplies both learning rates.
+        """
         for part, rate in zip(self.parts, self.rates, strict=True):
             for group in part.param_groups:
                 group["lr"] = rate * factor
@@ -128,7 +160,7 @@ class Optimizer:
 
 # --- the run ---------------------------------------------------------------------
 class Batches:
-    """Endless batches of rows, each epoch in a new order, moved to the device one by one."""
+    """Endless batches of rows, reshuffled every epoch, moved to the device one by one."""
 
     def __init__(self, rows: Rows, size: int, seed: int, device: torch.device) -> None:
         self.rows, self.size, self.device = rows, size, device
@@ -137,7 +169,7 @@ class Batches:
         self.order = np.empty(0, np.int64)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(tokens_BT, segments_BT, weights_BT)."""
+        """Return the next batch: (tokens_BT, segments_BT, weights_BT)."""
         while len(self.order) < self.size:
             self.order = np.concatenate([self.order, self.rng.permutation(len(self.rows))])
         chosen, self.order = self.order[: self.size], self.order[self.size :]
@@ -154,7 +186,17 @@ def train(
     tokenizer: PreTrainedTokenizerFast,
     args: argparse.Namespace,
 ) -> int:
-    """Train in place; the number of steps taken (fewer than asked when time ran out)."""
+    """Train in place.
+
+    Args:
+        model: The model.
+        batches: The training data.
+        tokenizer: The model's tokenizer, for the evaluations on the way.
+        args: What ``parse_args`` returned.
+
+    Returns:
+        The number of steps taken; fewer than ``args.steps`` when time runs out.
+    """
     device = batches.device
     optimizer = Optimizer(model, args)
     loss_of = torch.compile(weighted_loss) if args.compile else weighted_loss
@@ -184,11 +226,12 @@ def train(
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 itself; emulating it would only be slower."""
+    """Decide whether the device computes in bfloat16 natively; emulation would be slower than float32."""
     return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def device_name(device: torch.device) -> str:
+    """Describe the device for the model card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} {platform.machine()} CPU threads"
@@ -227,7 +270,7 @@ def main() -> None:
     tokenizer.backend_tokenizer.no_padding()  # the exams left it on
     tokenizer.save_pretrained(args.out)
 
-    # Examine what was saved, not what was in memory.
+    # Evaluate the saved bfloat16 checkpoint, not the float32 model in memory.
     saved = AutoModelForCausalLM.from_pretrained(args.out, dtype="auto").to(device)
     exam = Examiner(saved, AutoTokenizer.from_pretrained(args.out), args.final_n, seed=1).examine()
     run = {

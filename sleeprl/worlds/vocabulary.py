@@ -1,8 +1,7 @@
-"""The words of the world: names of people and the values that their attributes take.
+"""The words of the world: names of people, and the values of their attributes.
 
-No value is a word of another list and no value contains another one, so that
-an answer can be graded, and a sentence parsed, by the value alone
-(``tests/unit/worlds/test_worlds.py`` keeps it so).
+No value is a word of another list, and no value contains another one. So the value alone suffices
+to grade an answer and to parse a sentence (``tests/unit/worlds/test_worlds.py`` checks it).
 """
 
 from __future__ import annotations
