@@ -1,9 +1,8 @@
 """Every instruction that sleepRL gives to a model.
 
 The teacher has the experience in front of its question; the student has the bare question. Both get
-the *same* question text, which is what makes the first a teacher of the second (method: teacher and
-student contexts). All templates are plain user messages: the model's own chat template turns them
-into tokens.
+the *same* question text, which is what makes the first a teacher of the second. All templates are plain user
+messages: the model's own chat template turns them into tokens.
 """
 
 from __future__ import annotations
