@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 TRACE_LINES, LOG_LINES = 6, 6
-MESSAGE_CHARACTERS = 380
+MESSAGE_CHARACTERS, LINE_CHARACTERS = 380, 180
 _RAY_LINE = re.compile(r":(job_id|actor_name|task_name):")
 """What Ray itself writes into the log of a worker."""
 _NO_EXIT_CODE = (
@@ -130,7 +130,9 @@ def log_tail(pid: int, lines: int = LOG_LINES) -> tuple[Path | None, list[str]]:
 
 
 def _lines(lines: list[str]) -> list[Text]:
-    return [Text(line, overflow="fold") for line in lines]
+    """Make lines that wrap; a longer one than two of a usual terminal is cut."""
+    cut = [f"{line[:LINE_CHARACTERS]} …" if len(line) > LINE_CHARACTERS else line for line in lines]
+    return [Text(line, overflow="fold") for line in cut]
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

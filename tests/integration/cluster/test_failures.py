@@ -124,7 +124,7 @@ def test_the_command_shows_the_panel(
         cli.app.registered_commands.pop()
     told_ = capsys.readouterr().err
     assert ended.value.code == 1
-    assert "engine-0.fail failed (infra)" in told_ and "Traceback" not in told_
+    assert "engine-0.fail failed (retryable)" in told_ and "Traceback" not in told_
     assert len(told_.splitlines()) <= 26
 
 

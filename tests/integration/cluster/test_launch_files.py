@@ -126,7 +126,7 @@ def test_a_night_that_lacks_gpus_is_told_in_a_line_and_leaves_nothing(
 def test_the_ray_jobs_entrypoint_runs(tmp_path: Path) -> None:
     words = shlex.split(RAY_JOB["spec"]["entrypoint"].replace("/app", str(ROOT)))
     out = run(*words, f"runs={tmp_path}", "--dry-run").stdout
-    assert "ray             auto" in out
+    assert re.search(r"\bray +auto\b", out)
 
 
 def test_the_ray_jobs_pod_holds_what_the_entrypoint_asks_for() -> None:

@@ -361,7 +361,7 @@ class Fails(Stage):
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_failed_stage_is_named_and_what_was_learned_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(ActorFailure, match=r"reward-0, group 3 failed \(data\).*group 3 is wrong"):
+    with pytest.raises(ActorFailure, match=r"reward-0, group 3 failed \(fatal\).*group 3 is wrong"):
         dream(tmp_path / "state", reward=fresh(Fails))
     kept = DreamingCheckpoint.load(tmp_path / "state")
     assert kept.version <= 1  # group 3 is of the second update
@@ -379,7 +379,7 @@ class Dies(Stage):
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("stage", ["scorer", "reward"])
 def test_a_dead_stage_ends_the_run_and_is_named(tmp_path: Path, stage: str) -> None:
-    with pytest.raises(ActorFailure, match=rf"^{stage}.*\(infra\)"):
+    with pytest.raises(ActorFailure, match=rf"^{stage}.*\(retryable\)"):
         dream(tmp_path / "state", **{stage: fresh(Dies)})
     learned, _ = dream(tmp_path / "state")
     assert sorted(n for n, _, _ in learned) == list(range(CONFIG.steps * CONFIG.tasks_per_step))

@@ -184,7 +184,7 @@ def test_engines_come_and_go(
     assert [c.token_ids for c in pending.wait()] == [c.token_ids for c in made]
     lost = pool.generate_later(PROMPTS, [SamplingParams(100, seed=1)] * 6)
     group.remove(0)
-    with pytest.raises(ActorFailure, match=r"engine-0\.generate failed \(infra\)"):
+    with pytest.raises(ActorFailure, match=r"engine-0\.generate failed \(retryable\)"):
         lost.wait()
     assert states(pool) == [HealthState.RETIRED, HealthState.HEALTHY, HealthState.HEALTHY]
     assert [c.token_ids for c in pool.generate(PROMPTS, SAMPLING)] == [c.token_ids for c in made]
@@ -196,7 +196,7 @@ def test_an_engine_that_is_lost_at_work_gets_no_more(
     pool: EnginePool, tiny_model: Path, weights: dict[str, Tensor]
 ) -> None:
     os.kill(ray.get(pool.group.actors[1].pid.remote()), signal.SIGKILL)
-    with pytest.raises(ActorFailure, match=r"engine-1\.generate failed \(infra\)"):
+    with pytest.raises(ActorFailure, match=r"engine-1\.generate failed \(retryable\)"):
         pool.generate(PROMPTS, SAMPLING)
     assert states(pool) == [HealthState.HEALTHY, HealthState.DEAD]
     assert len(pool.generate(PROMPTS, SAMPLING)) == 6

@@ -70,7 +70,7 @@ def test_what_is_heard(wide: Path) -> None:
     ids = torch.arange(3, 15).reshape(2, 6)
     weights = torch.tensor([[0.5, 0.0, 0.25, 0.0, 0.0, 0.0], [0.0] * 6])
     seen: list[tuple[Tensor, Tensor]] = []
-    experts = [m for m in model.modules() if hasattr(m, "listener")]
+    experts = [m for m in model.modules() if hasattr(m, "meter")]
     hooks = [
         module.register_forward_hook(
             lambda module, x, y: seen.append((module.base(x[0]), module.expert(x[0])))

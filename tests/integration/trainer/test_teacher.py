@@ -25,7 +25,7 @@ from tests.integration.night.test_memory_levels import grown
 from tests.support.models import make_tiny_model
 from tests.support.ranks import LOSS, PARTS, Notes, close, launch, options, rows
 
-HELD = (0, 1)
+TEACHER_ONLY = (0, 1)
 """Slots that only the smaller self has, as when a level is handed on."""
 TAUGHT = {**PARTS, "student": LossWeights(kl=0.3)}
 
@@ -35,13 +35,13 @@ def named(seed: int) -> list[TrainingExample]:
 
 
 def changes() -> dict[str, Any]:
-    return {"slot": 2, "held": HELD}
+    return {"slot": 2, "teacher_only_slots": TEACHER_ONLY}
 
 
 def both_ways(directory: Path, notes: Notes) -> None:
     """Two steps taught by the learner's own module, and by a teacher apart."""
     made = options(directory, **changes())
-    apart: Any = TeacherActor(made.checkpoint, HELD, made.dtype, 1, False)
+    apart: Any = TeacherActor(made.checkpoint, TEACHER_ONLY, made.dtype, 1, False)
     for name, teachers in (("own", None), ("apart", apart)):
         for support in ("teacher", "student"):
             learner = Trainer(made, teachers)
@@ -96,9 +96,9 @@ def same(one: list[Targets], other: list[Targets]) -> bool:
 @pytest.mark.usefixtures("local_ray")
 def test_a_lost_teacher_is_started_again(place: Path) -> None:
     checkpoint, asked = str(place / "wide"), rows(3)
-    alone = TeacherActor(checkpoint, HELD, "float32", 1, False).targets(asked, 8, 4096)
+    alone = TeacherActor(checkpoint, TEACHER_ONLY, "float32", 1, False).targets(asked, 8, 4096)
     assert [len(target[0]) for target in alone] == [len(row.response_ids) for row in asked]
-    actors = launch_teachers(ResourcesConfig(teachers=2), checkpoint, HELD, "float32")
+    actors = launch_teachers(ResourcesConfig(teachers=2), checkpoint, TEACHER_ONLY, "float32")
     teachers = Teachers(actors)
     assert same(teachers.targets(asked, 8, 64), alone)
     (pid, _) = teachers.group.call("pid")

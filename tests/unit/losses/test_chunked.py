@@ -293,7 +293,7 @@ def batch(source: str, top_k: int, scale: float = 1.0) -> tuple[Tensor, Tensor, 
     name=st.sampled_from(list(BUILTIN["algorithm"])),
     level=st.sampled_from(["token", "sequence", "geometric", "off"]),
 )
-def test_chunked_stream_loss_is_stream_loss(
+def test_chunked_combined_loss_is_combined_loss(
     chunk: int,
     beta: float,
     support: str,
@@ -348,7 +348,7 @@ def test_a_teacher_with_its_own_head() -> None:
 def test_hidden_teacher_states_need_a_head() -> None:
     hidden, head, window = batch("hidden", 1)
     counts = token_counts(PARTS, PART_OF, LENGTHS)
-    with pytest.raises(ValueError, match=r"teacher_hidden_BRH.*chunked_stream_loss"):
+    with pytest.raises(ValueError, match=r"teacher_hidden_BRH.*chunked_combined_loss"):
         combined_loss(hidden @ head.T, window, PARTS, counts, LossOptions())
 
 

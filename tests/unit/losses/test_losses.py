@@ -353,7 +353,7 @@ def test_token_counts() -> None:
     assert scored[:, 2].tolist() == [len(lengths) for lengths in kept]
 
 
-def test_stream_loss_by_hand() -> None:
+def test_combined_loss_by_hand() -> None:
     raw, batch = window(list(range(6)))
     loss, metrics = combined_loss(raw, batch, PARTS, token_counts(PARTS, PART_OF, LENGTHS), OPTIONS)
     # Token by token, in the plainest way there is.
