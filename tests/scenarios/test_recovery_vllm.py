@@ -9,7 +9,7 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import ray
 from sleeprl.cluster.actor_group import ActorGroup
 from sleeprl.data.lake import Lake
 from sleeprl.dreaming import launch as phase
+from sleeprl.dreaming.messages import StepResult
 from sleeprl.dreaming.trainer_actor import DreamTrainer
 from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool
 from sleeprl.rollout.vllm_engine import VLLMEngine
@@ -75,10 +76,10 @@ class MortalVLLM(VLLMEngine):
 class MortalLearner(DreamTrainer):
     """Its second rank is gone when the first one waits for it in the middle of a step."""
 
-    def _others(self, dreams: Any) -> Any:
-        if self.rank == 1 and self.learner.steps == 3 and once("step"):
+    def step(self, batches: Sequence[Any], redrawn: Sequence[Any] = ()) -> StepResult:
+        if self.rank == 1 and self.trainer.steps == 3 and once("step"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return super()._others(dreams)
+        return super().step(batches, redrawn)
 
 
 @pytest.mark.parametrize(

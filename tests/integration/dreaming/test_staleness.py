@@ -55,8 +55,8 @@ class Letters:
 class Noted(TorchEngine):
     """Notes the moment in which it begins to make a token."""
 
-    async def _turn(self) -> None:
-        await super()._turn()
+    async def _take_turn(self) -> None:
+        await super()._take_turn()
         note(Path(self.options.model), "tokens", time.monotonic())
 
 
