@@ -124,7 +124,7 @@ def test_two_ranks_answer_and_are_updated_as_one(
         # All ranks refuse what was damaged, and the next update finds them in step.
         with monkeypatch.context() as patch:
             patch.setattr(shared_memory, "plan_bucket", damaged)
-            with pytest.raises(StaleEngine, match=r"rank 0: Corrupted: .* checksum differs"):
+            with pytest.raises(StaleEngine, match=r"rank 0: CorruptedWeights: .* checksum differs"):
                 together.publish(weights.items(), right)
         for _ in range(2):
             (certificate,) = together.publish(weights.items(), right)
