@@ -195,12 +195,13 @@ def measure_perplexity(
         The perplexity, None where no token can be scored; and the number of scored tokens.
     """
     prompt = chat.prompt(answering) if answering else []
-    start = max(0, len(prompt) - 1)  # the first token of a sequence has no context
+    start = max(1, len(prompt))  # the first token of a sequence has no context
     sequences = [[*prompt, *chat.text(text)][:longest] for text in texts]
-    sequences = [ids for ids in sequences if len(ids) > start + 1]
+    sequences = [ids for ids in sequences if len(ids) > start]
     if not sequences:
         return None, 0
-    logprobs = [value for values in engines.logprobs(sequences) for value in values[start:]]
+    scores = engines.logprobs(sequences, [start] * len(sequences))
+    logprobs = [value for values in scores for value in values]
     return perplexity(-sum(logprobs), len(logprobs)), len(logprobs)
 
 

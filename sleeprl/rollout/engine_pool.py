@@ -139,16 +139,22 @@ class EnginePool:
         """Like ``generate`` without waiting; the engines work while the caller does something else."""
         return self._spread("generate", prompts=prompts, sampling=sampling)
 
-    def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+    def logprobs(
+        self, sequences: Sequence[list[int]], starts: Sequence[int] | None = None
+    ) -> list[list[float]]:
         """Score texts with the engines' weights.
 
         Args:
             sequences: Token ids of each.
+            starts: Index of the first id of each that is scored, at least 1, which is the default.
+                Sequences that have what is before it in common are scored faster.
 
         Returns:
-            For each sequence of T ids the T-1 log-probabilities of ids 1..T-1, in nats.
+            For each sequence of T ids the log-probabilities of ids start..T-1, in nats.
         """
-        return self._spread("logprobs", sequences=sequences).wait()
+        if starts is None:
+            starts = [1] * len(sequences)
+        return self._spread("logprobs", sequences=sequences, starts=starts).wait()
 
     def _spread(self, method: str, **columns: Sequence[Any]) -> PendingResults:
         group = self.group

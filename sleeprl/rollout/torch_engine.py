@@ -115,13 +115,13 @@ class TorchEngine(BaseEngine):
         while not self._resumed.is_set():  # it may be cleared again before a waiter has its turn
             await self._resumed.wait()
 
-    async def _score(self, sequence: list[int]) -> list[float]:
+    async def _score(self, sequence: list[int], start: int = 1) -> list[float]:
         await self._take_turn()  # a ping is answered between two sequences
         ids = torch.tensor([sequence], device=self.device)
         logits_TV = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         chosen_T1 = ids[0, 1:, None]
         logprobs: list[float] = logits_TV.log_softmax(-1).gather(-1, chosen_T1)[:, 0].tolist()
-        return logprobs
+        return logprobs[start - 1 :]
 
     async def _pause(self) -> None:
         mode = self.options.transport.mode

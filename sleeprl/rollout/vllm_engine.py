@@ -127,18 +127,28 @@ class VLLMEngine(BaseEngine):
         logprobs = [entry[token].logprob for token, entry in zip(tokens, entries, strict=True)]
         return concat_completions(before, Completion(tokens, logprobs, versions, RUNNING))
 
-    async def _score(self, sequence: list[int]) -> list[float]:
+    async def _score(self, sequence: list[int], start: int = 1) -> list[float]:
+        # vLLM has no log-probabilities of tokens that it finds in its cache, so by default it reads a
+        # scored text anew. Those before ``start`` are not asked for: texts that have them in common
+        # read them once.
+        version = self.updates.pending_version
+        output = await self._scored(sequence, cached=start > 1)
+        if output.num_cached_tokens >= start or self.updates.pending_version != version:
+            output = await self._scored(sequence, cached=False)
+        pairs = zip(sequence[start:], output.prompt_logprobs[start:], strict=True)
+        return [entry[token].logprob for token, entry in pairs]
+
+    async def _scored(self, sequence: list[int], *, cached: bool) -> Any:
         uid = uuid.uuid4().hex
-        output = await self._final_output(
+        return await self._final_output(
             sequence,
-            cache_salt=f"score-{uid}",
+            cache_salt=f"score-{self.updates.pending_version if cached else uid}",
             uid=uid,
             max_tokens=1,
             temperature=1.0,
             prompt_logprobs=0,
+            skip_reading_prefix_cache=not cached,
         )
-        pairs = zip(sequence[1:], output.prompt_logprobs[1:], strict=True)
-        return [entry[token].logprob for token, entry in pairs if entry is not None]
 
     async def connect(self, info: dict[str, Any]) -> None:
         """Join the sender's collective."""

@@ -133,11 +133,8 @@ class TextSampler:
             -log p of each token of each text, in nats.
         """
         whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
-        found = self.engines.logprobs(whole) if whole else []
-        return [
-            [-value for value in values[len(prompt) - 1 :]]
-            for prompt, values in zip(prompts, found, strict=True)
-        ]
+        found = self.engines.logprobs(whole, [len(prompt) for prompt in prompts]) if whole else []
+        return [[-value for value in values] for values in found]
 
     def hold_out(self, texts: Sequence[str], share: float) -> set[str]:
         """Draw a share of the texts to exclude from training."""

@@ -268,6 +268,23 @@ def test_scores_agree_with_transformers(rig: Rig) -> None:
         assert found == pytest.approx(rig.expected(ids), abs=1e-4)
 
 
+def test_only_what_is_asked_for_is_scored_also_where_texts_begin_alike(rig: Rig) -> None:
+    """Texts share 100 tokens, of which 70 are not asked for; two of them are the same."""
+    begin, ends = prompts(1, 100)[0], prompts(3, 30)
+    sequences = [[*begin, *end] for end in (*ends, ends[0])] * 2
+    starts = [70, 100, 101, 110] * 2
+    for _ in range(2):  # the second time, an engine's cache has all of them
+        found = rig.run(rig.engine.logprobs(sequences, starts))
+        for ids, start, scores in zip(sequences, starts, found, strict=True):
+            assert scores == pytest.approx(rig.expected(ids)[start - 1 :], abs=1e-4)
+    weights = grown(rig)
+    rig.run(rig.update(weights, rig.canary(weights)))
+    for ids, scores in zip(
+        sequences, rig.run(rig.engine.logprobs(sequences, [100] * 8)), strict=True
+    ):
+        assert scores == pytest.approx(rig.expected(ids, weights)[99:], abs=1e-4)
+
+
 def test_a_sequence_as_long_as_the_engine_takes_is_scored(rig: Rig) -> None:
     (ids,) = prompts(1, MAX_LENGTH - 1)  # vLLM wants room for one token more
     (found,) = rig.run(rig.engine.logprobs([ids]))

@@ -152,9 +152,10 @@ class Script:
         found = [self.answers[tuple(prompt)] for prompt in prompts]
         return [Completion(ids, [0.0] * len(ids), [0] * len(ids), "stop") for ids in found]
 
-    def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+    def logprobs(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
         """Token t of a sequence has probability 1 / (t + 1)."""
-        return [[-math.log(t + 1) for t in range(1, len(s))] for s in sequences]
+        pairs = zip(sequences, starts, strict=True)
+        return [[-math.log(t + 1) for t in range(start, len(s))] for s, start in pairs]
 
 
 DAY = Day(

@@ -123,14 +123,14 @@ class Script:
         self.sampling += sampling
         return [self._one(prompt) for prompt in prompts]
 
-    def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+    def logprobs(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
         """With a document in sight its own words are likely, unless ``elsewhere`` is said."""
         found = []
-        for ids in sequences:
+        for ids, start in zip(sequences, starts, strict=True):
             text = self.chat.decode(ids)
             seen = next((d for d in DOCUMENTS if text.startswith(d)), "")
             likely = "" if "elsewhere" in text else seen
-            found.append([-self._nats(likely, self.chat.decode([token])) for token in ids[1:]])
+            found.append([-self._nats(likely, self.chat.decode([token])) for token in ids[start:]])
         return found
 
     @staticmethod
@@ -561,12 +561,14 @@ def test_a_question_is_cut_off_where_it_would_have_gone_on_otherwise(chat: ChatF
     class Sudden(Script):
         """All of a question is expected but for one token."""
 
-        def logprobs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        def logprobs(
+            self, sequences: Sequence[list[int]], starts: Sequence[int]
+        ) -> list[list[float]]:
             nats = [[-1e-9] * (len(ids) - 1) for ids in sequences]
             for found, ids in zip(nats, sequences, strict=True):
                 place = len(ids) - len(chat.text("nn live?")) - 1  # the n behind the A
                 found[place] = -50.0 if ids[place + 1] == chat.text("n")[0] else 0.0
-            return nats
+            return [found[start - 1 :] for found, start in zip(nats, starts, strict=True)]
 
     begun: list[str] = []
 
