@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
+from sleeprl.models.lean_imports import import_deepspeed
 from sleeprl.trainer.cpu_tuning import count_devices_once, keep_memory, load_shared_memory_op
 from sleeprl.trainer.deepspeed_config import deepspeed_config, gather_by_layer
 from sleeprl.trainer.options import TrainerOptions
@@ -19,9 +20,10 @@ from sleeprl.trainer.response_model import ResponseModel
 
 
 def prepare_process(options: TrainerOptions) -> None:
-    """Tell torch, DeepSpeed and the C library about the device, before DeepSpeed is imported."""
+    """Tell torch, DeepSpeed and the C library about the device, and import DeepSpeed."""
     os.environ["DS_ACCELERATOR"] = "cuda" if options.gpu else "cpu"
     torch.set_num_threads(options.threads)
+    import_deepspeed()
     if not options.gpu:
         load_shared_memory_op()
         count_devices_once()
@@ -35,8 +37,6 @@ def warm_up(options: TrainerOptions) -> None:
     had not been.
     """
     prepare_process(options)
-    import deepspeed  # noqa: F401
-
     slots = Slots.load(Path(options.checkpoint))
     if slots is not None:
         with torch.random.fork_rng(devices=[]):
