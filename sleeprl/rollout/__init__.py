@@ -21,8 +21,9 @@ neither torch nor ray.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sleeprl.utils.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from sleeprl.rollout.engine import EngineOptions, RolloutEngine
@@ -31,16 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "EngineOptions", "EnginePool", "RolloutEngine", "SamplingParams"]
 
-_MODULES = {
-    "Completion": "types",
-    "EngineOptions": "engine",
-    "EnginePool": "engine_pool",
-    "RolloutEngine": "engine",
-    "SamplingParams": "types",
+_HOMES = {
+    "Completion": "sleeprl.rollout.types",
+    "EngineOptions": "sleeprl.rollout.engine",
+    "EnginePool": "sleeprl.rollout.engine_pool",
+    "RolloutEngine": "sleeprl.rollout.engine",
+    "SamplingParams": "sleeprl.rollout.types",
 }
+"""Where each public name is defined."""
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

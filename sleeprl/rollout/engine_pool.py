@@ -146,14 +146,12 @@ class EnginePool:
 
         Args:
             sequences: Token ids of each.
-            starts: Index of the first id of each that is scored, at least 1, which is the default.
-                Sequences that have what is before it in common are scored faster.
+            starts: First scored id of each, by default 1; what precedes it is read once for all alike.
 
         Returns:
             For each sequence of T ids the log-probabilities of ids start..T-1, in nats.
         """
-        if starts is None:
-            starts = [1] * len(sequences)
+        starts = [1] * len(sequences) if starts is None else starts
         return self._spread("logprobs", sequences=sequences, starts=starts).wait()
 
     def _spread(self, method: str, **columns: Sequence[Any]) -> PendingResults:

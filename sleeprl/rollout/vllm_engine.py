@@ -128,9 +128,9 @@ class VLLMEngine(BaseEngine):
         return concat_completions(before, Completion(tokens, logprobs, versions, RUNNING))
 
     async def _score(self, sequence: list[int], start: int = 1) -> list[float]:
-        # vLLM has no log-probabilities of tokens that it finds in its cache, so by default it reads a
-        # scored text anew. Those before ``start`` are not asked for: texts that have them in common
-        # read them once.
+        # vLLM has no log-probabilities of tokens that it finds in its cache, so by default it does not
+        # use the cache to score. Tokens before ``start`` are not asked for, and may come from there:
+        # texts that have them in common read them once.
         version = self.updates.pending_version
         output = await self._scored(sequence, cached=start > 1)
         if output.num_cached_tokens >= start or self.updates.pending_version != version:

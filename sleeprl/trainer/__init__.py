@@ -6,8 +6,9 @@ imported when they are first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sleeprl.utils.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from sleeprl.losses.types import LossOptions, LossWeights
@@ -38,11 +39,4 @@ __all__ = [
     "single_rank_group",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)
