@@ -57,7 +57,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return {"mean": math.exp(mean), "low": low, "high": high, "pairs": pairs}
 
 
-def told(found: dict[str, Any]) -> str:
+def format_ratio(found: dict[str, Any]) -> str:
     """Format a ratio, as in ``0.98 (0.96 to 1.01)``."""
     if found["low"] is None:
         return f"{found['mean']:.2f}"

@@ -113,11 +113,11 @@ def days(seed: int, nights: int, config: NightConfig) -> Days:
     documents, probes = [], []
     for night in range(nights):
         people = everyone[night * PEOPLE : (night + 1) * PEOPLE]
-        told = world.documents(people, seed * 1000 + night, config.wake.people_per_document)
-        home = {name: d["text"] for d in told for name in d["people"]}
-        asked = world.questions(people, "heldout", per_attribute=2, seed=seed * 1000 + night)
-        documents.append([d["text"] for d in told])
-        probes.append([Question(q.text, q.answer, q.kind, home[q.person]) for q in asked])
+        day = world.documents(people, seed * 1000 + night, config.wake.people_per_document)
+        home = {name: d["text"] for d in day for name in d["people"]}
+        drawn = world.questions(people, "heldout", per_attribute=2, seed=seed * 1000 + night)
+        documents.append([d["text"] for d in day])
+        probes.append([Question(q.text, q.answer, q.kind, home[q.person]) for q in drawn])
     old = world.questions(world.old_people(), "heldout", kinds=("recall",), seed=seed)
     some = random.Random(f"old-{seed}").sample(
         old, min(config.evaluation.retention_questions, len(old))
@@ -199,8 +199,8 @@ def chain(
     if record is None:
         lab.pool.publish(all_tensors(lab.base))
         before = examine(lab, lived, 0, with_context=False)["retention"]
-        told = {"method": lab.variant or method, "seed": seed, **made_with, "before": before}
-        record = {**told, "nights": []}
+        described = {"method": lab.variant or method, "seed": seed, **made_with, "before": before}
+        record = {**described, "nights": []}
     for night in range(len(record["nights"]), nights):
         before, after = models / f"after-{night}", models / f"after-{night + 1}"
         start = before if night and method != IN_CONTEXT else lab.base
@@ -238,18 +238,18 @@ def learn_day(
     scratch = after.with_name("scratch")
     shutil.rmtree(scratch, ignore_errors=True)
     steps = transfers(config, before, night) if METHODS[method].grows else [None]
-    kept = question_bank.load(before)
-    told = {"tokens": 0, "steps": 0}
+    bank = question_bank.load(before)
+    cost = {"tokens": 0, "steps": 0}
     for number, step in enumerate(steps):
         if reads == (PASSAGE,):
             written = Study([])
         elif step is None or step.teacher_has_context:
             sampler = TextSampler(lab.pool, chat, wanted, seed, longest)
-            written = write_study(sampler, documents, question_bank=kept)
-            kept = written.question_bank
+            written = write_study(sampler, documents, question_bank=bank)
+            bank = written.question_bank
         else:
             sampler = TextSampler(lab.pool, chat, wanted, seed + number, longest)
-            written = write_rehearsal(sampler, kept)
+            written = write_rehearsal(sampler, bank)
         place = scratch / str(number)
         Lake(place / "lake").append(to_batch(written.trajectories), "trajectories")
         seeding = config.consolidation
@@ -274,7 +274,7 @@ def learn_day(
         gc.collect()
         assert shell.end is not None
         lab.pool.record_update(shell.end.version)
-        told = {name: told[name] + getattr(shell.end, name) for name in told}
+        cost = {name: cost[name] + getattr(shell.end, name) for name in cost}
         target = after if number == len(steps) - 1 else place / "self"
         with atomic_directory(target, overwrite=True) as directory:
             if step is not None:
@@ -285,10 +285,10 @@ def learn_day(
                 shutil.copytree(before, directory, dirs_exist_ok=True)
                 tensors = {**load_file(before / WEIGHTS), **load_file(place / WEIGHTS)}
                 save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-            question_bank.save(kept, directory)
+            question_bank.save(bank, directory)
         before = target
     shutil.rmtree(scratch)
-    return told
+    return cost
 
 
 def transfers(config: NightConfig, before: Path, night: int) -> list[Transfer]:
@@ -340,15 +340,15 @@ def examine(lab: Lab, lived: Days, night: int, *, with_context: bool) -> dict[st
     def share(kind: str, among: Sequence[Question]) -> float:
         return fmean(right[id(probe)] for probe in among if probe.kind == kind)
 
-    past, asked = lived.probes[: night + 1], lived.probes[night]
+    past, newest = lived.probes[: night + 1], lived.probes[night]
     read = ask(
-        lab.pool, lab.chat, asked, with_context=True,
+        lab.pool, lab.chat, newest, with_context=True,
         max_tokens=lab.config.evaluation.max_tokens,
     )  # fmt: skip
     return {
         "recall": [share("recall", day) for day in past],
         "two_hop": [share("two_hop", day) for day in past],
-        "reading": fmean(grade(read, asked)),
+        "reading": fmean(grade(read, newest)),
         "retention": share("retention", old),
         "perplexity": measure_perplexity(
             lab.pool, lab.chat, lived.texts, lab.config.model.max_length - 1
@@ -445,8 +445,8 @@ def laboratory(
         resources = config.resources
         pool = EnginePool.launch(1, options, resources.engine_cpus, 0, resources.engine)
         try:
-            told = [*SETTINGS, *sets, *(w for w in words if not w.startswith("resources."))]
-            yield Lab(config, pool, base, work, console, told, variant)
+            overrides = [*SETTINGS, *sets, *(w for w in words if not w.startswith("resources."))]
+            yield Lab(config, pool, base, work, console, overrides, variant)
         finally:
             pool.shutdown()
     # Torch's alone leaves DeepSpeed's group behind, which is there if anything was trained.

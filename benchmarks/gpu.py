@@ -38,7 +38,7 @@ from typing import Any
 import rollout
 import seeding_memory
 import torch
-from common import RESULTS, ratio, save, told
+from common import RESULTS, format_ratio, ratio, save
 from learner import Bare, Setting, Team, Zero, batch, compare
 from rich.console import Console
 from rich.table import Table
@@ -336,7 +336,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         for row in found["learner"]:
             table.add_row(
                 row["model"], row["trained"], pair(row["tokens_per_s"], 0), pair(row["of_matmul"]),
-                pair(row["bare_of_matmul"]), told(row["speed_of_bare"]),
+                pair(row["bare_of_matmul"]), format_ratio(row["speed_of_bare"]),
                 *(f"{row[key] / 1e9:.1f}" for key in ("peak_bytes", "bare_peak_bytes")),
             )  # fmt: skip
         console.print(table)
@@ -356,7 +356,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             table.add_row(
                 f"{row['vocabulary']:,}", row["variant"], f"{row['peak_bytes'] / 2**20:,.0f}",
                 f"{row['peak_of_naive']:.2f}", f"{interval(row['seconds'])[0] * 1e3:.1f}",
-                told(row["seconds_of_naive"]), f"{row['off']:.1%}",
+                format_ratio(row["seconds_of_naive"]), f"{row['off']:.1%}",
             )  # fmt: skip
         console.print(table)
     if "updates" in found:
@@ -377,7 +377,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             )
             console.print(
                 f"rollout, {row['model']}: vLLM alone {speed:,.0f} tokens/s, "
-                f"dreams through the actor group {told(row['of_vllm_wall']['dreams'])} of it"
+                f"dreams through the actor group {format_ratio(row['of_vllm_wall']['dreams'])} of it"
             )
 
 

@@ -50,7 +50,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import arguments, cpu_seconds, ratio, save, told
+from common import arguments, cpu_seconds, format_ratio, ratio, save
 from rich.console import Console
 from rich.table import Table
 
@@ -83,7 +83,7 @@ def model_for(full: bool, place: str) -> Path:
     return Path(place) / "full"
 
 
-def asked() -> list[str]:
+def prompts_of_dreaming() -> list[str]:
     """Return the prompts of dreaming: a question and its answer about a document of two people."""
     found = documents(fresh_people(0, 120), 0, 2)
     return [with_experience(document["text"], STUDY_QA) for document in found]
@@ -91,8 +91,8 @@ def asked() -> list[str]:
 
 def reward(token_ids: Sequence[int], end: int) -> float:
     """Compute the share of even token ids, without the end of the turn."""
-    kept = [token for token in token_ids if token != end]
-    return fmean(token % 2 == 0 for token in kept) if kept else 0.0
+    content = [token for token in token_ids if token != end]
+    return fmean(token % 2 == 0 for token in content) if content else 0.0
 
 
 class Clock:
@@ -151,7 +151,7 @@ def by_sleeprl(seed: int, steps: int, full: bool, ahead: bool) -> list[dict[str,
             TrainerOptions(model, None, "float32", seed, RATE, total_steps=10**9, threads=threads)
         )
         chat, rng = ChatFormatter(model), random.Random(seed)
-        prompts = [chat.prompt(message) for message in asked()]
+        prompts = [chat.prompt(message) for message in prompts_of_dreaming()]
         parts, clock = {"grpo": LossWeights(pg=1.0)}, Clock()
         loss = LossOptions(algorithm=DAPO(filter_zero_std=False))
 
@@ -219,7 +219,7 @@ def by_trl(seed: int, steps: int, full: bool) -> list[dict[str, float]]:
             processing_class=tokenizer,
             reward_funcs=rewarded,
             train_dataset=Dataset.from_list(
-                [{"prompt": [{"role": "user", "content": message}]} for message in asked()]
+                [{"prompt": [{"role": "user", "content": message}]} for message in prompts_of_dreaming()]
             ),
             args=GRPOConfig(
                 output_dir=scratch, use_cpu=True, bf16=False, seed=seed, max_steps=steps,
@@ -310,7 +310,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             cell = f"{fmean(reached):.2f}" if reached else "-"
             cell += "" if len(reached) in (0, len(times)) else f", {len(reached)} of {len(times)}"
             faster = row["times_faster"].get(name)
-            cells.append(f"{cell}\n{told(faster)}" if faster else cell)
+            cells.append(f"{cell}\n{format_ratio(faster)}" if faster else cell)
         table.add_row(what.replace("_", " "), *cells)
     console.print(table)
 

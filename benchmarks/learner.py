@@ -37,7 +37,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import arguments, ratio, save, told
+from common import arguments, format_ratio, ratio, save
 from rich.console import Console
 from rich.table import Table
 
@@ -147,8 +147,8 @@ class Bare:
                 counts_P3=counts_P3,
                 options=LOSS,
             )
-            asked = padded([row.prompt_ids for row in micro], [row.response_ids for row in micro])
-            loss, _ = self.model(within, *(part.to(self.device) for part in asked))
+            inputs = padded([row.prompt_ids for row in micro], [row.response_ids for row in micro])
+            loss, _ = self.model(within, *(part.to(self.device) for part in inputs))
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.trained, self.options.grad_clip)
@@ -311,8 +311,8 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         ]
         table.add_row(
             row["model"], row["trained"], f"{row['tokens_per_step']:,}",
-            *(f"{speed:,.0f}" for speed in speeds), told(row["speed_of_bare"]),
-            told(row["efficiency"]) if "efficiency" in row else "",
+            *(f"{speed:,.0f}" for speed in speeds), format_ratio(row["speed_of_bare"]),
+            format_ratio(row["efficiency"]) if "efficiency" in row else "",
         )  # fmt: skip
     console.print(table)
 
@@ -330,7 +330,9 @@ def main() -> None:
             if not wide.exists():
                 widen(source, wide, 1, 64, "float32")
             rows.append(measure(setting, str(wide), cores))
-            console.print(rows[-1]["model"], rows[-1]["trained"], told(rows[-1]["speed_of_bare"]))
+            console.print(
+                rows[-1]["model"], rows[-1]["trained"], format_ratio(rows[-1]["speed_of_bare"])
+            )
     show(rows, console)
     save("learner", {"rows": rows, "cores": available_cpus()}, given.output)
 

@@ -151,11 +151,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(state.replace("_", " "), *cells)
     console.print(table)
     for state, (mean, half) in result["trade_off"].items():
-        told = f"trade-off, {state.replace('_', ' ')}: {mean:.3f} ± {half:.3f}"
+        line = f"trade-off, {state.replace('_', ' ')}: {mean:.3f} ± {half:.3f}"
         if state in result["ahead_of"]:
             ahead, by, p = result["ahead_of"][state]
-            told += f"; the night is ahead by {ahead:.3f} ± {by:.3f} (paired t-test, p = {p:.2g})"
-        console.print(told)
+            line += f"; the night is ahead by {ahead:.3f} ± {by:.3f} (paired t-test, p = {p:.2g})"
+        console.print(line)
     mean, half = result["wall_seconds"]
     console.print(f"seconds per night, start of Ray to commit: {mean:.0f} ± {half:.0f}")
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil
 import torch
-from common import arguments, ratio, save, told
+from common import arguments, format_ratio, ratio, save
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -98,10 +98,10 @@ def dream(
 ) -> dict[str, Any]:
     """Run one phase of dreaming on fresh learners; returns seconds, and idle seconds by actor and kind."""
     people = fresh_people(0, 20)
-    told = documents(people, 0, 2)
-    home = {name: number for number, each in enumerate(told) for name in each["people"]}
+    day = documents(people, 0, 2)
+    home = {name: number for number, each in enumerate(day) for name in each["people"]}
     probes = [Pair(home[q.person], q.text, q.answer) for q in questions(people)]
-    texts = [each["text"] for each in told]
+    texts = [each["text"] for each in day]
     tasks = phase.make_tasks(texts, probes, config)
     dreaming, chat = config.dreaming, ChatFormatter(place / "model")
     options = TrainerOptions(
@@ -182,7 +182,7 @@ def show(pairs: Sequence[dict[str, Any]], speed: dict[str, Any], console: Consol
             cells.append(f"{mean:.0%}" + (f" ± {half:.0%}" if len(pairs) > 1 else ""))
         table.add_row(mode, *cells, f"{fmean(pair[mode]['seconds'] for pair in pairs):.1f}")
     console.print(table)
-    console.print(f"speed, decoupled over synchronous: {told(speed)}")
+    console.print(f"speed, decoupled over synchronous: {format_ratio(speed)}")
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from common import arguments, cpu_seconds, ratio, save, told
+from common import arguments, cpu_seconds, format_ratio, ratio, save
 from rich.console import Console
 from rich.table import Table
 
@@ -237,7 +237,9 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for row in rows:
         spent = [pair["vllm"] for pair in row["pairs"]]
         speed = sum(each["tokens"] for each in spent) / sum(each["cpu"] for each in spent)
-        ratios = [told(row[kind][us]) for kind in ("of_vllm", "of_vllm_wall") for us in OURS]
+        ratios = [
+            format_ratio(row[kind][us]) for kind in ("of_vllm", "of_vllm_wall") for us in OURS
+        ]
         table.add_row(
             f"{row['model']}, {row['dtype']}", str(row["requests"]), f"{speed:,.0f}", *ratios
         )

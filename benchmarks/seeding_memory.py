@@ -46,7 +46,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from common import RESULTS, ratio, save, told
+from common import RESULTS, format_ratio, ratio, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -281,7 +281,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
             f"{row['peak_of_naive']:.2f}",
             f"{row['resident_bytes'] / 2**20:,.0f}",
             f"{fmean(row['seconds']):.2f}",
-            told(row["seconds_of_naive"]),
+            format_ratio(row["seconds_of_naive"]),
         )
     console.print(table)
 

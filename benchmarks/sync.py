@@ -100,20 +100,20 @@ def receiver(pipe: Connection, shapes: Mapping[str, tuple[list[int], torch.dtype
     place = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     pieces, whole = [], torch.zeros(0, dtype=torch.uint8)
     while True:
-        told = pipe.recv()
-        if told is None:
+        message = pipe.recv()
+        if message is None:
             pipe.send({name: checksum(tensor) for name, tensor in place.items()})
             return
-        if isinstance(told, list):  # the segments of *raw*, and the total bytes
-            pieces = [flat(Mapped(path, BUCKET_BYTES).storage) for path in told[:-1]]
-            whole = torch.zeros(told[-1], dtype=torch.uint8)
+        if isinstance(message, list):  # the segments of *raw*, and the total bytes
+            pieces = [flat(Mapped(path, BUCKET_BYTES).storage) for path in message[:-1]]
+            whole = torch.zeros(message[-1], dtype=torch.uint8)
             continue
-        if isinstance(told, int):
-            piece = whole[told * BUCKET_BYTES : (told + 1) * BUCKET_BYTES]
-            piece.copy_(pieces[told % 2][: len(piece)])
+        if isinstance(message, int):
+            piece = whole[message * BUCKET_BYTES : (message + 1) * BUCKET_BYTES]
+            piece.copy_(pieces[message % 2][: len(piece)])
             pipe.send(time.process_time())
             continue
-        info, copying = told
+        info, copying = message
         tensors = receive_bucket(info)
         for name, tensor in tensors if copying else ():
             place[name].copy_(tensor)
@@ -308,19 +308,19 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         table.add_column(
             heading, justify="left" if heading == "transport" else "right", no_wrap=True
         )
-    told = lambda pair, digits: f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"  # noqa: E731
+    plus_minus = lambda pair, digits: f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"  # noqa: E731
     for each in rows:
         for kind, figures in each["transports"].items():
             whole = figures["into_vllm_seconds"]
             table.add_row(
                 each["size"],
                 f"{each['bytes'] / 1e6:,.0f}",
-                told(each["copy_gb_per_s"], 1),
+                plus_minus(each["copy_gb_per_s"], 1),
                 kind,
-                told(figures["gb_per_s"], 2),
-                told(figures["of_copy"], 2),
-                told(figures["of_copy_wall"], 2),
-                told(whole, 2) if whole else "",
+                plus_minus(figures["gb_per_s"], 2),
+                plus_minus(figures["of_copy"], 2),
+                plus_minus(figures["of_copy_wall"], 2),
+                plus_minus(whole, 2) if whole else "",
             )
     console.print(table)
 

@@ -180,11 +180,11 @@ def layers_picture() -> str:
     rows = []
     for place, names in enumerate(reversed(storeys)):
         y = 20 + place * step
-        shown = "   ·   ".join(sorted(name for name in names if not name.startswith("__")))
+        label = "   ·   ".join(sorted(name for name in names if not name.startswith("__")))
         rows.append(
             f'<rect x="20" y="{y}" width="800" height="36" rx="8" fill="#3f51b5" '
             f'fill-opacity="{0.10 + 0.04 * place:.2f}" stroke="#7986cb"/>'
-            f'<text x="420" y="{y + 23}" text-anchor="middle">{shown or "sleeprl"}</text>'
+            f'<text x="420" y="{y + 23}" text-anchor="middle">{label or "sleeprl"}</text>'
         )
     arrow = (
         f'<path d="M850 {24}V{height - 30}" stroke="#7986cb" stroke-width="2"/>'

@@ -95,8 +95,8 @@ def unstyled(text: str) -> str:
         if example != code:
             lines += ["```" if code else "\n```text"]
             code = example
-        shown = re.sub(r"\[(/?(bold|dim|italic|/)?)\]", "" if code else "**", line)
-        lines.append(shown.replace("\\[", "["))
+        plain = re.sub(r"\[(/?(bold|dim|italic|/)?)\]", "" if code else "**", line)
+        lines.append(plain.replace("\\[", "["))
     return "\n".join([*lines, *(["```"] if code else [])])
 
 
@@ -117,9 +117,9 @@ def command_line() -> str:
         parts.append(unstyled(command.help or ""))
         rows = []
         for parameter in command.params:
-            shown = parameter.get_help_record(context) or ("", "")
-            label = shown[0] or parameter.make_metavar(context)
-            about = shown[1] or getattr(parameter, "help", "") or ""
+            record = parameter.get_help_record(context) or ("", "")
+            label = record[0] or parameter.make_metavar(context)
+            about = record[1] or getattr(parameter, "help", "") or ""
             if label != "--help":
                 rows.append([f"`{label}`", cell(re.sub(r"\[/?\w+\]", "", about))])
         if rows:
@@ -224,9 +224,9 @@ def algorithms() -> str:
         thing = resolve(name, "algorithm")
         made, options = thing(), inspect.signature(thing).parameters.values()
         flags = [getattr(made, flag) for flag in FLAGS]
-        shown = ["yes" if f is True else "" if f is False else str(f) for f in flags]
-        told = ", ".join(f"`{p.name}={p.default}`" for p in options if p.name not in FLAGS)
-        rows.append([f"`{name}`", first_sentence(thing), *shown, told])
+        values = ["yes" if f is True else "" if f is False else str(f) for f in flags]
+        defaults = ", ".join(f"`{p.name}={p.default}`" for p in options if p.name not in FLAGS)
+        rows.append([f"`{name}`", first_sentence(thing), *values, defaults])
     head = ["name", "what it is", "loss is a mean over", "critic", "compares a group", "ratio"]
     return table([*head, "resample rounds", "options and defaults"], rows)
 

@@ -371,11 +371,11 @@ def rollouts() -> str:
         ("rollout", "of_vllm", "CPU seconds, one core"),
         ("rollout-2-cores", "of_vllm_wall", "by the clock, two cores"),
     ):
-        for asked, what in (
+        for how, what in (
             ("dreams", "as dreaming asks it"),
             ("generate", "as self-study and evaluation ask it"),
         ):
-            found = [ratio(row[key][asked]) for row in load(name)["rows"]]
+            found = [ratio(row[key][how]) for row in load(name)["rows"]]
             rows.append([what, clock, *found])
     return table(["", "measured in", *(f"{row['model']}" for row in load("rollout")["rows"])], rows)
 
@@ -428,7 +428,7 @@ def overlap() -> str:
     names = {"engine": "engine", "scorer": "scorer", "learner": "trainer"}
     return table(
         ["idle share of", "synchronous", "decoupled"],
-        [[shown, mean("synchronous", key), mean("decoupled", key)] for key, shown in names.items()],
+        [[label, mean("synchronous", key), mean("decoupled", key)] for key, label in names.items()],
     )
 
 
@@ -442,8 +442,8 @@ def sync() -> str:
     }
     rows = load("sync")["rows"]
     lines = [
-        [shown, *(pm(row["transports"][key]["of_copy_wall"], 1, 2) for row in rows)]
-        for key, shown in names.items()
+        [label, *(pm(row["transports"][key]["of_copy_wall"], 1, 2) for row in rows)]
+        for key, label in names.items()
     ]
     whole = [row["transports"]["shared_memory"]["into_vllm_seconds"] for row in rows]
     lines.append(
@@ -471,8 +471,8 @@ def loss_memory(name: str = "seeding_memory") -> str:
     sizes = sorted({row["vocabulary"] for row in rows})
     head = [f"{what}, vocabulary {size:,}" for size in sizes for what in ("memory", "time")]
     lines = []
-    for key, shown in LOSSES.items():
-        cells = [shown]
+    for key, label in LOSSES.items():
+        cells = [label]
         for size in sizes:
             row = next(r for r in rows if r["variant"] == key and r["vocabulary"] == size)
             cells += [plain(row["peak_of_naive"], 2), ratio(row["seconds_of_naive"])]

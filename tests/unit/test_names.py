@@ -1,4 +1,4 @@
-"""The language of the package: words that name nothing are not names, and not in what is written about them.
+"""The language of the code: words that name nothing are not names, and not in what is written about them.
 
 A function is a verb and its object, a value is what it holds. Where the field has a word, it is used.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-PACKAGE = ROOT / "sleeprl"
-FILES = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = ("sleeprl", "benchmarks", "tuning", "examples", "tools", "docs/hooks")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # Whole names of functions, classes, attributes, parameters and variables.
 NAMES = {
@@ -52,7 +52,7 @@ def find_texts(source: str) -> Iterator[tuple[int, str]]:
 
 
 def place(path: Path, line: int) -> str:
-    return f"{path.relative_to(PACKAGE).as_posix()}:{line}"
+    return f"{path.relative_to(ROOT).as_posix()}:{line}"
 
 
 def test_a_name_says_what_it_is() -> None:
