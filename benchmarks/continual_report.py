@@ -121,8 +121,8 @@ def percent(mean: float, half: float) -> str:
 
 def show(result: dict[str, Any], console: Console) -> None:
     columns = ("recall", "learning", "backward_transfer", "retention", "trade_off")
-    title = f"After {result['nights']} nights (%, mean ± 95 % over seeds; p of each by itself)"
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    caption = f"After {result['nights']} nights (%, mean ± 95 % over seeds; p of each by itself)"
+    table = Table(title=caption, box=None, padding=(0, 1, 0, 0))
     headings = (
         "method",
         "n",
