@@ -28,7 +28,6 @@ from sleeprl.memory.checkpoint import expert_tensors
 from sleeprl.memory.gated_mlp import smaller_self
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
-from sleeprl.models.lean_imports import import_transformers
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.options import TrainerOptions
 
@@ -52,7 +51,6 @@ class LearningGainScorer(RemoteActor):
             gpu: Whether this process has a GPU.
         """
         torch.set_num_threads(1)
-        import_transformers()
         directory = Path(model.checkpoint)
         slots = Slots.load(directory)
         assert slots is not None

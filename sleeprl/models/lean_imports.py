@@ -1,9 +1,4 @@
-"""Import large libraries without the packages that they import only because those are installed.
-
-A process that trains or scores imports for some five seconds of CPU time, and a night starts several.
-DeepSpeed's autotuner, which nobody here runs, takes two more where MLflow is installed; a loss of
-transformers for pictures takes half a second for SciPy.
-"""
+"""Import DeepSpeed without the packages that it imports only because they are installed."""
 
 from __future__ import annotations
 
@@ -28,14 +23,11 @@ def hide(*packages: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def import_transformers() -> None:
-    """Import what a process with a model in transformers needs."""
-    with hide("scipy"):
-        import transformers.modeling_utils  # noqa: F401
-
-
 def import_deepspeed() -> None:
-    """Import what a process that trains needs. ``DS_ACCELERATOR`` must be set."""
-    import_transformers()
+    """Import DeepSpeed; ``DS_ACCELERATOR`` must be set.
+
+    Its autotuner, which nobody here runs, imports MLflow where that is installed, for two seconds of
+    CPU time in every process that trains.
+    """
     with hide("mlflow"):
         import deepspeed  # noqa: F401

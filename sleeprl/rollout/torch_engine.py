@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleeprl.models.lean_imports import import_transformers
 from sleeprl.rollout.base_engine import BaseEngine
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.types import EMPTY, RUNNING, Completion, SamplingParams
@@ -44,10 +43,9 @@ class TorchEngine(BaseEngine):
 
     async def start(self) -> float:
         """Load the model; return the seconds that took."""
-        began = time.monotonic()
-        import_transformers()
         from transformers import AutoModelForCausalLM
 
+        began = time.monotonic()
         if not self.options.gpu:
             torch.set_num_threads(self.options.threads)
         dtype = getattr(torch, self.options.dtype)

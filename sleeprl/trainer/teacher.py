@@ -21,7 +21,6 @@ from sleeprl.losses.chunked import chunked_top_k
 from sleeprl.memory.gated_mlp import become_smaller_self
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
-from sleeprl.models.lean_imports import import_transformers
 from sleeprl.trainer.batching import Targets, TrainingExample, make_loss_batch, micro_batches
 from sleeprl.trainer.packing import inputs
 from sleeprl.trainer.response_model import ResponseModel
@@ -64,7 +63,6 @@ class TeacherActor(RemoteActor):
     ) -> None:
         """Load the checkpoint; own_slots: those that the larger self has not."""
         torch.set_num_threads(threads)
-        import_transformers()
         self.device = torch.device("cuda" if gpu else "cpu")
         slots = Slots.load(Path(checkpoint))
         assert slots is not None

@@ -40,7 +40,7 @@ from sleeprl.trainer.options import TrainerOptions
 from tests.support.models import newborn
 from tests.support.paths import ROOT
 
-STEPS = 20
+STEPS = 10
 DOCUMENTS = ["Ann lives in Oslo.", "Bob has a cat.", "Eve sings."]
 PROBES = [Pair(n, f"{name}?", "yes") for n, name in enumerate("abc") for _ in range(2)]
 

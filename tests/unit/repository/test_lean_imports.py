@@ -22,13 +22,13 @@ def test_what_is_hidden_cannot_be_imported_until_the_end_of_the_block() -> None:
     assert colorsys.rgb_to_hsv(0, 0, 0) == (0, 0, 0)
 
 
-def test_a_trainer_imports_neither_mlflow_nor_scipy() -> None:
+def test_a_trainer_does_not_import_mlflow() -> None:
     program = (
         "import sys; from sleeprl.trainer.setup import prepare_process;"
         "from sleeprl.trainer.options import TrainerOptions;"
         "prepare_process(TrainerOptions('', None, 'float32', 0, 0.0, 1));"
-        "import deepspeed, transformers.modeling_utils, sleeprl.trainer.trainer;"
-        "found = {'mlflow', 'scipy', 'pandas'} & set(sys.modules); assert not found, found;"
-        "import scipy.stats, mlflow"  # and can, where it is wanted
+        "import deepspeed, sleeprl.trainer.trainer;"
+        "found = {'mlflow', 'pandas'} & set(sys.modules); assert not found, found;"
+        "import mlflow"  # and can, where it is wanted
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
