@@ -98,7 +98,8 @@ def night(
 @app.command()
 def wake(
     inputs: Annotated[
-        list[str], typer.Argument(help="JSONL, Parquet or text files, directories, or -.")
+        list[str],
+        typer.Argument(help="JSONL, JSON, CSV, Parquet, Arrow or text files, directories, or -."),
     ],
     lake: Annotated[Path, typer.Option(help="Directory of the experience lake.")] = Path("lake"),
     ask: Annotated[
@@ -106,7 +107,7 @@ def wake(
     ] = None,
     model: Annotated[str, typer.Option(help="Model that answers.")] = "embedded",
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave bad lines out instead of stopping.")
+        bool, typer.Option("--skip-bad", help="Leave bad lines and files out instead of stopping.")
     ] = False,
 ) -> None:
     """Record real input into the experience lake, and answer questions with it in context.
@@ -121,7 +122,7 @@ def wake(
     console.print(
         f"{report.added} recorded, {report.duplicates} known before, in {lake}", markup=False
     )
-    for problem in [*report.bad, *(f"ignored: {file}" for file in report.ignored)]:
+    for problem in [*report.bad, *(f"left out: {file}" for file in report.ignored)]:
         print_message(errors, problem, style="yellow")
     if ask:
         from sleeprl.wake.answer import answer
