@@ -176,7 +176,7 @@ def _numbered(name: str, lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """Number the lines, which end at a line feed and nowhere else."""
     number = 0
     try:
-        for number, line in enumerate(lines, 1):  # noqa: B007  (the error names it)
+        for number, line in enumerate(lines, 1):
             yield number, line
     except (OSError, EOFError, zlib.error) as error:
         where = f"after line {number}" if number else "at all"

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from sleeprl.data import Lake
 from sleeprl.data.experience import Experience
 from sleeprl.data.records import FORMATS
+from sleeprl.data.trajectory import VERSION_KEY
 from sleeprl.wake.folders import find_files
 from sleeprl.wake.ingest import ExperienceError, ingest, read_experience
 
@@ -270,7 +271,7 @@ def test_a_recorded_file_of_an_odd_version_is_named(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "lake")
     ingest([write(tmp_path / "a.jsonl", {"text": "good"})], lake)
     table = pq.read_table(lake.files("experience")[0])
-    odd = {key: b"abc" if b"version" in key else value for key, value in table.schema.metadata.items()}  # fmt: skip
+    odd = {**table.schema.metadata, VERSION_KEY: b"abc"}
     pq.write_table(table.replace_schema_metadata(odd), tmp_path / "odd.parquet")
     with pytest.raises(ExperienceError, match=r"odd\.parquet: not a readable Parquet file"):
         read(tmp_path / "odd.parquet")
