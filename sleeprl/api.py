@@ -138,9 +138,11 @@ class NightPlan:
     config: NightConfig
     """The resolved configuration."""
     lines: Sequence[tuple[str, str]]
-    """The plan as names and texts: directory, actors, and which memory levels sleep."""
+    """The plan as names and texts: directory, actors, which memory levels sleep, and what each phase
+    costs."""
     warnings: Sequence[str]
-    """What this machine lacks; the night may be meant for another."""
+    """What would not be learned or does not fit, and what this machine lacks; the night may be meant
+    for another."""
 
     @property
     def yaml(self) -> str:
@@ -198,8 +200,10 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
 
     config = loader.validated(config)
     validate_plugins(config)
+    costs, warnings = list[tuple[str, str]](), list[str]()
     if read_inputs:
         _read_inputs(config)
+        costs, warnings = _estimate(config)
     have = config.resources
     learner = f"{have.learner_workers} x ({have.learner_cpus} cores, {have.learner_gpus:g} GPUs)"
     beside = (
@@ -213,8 +217,9 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
         ("learner", f"{learner}, ZeRO-3"),
         ("beside them", beside),
         *describe_levels(config),
+        *costs,
     ]
-    return NightPlan(config, lines, _find_lacks(config))
+    return NightPlan(config, lines, [*warnings, *_find_lacks(config)])
 
 
 def run_night(
@@ -245,9 +250,11 @@ def run_night(
     validate_plugins(config)
     from sleeprl.cluster.runtime import require_gpus
     from sleeprl.models.resolve import check_model, find_model
+    from sleeprl.night.preview import preview_night
 
     require_gpus(config.resources)
-    check_model(config, find_model(config))  # a model is fetched before anything starts
+    check_model(config, model := find_model(config))  # fetched before anything starts
+    preview_night(config, model)
     return _run(config, progress, callbacks)
 
 
@@ -360,6 +367,28 @@ def _read_inputs(config: NightConfig) -> None:
         read_questions(Path(config.evaluation.questions), kinds)
     if model is not None:
         check_model(config, model)
+
+
+def _estimate(config: NightConfig) -> tuple[list[tuple[str, str]], list[str]]:
+    """Estimate what a night costs, and find what cannot work with its day.
+
+    Returns:
+        Lines of the plan, and warnings.
+
+    Raises:
+        ConfigError: A prompt is too long, or the model too large.
+    """
+    from sleeprl.models.resolve import device_dtype, local_model
+    from sleeprl.night.estimate import ModelSize, NightEstimate
+    from sleeprl.night.preview import preview_night
+
+    model = local_model(config)
+    day = preview_night(config, model)
+    if day is None:
+        return [("the day", "comes from stdin; its cost is not known before")], []
+    dtype = device_dtype(config.model.dtype, config.resources)
+    night = NightEstimate(config, day, ModelSize.read(model) if model else None, dtype)
+    return night.describe(), night.warnings()
 
 
 def _find_lacks(config: NightConfig) -> list[str]:

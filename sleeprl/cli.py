@@ -263,12 +263,19 @@ def version() -> None:
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:
     """Tell a config file from ``key=value`` words; the path of a file may have a ``=`` in it."""
-    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    files = [word for word in words if "=" not in word or _is_file(word)]
     if len(files) > 1:
         raise ConfigError(
             f"more than one config file: {', '.join(files)}; settings are written key=value"
         )
     return (Path(files[0]) if files else None), [word for word in words if word not in files]
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except OSError:  # a value that is too long for a path, for example
+        return False
 
 
 def _print_plan(plan: api.NightPlan) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sleeprl.config.schema import EvaluationConfig
 from sleeprl.data.lake import TRAJECTORIES, Lake
@@ -23,11 +23,13 @@ from sleeprl.evaluation.questions import (
     is_whole,
 )
 from sleeprl.evaluation.statistics import perplexity
-from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_FACT, with_experience
 from sleeprl.utils.files import write_text_atomic
+
+if TYPE_CHECKING:
+    from sleeprl.rollout.engine_pool import EnginePool
 
 SAMPLED = 0.5
 """Temperature of the sampled answers that test whether the model is consistent."""

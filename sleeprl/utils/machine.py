@@ -20,6 +20,15 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def available_memory() -> int:
+    """Return this machine's memory in bytes, or the limit of this container if that is lower."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
+        found.append(int(text))
+    return min(found)
+
+
 def describe_environment() -> dict[str, str]:
     """Describe the environment of a measurement: versions, machine, and in a checkout the commit."""
     found = {

@@ -15,7 +15,7 @@ from sleeprl.data.lake import EXPERIENCE, Lake
 from sleeprl.evaluation.metrics import add_questions, metrics_of
 from sleeprl.evaluation.questions import RETENTION, Day, Question, read_questions
 from sleeprl.lineage import LineageStore
-from sleeprl.wake.ingest import ingest
+from sleeprl.wake.ingest import ingest, read_experience
 from sleeprl.worlds import people as world
 
 EMBEDDED = "embedded"
@@ -47,8 +47,31 @@ def build_day(config: NightConfig, lake: Lake) -> Day:
     if config.wake.inputs:
         day = _own_day(config, lake, [metric.key for metric in metrics])
     else:
-        day = _embedded_day(config, lake)
+        day = _embedded_day(config)
+        _record(day.documents, lake)
     return add_questions(day, metrics, config.seed)
+
+
+def preview_day(config: NightConfig) -> tuple[Day, list[str]]:
+    """Make the day that ``build_day`` would, but record nothing, and ask no plug-in.
+
+    Args:
+        config: The settings of the night; the inputs are files.
+
+    Returns:
+        The day, and what each of its documents is called in a message.
+
+    Raises:
+        ConfigError: The embedded world has too few people.
+    """
+    if not config.wake.inputs:
+        day = _embedded_day(config)
+        return day, [f"document {n} of the embedded world" for n in range(len(day.documents))]
+    read = {e.uid: e for e in read_experience(config.wake.inputs)}
+    documents = [e.as_text() for e in read.values()]
+    path = config.evaluation.questions
+    questions = read_questions(Path(path), [m.key for m in metrics_of(config)]) if path else []
+    return Day(documents, _with_documents(questions, documents)), [e.source for e in read.values()]
 
 
 def _own_day(config: NightConfig, lake: Lake, kinds: Sequence[str]) -> Day:
@@ -89,15 +112,23 @@ def _is_native(config: NightConfig) -> bool:
     return (manifest.base_model if manifest else config.model.name) == EMBEDDED
 
 
-def _embedded_day(config: NightConfig, lake: Lake) -> Day:
-    """Build a day of the embedded world."""
-    people = world.fresh_people(config.seed, config.wake.people)
-    documents = world.documents(people, config.seed, config.wake.people_per_document)
+def _record(documents: Sequence[str], lake: Lake) -> None:
+    """Write the documents that the lake does not have yet."""
     recorded = lake.uids(EXPERIENCE)
-    met = [Experience.document(d["text"], source=SOURCE) for d in documents]
+    met = [Experience.document(text, source=SOURCE) for text in documents]
     fresh = [e for e in met if e.uid not in recorded]
     if fresh:
         lake.append(experience_batch(fresh), EXPERIENCE)
+
+
+def _embedded_day(config: NightConfig) -> Day:
+    """Build a day of the embedded world."""
+    if config.wake.people > (most := len(world.names("fresh"))):
+        raise ConfigError(
+            f"wake.people={config.wake.people}, but the embedded world has {most} fresh people; lower it"
+        )
+    people = world.fresh_people(config.seed, config.wake.people)
+    documents = world.documents(people, config.seed, config.wake.people_per_document)
     texts = [d["text"] for d in documents]
     document_of = {name: d["text"] for d in documents for name in d["people"]}
     native = _is_native(config)
@@ -115,5 +146,6 @@ def _embedded_day(config: NightConfig, lake: Lake) -> Day:
         Question(q.text, q.answer, RETENTION, rng.choice(documents)["text"])
         for q in rng.sample(old, min(config.evaluation.retention_questions, len(old)))
     ]
-    held_out = world.old_world_text(config.seed, "heldout", config.evaluation.perplexity_texts)
+    count = min(config.evaluation.perplexity_texts, len(world.old_people()))
+    held_out = world.old_world_text(config.seed, "heldout", count)
     return Day(texts, questions, held_out)
