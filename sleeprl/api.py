@@ -204,6 +204,7 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
     if read_inputs:
         _read_inputs(config)
         costs, warnings = _estimate(config)
+        warnings += _name_left_out(config)
     have = config.resources
     learner = f"{have.learner_workers} x ({have.learner_cpus} cores, {have.learner_gpus:g} GPUs)"
     beside = (
@@ -367,6 +368,17 @@ def _read_inputs(config: NightConfig) -> None:
         read_questions(Path(config.evaluation.questions), kinds)
     if model is not None:
         check_model(config, model)
+
+
+def _name_left_out(config: NightConfig) -> list[str]:
+    """Name the files in the input directories that are not read."""
+    from sleeprl.wake.folders import find_files
+
+    left_out = [str(file) for file in find_files(config.wake.inputs)[1]]
+    if not left_out:
+        return []
+    more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+    return [f"not data, left out of wake.inputs: {', '.join(left_out[:5])}{more}"]
 
 
 def _estimate(config: NightConfig) -> tuple[list[tuple[str, str]], list[str]]:

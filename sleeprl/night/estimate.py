@@ -157,7 +157,7 @@ class NightEstimate:
             (
                 "the day",
                 f"{len(day.documents):,} documents of {about}{sum(day.documents):,} tokens, "
-                f"{len(day.questions):,} questions",
+                f"{len(day.questions):,} questions{self._tell_split()}",
             )
         ]
         lines += [(phase.title, phase.describe()) for phase in phases]
@@ -169,6 +169,14 @@ class NightEstimate:
         else:
             told = f"{memory}, an estimate; minutes are not estimated for GPUs or an unknown model"
         return [*lines, ("in all", told)]
+
+    def _tell_split(self) -> str:
+        longer = self.day.split
+        if not longer:
+            return ""
+        were = "1 document was" if longer == 1 else f"{longer:,} documents were"
+        longest = self.config.model.max_length
+        return f"; {were} longer than model.max_length={longest} leaves room for, and split at sentences"
 
     def warnings(self) -> list[str]:
         """Say what a person may not want.
@@ -364,7 +372,14 @@ def _minutes(seconds: float) -> str:
 
 def _si(value: float) -> str:
     """Write a number with two digits and a prefix, such as ``1.2 M``."""
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, prefix in (
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
         if value >= factor:
             return f"{value / factor:.3g} {prefix}"
     return f"{value:.0f} "

@@ -7,14 +7,14 @@ recorded, and neither torch nor ray is needed.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sleeprl.config.schema import ConfigError, NightConfig
-from sleeprl.dreaming.formats import format_of
 from sleeprl.evaluation.measure import build_prompts
 from sleeprl.evaluation.questions import Day
+from sleeprl.night.parts import prompts_about, response_length, split_day
 from sleeprl.self_study.sampler import build_qa_prompt
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_QA, STUDY_QA, with_experience
@@ -38,6 +38,8 @@ class DayInTokens:
     """The same with the question's document."""
     texts: int
     """Held-out texts for the perplexity; 0 where the model writes them."""
+    split: int = 0
+    """Number of documents that are longer than the model can read; ``documents`` has their parts."""
     exact: bool = True
     """Whether a tokenizer counted; otherwise tokens are guessed from characters."""
 
@@ -61,12 +63,19 @@ def preview_night(config: NightConfig, model: Path | None) -> DayInTokens | None
     if model is None:
         return _guess(day)
     chat = ChatFormatter(model)
+    day, parts = split_day(day, config, chat)
+    sources = [
+        name if count == 1 else f"{name} (part {number} of {count})"
+        for name, count in zip(sources, parts, strict=True)
+        for number in range(1, count + 1)
+    ]
     documents = [len(chat.text(text)) for text in day.documents]
     bare = build_prompts(chat, day.probes, with_context=False)
     full = build_prompts(chat, day.probes, with_context=True)
     _require_room_for_documents(config, chat, day, sources, documents)
     _require_room_for_questions(config, day, [*map(len, bare)], [*map(len, full)])
-    return DayInTokens(documents, [*map(len, bare)], [*map(len, full)], len(day.texts))
+    split = sum(count > 1 for count in parts)
+    return DayInTokens(documents, [*map(len, bare)], [*map(len, full)], len(day.texts), split)
 
 
 def _guess(day: Day) -> DayInTokens:
@@ -97,22 +106,9 @@ def _require_room_for_documents(
         fact = len(build_qa_prompt(chat, study, with_experience("", STUDY_QA))) + study.max_tokens
         _require_room(config, "a question about a stated fact", fact, "self_study.max_tokens")
     for number in heapq.nlargest(_EXAMINED, range(len(lengths)), key=lengths.__getitem__):
-        for setting, prompt in _prompts_about(config, chat, day.documents[number]):
+        for setting, prompt in prompts_about(config, chat, day.documents[number]):
             what = f"{sources[number]} ({day.documents[number][:40]!r}...)"
             _require_room(config, what, len(prompt), setting)
-
-
-def _prompts_about(
-    config: NightConfig, chat: ChatFormatter, document: str
-) -> Iterator[tuple[str, list[int]]]:
-    """Yield the prompts that hold a whole document, each with the setting of its response's length."""
-    study = config.self_study
-    message = with_experience(document, STUDY_QA)
-    yield "self_study.max_tokens", build_qa_prompt(chat, study, message)
-    if config.dreaming.enabled:
-        dream = format_of(config.dreaming).prompt(document, study.few_shot_examples)
-        prompt = chat.prompt(dream.message, study.assistant_prefix, dream.examples)
-        yield "dreaming.max_tokens", prompt
 
 
 def _require_room_for_questions(
@@ -131,8 +127,7 @@ def _require_room_for_questions(
 
 
 def _require_room(config: NightConfig, what: str, prompt: int, setting: str) -> None:
-    section, _, name = setting.partition(".")
-    response = getattr(getattr(config, section), name)
+    response = response_length(config, setting)
     longest = config.model.max_length
     if prompt + response <= longest:
         return

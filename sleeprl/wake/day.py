@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rapidfuzz import fuzz, process, utils
+from rapidfuzz import fuzz, process
 
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.data.experience import Experience, experience_batch, experiences
@@ -15,6 +15,7 @@ from sleeprl.data.lake import EXPERIENCE, Lake
 from sleeprl.evaluation.metrics import add_questions, metrics_of
 from sleeprl.evaluation.questions import RETENTION, Day, Question, read_questions
 from sleeprl.lineage import LineageStore
+from sleeprl.text.normalise import normalise
 from sleeprl.wake.ingest import ingest, read_experience
 from sleeprl.worlds import people as world
 
@@ -70,7 +71,9 @@ def preview_day(config: NightConfig) -> tuple[Day, list[str]]:
     read = {e.uid: e for e in read_experience(config.wake.inputs)}
     documents = [e.as_text() for e in read.values()]
     path = config.evaluation.questions
-    questions = read_questions(Path(path), [m.key for m in metrics_of(config)]) if path else []
+    questions = (
+        read_questions(Path(path), [m.key for m in metrics_of(config)]) if path is not None else []
+    )
     return Day(documents, _with_documents(questions, documents)), [e.source for e in read.values()]
 
 
@@ -81,7 +84,7 @@ def _own_day(config: NightConfig, lake: Lake, kinds: Sequence[str]) -> Day:
     if not documents:
         raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
     path = config.evaluation.questions
-    questions = read_questions(Path(path), kinds) if path else []
+    questions = read_questions(Path(path), kinds) if path is not None else []
     return Day(documents, _with_documents(questions, documents))
 
 
@@ -90,20 +93,22 @@ def _with_documents(questions: Sequence[Question], documents: Sequence[str]) -> 
 
     A question that names its own experience, or that is about earlier knowledge, stays as it is.
     """
-    return [
-        replace(q, experience=_most_similar(f"{q.question} {q.answer}", documents))
-        if q.experience is None and q.kind != RETENTION
-        else q
-        for q in questions
-    ]
+    bare = [q for q in questions if q.experience is None and q.kind != RETENTION]
+    found = dict(zip(map(id, bare), most_similar(bare, documents), strict=True)) if bare else {}
+    return [replace(q, experience=found.get(id(q), q.experience)) for q in questions]
 
 
-def _most_similar(text: str, documents: Sequence[str]) -> str:
-    """Return the document that shares most words with a text."""
-    match = process.extractOne(
-        text, documents, scorer=fuzz.token_set_ratio, processor=utils.default_process
-    )
-    return str(match[0])
+def most_similar(questions: Sequence[Question], documents: Sequence[str]) -> list[str]:
+    """Return for each question the document that shares most words with it and its answer.
+
+    Args:
+        questions: The questions.
+        documents: At least one document.
+    """
+    bags = [normalise(document) for document in documents]
+    queries = [normalise(f"{q.question} {q.answer}") for q in questions]
+    matches = [process.extractOne(query, bags, scorer=fuzz.token_set_ratio) for query in queries]
+    return [documents[match[2]] for match in matches]
 
 
 def _is_native(config: NightConfig) -> bool:
