@@ -201,8 +201,11 @@ def lineage(root: Root = Path("generations")) -> None:
     from sleeprl.lineage import LineageStore
     from sleeprl.reporting.lineage_tree import lineage_tree
 
+    store = LineageStore(root)
     # In a file, one line for each generation.
-    console.print(lineage_tree(LineageStore(root)), soft_wrap=not console.is_terminal)
+    console.print(lineage_tree(store), soft_wrap=not console.is_terminal)
+    for problem in store.unreadable():
+        print_message(errors, problem, "warning:", "yellow")
 
 
 @app.command()
@@ -214,13 +217,17 @@ def rollback(generation: Generation, root: Root = Path("generations")) -> None:
 
     [bold]sleeprl rollback 3f2a91c0[/]
     """
-    from sleeprl.lineage import LineageStore
+    from sleeprl.lineage import LineageError, LineageStore
 
     store = LineageStore(root)
-    before = store.head()
+    try:
+        before = store.head()
+    except LineageError as error:  # this command mends it
+        print_message(errors, str(error), "warning:", "yellow")
+        before = None
     now = store.rollback(generation)
     was = f" (it was {before[:8]})" if before and before != now else ""
-    console.print(f"HEAD is {now}{was}")
+    print_message(console, f"HEAD is {now}{was}")
 
 
 @app.command()
