@@ -15,7 +15,7 @@ from rich.text import Text
 
 from sleeprl import api
 from sleeprl._version import __version__
-from sleeprl.config.schema import ConfigError
+from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.reporting.terminal import make_console, print_message
 
 app = typer.Typer(
@@ -65,11 +65,14 @@ def night(
     The run's directory has the report (report.html), the metrics (metrics.jsonl) and all that was
     written (lake). A night that passes its gate becomes a generation: see [bold]sleeprl lineage[/].
     """
+    path: Path | None
+    overrides: list[str]
     if resume is not None:
         if words or model:
             raise ConfigError(
                 "--resume continues a run as it was configured; leave out other words"
             )
+        path, overrides = None, []
         config = api.load_run_config(resume)
     else:
         path, overrides = _split(words or [])
@@ -82,13 +85,7 @@ def night(
     # A scheduler's TERM is an interruption like Ctrl-C, also where a shell has disabled that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    try:
-        result = api.run_night(config) if resume is None else api.resume_night(resume)
-    except KeyboardInterrupt:
-        errors.print("\nStopped. Nothing is lost; finish with:")
-        command = Text(f"sleeprl night --resume {config.run_dir}", style="bold")
-        errors.print(command, soft_wrap=True)  # in one piece, to be copied
-        raise typer.Exit(130) from None
+    config, result = _run_night(config, resume, path, overrides)
     from sleeprl.reporting.summary_table import night_result
 
     view = night_result(dict(result.summary), result.run_dir, Path(config.generations))
@@ -275,6 +272,27 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
             f"more than one config file: {', '.join(files)}; settings are written key=value"
         )
     return (Path(files[0]) if files else None), [word for word in words if word not in files]
+
+
+def _run_night(
+    config: NightConfig, resume: Path | None, path: Path | None, overrides: list[str]
+) -> tuple[NightConfig, api.NightResult]:
+    """Run or resume a night; returns its settings, with the name that was free, and the result."""
+    from sleeprl.night.run_dir import RunTaken
+
+    while True:
+        try:
+            return config, api.run_night(config) if resume is None else api.resume_night(resume)
+        except RunTaken:
+            if resume is not None or any(word.startswith("name=") for word in overrides):
+                raise
+            # A night that started at the same time was faster: the next free name is this one's.
+            config = api.load_config(path, overrides=overrides)
+        except KeyboardInterrupt:
+            errors.print("\nStopped. Nothing is lost; finish with:")
+            command = Text(f"sleeprl night --resume {config.run_dir}", style="bold")
+            errors.print(command, soft_wrap=True)  # in one piece, to be copied
+            raise typer.Exit(130) from None
 
 
 def _print_plan(plan: api.NightPlan) -> None:

@@ -215,7 +215,8 @@ def list_forgotten(before: Path, after: Path) -> list[dict[str, str]]:
         ``question``, and the answers ``before`` and ``after``, in the order of the files.
     """
     rows = [
-        [json.loads(line) for line in path.read_text().splitlines()] for path in (before, after)
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in (before, after)
     ]
     return [
         {"question": old["question"], "before": old["answer"], "after": new["answer"]}

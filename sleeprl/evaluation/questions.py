@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sleeprl.text.normalise import normalise
-from sleeprl.utils.files import write_json_atomic
+from sleeprl.utils.files import read_record, write_json_atomic
 
 _WORD = re.compile(r"\w+")
 _FIRST = re.compile(r"(?<=[.!?])\s")
@@ -60,8 +60,12 @@ class Day:
     @staticmethod
     def load(path: Path) -> Day:
         """Read what ``save`` wrote."""
-        values = json.loads(path.read_text())
-        return Day(**{**values, "probes": [Question(**p) for p in values["probes"]]})
+        return read_record(
+            path,
+            lambda values: Day(
+                **{**values, "probes": [Question(**each) for each in values["probes"]]}
+            ),
+        )
 
 
 def is_correct(answer: str, gold: str, rivals: Collection[str] = (), question: str = "") -> bool:

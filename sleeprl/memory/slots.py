@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from sleeprl.utils.files import read_record
+
 FILE = "slots.json"
 GATED_MLP, LOW_RANK = "gated_mlp", "low_rank"
 
@@ -162,6 +164,9 @@ class Slots:
         path = directory / FILE
         if not path.is_file():
             return None
-        values = json.loads(path.read_text())
-        values.update({key: tuple(values.get(key, ())) for key in ("used", "pools")})
-        return Slots(**values)
+        return read_record(
+            path,
+            lambda values: Slots(
+                **{**values, **{key: tuple(values.get(key, ())) for key in ("used", "pools")}}
+            ),
+        )

@@ -15,10 +15,12 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def _sibling(path: Path) -> Path:
@@ -140,6 +142,27 @@ def read_json(path: str | Path) -> Any:
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)
         raise DamagedFile(
             f"{path} is damaged: {reason}; restore it from a copy, or remove what it belongs to"
+        ) from None
+
+
+def read_record(path: str | Path, build: Callable[[Any], T]) -> T:
+    """Read a JSON file and build what it holds.
+
+    Args:
+        path: The file.
+        build: Makes the record of the file's content.
+
+    Raises:
+        DamagedFile: The file is not JSON, or its content is not what is built from; the message
+            names it.
+    """
+    values = read_json(path)
+    try:
+        return build(values)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(
+            f"{path} is damaged: it does not hold what sleepRL writes there ({error!r}); restore it "
+            "from a copy, or remove what it belongs to"
         ) from None
 
 
