@@ -20,7 +20,7 @@ from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.night import stored_config
 from sleeprl.night.stored_config import CONFIG
-from sleeprl.reporting.metrics_log import MetricsLog
+from sleeprl.reporting.metrics_log import MetricsLog, read_metrics
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.reporting.sinks import SinkRun, SinkThreads
 from sleeprl.utils.files import DamagedFile, read_json, write_json_atomic, write_text_atomic
@@ -183,6 +183,11 @@ class RunDirectory:
         self._sinks.log(key, step, metrics)
         beside = {name.rsplit("/", 1)[-1]: metrics[name] for name in bar_metrics if name in metrics}
         self.progress.update(self._row or key, completed=step, total=total, **beside)
+
+    def recorded_steps(self, key: str) -> set[int]:
+        """Return the steps of a phase that the metrics file has."""
+        rows = read_metrics(self.dir / METRICS)
+        return {row["step"] for row in rows if row.get("phase") == key and "step" in row}
 
     def close(self) -> None:
         """Close the metrics file and the sinks."""
