@@ -198,7 +198,8 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
     from sleeprl.night.schedule import describe_levels
     from sleeprl.utils.machine import available_cpus
 
-    config = loader.validated(config)
+    if read_inputs:
+        config = loader.validated(config)
     validate_plugins(config)
     costs, warnings = list[tuple[str, str]](), list[str]()
     if read_inputs:
@@ -238,12 +239,14 @@ def run_night(
         callbacks: Called in this process with each phase that has finished.
 
     Raises:
-        ConfigError: A setting cannot work, or the run directory holds a night already.
+        ConfigError: A setting cannot work.
+        RunTaken: The run directory holds a night already.
         PluginError: A plug-in cannot be found or called.
         ActorFailure: A process of the night failed more often than it may be restarted.
         KeyboardInterrupt: The night was interrupted; ``resume_night`` finishes it.
     """
-    from sleeprl.night.run_dir import refuse_existing
+    from sleeprl.night.run_dir import claim, refuse_existing
+    from sleeprl.night.schedule import verify_parent
 
     _prepare_process()
     config = name_plugins_by_path(loader.validated(config))
@@ -254,8 +257,10 @@ def run_night(
     from sleeprl.night.preview import preview_night
 
     require_gpus(config.resources)
+    verify_parent(config)
     check_model(config, model := find_model(config))  # fetched before anything starts
     preview_night(config, model)
+    claim(config)
     return _run(config, progress, callbacks)
 
 
@@ -274,11 +279,19 @@ def resume_night(
 
     Raises:
         ConfigError: The directory holds no run.
+        RunTaken: Another process runs it.
+        DamagedFile: A file of the run is damaged; the message names it.
         ActorFailure: A process of the night failed more often than it may be restarted.
     """
+    from sleeprl.night.run_dir import RunLock, read_state
+    from sleeprl.night.schedule import verify_parent
+
     _prepare_process()
     config = load_run_config(run_dir)
+    RunLock(config.run_dir).release()  # refuses a night that is running before anything is loaded
     validate_plugins(config)
+    if "plan" not in read_state(config.run_dir).get("results", {}):
+        verify_parent(config)
     from sleeprl.cluster.runtime import require_gpus
 
     require_gpus(config.resources)
@@ -357,8 +370,10 @@ def _read_inputs(config: NightConfig) -> None:
     from sleeprl.evaluation.metrics import metrics_of
     from sleeprl.evaluation.questions import read_questions
     from sleeprl.models.resolve import check_model, local_model
+    from sleeprl.night.schedule import verify_parent
     from sleeprl.wake.ingest import read_experience
 
+    verify_parent(config)
     model = local_model(config)
     inputs = config.wake.inputs
     if inputs and "-" not in inputs and not sum(1 for _ in read_experience(inputs)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 from sleeprl.data.records import RecordError, read_records
 from sleeprl.evaluation.grading import is_correct
 from sleeprl.text.normalise import has_word, normalise
-from sleeprl.utils.files import write_json_atomic
+from sleeprl.utils.files import read_record, write_json_atomic
 
 _WORD = re.compile(r"\w+")
 _FIRST = re.compile(r"(?<=[.!?])\s|(?<=[。！？])")
@@ -70,12 +69,15 @@ class Day:
     @staticmethod
     def load(path: Path) -> Day:
         """Read what ``save`` wrote."""
-        values = json.loads(path.read_text(encoding="utf-8"))
-        probes = [
-            Question(**{**p, "alternatives": tuple(p.get("alternatives", ()))})
-            for p in values["probes"]
-        ]
-        return Day(**{**values, "probes": probes})
+        return read_record(path, _day_from_json)
+
+
+def _day_from_json(values: dict[str, Any]) -> Day:
+    probes = [
+        Question(**{**each, "alternatives": tuple(each.get("alternatives", ()))})
+        for each in values["probes"]
+    ]
+    return Day(**{**values, "probes": probes})
 
 
 # --- a file of questions ----------------------------------------------------------

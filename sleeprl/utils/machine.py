@@ -24,7 +24,7 @@ def available_memory() -> int:
     """Return this machine's memory in bytes, or the limit of this container if that is lower."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
+    if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdecimal():
         found.append(int(text))
     return min(found)
 
@@ -48,7 +48,7 @@ def describe_environment() -> dict[str, str]:
 def _machine() -> str:
     """Describe architecture, CPU model (on Linux) and cores."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return ", ".join([platform.machine(), *models[:1], f"{available_cpus()} cores"])
 

@@ -140,7 +140,7 @@ def write(path: Path, content: str | bytes) -> Path:
         ({"answer": "Porto", "answers": ["Oporto"]}, ("Porto", "Oporto")),
         ({"answer": 1200.0, "answers": None}, ("1200",)),
         ({"answer": "Porto", "kind": None, "experience": None}, ("Porto",)),
-        ({"id": "5", "title": "t", "context": "Ann lives in Porto.", "answers": {"text": ["Porto"]}}, ("Porto",)),
+        ({"id": "5", "title": "t", "context": "Ann.", "answers": {"text": ["Porto"]}}, ("Porto",)),
     ],
 )  # fmt: skip
 def test_right_answers_in_every_form(

@@ -19,7 +19,9 @@ from sleeprl.text.split import split_text
 from sleeprl.wake.day import preview_day
 
 NAMES = [f"Ann{n} Berg{n}" for n in range(90)]
-LONG = " ".join(f"{name} lives in Oslo with {n} cats. She works as a nurse." for n, name in enumerate(NAMES))  # fmt: skip
+LONG = " ".join(
+    f"{name} lives in Oslo with {n} cats. She works as a nurse." for n, name in enumerate(NAMES)
+)
 
 
 def words(text: str) -> int:
@@ -44,8 +46,14 @@ def test_parts_fit_overlap_and_lose_nothing(room: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["波尔图在葡萄牙。" * 60, "no end of it " * 90, "x" * 900, "user: hi\nassistant: hello\n" * 40, "a.\n\n" * 300],
-)  # fmt: skip
+    [
+        "波尔图在葡萄牙。" * 60,
+        "no end of it " * 90,
+        "x" * 900,
+        "user: hi\nassistant: hello\n" * 40,
+        "a.\n\n" * 300,
+    ],
+)
 def test_any_text_can_be_split(text: str) -> None:
     parts = split_text(text, 50, len)
     assert all(0 < len(part) <= 50 and part in text for part in parts)
