@@ -79,8 +79,9 @@ class MemoryConfig:
 @dataclass
 class WakeConfig:
     inputs: list[str] = field(default_factory=list)
-    """JSONL, Parquet or text files of experience, or directories of them. Without any, the day is about
-    fresh people of the embedded world."""
+    """JSONL, JSON, CSV, Parquet, Arrow or text files of experience, or directories of them. Without any,
+    the day is about fresh people of the embedded world. A document that is longer than the model can
+    read is split at sentences."""
     people: int = field(default=20, metadata=bounds(gt=0))
     """How many fresh people the embedded world's day has."""
     people_per_document: int = field(default=2, metadata=bounds(gt=0))
@@ -96,7 +97,8 @@ class EvaluationConfig:
     questions: str | None = None
     """JSONL file of ``{question, answer, kind?, experience?}`` about ``wake.inputs``. ``kind`` is
     ``recall`` (the default), ``two_hop``, or ``retention`` of what was known before. ``experience`` is
-    the document that answers the question, for measurements with the text in the prompt."""
+    the document that answers the question, for measurements with the text in the prompt. Several
+    right answers are a list, in ``answer`` or ``answers``."""
     metrics: list[str] = field(default_factory=list, metadata=plugin("metric"))
     """Metrics of the headline table beside the built-in ones: dotted paths of functions that return a
     ``Metric``."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -165,7 +165,7 @@ def _load_line(raw: bytes) -> Any:
 def _open(path: Path) -> AbstractContextManager[IO[bytes]]:
     if str(path) == "-":
         return nullcontext(sys.stdin.buffer)
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+    return cast("IO[bytes]", gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _name(path: Path) -> str:
@@ -209,8 +209,8 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 def _about(path: Path, error: RecordError) -> RecordError:
     """Return the error with the name of the file before it."""
-    said = str(error)
-    return error if said.startswith(f"{path}:") else RecordError(f"{path}: {said}")
+    message = str(error)
+    return error if message.startswith(f"{path}:") else RecordError(f"{path}: {message}")
 
 
 def _read_list(path: Path, text: str, at: int) -> Iterator[Record]:

@@ -135,8 +135,8 @@ def measure(
     for name, score in (("exact_match", exact_match), ("f1", f1)):
         figures[name] = {}
         for key in metrics:
-            asked = zip(answers, day.probes, strict=True)
-            values = [score(a, q.answers) for a, q in asked if q.kind == key]
+            pairs = zip(answers, day.probes, strict=True)
+            values = [score(a, q.answers) for a, q in pairs if q.kind == key]
             figures[name][key] = fmean(values) if values else None
     figures["perplexity"], counts["perplexity"] = measure_perplexity(
         engines, chat, day.texts, max_length - 1, day.answering

@@ -58,12 +58,12 @@ class Room:
             document: The document.
             questions: Questions that are asked with it in the prompt.
         """
-        asked = max((self.length(question) for question in questions), default=0)
+        longest = max((self.length(question) for question in questions), default=0)
         # A token is at least a byte.
-        if len(document.encode()) <= self._room(asked) or self._fits(document, questions):
+        if len(document.encode()) <= self._room(longest) or self._fits(document, questions):
             return [document]
         # A part has to leave room for the questions that the model writes itself, too.
-        room = self._room(max(asked, self.config.self_study.max_tokens))
+        room = self._room(max(longest, self.config.self_study.max_tokens))
         if room < _LEAST:
             return [document]
         return split_text(document, room, self.length)
@@ -125,12 +125,12 @@ def split_day(day: Day, config: NightConfig, chat: ChatFormatter) -> tuple[Day, 
     if not config.wake.inputs:
         return day, [1] * len(day.documents)
     room = Room(config, chat)
-    asked: dict[str, list[str]] = {}
+    questions_of: dict[str, list[str]] = {}
     for probe in day.probes:
         if probe.experience:
-            asked.setdefault(probe.experience, []).append(probe.question)
-    texts = dict.fromkeys([*day.documents, *asked])
-    parts = {text: room.split(text, asked.get(text, ())) for text in texts}
+            questions_of.setdefault(probe.experience, []).append(probe.question)
+    texts = dict.fromkeys([*day.documents, *questions_of])
+    parts = {text: room.split(text, questions_of.get(text, ())) for text in texts}
     documents = [part for text in day.documents for part in parts[text]]
     probes = [_with_part(probe, parts) for probe in day.probes]
     return (

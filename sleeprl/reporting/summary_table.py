@@ -85,14 +85,14 @@ class BeforeAfterTable:
         states = measured_states(self.summary)
         block = states[-1][2].get(states[-1][0]) or {} if states else {}
         exact, f1 = block.get("exact_match") or {}, block.get("f1") or {}
-        said = [
+        scores = [
             f"{title.lower()} {format_percent(exact[name])} and {format_percent(f1[name])}"
             for name, title in read_rates(self.summary).items()
             if exact.get(name) is not None and f1.get(name) is not None
         ]
         return (
-            ["rates: answers that contain the right one; exact match and F1:", *said]
-            if said
+            ["rates: answers that contain the right one; exact match and F1:", *scores]
+            if scores
             else []
         )
 

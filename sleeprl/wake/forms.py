@@ -29,7 +29,7 @@ _ROLES = {
 }
 """Roles of every form; the value is the name in OpenAI's form where that differs."""
 _CHATS = ("messages", "conversations", "conversation")
-_ASKS = ("instruction", "prompt")
+_INSTRUCTIONS = ("instruction", "prompt")
 _REPLIES = ("output", "completion", "response")
 _BESIDES = ("input", "context")
 """Keys of what an instruction is about (Alpaca, Dolly)."""
@@ -73,7 +73,7 @@ def experience_of(item: Any, source: str) -> Experience:
 
 def is_experience(item: Any) -> bool:
     """Decide whether a record has the keys of one of the forms."""
-    return isinstance(item, Mapping) and not {"text", *_CHATS, *_ASKS}.isdisjoint(item)
+    return isinstance(item, Mapping) and not {"text", *_CHATS, *_INSTRUCTIONS}.isdisjoint(item)
 
 
 def _others(item: Mapping[str, Any], used: Sequence[str]) -> dict[str, Any]:
@@ -105,10 +105,10 @@ def _json(text: str, field: str) -> Any:
 
 def _role(message: Mapping[str, Any]) -> str | None:
     """Return the role of a message in OpenAI's form; None for an unknown one."""
-    said = message.get("role") if message.get("role") is not None else message.get("from")
-    if not isinstance(said, str) or said.lower() not in _ROLES:
+    role = message.get("role") if message.get("role") is not None else message.get("from")
+    if not isinstance(role, str) or role.lower() not in _ROLES:
         return None
-    return _ROLES[said.lower()] or said.lower()
+    return _ROLES[role.lower()] or role.lower()
 
 
 def _content(message: Mapping[str, Any]) -> Any:
@@ -162,7 +162,7 @@ def _pair(item: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     Raises:
         ExperienceError: There is none; the message says which fields there are.
     """
-    ask = next((key for key in _ASKS if item.get(key) is not None), None)
+    ask = next((key for key in _INSTRUCTIONS if item.get(key) is not None), None)
     reply = next((key for key in _REPLIES if item.get(key) is not None), None)
     if ask is None or reply is None:
         raise ExperienceError(_missing(item, ask))
@@ -188,14 +188,14 @@ def _side(value: Any, field: str, role: str) -> list[dict[str, Any]]:
     found = _listed(value, field)
     lines = [_message(message, f"{field}[{i}]") for i, message in enumerate(found)]
     return [
-        {"role": said, "content": text}
-        for said, _, text in (line.partition(": ") for line in lines)
+        {"role": role, "content": text}
+        for role, _, text in (line.partition(": ") for line in lines)
     ]
 
 
 def _missing(item: Mapping[str, Any], ask: str | None) -> str:
     """Say what an object lacks."""
-    null = [key for key in ("text", *_CHATS, *_ASKS) if key in item and item[key] is None]
+    null = [key for key in ("text", *_CHATS, *_INSTRUCTIONS) if key in item and item[key] is None]
     if null:
         names = " and ".join(f"field {key!r}" for key in null)
         return f"{names} {'is' if len(null) == 1 else 'are'} null; fill it in or remove the item"
