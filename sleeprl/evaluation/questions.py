@@ -82,8 +82,8 @@ def _day_from_json(values: dict[str, Any]) -> Day:
 
 # --- a file of questions ----------------------------------------------------------
 _FIELDS = ("question", "answer", "answers", "kind", "experience")
-_SQUAD = {"context": "experience", "id": "", "title": "", "metadata": ""}
-"""Fields of SQuAD: the first is the experience under another name, the others are not used."""
+_OTHERS = ("context", "id", "title", "metadata")
+"""SQuAD's fields, of which the first is the experience, and a place for notes; these are not used."""
 
 
 def read_questions(path: Path, kinds: Collection[str]) -> list[Question]:
@@ -98,19 +98,6 @@ def read_questions(path: Path, kinds: Collection[str]) -> list[Question]:
     Raises:
         ValueError: A line is no question, or there is none; the message names it and a fix.
     """
-    return [question for _, question in locate_questions(path, kinds)]
-
-
-def locate_questions(path: Path, kinds: Collection[str]) -> list[tuple[str, Question]]:
-    """Read a user's questions, each with its place, such as ``questions.jsonl:3``.
-
-    Args:
-        path: The file.
-        kinds: Keys of the metrics that a question may count for.
-
-    Raises:
-        ValueError: As of ``read_questions``.
-    """
     try:
         if not path.is_file():
             raise RecordError(
@@ -120,11 +107,10 @@ def locate_questions(path: Path, kinds: Collection[str]) -> list[tuple[str, Ques
         raise RecordError(
             f"evaluation.questions={str(path)!r:.80}: {error.strerror}; give a JSONL file"
         ) from None
-    packed = path.suffix.lower() == ".json"
     found = []
-    for place, row in read_records(path, ".json" if packed else ".jsonl"):
+    for place, row in read_records(path, ".json" if path.suffix.lower() == ".json" else ".jsonl"):
         try:
-            found.append((place, _question(row, kinds)))
+            found.append(_question(row, kinds))
         except ValueError as error:
             raise RecordError(f"{place}: {error}") from None
     if not found:
@@ -149,7 +135,7 @@ def _question(row: Any, kinds: Collection[str]) -> Question:
         )
     row = {key: value for key, value in row.items() if value is not None}
     for key in row:
-        if key not in _FIELDS and key not in _SQUAD:
+        if key not in _FIELDS and key not in _OTHERS:
             near = difflib.get_close_matches(key.lower(), _FIELDS, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
