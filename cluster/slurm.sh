@@ -39,6 +39,16 @@ step() { echo "+ $*"; [ -n "$dry" ] || "$@"; }
 start() { echo "+ $* &"; [ -n "$dry" ] || "$@" & }
 
 run=$SHARED/runs/slurm-$job
+token=$SHARED/runs/.slurm-$job.token # of this job's Ray; removed at its end
+
+# Makes the token before any Ray starts: a head does not make one. Only this user can read the file.
+make_token() {
+    mkdir -p "$SHARED/runs"
+    rm -f "$token" # its mode would stay; and a link would be followed
+    (umask 077; set -o noclobber; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token")
+    [ "$(wc -c <"$token")" -eq 64 ] || { echo "$token could not be written: is the disk full?" >&2; exit 1; }
+}
+
 if [ -f "$run/config.yaml" ]; then
     night=(sleeprl night --resume "$run")
 else
@@ -57,8 +67,14 @@ if [ "$nodes" -gt 1 ]; then
         mapfile -t names < <(seq -f 'node%g' 1 "$nodes")
     else
         mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-        trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+        trap 'rm -f "$token"; kill $(jobs -p) 2>/dev/null || true' EXIT
+        make_token
     fi
+    # Without a token anybody on the network can run code on an open head, as this user. The variables
+    # go with every srun; RAY_AUTH_TOKEN would win over the file.
+    unset RAY_AUTH_TOKEN
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
+    echo "+ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token"
     on+=(--overlap -w)
     address=${names[0]}:$PORT
     start "${on[@]}" "${names[0]}" ray start --head --port="$PORT" --block \

@@ -138,9 +138,11 @@ class NightPlan:
     config: NightConfig
     """The resolved configuration."""
     lines: Sequence[tuple[str, str]]
-    """The plan as names and texts: directory, actors, and which memory levels sleep."""
+    """The plan as names and texts: directory, actors, which memory levels sleep, and what each phase
+    costs."""
     warnings: Sequence[str]
-    """What this machine lacks; the night may be meant for another."""
+    """What would not be learned or does not fit, and what this machine lacks; the night may be meant
+    for another."""
 
     @property
     def yaml(self) -> str:
@@ -196,10 +198,14 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
     from sleeprl.night.schedule import describe_levels
     from sleeprl.utils.machine import available_cpus
 
-    config = loader.validated(config)
+    if read_inputs:
+        config = loader.validated(config)
     validate_plugins(config)
+    costs, warnings = list[tuple[str, str]](), list[str]()
     if read_inputs:
         _read_inputs(config)
+        costs, warnings = _estimate(config)
+        warnings += _name_left_out(config)
     have = config.resources
     learner = f"{have.learner_workers} x ({have.learner_cpus} cores, {have.learner_gpus:g} GPUs)"
     beside = (
@@ -213,8 +219,9 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
         ("learner", f"{learner}, ZeRO-3"),
         ("beside them", beside),
         *describe_levels(config),
+        *costs,
     ]
-    return NightPlan(config, lines, _find_lacks(config))
+    return NightPlan(config, lines, [*warnings, *_find_lacks(config)])
 
 
 def run_night(
@@ -232,12 +239,14 @@ def run_night(
         callbacks: Called in this process with each phase that has finished.
 
     Raises:
-        ConfigError: A setting cannot work, or the run directory holds a night already.
+        ConfigError: A setting cannot work.
+        RunTaken: The run directory holds a night already.
         PluginError: A plug-in cannot be found or called.
         ActorFailure: A process of the night failed more often than it may be restarted.
         KeyboardInterrupt: The night was interrupted; ``resume_night`` finishes it.
     """
-    from sleeprl.night.run_dir import refuse_existing
+    from sleeprl.night.run_dir import claim, refuse_existing
+    from sleeprl.night.schedule import verify_parent
 
     _prepare_process()
     config = name_plugins_by_path(loader.validated(config))
@@ -245,9 +254,13 @@ def run_night(
     validate_plugins(config)
     from sleeprl.cluster.runtime import require_gpus
     from sleeprl.models.resolve import check_model, find_model
+    from sleeprl.night.preview import preview_night
 
     require_gpus(config.resources)
-    check_model(config, find_model(config))  # a model is fetched before anything starts
+    verify_parent(config)
+    check_model(config, model := find_model(config))  # fetched before anything starts
+    preview_night(config, model)
+    claim(config)
     return _run(config, progress, callbacks)
 
 
@@ -266,11 +279,19 @@ def resume_night(
 
     Raises:
         ConfigError: The directory holds no run.
+        RunTaken: Another process runs it.
+        DamagedFile: A file of the run is damaged; the message names it.
         ActorFailure: A process of the night failed more often than it may be restarted.
     """
+    from sleeprl.night.run_dir import RunLock, read_state
+    from sleeprl.night.schedule import verify_parent
+
     _prepare_process()
     config = load_run_config(run_dir)
+    RunLock(config.run_dir).release()  # refuses a night that is running before anything is loaded
     validate_plugins(config)
+    if "plan" not in read_state(config.run_dir).get("results", {}):
+        verify_parent(config)
     from sleeprl.cluster.runtime import require_gpus
 
     require_gpus(config.resources)
@@ -349,8 +370,10 @@ def _read_inputs(config: NightConfig) -> None:
     from sleeprl.evaluation.metrics import metrics_of
     from sleeprl.evaluation.questions import read_questions
     from sleeprl.models.resolve import check_model, local_model
+    from sleeprl.night.schedule import verify_parent
     from sleeprl.wake.ingest import read_experience
 
+    verify_parent(config)
     model = local_model(config)
     inputs = config.wake.inputs
     if inputs and "-" not in inputs and not sum(1 for _ in read_experience(inputs)):
@@ -360,6 +383,39 @@ def _read_inputs(config: NightConfig) -> None:
         read_questions(Path(config.evaluation.questions), kinds)
     if model is not None:
         check_model(config, model)
+
+
+def _name_left_out(config: NightConfig) -> list[str]:
+    """Name the files in the input directories that are not read."""
+    from sleeprl.wake.folders import find_files
+
+    left_out = [str(file) for file in find_files(config.wake.inputs)[1]]
+    if not left_out:
+        return []
+    more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+    return [f"not data, left out of wake.inputs: {', '.join(left_out[:5])}{more}"]
+
+
+def _estimate(config: NightConfig) -> tuple[list[tuple[str, str]], list[str]]:
+    """Estimate what a night costs, and find what cannot work with its day.
+
+    Returns:
+        Lines of the plan, and warnings.
+
+    Raises:
+        ConfigError: A prompt is too long, or the model too large.
+    """
+    from sleeprl.models.resolve import device_dtype, local_model
+    from sleeprl.night.estimate import ModelSize, NightEstimate
+    from sleeprl.night.preview import preview_night
+
+    model = local_model(config)
+    day = preview_night(config, model)
+    if day is None:
+        return [("the day", "comes from stdin; its cost is not known before")], []
+    dtype = device_dtype(config.model.dtype, config.resources)
+    night = NightEstimate(config, day, ModelSize.read(model) if model else None, dtype)
+    return night.describe(), night.warnings()
 
 
 def _find_lacks(config: NightConfig) -> list[str]:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from sleeprl import api
 from sleeprl._version import __version__
-from sleeprl.config.schema import ConfigError
+from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.reporting.terminal import make_console, print_message
 
 app = typer.Typer(
@@ -65,11 +65,14 @@ def night(
     The run's directory has the report (report.html), the metrics (metrics.jsonl) and all that was
     written (lake). A night that passes its gate becomes a generation: see [bold]sleeprl lineage[/].
     """
+    path: Path | None
+    overrides: list[str]
     if resume is not None:
         if words or model:
             raise ConfigError(
                 "--resume continues a run as it was configured; leave out other words"
             )
+        path, overrides = None, []
         config = api.load_run_config(resume)
     else:
         path, overrides = _split(words or [])
@@ -82,13 +85,7 @@ def night(
     # A scheduler's TERM is an interruption like Ctrl-C, also where a shell has disabled that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    try:
-        result = api.run_night(config) if resume is None else api.resume_night(resume)
-    except KeyboardInterrupt:
-        errors.print("\nStopped. Nothing is lost; finish with:")
-        command = Text(f"sleeprl night --resume {config.run_dir}", style="bold")
-        errors.print(command, soft_wrap=True)  # in one piece, to be copied
-        raise typer.Exit(130) from None
+    config, result = _run_night(config, resume, path, overrides)
     from sleeprl.reporting.summary_table import night_result
 
     view = night_result(dict(result.summary), result.run_dir, Path(config.generations))
@@ -98,7 +95,8 @@ def night(
 @app.command()
 def wake(
     inputs: Annotated[
-        list[str], typer.Argument(help="JSONL, Parquet or text files, directories, or -.")
+        list[str],
+        typer.Argument(help="JSONL, JSON, CSV, Parquet, Arrow or text files, directories, or -."),
     ],
     lake: Annotated[Path, typer.Option(help="Directory of the experience lake.")] = Path("lake"),
     ask: Annotated[
@@ -106,7 +104,7 @@ def wake(
     ] = None,
     model: Annotated[str, typer.Option(help="Model that answers.")] = "embedded",
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave bad lines out instead of stopping.")
+        bool, typer.Option("--skip-bad", help="Leave bad lines and files out instead of stopping.")
     ] = False,
 ) -> None:
     """Record real input into the experience lake, and answer questions with it in context.
@@ -121,7 +119,7 @@ def wake(
     console.print(
         f"{report.added} recorded, {report.duplicates} known before, in {lake}", markup=False
     )
-    for problem in [*report.bad, *(f"ignored: {file}" for file in report.ignored)]:
+    for problem in [*report.bad, *(f"left out: {file}" for file in report.ignored)]:
         print_message(errors, problem, style="yellow")
     if ask:
         from sleeprl.wake.answer import answer
@@ -201,8 +199,11 @@ def lineage(root: Root = Path("generations")) -> None:
     from sleeprl.lineage import LineageStore
     from sleeprl.reporting.lineage_tree import lineage_tree
 
+    store = LineageStore(root)
     # In a file, one line for each generation.
-    console.print(lineage_tree(LineageStore(root)), soft_wrap=not console.is_terminal)
+    console.print(lineage_tree(store), soft_wrap=not console.is_terminal)
+    for problem in store.unreadable():
+        print_message(errors, problem, "warning:", "yellow")
 
 
 @app.command()
@@ -214,13 +215,17 @@ def rollback(generation: Generation, root: Root = Path("generations")) -> None:
 
     [bold]sleeprl rollback 3f2a91c0[/]
     """
-    from sleeprl.lineage import LineageStore
+    from sleeprl.lineage import LineageError, LineageStore
 
     store = LineageStore(root)
-    before = store.head()
+    try:
+        before = store.head()
+    except LineageError as error:  # this command mends it
+        print_message(errors, str(error), "warning:", "yellow")
+        before = None
     now = store.rollback(generation)
     was = f" (it was {before[:8]})" if before and before != now else ""
-    console.print(f"HEAD is {now}{was}")
+    print_message(console, f"HEAD is {now}{was}")
 
 
 @app.command()
@@ -262,12 +267,40 @@ def version() -> None:
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:
     """Tell a config file from ``key=value`` words; the path of a file may have a ``=`` in it."""
-    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    files = [word for word in words if "=" not in word or _is_file(word)]
     if len(files) > 1:
         raise ConfigError(
             f"more than one config file: {', '.join(files)}; settings are written key=value"
         )
     return (Path(files[0]) if files else None), [word for word in words if word not in files]
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except OSError:  # a value that is too long for a path, for example
+        return False
+
+
+def _run_night(
+    config: NightConfig, resume: Path | None, path: Path | None, overrides: list[str]
+) -> tuple[NightConfig, api.NightResult]:
+    """Run or resume a night; returns its settings, with the name that was free, and the result."""
+    from sleeprl.night.run_dir import RunTaken
+
+    while True:
+        try:
+            return config, api.run_night(config) if resume is None else api.resume_night(resume)
+        except RunTaken:
+            if resume is not None or any(word.startswith("name=") for word in overrides):
+                raise
+            # A night that started at the same time was faster: the next free name is this one's.
+            config = api.load_config(path, overrides=overrides)
+        except KeyboardInterrupt:
+            errors.print("\nStopped. Nothing is lost; finish with:")
+            command = Text(f"sleeprl night --resume {config.run_dir}", style="bold")
+            errors.print(command, soft_wrap=True)  # in one piece, to be copied
+            raise typer.Exit(130) from None
 
 
 def _print_plan(plan: api.NightPlan) -> None:

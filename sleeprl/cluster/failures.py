@@ -122,7 +122,7 @@ def log_tail(pid: int, lines: int = LOG_LINES) -> tuple[Path | None, list[str]]:
     for kind in ("err", "out"):
         files = list(logs.glob(f"session_2*/logs/worker-*-{pid}.{kind}")) if pid else []
         for path in sorted(files, key=lambda file: file.stat().st_mtime)[-1:]:
-            text = path.read_text(errors="replace").splitlines()
+            text = path.read_text(encoding="utf-8", errors="replace").splitlines()
             written = [line for line in text if line.strip() and not _RAY_LINE.match(line)]
             if written:
                 return path, written[-lines:]

@@ -12,6 +12,10 @@ from dataclasses import Field, dataclass
 from typing import Any
 
 _BOUNDS, _PLUGIN = "bounds", "plugin"
+LARGEST_COUNT = 2**31 - 1
+"""The largest whole number of a setting without a bound of its own: what 32 bits hold."""
+SMALLEST, LARGEST = 1e-12, 1e12
+"""Numbers but 0 lie between these two: beyond them float32 loses them, or a sum of them."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class Bounds:
             return f"must be greater than {self.gt:g}"
         if self.ge is not None and value < self.ge:
             return f"must be at least {self.ge:g}"
-        if self.le is not None and value > self.le:
-            return f"must be at most {self.le:g}"
+        if value > (highest := self._highest(value)):
+            return f"must be at most {_number(highest)}"
+        if 0 < abs(value) < SMALLEST:
+            return f"is too small to make a difference; the smallest number above 0 is {SMALLEST:g}"
         if self.whole_above_one and value > 1 and value != int(value):
             return "must be a share of one, such as 0.5, or whole ones"
         return None
@@ -52,10 +58,20 @@ class Bounds:
         if self.choices:
             return ", ".join(self.choices)
         if self.ge is not None and self.le is not None:
-            return f"{self.ge:g} to {self.le:g}"
+            return f"{_number(self.ge)} to {_number(self.le)}"
         signs = ((">", self.gt), (">=", self.ge), ("<=", self.le))
-        named = ", ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
+        named = ", ".join(f"{sign} {_number(bound)}" for sign, bound in signs if bound is not None)
         return f"{named}, whole above 1" if self.whole_above_one else named
+
+    def _highest(self, value: float) -> float:
+        if self.le is not None:
+            return self.le
+        return LARGEST_COUNT if isinstance(value, int) else LARGEST
+
+
+def _number(bound: float) -> str:
+    """Write a bound; whole numbers in full."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def bounds(

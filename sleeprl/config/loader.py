@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, cast, get_args, get_type_hints
@@ -60,7 +63,7 @@ def load(
     Raises:
         ConfigError: For a file that cannot be read, an unknown key, or a value that cannot work.
     """
-    layers = [] if path is None else [(f"config file {str(path)!r}: ", _read(path))]
+    layers = [] if path is None else [(f"config file {_shown(path)}: ", _read(path))]
     return _build(layers, overrides, of_model, settings)
 
 
@@ -110,29 +113,49 @@ def _build(
     of_model: ModelSettings | None,
     settings: Mapping[str, Any] | None = None,
 ) -> NightConfig:
-    words, values = _parse_words(overrides), _nest(settings or {})
-    layers = _with_present_keys([*layers, *words, ("", OmegaConf.create(values))])
-    config = _merge(layers)
+    words = [*layers, *_parse_words(overrides)]
+    try:
+        layers = _with_present_keys([*words, ("", OmegaConf.create(_nest(settings or {})))])
+        config = _merge(layers)
+    except RecursionError:
+        raise ConfigError("the configuration is nested too deeply; write it flatter") from None
+    except OmegaConfBaseException as error:  # a value that is no plain data
+        raise ConfigError(_explain(error)) from None
     below = (of_model or {}).get(config.model.name)
     return _merge([("", OmegaConf.create(dict(below))), *layers]) if below else config
 
 
 def _read(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise ConfigError(f"config file {str(path)!r} does not exist; give the path of a YAML file")
     try:
-        layer = OmegaConf.load(path)
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config file {_shown(path)} does not exist; give the path of a YAML file"
+        ) from None
+    except (OSError, TypeError, ValueError) as error:  # no file, no path, or no UTF-8
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(
+            f"config file {_shown(path)} cannot be read: {reason}; give the path of a YAML file"
+        ) from None
+    try:
+        layer = OmegaConf.load(io.StringIO(text))
     except Exception as error:
-        raise ConfigError(f"config file {str(path)!r} is not readable YAML: {error}") from None
+        raise ConfigError(f"config file {_shown(path)} is not readable YAML: {error}") from None
     if not OmegaConf.is_dict(layer):
-        raise ConfigError(f"config file {str(path)!r} holds a list; write key: value lines")
+        raise ConfigError(f"config file {_shown(path)} holds a list; write key: value lines")
     return layer
+
+
+def _shown(path: object) -> str:
+    """Quote a path for a message; of a very long one its beginning."""
+    text = repr(path if isinstance(path, str) else str(path))
+    return text if len(text) <= 200 else f"{text[:80]}...'"
 
 
 def _parse_words(words: Sequence[str]) -> list[Layer]:
     layers = list[Layer]()
     for word in words:
-        name, equals, _ = word.partition("=")
+        name, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(
                 f"{word!r} is neither a config file nor key=value; write for example seed=1"
@@ -140,7 +163,10 @@ def _parse_words(words: Sequence[str]) -> list[Layer]:
         if not is_key(name) and name not in ALIASES:
             raise ConfigError(_unknown_key(name))
         try:
-            layers.append(("", OmegaConf.from_dotlist([word])))
+            layer = OmegaConf.from_dotlist([word])
+            if _type_of(ALIASES.get(name, name)) is str and _is_number(_leaf(layer, name)):
+                OmegaConf.update(layer, name, text)  # a generation's id may look like 3e85
+            layers.append(("", layer))
         except Exception as error:
             raise ConfigError(f"{word!r} is not readable: {str(error).splitlines()[0]}") from None
     return layers
@@ -156,8 +182,19 @@ def _nest(settings: Mapping[str, Any]) -> dict[str, Any]:
         section = nested
         for name in path:
             section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key}: {name} is set as a whole as well; leave one of them out")
         section[leaf] = _to_plain(value)
     return nested
+
+
+def _leaf(layer: Any, key: str) -> Any:
+    """Get a value by its dotted key, with what it refers to not looked up."""
+    return reduce(getitem, key.split("."), cast(Any, OmegaConf.to_container(layer)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float)
 
 
 def _to_plain(value: Any) -> Any:
@@ -204,6 +241,7 @@ def _check_shape(values: Any, default: Any, prefix: str = "") -> None:
     """Raise ConfigError for a plain value where a section, a list or named values must be."""
     for name, value in values.items():
         wanted, key = getattr(default, str(name), None), f"{prefix}{name}"
+        _refuse_missing(key, value)
         if value is None:
             continue
         if is_dataclass(wanted):
@@ -211,12 +249,51 @@ def _check_shape(values: Any, default: Any, prefix: str = "") -> None:
                 suggestion = f"{key}.{fields(wanted)[0].name}={value}"
                 raise ConfigError(f"{key}={value}: {key} is a section; did you mean {suggestion}?")
             _check_shape(value, wanted, f"{key}.")
+        elif isinstance(wanted, bool):
+            _check_truth(key, value, wanted)
         elif isinstance(wanted, list) and not isinstance(value, list):
             raise ConfigError(f"{key}={value}: {key} is a list; write {key}=[{value}]")
-        elif isinstance(wanted, list) and any(isinstance(each, list) for each in value):
-            raise ConfigError(f"{key}={value}: {key} has no lists in it; write {key}=[A, B]")
+        elif isinstance(wanted, list):
+            _check_items(key, value)
         elif isinstance(wanted, dict) and not isinstance(value, dict):
             raise ConfigError(f"{key}={value}: {key} holds named values; write {key}.NAME={value}")
+
+
+def _refuse_missing(key: str, value: Any) -> None:
+    """Refuse OmegaConf's mark for a missing value, wherever it is in a value."""
+    if value == "???":
+        raise ConfigError(f"{key}=??? stands for a missing value; write one, or leave the setting out")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_missing(f"{key}.{name}", item)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_missing(key, item)
+
+
+def _check_truth(key: str, value: Any, default: bool) -> None:
+    """Refuse numbers but 0 and 1 for a truth value; OmegaConf takes every other one for true."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return  # OmegaConf knows the words
+    if number not in (0, 1) or isinstance(value, float):
+        example = f"{key}={str(default).lower()}"
+        raise ConfigError(f"{key}={value} is {_TYPE_PROBLEMS[bool]}; write for example {example}")
+
+
+def _check_items(key: str, items: list[Any]) -> None:
+    """Refuse lists, and named values but the levels of the memory, as items of a list."""
+    if any(isinstance(each, list) for each in items):
+        raise ConfigError(f"{key}={items}: {key} has no lists in it; write {key}=[A, B]")
+    if key == "memory.levels":
+        for each in items:
+            if not isinstance(each, dict):
+                raise ConfigError(
+                    f"{key}={items}: {each!r} is no level; write {key}=[{{period: 5, slots: 5}}]"
+                )
+    elif any(each is None or isinstance(each, dict) for each in items):
+        raise ConfigError(f"{key}={items}: {key} is a list of texts; write {key}=[A, B]")
 
 
 def _explain(error: OmegaConfBaseException, layer: Any = None) -> str:

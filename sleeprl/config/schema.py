@@ -14,6 +14,9 @@ from sleeprl.config.bounds import bounds, choices, plugin
 from sleeprl.memory.levels import UNITS, Clock, Level
 from sleeprl.text.prompts import EXAMPLES
 
+MOST = 4096
+"""The most processes of a kind, or cores of one process, that a night can be meant to have."""
+
 
 class ConfigError(ValueError):
     """Raised for a setting that cannot work; the message names it, its value and a fix."""
@@ -76,13 +79,14 @@ class MemoryConfig:
 @dataclass
 class WakeConfig:
     inputs: list[str] = field(default_factory=list)
-    """JSONL, Parquet or text files of experience, or directories of them. Without any, the day is about
-    fresh people of the embedded world."""
+    """JSONL, JSON, CSV, Parquet, Arrow or text files of experience, or directories of them. Without any,
+    the day is about fresh people of the embedded world. A document that is longer than the model can
+    read is split at sentences."""
     people: int = field(default=20, metadata=bounds(gt=0))
     """How many fresh people the embedded world's day has."""
     people_per_document: int = field(default=2, metadata=bounds(gt=0))
     """How many people share one document at most."""
-    learning_rate: float = field(default=0.0, metadata=bounds(ge=0))
+    learning_rate: float = field(default=0.0, metadata=bounds(ge=0, le=100))
     """Learning rate of wake learning (method, eq. 2). The gradients of the day's documents add up and
     are applied in the night in which level 1 is distilled into the next. With 0 the base does not
     learn in wake."""
@@ -93,7 +97,8 @@ class EvaluationConfig:
     questions: str | None = None
     """JSONL file of ``{question, answer, kind?, experience?}`` about ``wake.inputs``. ``kind`` is
     ``recall`` (the default), ``two_hop``, or ``retention`` of what was known before. ``experience`` is
-    the document that answers the question, for measurements with the text in the prompt."""
+    the document that answers the question, for measurements with the text in the prompt. Several
+    right answers are a list, in ``answer`` or ``answers``."""
     metrics: list[str] = field(default_factory=list, metadata=plugin("metric"))
     """Metrics of the headline table beside the built-in ones: dotted paths of functions that return a
     ``Metric``."""
@@ -125,7 +130,7 @@ class SelfStudyConfig:
     too. For a chat model that rarely writes a question when it is asked for one."""
     question_bank_size: int = field(default=20_000, metadata=bounds(ge=0))
     """How many of its own questions are stored from night to night; 0 stores none."""
-    temperature: float = field(default=0.7, metadata=bounds(gt=0))
+    temperature: float = field(default=0.7, metadata=bounds(ge=0.01, le=100))
     """Sampling temperature. It is below 1, since what is taught must be true before it is varied."""
     max_tokens: int = field(default=64, metadata=bounds(gt=0))
     """Length of the longest text that is written, in tokens."""
@@ -147,7 +152,7 @@ class ConsolidationConfig:
     """Teacher texts about the new experience per step, over all workers."""
     replay_ratio: float = field(default=2.5, metadata=bounds(ge=0))
     """Replay texts per text of the new experience."""
-    learning_rate: float = field(default=1.5e-2, metadata=bounds(gt=0))
+    learning_rate: float = field(default=1.5e-2, metadata=bounds(gt=0, le=100))
     """Highest learning rate, after the warm-up."""
     warmup: int = field(default=10, metadata=bounds(ge=0))
     """Steps over which the learning rate rises; it then falls along a cosine."""
@@ -212,7 +217,7 @@ class ConsolidationConfig:
 class FixedCapacityConfig:
     """The baselines that train every parameter."""
 
-    learning_rate: float = field(default=3e-3, metadata=bounds(gt=0))
+    learning_rate: float = field(default=3e-3, metadata=bounds(gt=0, le=100))
     """Learning rate, tuned for ``fine_tuning`` by ``benchmarks/night.py --tune`` on nights that are not
     reported."""
     learning_rates: dict[str, float] = field(default_factory=dict)
@@ -264,11 +269,11 @@ class DreamingConfig:
     max_staleness: int = field(default=1, metadata=bounds(ge=0))
     """Updates by which the policy that wrote a dream may trail the learner; 0 is the synchronous
     loop."""
-    learning_rate: float = field(default=2e-4, metadata=bounds(gt=0))
+    learning_rate: float = field(default=2e-4, metadata=bounds(gt=0, le=100))
     """Highest learning rate; it rises and falls as that of the consolidation."""
     grad_clip: float = field(default=1.0, metadata=bounds(gt=0))
     """Largest norm of the gradient; a larger one is scaled down to it."""
-    temperature: float = field(default=1.0, metadata=bounds(gt=0))
+    temperature: float = field(default=1.0, metadata=bounds(ge=0.01, le=100))
     """Sampling temperature of dreams."""
     max_tokens: int = field(default=64, metadata=bounds(gt=0))
     """Length of the longest dream, in tokens."""
@@ -276,7 +281,7 @@ class DreamingConfig:
     """A built-in name or the dotted path of a ``Reward``."""
     reward_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward."""
-    reward_timeout_s: float = field(default=30.0, metadata=bounds(gt=0))
+    reward_timeout_s: float = field(default=30.0, metadata=bounds(gt=0, le=1_000_000))
     """Seconds that the reward of one dream may take. Then its process is killed, and the dream stays
     unscored."""
     format: str = field(default="qa", metadata=plugin("dream_format"))
@@ -300,7 +305,7 @@ class DreamingConfig:
     """Estimator of that KL divergence: ``k1``, ``k2`` or ``k3``."""
     importance_weight: ImportanceWeightConfig = field(default_factory=ImportanceWeightConfig)
     loss: DreamingLossConfig = field(default_factory=DreamingLossConfig)
-    trial_learning_rate: float = field(default=0.05, metadata=bounds(gt=0))
+    trial_learning_rate: float = field(default=0.05, metadata=bounds(gt=0, le=100))
     """Learning rate of the trial step of SGD that measures what a dream teaches."""
     trial_questions: int = field(default=8, metadata=bounds(gt=0))
     """Questions of the task on which that trial step is measured."""
@@ -310,27 +315,27 @@ class DreamingConfig:
 class GateConfig:
     max_retention_drop: float = field(default=0.02, metadata=bounds(ge=0, le=1))
     """How far retention may fall, as a share of all questions. Beyond it the night is rolled back."""
-    max_perplexity_ratio: float = field(default=1.25, metadata=bounds(gt=0))
+    max_perplexity_ratio: float = field(default=1.25, metadata=bounds(ge=1))
     """How many times its old value the perplexity of held-out texts may reach. It guards a model
     that hardly answers questions."""
 
 
 @dataclass
 class ResourcesConfig:
-    cpus: int = field(default=0, metadata=bounds(ge=0))
+    cpus: int = field(default=0, metadata=bounds(ge=0, le=MOST))
     """Cores Ray may use; 0 is all of this machine."""
     address: str | None = None
     """Address of the Ray cluster to join (``auto`` on its head node); null starts a local one."""
     engine: str = field(default="vllm", metadata=plugin("engine"))
     """``vllm``, or ``torch``: small, slow and the same to the bit each time; or the dotted path of a
     ``TokenEngine``."""
-    engines: int = field(default=1, metadata=bounds(gt=0))
+    engines: int = field(default=1, metadata=bounds(gt=0, le=MOST))
     """Number of rollout engines, which generate at the same time."""
-    engine_cpus: int = field(default=1, metadata=bounds(gt=0))
+    engine_cpus: int = field(default=1, metadata=bounds(gt=0, le=MOST))
     """Cores of one engine."""
     engine_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
     """GPUs of one engine: a share of one, such as 0.5, or whole ones; 0 is the CPU."""
-    engine_tensor_parallel: int = field(default=1, metadata=bounds(gt=0))
+    engine_tensor_parallel: int = field(default=1, metadata=bounds(gt=0, le=MOST))
     """Processes of one engine that share every layer (vLLM's tensor parallelism). ``engine_cpus`` and
     ``engine_gpus`` count for all of them together, a GPU each."""
     engine_kv_cache_gb: float = field(default=1.0, metadata=bounds(gt=0))
@@ -349,12 +354,12 @@ class ResourcesConfig:
     take turns, and engines sleep while the learner steps. A vLLM engine on a GPU then gives back its
     memory; the learner's weights and optimiser stay, so ``engine_gpu_memory_utilization`` must leave
     room for them."""
-    learner_workers: int = field(default=1, metadata=bounds(gt=0))
+    learner_workers: int = field(default=1, metadata=bounds(gt=0, le=MOST))
     """Processes that share the learner's state and batches (ZeRO-3)."""
-    learner_workers_max: int = field(default=0, metadata=bounds(ge=0))
+    learner_workers_max: int = field(default=0, metadata=bounds(ge=0, le=MOST))
     """Above ``learner_workers``, consolidation is elastic: its workers number between the two, as many
     as the present nodes offer of Ray's custom resource ``sleeprl_learner`` (``cluster/README.md``)."""
-    learner_cpus: int = field(default=1, metadata=bounds(gt=0))
+    learner_cpus: int = field(default=1, metadata=bounds(gt=0, le=MOST))
     """Cores of one worker."""
     learner_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
     """GPUs of one worker, or a share of one; 0 is the CPU."""
@@ -365,25 +370,25 @@ class ResourcesConfig:
     micro_batch_tokens: int = field(default=8192, metadata=bounds(gt=0))
     """Padded tokens in one forward pass of a learner worker. Fewer take less memory and more time; the
     result is the same."""
-    teachers: int = field(default=0, metadata=bounds(ge=0))
+    teachers: int = field(default=0, metadata=bounds(ge=0, le=MOST))
     """Number of actors with the teacher, a second copy of the model. With 0 the learner's own module
     teaches, with its new expert off."""
-    teacher_cpus: int = field(default=1, metadata=bounds(gt=0))
+    teacher_cpus: int = field(default=1, metadata=bounds(gt=0, le=MOST))
     """Cores of one teacher."""
     teacher_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
     """GPUs of one teacher, or a share of one; 0 is the CPU."""
-    scorers: int = field(default=1, metadata=bounds(gt=0))
+    scorers: int = field(default=1, metadata=bounds(gt=0, le=MOST))
     """Number of actors that score dreams: the smaller self's log-probabilities, and what learning from a
     dream would change. Each has a copy of the model in single precision; no core is reserved for it."""
     scorer_gpus: float = field(default=0.0, metadata=bounds(ge=0, whole_above_one=True))
     """GPUs of one scorer, or a share of one; 0 is the CPU."""
-    reward_workers: int = field(default=1, metadata=bounds(gt=0))
+    reward_workers: int = field(default=1, metadata=bounds(gt=0, le=MOST))
     """Number of actors that compute rewards, each in a process of its own and for one dream at a time.
     A slow reward needs more of them, and cores."""
-    max_failures: int = field(default=1, metadata=bounds(ge=0))
+    max_failures: int = field(default=1, metadata=bounds(ge=0, le=MOST))
     """How often in a phase a dead worker group is restarted from its last checkpoint, or a dead engine
     while dreaming."""
-    stall_seconds: float = field(default=120.0, metadata=bounds(gt=0))
+    stall_seconds: float = field(default=120.0, metadata=bounds(gt=0, le=1_000_000))
     """Seconds after which a wait is reported, with what waits for what."""
 
     @property
@@ -424,7 +429,7 @@ class NightConfig:
     """Directory of all runs."""
     generations: str = "generations"
     """Directory of the committed generations."""
-    seed: int = field(default=0, metadata=bounds(ge=0))
+    seed: int = field(default=0, metadata=bounds(ge=0, le=2**32 - 1))
     """Seed of all that is drawn: people, texts, batches, the new expert."""
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sleeprl import plugins
 from sleeprl.config.algorithm_rules import check_algorithms
-from sleeprl.config.bounds import bounds_of, plugin_kind_of
+from sleeprl.config.bounds import LARGEST_COUNT, Bounds, bounds_of, plugin_kind_of
 from sleeprl.config.methods import METHODS
 from sleeprl.config.schema import (
+    MOST,
     ConfigError,
     ConsolidationConfig,
     DreamingConfig,
@@ -26,7 +26,13 @@ from sleeprl.config.schema import (
     get_setting,
     iter_fields,
 )
-from sleeprl.utils.machine import available_cpus
+from sleeprl.config.texts import check_texts, path_exists
+from sleeprl.utils.machine import available_cpus, available_memory
+
+RATE = Bounds(gt=0, le=100)
+"""Bounds of a learning rate."""
+PROCESS_GB = 0.25
+"""Memory in GiB that each process takes before it has loaded a model: Python, torch and Ray."""
 
 
 def validate(config: NightConfig) -> None:
@@ -38,10 +44,12 @@ def validate(config: NightConfig) -> None:
         ConfigError: If a night could not run with this configuration.
     """
     _check_bounds(config)
+    check_texts(config)
     _check_wake(config)
     _check_evaluation(config.evaluation, config.wake.inputs)
     _check_memory(config)
     _check_consolidation(config)
+    _check_self_study(config)
     _check_dreaming(config.dreaming)
     _check_lengths(config)
     check_algorithms(config, builtin_only=True)
@@ -58,7 +66,7 @@ def _check_bounds(config: NightConfig) -> None:
 
 def _check_wake(config: NightConfig) -> None:
     for text in config.wake.inputs:
-        if text != "-" and not Path(text).exists():
+        if text != "-" and not path_exists("wake.inputs", text):
             raise ConfigError(f"wake.inputs: {text!r} does not exist; give a file or a directory")
     rate, memory = config.wake.learning_rate, config.memory
     if rate and len(memory.levels) < 2:
@@ -77,7 +85,7 @@ def _check_evaluation(evaluation: EvaluationConfig, inputs: Sequence[str]) -> No
     questions = evaluation.questions
     if questions is None:
         return
-    if not Path(questions).is_file():
+    if not path_exists("evaluation.questions", questions) or not Path(questions).is_file():
         raise ConfigError(f"evaluation.questions={questions!r} does not exist; give a JSONL file")
     if not inputs:
         raise ConfigError(
@@ -87,6 +95,12 @@ def _check_evaluation(evaluation: EvaluationConfig, inputs: Sequence[str]) -> No
 
 
 def _check_memory(config: NightConfig) -> None:
+    for level in config.memory.levels:
+        given = f"memory.levels: {{period: {level.period}, slots: {level.slots}}}"
+        if level.slots > MOST or level.period > LARGEST_COUNT:
+            raise ConfigError(
+                f"{given} must have at most {MOST} slots and a period of at most {LARGEST_COUNT}"
+            )
     config.memory.clock()
     if config.consolidation.expert_gate and config.memory.growth != "gated_mlp":
         raise ConfigError(
@@ -124,6 +138,27 @@ def _check_consolidation(config: NightConfig) -> None:
         )
 
 
+def _check_self_study(config: NightConfig) -> None:
+    """Check that self-study leaves something to train on, and something to score dreams on."""
+    study, held_out = config.self_study, config.self_study.held_out_share
+    if config.dreaming.enabled and not held_out:
+        raise ConfigError(
+            "self_study.held_out_share=0 with dreaming.enabled=true leaves no question to score a dream "
+            "on; raise the first, for example to 0.2, or set dreaming.enabled=false"
+        )
+    if held_out == 1 and not study.facts_per_document:
+        raise ConfigError(
+            "self_study.held_out_share=1 keeps every pair out of training, and "
+            "self_study.facts_per_document=0 writes nothing else about the day; lower the first"
+        )
+    for name in config.baselines:
+        if name in METHODS and METHODS[name].anchored and not study.replay_questions:
+            raise ConfigError(
+                f"baselines: {name!r} needs the smaller self's own texts, but "
+                "self_study.replay_questions=0; raise it, for example to 100"
+            )
+
+
 def _check_dreaming(dreaming: DreamingConfig) -> None:
     weight = dreaming.importance_weight
     if weight.low > weight.high:
@@ -142,6 +177,9 @@ def _check_dreaming(dreaming: DreamingConfig) -> None:
 
 
 def _check_baselines(baselines: Sequence[str], rates: Mapping[str, float]) -> None:
+    for name in baselines:
+        if baselines.count(name) > 1:
+            raise ConfigError(f"baselines={list(baselines)} names {name!r} twice; leave one out")
     for key, names in (("baselines", baselines), ("fixed_capacity.learning_rates", rates)):
         for name in names:
             if name not in METHODS:
@@ -149,8 +187,8 @@ def _check_baselines(baselines: Sequence[str], rates: Mapping[str, float]) -> No
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METHODS)}"
                 raise ConfigError(f"{key}: unknown method {name!r}; {hint}")
     for name, rate in rates.items():
-        if not (math.isfinite(rate) and rate > 0):
-            raise ConfigError(f"fixed_capacity.learning_rates.{name}={rate} must be greater than 0")
+        if problem := RATE.find_violation(rate):
+            raise ConfigError(f"fixed_capacity.learning_rates.{name}={rate} {problem}")
 
 
 def _check_resources(resources: ResourcesConfig) -> None:
@@ -165,6 +203,7 @@ def _check_resources(resources: ResourcesConfig) -> None:
     _check_elastic(resources)
     if resources.address is None:
         _check_cores(resources)
+        _check_processes(resources)
 
 
 def _check_cores(resources: ResourcesConfig) -> None:
@@ -181,6 +220,18 @@ def _check_cores(resources: ResourcesConfig) -> None:
             f"{apart if teachers else ''} "
             f"= {engines + learners + teachers} cores, but there are {have}; "
             "lower these, or set resources.cpus to share cores on purpose"
+        )
+
+
+def _check_processes(resources: ResourcesConfig) -> None:
+    """Check that this machine has the memory for actors that reserve no core."""
+    scorers, rewards = resources.scorers, resources.reward_workers
+    need, have = (scorers + rewards) * PROCESS_GB, available_memory() / 2**30
+    if need > have:
+        raise ConfigError(
+            f"resources.scorers={scorers} and resources.reward_workers={rewards} are "
+            f"{scorers + rewards} processes, which take at least {need:,.0f} GiB without any model, but "
+            f"this machine has {have:,.0f}; lower them"
         )
 
 

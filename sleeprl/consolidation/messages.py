@@ -30,6 +30,14 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class EarlierSteps:
+    """The steps before the checkpoint that a job resumes from: the driver may have missed some."""
+
+    reports: Sequence[StepReport]
+    """All of them, in order."""
+
+
+@dataclass(frozen=True)
 class JobEnd:
     """The end of the job."""
 
@@ -43,4 +51,4 @@ class JobEnd:
     """Indices of the engines that verifiably have these weights."""
 
 
-Report = WorkersStarted | TrainerReady | StepReport | JobEnd
+Report = WorkersStarted | TrainerReady | StepReport | EarlierSteps | JobEnd

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +29,14 @@ from sleeprl.cluster.waits import WAITS, WaitKind, Watchdog
 from sleeprl.cluster.warm import processes_may_wait
 from sleeprl.config.schema import ResourcesConfig
 from sleeprl.consolidation.job_channel import JobChannel, Work
-from sleeprl.consolidation.messages import JobEnd, Report, StepReport, TrainerReady, WorkersStarted
+from sleeprl.consolidation.messages import (
+    EarlierSteps,
+    JobEnd,
+    Report,
+    StepReport,
+    TrainerReady,
+    WorkersStarted,
+)
 from sleeprl.consolidation.train_loop import Job, TrainWorker, load_data_mix
 from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.trainer.options import TrainerOptions
@@ -210,13 +217,21 @@ class TrainingProcesses:
         may_wait = processes_may_wait(self.resources)
         return may_wait and self.starts <= 1 and self.thread.is_alive()
 
-    def run(self, job: Job, engines: EnginePool, on_step: OnStep) -> JobEnd:
+    def run(
+        self,
+        job: Job,
+        engines: EnginePool,
+        on_step: OnStep,
+        recorded: Collection[int] | None = None,
+    ) -> JobEnd:
         """Run a job to its end.
 
         Args:
             job: The job to train.
             engines: Engines that receive the weights and generate the rollouts.
             on_step: Called with the report of each step, in order.
+            recorded: Steps that an earlier attempt has passed to ``on_step``. Steps before the
+                checkpoint that are not among them are passed first; None leaves them out.
 
         Returns:
             The report of the job's end.
@@ -232,7 +247,7 @@ class TrainingProcesses:
         self._idle = False
         ray.get(self.channel.give.remote(work))
         try:
-            end = self._follow(on_step)
+            end = self._follow(on_step, recorded)
             if end is None:
                 raise self.failures[0]
             ray.get(self.channel.clear.remote())
@@ -243,8 +258,9 @@ class TrainingProcesses:
         engines.record_update(end.version, end.verified)
         return end
 
-    def _follow(self, on_step: OnStep) -> JobEnd | None:
+    def _follow(self, on_step: OnStep, recorded: Collection[int] | None) -> JobEnd | None:
         """Forward the reported steps; return the end of the job, or None if the job has failed."""
+        known = set(recorded or ())
         kind: WaitKind = "start"
         alive = True
         while alive:
@@ -264,7 +280,12 @@ class TrainingProcesses:
                     case TrainerReady():
                         kind = "train"
                     case StepReport():
+                        known.add(report.step)
                         on_step(report)
+                    case EarlierSteps(reports) if recorded is not None:
+                        for missed in [each for each in reports if each.step not in known]:
+                            known.add(missed.step)
+                            on_step(missed)
         WAITS.set_target(self.name, None)
         return None
 

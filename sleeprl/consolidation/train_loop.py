@@ -24,7 +24,7 @@ from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
 from sleeprl.consolidation import student_rollouts as rollouts
 from sleeprl.consolidation.data_mix import DataMix, trained_tokens
 from sleeprl.consolidation.judges import make_judge
-from sleeprl.consolidation.messages import JobEnd, Report, StepReport
+from sleeprl.consolidation.messages import EarlierSteps, JobEnd, Report, StepReport
 from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
 from sleeprl.losses.off_policy import ImportanceWeight
@@ -39,6 +39,7 @@ from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.publish import publish_weights, save_trained
 from sleeprl.trainer.teacher import Teachers
 from sleeprl.trainer.trainer import Trainer
+from sleeprl.utils.files import read_json
 
 POSITION = "position.json"
 
@@ -153,6 +154,8 @@ class TrainWorker:
         """Metrics of rollouts, reported with the next step."""
         self.tokens = 0
         """Trained tokens so far."""
+        self.reports: list[StepReport] = []
+        """All steps so far: checkpoints keep them, because a report may be lost with its receiver."""
         self._restore()
         self.saved_step = self.trainer.steps
 
@@ -243,7 +246,8 @@ class TrainWorker:
         self.tokens += trained_tokens(rows)
         counts = {"trained_tokens": self.tokens, "workers": self.world}
         all_metrics = {**metrics, **self.rollout_metrics, **counts}
-        self.backend.report(StepReport(step + 1, all_metrics))
+        self.reports.append(StepReport(step + 1, all_metrics))
+        self.backend.report(self.reports[-1])
         self.rollout_metrics = {}
 
     def _write_lake(self) -> None:
@@ -267,8 +271,11 @@ class TrainWorker:
                     "tokens": self.tokens,
                     "version": self.engines.version,
                     "student_rows": [asdict(r) for r in self.student_rows],
+                    "reports": [asdict(r) for r in self.reports],
                 }
-                (directory / POSITION).write_text(json.dumps(position))
+                (directory / POSITION).write_text(
+                    json.dumps(position, default=float), encoding="utf-8"
+                )
             checkpoint.save_teacher_cache(self.trainer)
             self.backend.save_checkpoint(step, directory)
         self.saved_step = step
@@ -277,13 +284,15 @@ class TrainWorker:
         with self.backend.latest_checkpoint() as directory:
             if directory is None:
                 return
-            position = json.loads((directory / POSITION).read_text())
+            position = read_json(directory / POSITION)
             if position.get("job", self.job.name) != self.job.name:
                 return  # checkpoint of an earlier job in the same processes
             TrainerCheckpoint(directory).restore(self.trainer)
         self.tokens = position["tokens"]
         self.engines.record_update(max(self.engines.version, position["version"]))
         self.student_rows = [TrainingExample(**r) for r in position["student_rows"]]
+        self.reports = [StepReport(**r) for r in position.get("reports", ())]
+        self.backend.report(EarlierSteps(tuple(self.reports)))
 
     def finish(self) -> None:
         """Publish the final weights to the engines and, if the job has an output, save them."""

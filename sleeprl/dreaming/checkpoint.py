@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sleeprl.utils.files import write_json_atomic
+from sleeprl.utils.files import read_record, write_json_atomic
 
 POSITION = "position.json"
 _KEYS = {
@@ -80,8 +79,10 @@ class DreamingCheckpoint:
         """
         if not (directory / POSITION).is_file():
             return cls(directory, first_version=first_version)
-        values = json.loads((directory / POSITION).read_text())
-        return cls(directory, **{_KEYS[key]: value for key, value in values.items()})
+        return read_record(
+            directory / POSITION,
+            lambda values: cls(directory, **{_KEYS[key]: v for key, v in values.items()}),
+        )
 
 
 def write_group(directory: Path, name: str, batch: pa.RecordBatch) -> None:

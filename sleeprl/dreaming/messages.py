@@ -47,6 +47,8 @@ class StepResult:
     """Metrics for the log; see the reference of metrics."""
     outcomes: Sequence[Outcome]
     """The outcome of each task, for the curriculum."""
+    all_unscored: str = ""
+    """Why the first dream has no reward, if none of the dreams has one."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,12 +30,20 @@ def reward_metrics(dreams: Sequence[Trajectory]) -> dict[str, float]:
     """
     scored = [d.reward for d in dreams if d.reward is not None]
     return {
-        "reward": sum(scored) / max(1, len(scored)),
-        "reward_positive": sum(r > 0 for r in scored) / max(1, len(scored)),
+        # No reward is not a reward of 0.
+        "reward": sum(scored) / len(scored) if scored else math.nan,
+        "reward_positive": sum(r > 0 for r in scored) / len(scored) if scored else math.nan,
         "unscored": float(len(dreams) - len(scored)),
         "gap": sum(_gap(d) for d in dreams) / len(dreams),
         "response_tokens": sum(len(d.response_ids) for d in dreams) / len(dreams),
     }
+
+
+def describe_unscored(dreams: Sequence[Trajectory]) -> str:
+    """Return why the first dream has no reward, if none of the dreams has one; else an empty text."""
+    if not dreams or any(dream.reward is not None for dream in dreams):
+        return ""
+    return dreams[0].unscored or "the dreams have no rewards"
 
 
 def staleness_metrics(

@@ -36,6 +36,7 @@ from sleeprl.dreaming.checkpoint import DreamingCheckpoint
 from sleeprl.dreaming.group_store import GroupStore, Stage
 from sleeprl.dreaming.messages import LoadedGroup, PublishResult, StepResult
 from sleeprl.dreaming.recovery import RecoveryManager
+from sleeprl.dreaming.reward_watch import RewardWatch
 from sleeprl.dreaming.types import Task, build_request
 from sleeprl.rollout.types import RolloutResult
 
@@ -71,6 +72,9 @@ class Pipeline:
     failures: dict[int, Failure] = field(default_factory=dict)
     """The failure of each group that was lost in this tick."""
     needs_recovery: bool = False
+
+    def __post_init__(self) -> None:
+        self.reward_watch = RewardWatch(self.config, self.recovery.on_restart)
 
     @property
     def checkpoint(self) -> DreamingCheckpoint:
@@ -242,11 +246,13 @@ class Pipeline:
         checkpoint.curriculum_state = self.curriculum.call("state_dict")[0]
         checkpoint.version += 1
         checkpoint.num_finished += self.store.counts.learning
-        checkpoint.save()
         self.step = []
         redrawn = self.store.finish_step(self.step_groups)
         sent |= {"groups": self.step_groups, "redrawn": redrawn, "age_seconds": latency.last_ages}
+        # Before the checkpoint: after a kill in between the update is recorded twice, never not.
         on_step(checkpoint.version, {**result.metrics, **sent})
+        self.reward_watch.check(checkpoint.version, result.all_unscored)
+        checkpoint.save()
 
     def _snapshot(self) -> dict[str, Any]:
         """Return all groups outside the running update, by number and stage."""

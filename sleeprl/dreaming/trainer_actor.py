@@ -37,6 +37,7 @@ from sleeprl.dreaming.checkpoint import write_group
 from sleeprl.dreaming.lessons import DREAM, LessonBuilder
 from sleeprl.dreaming.messages import PublishResult, StepResult
 from sleeprl.dreaming.metrics import (
+    describe_unscored,
     pop_agreement,
     reward_metrics,
     staleness_metrics,
@@ -206,7 +207,7 @@ class DreamTrainer(RemoteActor):
         metrics |= reward_metrics(written)
         metrics |= staleness_metrics(dreams, stale, version) | pop_agreement(metrics, DREAM)
         metrics["step_seconds"] = time.monotonic() - began
-        return StepResult(metrics, task_outcomes(written))
+        return StepResult(metrics, task_outcomes(written), describe_unscored(written))
 
     def save(self, directory: str, groups: Mapping[str, Any], stale: Sequence[Any] = ()) -> None:
         """Write the trainer's state, and append the dreams of the last update to the lake.

@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from sleeprl.config.schema import EvaluationConfig
 from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import Trajectory, to_batch
+from sleeprl.evaluation.grading import exact_match, f1
 from sleeprl.evaluation.questions import (
     RETENTION,
     Day,
@@ -21,11 +23,13 @@ from sleeprl.evaluation.questions import (
     is_whole,
 )
 from sleeprl.evaluation.statistics import perplexity
-from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_FACT, with_experience
 from sleeprl.utils.files import write_text_atomic
+
+if TYPE_CHECKING:
+    from sleeprl.rollout.engine_pool import EnginePool
 
 SAMPLED = 0.5
 """Temperature of the sampled answers that test whether the model is consistent."""
@@ -36,8 +40,9 @@ class Measurement:
     """The figures of one state of the model, and the answers behind them."""
 
     figures: dict[str, Any]
-    """The share of right answers by metric, None without questions; ``perplexity`` of the held-out
-    texts; and under ``n`` the number of questions by metric, and of tokens."""
+    """The share of right answers by metric (containment), None without questions; ``perplexity`` of
+    the held-out texts; under ``exact_match`` and ``f1`` these figures by metric; and under ``n`` the
+    number of questions by metric, and of tokens."""
     questions: list[Question]
     prompts: list[list[int]]
     """Token ids of each prompt."""
@@ -58,7 +63,16 @@ class Measurement:
         if self.completions:
             lake.append(to_batch(self._trajectories(path.stem)), TRAJECTORIES)
         rows = [
-            {"kind": q.kind, "question": q.question, "gold": q.answer, "answer": a, "right": ok}
+            {
+                "kind": q.kind,
+                "question": q.question,
+                "gold": q.answer,
+                "alternatives": q.alternatives,
+                "answer": a,
+                "right": ok,
+                "exact": bool(exact_match(a, q.answers)),
+                "f1": f1(a, q.answers),
+            }
             for q, a, ok in zip(self.questions, self.answers, self.right, strict=True)
         ]
         path.parent.mkdir(exist_ok=True)
@@ -118,6 +132,12 @@ def measure(
         marks = [ok for ok, q in zip(right, day.probes, strict=True) if q.kind == key]
         figures[key] = sum(marks) / len(marks) if marks else None
         counts[key] = len(marks)
+    for name, score in (("exact_match", exact_match), ("f1", f1)):
+        figures[name] = {}
+        for key in metrics:
+            pairs = zip(answers, day.probes, strict=True)
+            values = [score(a, q.answers) for a, q in pairs if q.kind == key]
+            figures[name][key] = fmean(values) if values else None
     figures["perplexity"], counts["perplexity"] = measure_perplexity(
         engines, chat, day.texts, max_length - 1, day.answering
     )
@@ -216,7 +236,8 @@ def list_forgotten(before: Path, after: Path) -> list[dict[str, str]]:
         ``question``, and the answers ``before`` and ``after``, in the order of the files.
     """
     rows = [
-        [json.loads(line) for line in path.read_text().splitlines()] for path in (before, after)
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in (before, after)
     ]
     return [
         {"question": old["question"], "before": old["answer"], "after": new["answer"]}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,13 +21,17 @@ from typing import Any
 from sleeprl._version import __version__
 from sleeprl.utils.files import (
     atomic_directory,
+    leftovers,
     locked,
+    read_json,
     sha256_file,
     write_json_atomic,
     write_text_atomic,
 )
 
 MANIFEST = "manifest.json"
+_ID = "[0-9a-f]{16}"
+"""Pattern of an id."""
 
 
 class LineageError(ValueError):
@@ -116,7 +119,7 @@ class LineageStore:
             if (self.root / generation).exists():
                 return generation
             # Leftovers are of killed commits: the lock excludes running ones.
-            for leftover in self.root.glob(".*.tmp/"):
+            for leftover in leftovers(self.root, _ID):
                 shutil.rmtree(leftover)
             parent = None if manifest.parent is None else self.resolve(manifest.parent)
             with atomic_directory(self.root / generation) as directory:
@@ -141,9 +144,17 @@ class LineageStore:
         return generation
 
     def list(self) -> Sequence[Manifest]:
-        """List the manifests of all generations, oldest first."""
-        directories = [file.parent.name for file in self.root.glob(f"[!.]*/{MANIFEST}")]
-        return sorted(map(self._manifest, directories), key=lambda m: (m.created, m.id))
+        """List the manifests of all generations, oldest first, without those of ``unreadable``."""
+        return sorted(self._read_all()[0], key=lambda m: (m.created, m.id))
+
+    def unreadable(self) -> Sequence[str]:
+        """Say which manifests cannot be read and why, one line each; and the same of HEAD."""
+        problems = [str(error) for error in self._read_all()[1]]
+        try:
+            self.head()
+        except LineageError as error:
+            problems.append(str(error))
+        return problems
 
     def get(self, generation: str) -> Manifest:
         """Return the manifest of a generation.
@@ -161,11 +172,15 @@ class LineageStore:
 
         Returns:
             Its manifest, or None.
+
+        Raises:
+            LineageError: The manifest of that generation cannot be read.
         """
-        known = self.list()
+        known = self._ids()
         if model == "HEAD" and known:
             return self.get(model)
-        return next((m for m in known if len(model) >= 4 and m.id.startswith(model)), None)
+        found = next((i for i in known if len(model) >= 4 and i.startswith(model)), None)
+        return None if found is None else self._manifest(found)
 
     def path(self, generation: str) -> Path:
         """Return the checkpoint directory of a generation. It is read-only by convention."""
@@ -181,8 +196,13 @@ class LineageStore:
             head = self.head()
             if head is None:
                 raise LineageError(f"{self.root} has no HEAD yet: nothing has been committed")
+            if head not in self._ids():
+                raise LineageError(
+                    f"{self.root / 'HEAD'} names {head!r}, which is not a generation there; "
+                    f"choose one: `sleeprl rollback ID`. {_known(head, self._ids())}"
+                )
             return head
-        ids = [manifest.id for manifest in self.list()]
+        ids = self._ids()
         matches = [i for i in ids if generation and i.startswith(generation)]
         if len(matches) == 1:
             return matches[0]
@@ -193,9 +213,26 @@ class LineageStore:
         )
 
     def head(self) -> str | None:
-        """Return the id of the current generation; None before the first."""
+        """Return the id of the current generation; None before the first.
+
+        Raises:
+            LineageError: The file HEAD does not hold an id.
+        """
         pointer = self.root / "HEAD"
-        return pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+        if not pointer.exists():
+            return None
+        try:
+            head = pointer.read_bytes().decode().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise LineageError(
+                f"{pointer} cannot be read: {error}; `sleeprl rollback ID` writes it again"
+            ) from error
+        if not head.isalnum():
+            raise LineageError(
+                f"{pointer} is damaged: it holds {head[:40]!r} and no id; `sleeprl rollback ID` "
+                "writes it again"
+            )
+        return head
 
     def set_head(self, generation: str) -> str:
         """Make a generation the current one.
@@ -204,6 +241,8 @@ class LineageStore:
             Its full id.
         """
         generation = self.resolve(generation)
+        if (self.root / "HEAD").is_dir():
+            raise LineageError(f"{self.root / 'HEAD'} is a directory; move it away")
         write_text_atomic(self.root / "HEAD", generation + "\n")
         return generation
 
@@ -242,23 +281,69 @@ class LineageStore:
 
     def tree(self) -> Sequence[Node]:
         """Return the roots of the tree: generations without a known parent, with all descendants."""
-        head = self.head()
+        try:
+            head = self.head()
+        except LineageError:  # one of ``unreadable``
+            head = None
         nodes = {m.id: Node(m, m.id == head, []) for m in self.list()}
         for node in nodes.values():
             if node.manifest.parent in nodes:
                 nodes[node.manifest.parent].children.append(node)
         return [node for node in nodes.values() if node.manifest.parent not in nodes]
 
+    def _ids(self) -> Sequence[str]:
+        """List the ids by the names of the directories, also where a manifest is unreadable."""
+        return sorted(file.parent.name for file in self.root.glob(f"[!.]*/{MANIFEST}"))
+
+    def _read_all(self) -> tuple[Sequence[Manifest], Sequence[LineageError]]:
+        """Read all manifests; returns those that can be read, and the errors of the others."""
+        manifests, errors = [], []
+        for generation in self._ids():
+            try:
+                manifests.append(self._manifest(generation))
+            except LineageError as error:
+                errors.append(error)
+        return manifests, errors
+
     def _manifest(self, generation: str) -> Manifest:
         file = self.root / generation / MANIFEST
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
+            if not isinstance(values, dict):
+                raise ValueError("it is not a JSON object")
             unknown = values.keys() - {f.name for f in fields(Manifest)}
             if unknown:
                 raise ValueError(f"unknown fields {sorted(unknown)}, of a newer sleepRL?")
-            return Manifest(**values)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            manifest = Manifest(**values)
+            _check_types(manifest)
+        except (OSError, ValueError, TypeError) as error:
             raise LineageError(f"{file} cannot be read: {error}") from error
+        if manifest.id != generation:
+            raise LineageError(
+                f"{file} cannot be read: it is of the generation {manifest.id!r}; a generation's "
+                "directory has its id as its name"
+            )
+        return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise ValueError or TypeError where a value is not of its field's kind."""
+    for name in ("config", "seeds", "figures", "slots", "clock", "files"):
+        if not isinstance(getattr(manifest, name), Mapping):
+            raise ValueError(f"{name} is not an object")
+    for name in ("transaction", "base_model", "note", "sleeprl_version", "id", "created"):
+        if not isinstance(getattr(manifest, name), str):
+            raise ValueError(f"{name} is not text")
+    if not isinstance(manifest.parent, str | None):
+        raise ValueError("parent is neither an id nor null")
+    datetime.fromisoformat(manifest.created)
+    if "count" in manifest.slots and not isinstance(manifest.slots.get("used"), Sequence):
+        raise ValueError("slots.used is not a list")
+    for name, entry in manifest.files.items():
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("sha256"), str):
+            raise ValueError(f"files: {name!r} has no sha256")
+        if not isinstance(entry.get("bytes"), int):
+            raise ValueError(f"files: {name!r} has no size in bytes")
 
 
 def _known(wanted: str, ids: Sequence[str]) -> str:
@@ -278,7 +363,9 @@ def _files(directory: Path) -> dict[str, Path]:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_symlink():
-            raise LineageError(f"{name} is a symbolic link; a generation holds files only")
+            raise LineageError(
+                f"{name} is a symbolic link in {directory}; a generation holds files only"
+            )
         if path.is_file() and name != MANIFEST:
             files[name] = path
     return files

@@ -225,9 +225,9 @@ def write_merged(checkpoint: Path, target: Path, slots: Slots, slot: int) -> Slo
         tensors[name] = tensor.index_select(dim, order.clamp(min=0))
         columns_of(tensors[name], dim, merged, slot).zero_()
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config["intermediate_size"] = merged.total_width
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     merged.save(target)
     return merged
 
@@ -238,7 +238,9 @@ def _range(slots: Slots, slot: int) -> range:
 
 def intermediate_size(checkpoint: Path) -> int:
     """Read the MLPs' intermediate size from the checkpoint's configuration."""
-    return int(json.loads((checkpoint / "config.json").read_text())["intermediate_size"])
+    return int(
+        json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["intermediate_size"]
+    )
 
 
 def layer_order(name: str) -> tuple[int, str]:

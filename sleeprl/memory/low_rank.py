@@ -280,6 +280,8 @@ def _write_adapter(directory: Path, factors: Mapping[str, Tensor]) -> None:
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "adapter_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     named = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in factors.items()}
     save_file(named, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})

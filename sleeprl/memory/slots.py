@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from sleeprl.utils.files import read_record
+
 FILE = "slots.json"
 GATED_MLP, LOW_RANK = "gated_mlp", "low_rank"
 
@@ -151,7 +153,7 @@ class Slots:
 
     def save(self, directory: Path) -> None:
         """Write the layout into a checkpoint's directory."""
-        (directory / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        (directory / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(directory: Path) -> Slots | None:
@@ -162,6 +164,9 @@ class Slots:
         path = directory / FILE
         if not path.is_file():
             return None
-        values = json.loads(path.read_text())
-        values.update({key: tuple(values.get(key, ())) for key in ("used", "pools")})
-        return Slots(**values)
+        return read_record(
+            path,
+            lambda values: Slots(
+                **{**values, **{key: tuple(values.get(key, ())) for key in ("used", "pools")}}
+            ),
+        )

@@ -224,7 +224,8 @@ class Night:
 
         self.start_training(job.learner, key)
         assert self._processes is not None
-        end = self._processes.run(job, self.engines, log_step)
+        recorded = self.run.recorded_steps(key)
+        end = self._processes.run(job, self.engines, log_step, recorded)
         if not self._processes.reusable:
             self.stop_training()
         return end

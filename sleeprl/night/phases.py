@@ -21,12 +21,15 @@ from sleeprl.dreaming.launch import DreamingContext, make_tasks, run_dreaming
 from sleeprl.evaluation.measure import ask_own_questions, describe_figures, write_own_texts
 from sleeprl.memory.checkpoint import all_tensors
 from sleeprl.memory.transfer import Merge
+from sleeprl.models.resolve import find_model
 from sleeprl.night.context import DAY, STUDY, TRAIN, Night, OnStep
 from sleeprl.night.gate import commit_generation
+from sleeprl.night.parts import split_day
 from sleeprl.plugins import create
 from sleeprl.self_study import question_bank
 from sleeprl.self_study.sampler import TextSampler
 from sleeprl.self_study.study import describe_study, load_probes, write_rehearsal, write_study
+from sleeprl.text.chat import ChatFormatter
 from sleeprl.trainer.publish import CANARY
 from sleeprl.wake.day import build_day
 from sleeprl.weight_sync.verification import Canary
@@ -86,8 +89,9 @@ class Phase:
 
 
 def meet_day(night: Night) -> Result:
-    """Record the day into the lake, and save its questions."""
+    """Record the day into the lake, and save its documents, long ones in parts, and its questions."""
     day = build_day(night.config, night.lake)
+    day, _ = split_day(day, night.config, ChatFormatter(find_model(night.config)))
     day.save(night.run.dir / DAY)
     return day.counts()
 

@@ -6,7 +6,9 @@ phase that is missing.
 
 from __future__ import annotations
 
-import json
+import fcntl
+import os
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -16,15 +18,56 @@ from typing import Any, TypeVar
 from sleeprl.cluster.waits import WAITS
 from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, NightConfig
-from sleeprl.reporting.metrics_log import MetricsLog
+from sleeprl.night import stored_config
+from sleeprl.night.stored_config import CONFIG
+from sleeprl.reporting.metrics_log import MetricsLog, read_metrics
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.reporting.sinks import SinkRun, SinkThreads
-from sleeprl.utils.files import write_json_atomic, write_text_atomic
+from sleeprl.utils.files import DamagedFile, read_json, write_json_atomic, write_text_atomic
 
 T = TypeVar("T")
-CONFIG, STATE, SUMMARY, METRICS = "config.yaml", "state.json", "summary.json", "metrics.jsonl"
+STATE, SUMMARY, METRICS, LOCK = "state.json", "summary.json", "metrics.jsonl", ".lock"
 LAKE, ANSWERS = "lake", "answers"
 """Directories of the engines' output: all of it as trajectories, and the answers by state."""
+
+
+class RunTaken(ConfigError):
+    """The directory has another run, or another process runs it."""
+
+
+class RunLock:
+    """Held by the process that runs a night; the system releases it if the process dies.
+
+    Where a file system has no locks, nothing is locked.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Take the lock of a run, whose directory is created where it is missing.
+
+        Raises:
+            RunTaken: Another process has it; the message has its pid.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = (directory / LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise RunTaken(
+                f"{directory} is being run by the process {holder}; wait for its end, or stop it "
+                "with Ctrl-C or `kill -INT PID` and then resume"
+            ) from None
+        except OSError:
+            return
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._file.close()
 
 
 class RunDirectory:
@@ -44,16 +87,19 @@ class RunDirectory:
         Args:
             config: The settings of the night.
             progress: The progress display.
+
+        Raises:
+            RunTaken: Another process runs this night.
+            DamagedFile: ``state.json`` cannot be read.
         """
         self.config, self.progress = config, progress
         self.dir = config.run_dir
-        self.dir.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(self.dir / CONFIG, cfg.to_yaml(config))
+        self._lock = RunLock(self.dir)
+        write_text_atomic(self.dir / CONFIG, stored_config.to_text(config))
         self.metrics = MetricsLog(self.dir / METRICS)
         self.state: dict[str, Any] = {"id": uuid.uuid4().hex, "results": {}, "seconds": {}}
         self.state |= {"wall_seconds": 0.0, "starting_seconds": 0.0}
-        if (self.dir / STATE).is_file():
-            self.state |= json.loads((self.dir / STATE).read_text())
+        self.state |= read_state(self.dir)
         self._sinks = SinkThreads(
             config.reporting.sinks,
             SinkRun(self.state["id"], config.name, self.dir, cfg.to_dict(config)),
@@ -138,22 +184,60 @@ class RunDirectory:
         beside = {name.rsplit("/", 1)[-1]: metrics[name] for name in bar_metrics if name in metrics}
         self.progress.update(self._row or key, completed=step, total=total, **beside)
 
+    def recorded_steps(self, key: str) -> set[int]:
+        """Return the steps of a phase that the metrics file has."""
+        rows = read_metrics(self.dir / METRICS)
+        return {row["step"] for row in rows if row.get("phase") == key and "step" in row}
+
     def close(self) -> None:
         """Close the metrics file and the sinks."""
         self.metrics.close()
         self._sinks.close()
+        self._lock.release()
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """Read the ``state.json`` of a run; empty where no phase has finished.
+
+    Raises:
+        DamagedFile: It cannot be read; the message names it.
+    """
+    path = directory / STATE
+    if not path.is_file():
+        return {}
+    state = read_json(path)
+    if not isinstance(state, dict):
+        raise DamagedFile(f"{path} is damaged: it is not a JSON object; restore it from a copy")
+    for key, kind in (("id", str), ("results", dict), ("seconds", dict)):
+        if not isinstance(state.get(key), kind):
+            raise DamagedFile(f"{path} is damaged: {key!r} is missing; restore it from a copy")
+    return state
+
+
+def claim(config: NightConfig) -> None:
+    """Make the directory of a new run this night's: of several that start at once, one gets it.
+
+    Raises:
+        RunTaken: The directory has a run already.
+    """
+    lock = RunLock(config.run_dir)
+    try:
+        refuse_existing(config)
+        write_text_atomic(config.run_dir / CONFIG, stored_config.to_text(config))
+    finally:
+        lock.release()
 
 
 def refuse_existing(config: NightConfig) -> None:
     """Refuse to mix two nights in one directory.
 
     Raises:
-        ConfigError: The directory has a run.
+        RunTaken: The directory has a run.
     """
     path = config.run_dir / CONFIG
     if path.is_file():
         done = (config.run_dir / SUMMARY).is_file()
-        raise ConfigError(
+        raise RunTaken(
             f"name={config.name!r}: {config.run_dir} holds a{' finished' if done else 'n unfinished'} run; "
             + (
                 "give this night another name=..."
@@ -180,14 +264,12 @@ def resume(directory: Path) -> NightConfig:
         directory: The run; it may have been moved.
 
     Raises:
-        ConfigError: It is not the directory of a run.
+        ConfigError: It is not the directory of a run, or its configuration cannot be used.
+        DamagedFile: A file of the run is damaged; the message names it.
     """
-    path = directory / CONFIG
-    if not path.is_file():
+    if not (directory / CONFIG).is_file():
         raise ConfigError(
             f"{str(directory)!r} is not the directory of a run: there is no {CONFIG} in it"
         )
-    config = cfg.load(path)
-    if config.run_dir.resolve() != directory.resolve():
-        config.runs, config.name = str(directory.parent), directory.name
-    return config
+    met = "wake" in read_state(directory).get("results", {})
+    return stored_config.load(directory, inputs_are_read=met)

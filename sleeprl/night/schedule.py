@@ -20,6 +20,26 @@ def parent(config: NightConfig) -> Manifest | None:
     return LineageStore(config.generations).find(config.model.name)
 
 
+def verify_parent(config: NightConfig) -> None:
+    """Compare the generation that the night starts from with its manifest, as a rollback does.
+
+    Raises:
+        ConfigError: A file differs, is missing or does not belong.
+    """
+    store, name = LineageStore(config.generations), config.model.name
+    named = Path(name)
+    if named.is_dir() and named.resolve().parent == store.root.resolve():
+        manifest: Manifest | None = store.get(named.resolve().name)
+    else:
+        manifest = None if named.is_dir() else store.find(name)
+    if manifest is not None and (problems := store.verify(manifest.id)):
+        raise ConfigError(
+            f"model.name={name!r}: the generation {store.root / manifest.id} is not intact: "
+            f"{'; '.join(problems)}. Restore it from a copy, or start from another "
+            "(`sleeprl lineage`)"
+        )
+
+
 def clock_of(config: NightConfig, manifest: Manifest | None) -> Clock:
     """Return the clock at the start of the night: that of the parent generation, or a new one.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleeprl.config.aliases import rename_old_keys
-from sleeprl.lineage.store import LineageStore, Manifest
+from sleeprl.lineage.store import LineageError, LineageStore, Manifest
 from sleeprl.reporting.summary_view import RATES, STATES, Figure, read_figure
 
 if TYPE_CHECKING:
@@ -135,19 +135,24 @@ def compare_weights(
         b: Directory of the other.
         slots_a: Slots in the manifest of ``a``.
         slots_b: Slots in the manifest of ``b``.
+
+    Raises:
+        LineageError: A file cannot be read; the message names it.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     layout = _shared_layout(slots_a, slots_b)
     found = WeightChanges()
     with ExitStack() as stack:
 
         def tensors(directory: Path) -> dict[str, Any]:
-            files = [
-                stack.enter_context(safe_open(file, framework="pt"))
-                for where in (directory, directory / _ADAPTER)
-                for file in sorted(where.glob("*.safetensors"))
-            ]
+            files = []
+            for where in (directory, directory / _ADAPTER):
+                for file in sorted(where.glob("*.safetensors")):
+                    try:
+                        files.append(stack.enter_context(safe_open(file, framework="pt")))
+                    except SafetensorError as error:
+                        raise LineageError(f"{file} is damaged: {error}") from None
             return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
         in_a, in_b = tensors(a), tensors(b)

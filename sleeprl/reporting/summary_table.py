@@ -44,6 +44,8 @@ class BeforeAfterTable:
         yield Text("Before and after the night", style="italic")
         yield from self._fitting_tables([*read_rates(self.summary), PERPLEXITY], console, options)
         yield Flow.of(["95 % intervals", self._questions()], "dim italic")
+        if scores := self._scores():
+            yield Flow.of(scores, "dim italic")
 
     def _fitting_tables(
         self, names: Sequence[str], console: Console, options: ConsoleOptions
@@ -74,6 +76,25 @@ class BeforeAfterTable:
             style = "bold" if state == "after" else ""
             table.add_row(Text(label), *cells, style=style)
         return table
+
+    def _scores(self) -> list[str]:
+        """Return how the answers of the last state score by exact match and by F1.
+
+        The rates of the table are of answers that contain the right one.
+        """
+        states = measured_states(self.summary)
+        block = states[-1][2].get(states[-1][0]) or {} if states else {}
+        exact, f1 = block.get("exact_match") or {}, block.get("f1") or {}
+        scores = [
+            f"{title.lower()} {format_percent(exact[name])} and {format_percent(f1[name])}"
+            for name, title in read_rates(self.summary).items()
+            if exact.get(name) is not None and f1.get(name) is not None
+        ]
+        return (
+            ["rates: answers that contain the right one; exact match and F1:", *scores]
+            if scores
+            else []
+        )
 
     def _questions(self) -> str:
         """Return how many questions were measured of the last state, by rate."""

@@ -127,7 +127,7 @@ def require_shards(checkpoint: Path, ranks: int) -> None:
     """
     if ranks == 1:
         return
-    model = json.loads((checkpoint / "config.json").read_text())
+    model = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     heads = model["num_attention_heads"]
     kv_heads = model.get("num_key_value_heads") or heads
     for name, count in (

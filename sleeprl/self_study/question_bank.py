@@ -8,19 +8,18 @@ neither texts of the day nor answers.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sleeprl.memory.checkpoint import QUESTIONS
-from sleeprl.utils.files import write_json_atomic
+from sleeprl.utils.files import read_record, write_json_atomic
 
 
 def load(directory: Path) -> list[str]:
     """Read the questions, the next to ask first; an empty list for a model without a question bank."""
     path = directory / QUESTIONS
-    return list(json.loads(path.read_text())) if path.is_file() else []
+    return read_record(path, list) if path.is_file() else []
 
 
 def save(questions: Sequence[str], directory: Path) -> None:

@@ -6,14 +6,16 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sleeprl.config.schema import SelfStudyConfig
 from sleeprl.data.trajectory import Trajectory
-from sleeprl.rollout.engine_pool import EnginePool
 from sleeprl.rollout.types import Completion, SamplingParams
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_QA, examples, parse_qa, with_experience
+
+if TYPE_CHECKING:
+    from sleeprl.rollout.engine_pool import EnginePool
 
 
 def build_qa_prompt(chat: ChatFormatter, config: SelfStudyConfig, message: str) -> list[int]:

@@ -12,7 +12,6 @@ document (``write_rehearsal``).
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +39,7 @@ from sleeprl.text.prompts import (
     STUDY_QA,
     with_experience,
 )
-from sleeprl.utils.files import write_json_atomic
+from sleeprl.utils.files import read_record, write_json_atomic
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def describe_study(result: Mapping[str, int]) -> str:
 
 def load_probes(path: Path) -> list[Pair]:
     """Read the probes that ``Study.save`` wrote."""
-    return [Pair(**row) for row in json.loads(path.read_text())["probes"]]
+    return read_record(path, lambda values: [Pair(**row) for row in values["probes"]])
 
 
 def write_study(

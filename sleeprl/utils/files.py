@@ -12,12 +12,15 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def _sibling(path: Path) -> Path:
@@ -90,6 +93,21 @@ def atomic_directory(final_dir: str | Path, *, overwrite: bool = False) -> Itera
     shutil.rmtree(old, ignore_errors=True)
 
 
+def leftovers(parent: Path, name: str) -> list[Path]:
+    """List the directories that killed calls of ``atomic_directory`` left beside ``parent / name``.
+
+    Args:
+        parent: Their directory.
+        name: Pattern of the names of the final directories, as a regular expression.
+    """
+    own = re.compile(rf"\.(?:{name})\.[0-9a-f]{{32}}\.tmp")
+    return [
+        path
+        for path in parent.glob(".*.tmp")
+        if own.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
+
+
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Write UTF-8 text; a reader sees the old text or the new one, never a part."""
     with atomic_path(path) as temporary:
@@ -104,6 +122,48 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     """
     text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text_atomic(path, text + "\n")
+
+
+class DamagedFile(ValueError):
+    """A file that cannot be read as what it must be; the message names it."""
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a file that sleepRL wrote as JSON.
+
+    Raises:
+        DamagedFile: It is not UTF-8 or not JSON; the message names it.
+        OSError: It cannot be opened; the message names it.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)
+        raise DamagedFile(
+            f"{path} is damaged: {reason}; restore it from a copy, or remove what it belongs to"
+        ) from None
+
+
+def read_record(path: str | Path, build: Callable[[Any], T]) -> T:
+    """Read a JSON file and build what it holds.
+
+    Args:
+        path: The file.
+        build: Makes the record of the file's content.
+
+    Raises:
+        DamagedFile: The file is not JSON, or its content is not what is built from; the message
+            names it.
+    """
+    values = read_json(path)
+    try:
+        return build(values)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(
+            f"{path} is damaged: it does not hold what sleepRL writes there ({error!r}); restore it "
+            "from a copy, or remove what it belongs to"
+        ) from None
 
 
 def _plain(value: Any) -> Any:
@@ -129,6 +189,6 @@ def locked(path: str | Path) -> Iterator[None]:
     """Lock the file ``path`` exclusively; the system releases the lock if the process dies."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

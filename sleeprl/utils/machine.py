@@ -20,6 +20,15 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def available_memory() -> int:
+    """Return this machine's memory in bytes, or the limit of this container if that is lower."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdecimal():
+        found.append(int(text))
+    return min(found)
+
+
 def describe_environment() -> dict[str, str]:
     """Describe the environment of a measurement: versions, machine, and in a checkout the commit."""
     found = {
@@ -39,7 +48,7 @@ def describe_environment() -> dict[str, str]:
 def _machine() -> str:
     """Describe architecture, CPU model (on Linux) and cores."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return ", ".join([platform.machine(), *models[:1], f"{available_cpus()} cores"])
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rapidfuzz import fuzz, process, utils
+from rapidfuzz import fuzz, process
 
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.data.experience import Experience, experience_batch, experiences
@@ -15,7 +15,8 @@ from sleeprl.data.lake import EXPERIENCE, Lake
 from sleeprl.evaluation.metrics import add_questions, metrics_of
 from sleeprl.evaluation.questions import RETENTION, Day, Question, read_questions
 from sleeprl.lineage import LineageStore
-from sleeprl.wake.ingest import ingest
+from sleeprl.text.normalise import normalise
+from sleeprl.wake.ingest import ingest, read_experience
 from sleeprl.worlds import people as world
 
 EMBEDDED = "embedded"
@@ -47,8 +48,33 @@ def build_day(config: NightConfig, lake: Lake) -> Day:
     if config.wake.inputs:
         day = _own_day(config, lake, [metric.key for metric in metrics])
     else:
-        day = _embedded_day(config, lake)
+        day = _embedded_day(config)
+        _record(day.documents, lake)
     return add_questions(day, metrics, config.seed)
+
+
+def preview_day(config: NightConfig) -> tuple[Day, list[str]]:
+    """Make the day that ``build_day`` would, but record nothing, and ask no plug-in.
+
+    Args:
+        config: The settings of the night; the inputs are files.
+
+    Returns:
+        The day, and what each of its documents is called in a message.
+
+    Raises:
+        ConfigError: The embedded world has too few people.
+    """
+    if not config.wake.inputs:
+        day = _embedded_day(config)
+        return day, [f"document {n} of the embedded world" for n in range(len(day.documents))]
+    read = {e.uid: e for e in read_experience(config.wake.inputs)}
+    documents = [e.as_text() for e in read.values()]
+    path = config.evaluation.questions
+    questions = (
+        read_questions(Path(path), [m.key for m in metrics_of(config)]) if path is not None else []
+    )
+    return Day(documents, _with_documents(questions, documents)), [e.source for e in read.values()]
 
 
 def _own_day(config: NightConfig, lake: Lake, kinds: Sequence[str]) -> Day:
@@ -58,7 +84,7 @@ def _own_day(config: NightConfig, lake: Lake, kinds: Sequence[str]) -> Day:
     if not documents:
         raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
     path = config.evaluation.questions
-    questions = read_questions(Path(path), kinds) if path else []
+    questions = read_questions(Path(path), kinds) if path is not None else []
     return Day(documents, _with_documents(questions, documents))
 
 
@@ -67,20 +93,22 @@ def _with_documents(questions: Sequence[Question], documents: Sequence[str]) -> 
 
     A question that names its own experience, or that is about earlier knowledge, stays as it is.
     """
-    return [
-        replace(q, experience=_most_similar(f"{q.question} {q.answer}", documents))
-        if q.experience is None and q.kind != RETENTION
-        else q
-        for q in questions
-    ]
+    bare = [q for q in questions if q.experience is None and q.kind != RETENTION]
+    found = dict(zip(map(id, bare), most_similar(bare, documents), strict=True)) if bare else {}
+    return [replace(q, experience=found.get(id(q), q.experience)) for q in questions]
 
 
-def _most_similar(text: str, documents: Sequence[str]) -> str:
-    """Return the document that shares most words with a text."""
-    match = process.extractOne(
-        text, documents, scorer=fuzz.token_set_ratio, processor=utils.default_process
-    )
-    return str(match[0])
+def most_similar(questions: Sequence[Question], documents: Sequence[str]) -> list[str]:
+    """Return for each question the document that shares most words with it and its answer.
+
+    Args:
+        questions: The questions.
+        documents: At least one document.
+    """
+    bags = [normalise(document) for document in documents]
+    queries = [normalise(f"{q.question} {q.answer}") for q in questions]
+    matches = [process.extractOne(query, bags, scorer=fuzz.token_set_ratio) for query in queries]
+    return [documents[match[2]] for match in matches]
 
 
 def _is_native(config: NightConfig) -> bool:
@@ -89,15 +117,23 @@ def _is_native(config: NightConfig) -> bool:
     return (manifest.base_model if manifest else config.model.name) == EMBEDDED
 
 
-def _embedded_day(config: NightConfig, lake: Lake) -> Day:
-    """Build a day of the embedded world."""
-    people = world.fresh_people(config.seed, config.wake.people)
-    documents = world.documents(people, config.seed, config.wake.people_per_document)
+def _record(documents: Sequence[str], lake: Lake) -> None:
+    """Write the documents that the lake does not have yet."""
     recorded = lake.uids(EXPERIENCE)
-    met = [Experience.document(d["text"], source=SOURCE) for d in documents]
+    met = [Experience.document(text, source=SOURCE) for text in documents]
     fresh = [e for e in met if e.uid not in recorded]
     if fresh:
         lake.append(experience_batch(fresh), EXPERIENCE)
+
+
+def _embedded_day(config: NightConfig) -> Day:
+    """Build a day of the embedded world."""
+    if config.wake.people > (most := len(world.names("fresh"))):
+        raise ConfigError(
+            f"wake.people={config.wake.people}, but the embedded world has {most} fresh people; lower it"
+        )
+    people = world.fresh_people(config.seed, config.wake.people)
+    documents = world.documents(people, config.seed, config.wake.people_per_document)
     texts = [d["text"] for d in documents]
     document_of = {name: d["text"] for d in documents for name in d["people"]}
     native = _is_native(config)
@@ -115,5 +151,6 @@ def _embedded_day(config: NightConfig, lake: Lake) -> Day:
         Question(q.text, q.answer, RETENTION, rng.choice(documents)["text"])
         for q in rng.sample(old, min(config.evaluation.retention_questions, len(old)))
     ]
-    held_out = world.old_world_text(config.seed, "heldout", config.evaluation.perplexity_texts)
+    count = min(config.evaluation.perplexity_texts, len(world.old_people()))
+    held_out = world.old_world_text(config.seed, "heldout", count)
     return Day(texts, questions, held_out)

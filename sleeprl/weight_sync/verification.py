@@ -10,7 +10,6 @@ updates stays where it was.
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sleeprl.utils.files import write_json_atomic
+from sleeprl.utils.files import read_record, write_json_atomic
 
 BLOCKS, BLOCK = 8, 1 << 11
 MARGIN = 3.0
@@ -74,7 +73,7 @@ class Canary:
 
     @staticmethod
     def load(path: Path) -> Canary:
-        return Canary(**json.loads(path.read_text()))
+        return read_record(path, lambda values: Canary(**values))
 
 
 @dataclass(frozen=True)

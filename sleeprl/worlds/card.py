@@ -74,7 +74,7 @@ def write_card(directory: Path, run: dict) -> None:
         table="\n".join(f"| {name} | {value} |" for name, value in _flat(figures)),
         run=json.dumps(run, indent=1, default=str),
     )
-    (directory / "README.md").write_text(text)
+    (directory / "README.md").write_text(text, encoding="utf-8")
 
 
 def read_card(directory: Path) -> dict:
@@ -86,7 +86,8 @@ def read_card(directory: Path) -> dict:
     Returns:
         The ``run`` of ``write_card``, with the ``sha256`` of the weights.
     """
-    return json.loads((directory / "README.md").read_text().partition("```json\n")[2].rstrip("`\n"))
+    text = (directory / "README.md").read_text(encoding="utf-8")
+    return json.loads(text.partition("```json\n")[2].rstrip("`\n"))
 
 
 def _describe_training(run: dict) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from sleeprl.evaluation import questions as probes
+from sleeprl.evaluation import grading
 from sleeprl.text.normalise import normalise
 from sleeprl.worlds.people import Facts, Person, entities, old_people
 from sleeprl.worlds.phrasings import PHRASINGS
@@ -45,7 +45,7 @@ def is_correct(answer: str, gold: str) -> bool:
         answer: What the model answered.
         gold: The right value.
     """
-    return probes.is_correct(answer, gold, _rivals(normalise(gold)))
+    return grading.is_correct(answer, gold, _rivals(normalise(gold)))
 
 
 @cache

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import from_batch
-from sleeprl.evaluation.questions import Day, is_correct
+from sleeprl.evaluation.grading import is_correct
+from sleeprl.evaluation.questions import Day
 from sleeprl.lineage import LineageStore
 from sleeprl.memory.checkpoint import EXPERT, WAKE, WEIGHTS
 from sleeprl.memory.expert_update import ExpertUpdate

@@ -112,7 +112,7 @@ def explain(stderr: str, package: str) -> str:
 def _run(command: list[str], package: str, work: Path, progress: Progress) -> None:
     """Run a client with its temporary files in ``work`` too, so that arriving bytes are counted."""
     log = work / "client.log"
-    with open(log, "w+") as stderr, subprocess.Popen(
+    with open(log, "w+", encoding="utf-8") as stderr, subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -129,7 +129,7 @@ def _run(command: list[str], package: str, work: Path, progress: Progress) -> No
             client.kill()
             raise
     if client.returncode:
-        raise CatalogueError(explain(log.read_text(errors="replace"), package))
+        raise CatalogueError(explain(log.read_text(encoding="utf-8", errors="replace"), package))
     progress(_bytes(work))
 
 

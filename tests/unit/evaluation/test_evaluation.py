@@ -13,6 +13,7 @@ from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, EvaluationConfig
 from sleeprl.data.lake import Lake
 from sleeprl.data.trajectory import from_batch
+from sleeprl.evaluation.grading import is_correct
 from sleeprl.evaluation.measure import (
     ask,
     ask_own_questions,
@@ -27,7 +28,6 @@ from sleeprl.evaluation.questions import (
     Question,
     extract_answer,
     grade,
-    is_correct,
     read_questions,
 )
 from sleeprl.lineage import LineageStore, Manifest
@@ -201,6 +201,8 @@ def test_the_context_stands_before_the_question_only_where_it_is_asked_for(
         "two_hop": None,
         "retention": 1.0,
         "perplexity": pytest.approx(math.sqrt(6)),
+        "exact_match": {"recall": 0.5, "two_hop": None, "retention": 1.0},
+        "f1": {"recall": 0.5, "two_hop": None, "retention": 1.0},
         "n": {"recall": 2, "two_hop": 0, "retention": 1, "perplexity": 2},
     }
 

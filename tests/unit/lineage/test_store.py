@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from sleeprl import cli
 from sleeprl.lineage import LineageError, LineageStore, Manifest
+from sleeprl.reporting.lineage_diff import diff_generations
 
 
 @pytest.fixture
@@ -95,7 +98,97 @@ def test_errors(store, tmp_path):
         store.commit(tmp_path, Manifest("", "tiny"))
     (store.path(ids[0]) / "manifest.json").write_text('{"future": 1}')
     with pytest.raises(LineageError, match=r"manifest.json cannot be read: unknown fields"):
-        store.list()
+        store.get(ids[0])
+
+
+def damaged(**fields):
+    def damage(text):
+        return json.dumps(json.loads(text) | fields).encode()
+
+    return damage
+
+
+DAMAGES = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda text: b"",
+    "latin-1": lambda text: text.replace(b"tiny", "tïny".encode("latin-1")),
+    "deep": lambda text: b"[" * 100_000,
+    "a list": lambda text: b"[]",
+    "null": lambda text: b"null",
+    "files a list": damaged(files=["model.safetensors"]),
+    "files without a hash": damaged(files={"model.safetensors": {"bytes": 1}}),
+    "files without a size": damaged(files={"model.safetensors": {"sha256": "0"}}),
+    "no date": damaged(created="yesterday"),
+    "a number for an id": damaged(id=3),
+    "another id": damaged(id="0123456789abcdef"),
+    "slots of another kind": damaged(slots={"count": 3, "used": 1}),
+    "figures of another kind": damaged(figures=[]),
+    "a newer sleepRL's": damaged(colour="blue"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_an_unreadable_manifest_stops_nothing_but_its_own_generation(store, damage):
+    good = commit(store, "1")
+    bad, child = commit(store, "2", good), commit(store, "3", good)
+    store.set_head(child)
+    file = store.path(bad) / "manifest.json"
+    file.write_bytes(damage(file.read_bytes()))
+    assert [m.id for m in store.list()] == [good, child]
+    (problem,) = store.unreadable()
+    assert str(file) in problem
+    assert store.find(child).id == store.find("HEAD").id == child
+    assert store.rollback(good[:8]) == good
+    assert store.path(commit(store, "4", child)).is_dir()
+    for use in (store.get, store.find, store.verify, store.rollback):
+        with pytest.raises(LineageError, match=r"manifest\.json cannot be read"):
+            use(bad)
+    assert store.head() == good
+    done = run("lineage", store)
+    assert (done.exit_code, good[:8] in done.stdout) == (0, True)
+    assert str(file) in done.stderr
+    with pytest.raises(LineageError, match=rf"{store.path(good)}/model.safetensors is damaged"):
+        diff_generations(store, good, child)
+
+
+def run(command, store, *words):
+    return CliRunner().invoke(
+        cli.app, [command, *words, "--root", str(store.root)], env={"COLUMNS": "400"}
+    )
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe\x00", b"", b"a b", b"../..", b"\x1b[31m", b"\x00" * 9])
+def test_a_damaged_head_stops_neither_lineage_nor_rollback(store, text):
+    one, two = commit(store, "1"), commit(store, "2")
+    (store.root / "HEAD").write_bytes(text)
+    assert len(store.tree()) == 2
+    assert str(store.root / "HEAD") in store.unreadable()[0]
+    with pytest.raises(LineageError, match=r"HEAD.*sleeprl rollback ID"):
+        store.resolve("HEAD")
+    assert store.find(two).id == two
+    done = run("rollback", store, one)
+    assert done.exit_code == 0, done.output
+    assert f"HEAD is {one}" in done.stdout and "HEAD" in done.stderr
+    assert store.head() == one and store.unreadable() == []
+
+
+def test_a_head_that_names_no_generation_is_told(store):
+    one = commit(store, "1")
+    (store.root / "HEAD").write_text("0" * 16)
+    with pytest.raises(LineageError, match=rf"HEAD names '0000.*it has {one[:8]}"):
+        store.get("HEAD")
+
+
+@pytest.mark.parametrize(
+    "name", [".mine.tmp", ".editor.0123.tmp", f".{'a' * 16}.tmp", f".notes.{'0' * 32}.tmp"]
+)
+def test_a_commit_leaves_what_is_not_its_own(store, name):
+    other = store.root / name
+    other.mkdir(parents=True)
+    own = store.root / f".{'a' * 16}.{'0' * 32}.tmp"
+    own.mkdir()
+    commit(store, "1")
+    assert other.is_dir() and not own.exists()
 
 
 COMMIT_AND_DIE = """

@@ -133,11 +133,13 @@ def test_files_that_cannot_be_read(tmp_path):
     lake = Lake(tmp_path / "lake")
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "notes").write_text("x")
     (tmp_path / "b.parquet").write_text("x")
     for name, message in {
         "none.txt": "no such file",
         "empty": "no file ending in .jsonl, .parquet",
-        "a.pdf": "cannot tell its format; rename it",
+        "a.pdf": "cannot read this format; convert it",
+        "notes": "cannot tell its format; give it a name ending in",
         "b.parquet": "not a readable Parquet file",
     }.items():
         with pytest.raises(ExperienceError, match=f"{name}: {message}"):
