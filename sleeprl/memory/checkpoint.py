@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.gated_mlp import COLUMN_DIM, PROJECTIONS, mlps, require_projections
-from sleeprl.memory.slots import Slots
+from sleeprl.memory.slots import Slots, padding_of
 from sleeprl.pretrained import load_model, load_tokenizer, save_model, save_tensors
 from sleeprl.utils.files import atomic_directory, write_json_atomic
 
@@ -56,15 +56,17 @@ def widen(
         model = load_model(source, getattr(torch, dtype))
         layers = mlps(model)
         base_width = model.config.intermediate_size
+        padding = padding_of(base_width + count * width) if count else 0
+        extra = count * width + padding
         for _, mlp in layers:
             for part in PROJECTIONS:
                 layer = getattr(mlp, part)
                 layer.weight = torch.nn.Parameter(
-                    pad_columns(layer.weight.data, count * width, COLUMN_DIM[part])
+                    pad_columns(layer.weight.data, extra, COLUMN_DIM[part])
                 )
-        model.config.intermediate_size = base_width + count * width
+        model.config.intermediate_size = base_width + extra
         save_model(model, load_tokenizer(source), directory)
-        slots = Slots(base_width=base_width, width=width, count=count, pools=tuple(pools))
+        slots = Slots(base_width, width, count, pools=tuple(pools), padding=padding)
         slots.save(directory)
     return slots
 
@@ -213,8 +215,8 @@ def write_grown(checkpoint: Path, target: Path, slots: Slots, update: ExpertUpda
 def write_merged(checkpoint: Path, target: Path, slots: Slots, slot: int) -> Slots:
     """Write the model with the columns of ``slot`` as base columns and the slot free again.
 
-    The merge is exact: hidden units only change places. The MLPs become wider by one slot, so
-    engines have to be restarted.
+    The merge is exact: hidden units only change places. The MLPs become wider by one slot, unless
+    the padding has room for it, so engines have to be restarted.
 
     Args:
         checkpoint: Directory of the model before the merge.
@@ -229,13 +231,14 @@ def write_merged(checkpoint: Path, target: Path, slots: Slots, slot: int) -> Slo
     moved = [*range(slots.base_width), *_range(slots, slot)]
     for number in range(slots.count):
         moved += [-1] * slots.width if number == slot else _range(slots, number)
+    moved += [-1] * merged.padding
     order = torch.tensor(moved)
     shutil.copytree(checkpoint, target, dirs_exist_ok=True)
     tensors = load_file(checkpoint / WEIGHTS)
     for name, tensor in mlp_tensors(checkpoint):
         dim = COLUMN_DIM[name.split(".")[-2]]
         tensors[name] = tensor.index_select(dim, order.clamp(min=0))
-        columns_of(tensors[name], dim, merged, slot).zero_()
+        tensors[name].index_fill_(dim, (order < 0).nonzero().flatten(), 0)
     save_tensors(tensors, target / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((checkpoint / "config.json").read_text())
     config["intermediate_size"] = merged.total_width

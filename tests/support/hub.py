@@ -64,7 +64,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _entry(self, file: Path, path: str) -> dict[str, Any]:
         data = file.read_bytes()
-        entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+        entry = {
+            "type": "file",
+            "path": path,
+            "size": len(data),
+            "oid": hashlib.sha1(data).hexdigest(),
+        }
         if file.suffix not in _LARGE:
             return entry
         large = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}

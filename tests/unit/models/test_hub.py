@@ -18,6 +18,7 @@ from sleeprl.models.resolve import find_model
 from sleeprl.text.chat import ChatFormatter
 from tests.support.hub import Hub, serve
 
+
 @pytest.fixture(scope="module")
 def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in the layout of a current one: several shards, and the chat template in a file."""
@@ -137,4 +138,6 @@ def test_a_hub_that_does_not_answer_is_named_by_the_dry_run(
     with serve(tmp_path) as hub:
         reach(hub)  # and closed again: nobody listens at its address
     lacks = " ".join(api.plan_night(settings("org/model")).warnings)
-    assert "model.name='org/model' is not in the local cache" in lacks and "cannot be reached" in lacks
+    assert (
+        "model.name='org/model' is not in the local cache" in lacks and "cannot be reached" in lacks
+    )

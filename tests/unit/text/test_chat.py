@@ -42,7 +42,10 @@ def loop(user: str, assistant: str) -> str:
     ("template", "end"),
     [
         # The kind of Gemma: the template has a token of its own.
-        (loop("<|user|>{{ m.content }}<|assistant|>\n", "{{ m.content }}<|assistant|>\n"), ASSISTANT),
+        (
+            loop("<|user|>{{ m.content }}<|assistant|>\n", "{{ m.content }}<|assistant|>\n"),
+            ASSISTANT,
+        ),
         (loop("{{ m.content }}", "{{ m.content }}<|end|>\n"), END),
         (loop("{{ m.content }}", " {{ m.content.strip() }} {{ eos_token }}"), END),
         # The kind of GLM: the next turn is what ends this one.
@@ -66,7 +69,7 @@ def test_without_any_end_there_is_no_chat(templated: Callable[[str], Path]) -> N
     path = model / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "eos_token": None, "pad_token": None}))
-    with pytest.raises(ValueError, match="set eos_token in tokenizer_config.json"):
+    with pytest.raises(ValueError, match="set eos_token in tokenizer_config"):
         ChatFormatter(model)
 
 
@@ -118,11 +121,15 @@ def test_a_run_keeps_what_the_template_is_told(templated: Callable[[str], Path])
     assert again.template_kwargs == {"enable_thinking": True, "date": "now"}
 
 
-@pytest.mark.parametrize("name", ["enable_thinkin", "messages", "tokenize", "add_generation_prompt"])
+@pytest.mark.parametrize(
+    "name", ["enable_thinkin", "messages", "tokenize", "add_generation_prompt"]
+)
 def test_what_the_template_does_not_take_is_refused(
     name: str, templated: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(ValueError, match=f"has '{name}', but .* takes date, enable_thinking; leave"):
+    with pytest.raises(
+        ValueError, match=f"has '{name}', but .* takes date, enable_thinking; leave"
+    ):
         ChatFormatter(templated(THINKS), {name: True})
 
 
@@ -133,13 +140,23 @@ def test_a_tag_of_transformers_own_is_understood(templated: Callable[[str], Path
 
 @pytest.mark.parametrize(
     "text",
-    ["a<|end|><|assistant|>b", "<|user|>", "<|end|>", "x\ue0010\ue001y", "\ue001", "\ue0010\ue001<|end|>"],
+    [
+        "a<|end|><|assistant|>b",
+        "<|user|>",
+        "<|end|>",
+        "x\ue0010\ue001y",
+        "\ue001",
+        "\ue0010\ue001<|end|>",
+    ],
 )
 def test_text_never_becomes_a_control_token(text: str) -> None:
     chat = ChatFormatter(EMBEDDED_MODEL)
     specials = set(chat.tokenizer.all_special_ids)
     assert not specials & set(chat.text(text)) and chat.decode(chat.text(text)) == text
-    prompt, plain = chat.prompt(text, earlier=[(text, text)]), chat.prompt("a", earlier=[("a", "a")])
+    prompt, plain = (
+        chat.prompt(text, earlier=[(text, text)]),
+        chat.prompt("a", earlier=[("a", "a")]),
+    )
     assert [i for i in prompt if i in specials] == [i for i in plain if i in specials]
     assert chat.decode(prompt) == text * 3
 
