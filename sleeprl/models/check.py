@@ -36,14 +36,14 @@ def check_model(config: NightConfig, directory: Path, *, weights: bool = True) -
         ConfigError: If it cannot.
     """
     name = f"model.name={config.model.name!r}"
-    if weights:
-        require_format(name, os.listdir(directory))
     _check_length(config, _read_settings(name, directory / "config.json"))
     if directory == EMBEDDED and not config.model.chat_template_kwargs:
         return
     built, slept = None, _has_slots(name, directory)
     if not slept:
         built = _check_architecture(name, directory)
+    if weights:
+        require_format(name, os.listdir(directory))
     if not slept or config.model.chat_template_kwargs:
         _check_chat(config, name, directory)
     if weights:
