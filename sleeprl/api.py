@@ -188,8 +188,8 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
 
     Args:
         config: What ``load_config`` returned, or a ``NightConfig`` built in Python.
-        read_inputs: Read the inputs, the questions and the model. A model that is not on this
-            machine is not fetched. A run that is resumed has read them already.
+        read_inputs: Read the inputs, the questions and the model. No weights are
+            fetched. A run that is resumed has read them already.
 
     Raises:
         ConfigError: A setting cannot work.
@@ -203,9 +203,9 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
     validate_plugins(config)
     costs, warnings = list[tuple[str, str]](), list[str]()
     if read_inputs:
-        _read_inputs(config)
-        costs, warnings = _estimate(config)
-        warnings += _name_left_out(config)
+        warnings = _read_inputs(config)
+        costs, more = _estimate(config)
+        warnings += more + _name_left_out(config)
     have = config.resources
     learner = f"{have.learner_workers} x ({have.learner_cpus} cores, {have.learner_gpus:g} GPUs)"
     beside = (
@@ -253,11 +253,14 @@ def run_night(
     refuse_existing(config)
     validate_plugins(config)
     from sleeprl.cluster.runtime import require_gpus
-    from sleeprl.models.resolve import check_model, find_model
+    from sleeprl.models.check import check_model
+    from sleeprl.models.resolve import describe_model, find_model
     from sleeprl.night.preview import preview_night
 
     require_gpus(config.resources)
     verify_parent(config)
+    if (described := describe_model(config)) is not None:  # before gigabytes are fetched
+        check_model(config, described, weights=False)
     check_model(config, model := find_model(config))  # fetched before anything starts
     preview_night(config, model)
     claim(config)
@@ -365,11 +368,17 @@ def _prepare_process() -> None:
         os.environ.setdefault(name, value)
 
 
-def _read_inputs(config: NightConfig) -> None:
-    """Read what a night would: the inputs, the questions, the model. Nothing is fetched."""
+def _read_inputs(config: NightConfig) -> list[str]:
+    """Read what a night would: the inputs, the questions, the model. No weights are fetched.
+
+    Returns:
+        What this machine lacks.
+    """
     from sleeprl.evaluation.metrics import metrics_of
     from sleeprl.evaluation.questions import read_questions
-    from sleeprl.models.resolve import check_model, local_model
+    from sleeprl.models.check import check_model
+    from sleeprl.models.hub import HubUnreachable
+    from sleeprl.models.resolve import describe_model, local_model
     from sleeprl.night.schedule import verify_parent
     from sleeprl.wake.ingest import read_experience
 
@@ -383,6 +392,13 @@ def _read_inputs(config: NightConfig) -> None:
         read_questions(Path(config.evaluation.questions), kinds)
     if model is not None:
         check_model(config, model)
+        return []
+    try:
+        if (described := describe_model(config)) is not None:
+            check_model(config, described, weights=False)
+    except HubUnreachable as error:
+        return [str(error)]
+    return []
 
 
 def _name_left_out(config: NightConfig) -> list[str]:

@@ -31,7 +31,8 @@ from sleeprl.config import loader as cfg
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.config.validation import validate_plugins
 from sleeprl.models.catalogue import CATALOGUE
-from sleeprl.models.resolve import check_model, find_model
+from sleeprl.models.check import check_model
+from sleeprl.models.resolve import find_model
 from sleeprl.night.context import Night
 from sleeprl.night.orchestrator import run_evening
 from sleeprl.night.phases import PHASES, rows_of, run_transfer

@@ -262,7 +262,9 @@ def _check_shape(values: Any, default: Any, prefix: str = "") -> None:
 def _refuse_missing(key: str, value: Any) -> None:
     """Refuse OmegaConf's mark for a missing value, wherever it is in a value."""
     if value == "???":
-        raise ConfigError(f"{key}=??? stands for a missing value; write one, or leave the setting out")
+        raise ConfigError(
+            f"{key}=??? stands for a missing value; write one, or leave the setting out"
+        )
     if isinstance(value, dict):
         for name, item in value.items():
             _refuse_missing(f"{key}.{name}", item)

@@ -31,6 +31,9 @@ class ModelConfig:
     """``float32``, ``bfloat16``, or ``auto``: bfloat16 on a GPU, float32 on the CPU."""
     max_length: int = field(default=512, metadata=bounds(gt=0))
     """Length of the longest sequence, prompt and response together, in tokens."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the model's chat template, such as ``{enable_thinking: true}``. Thinking is off where
+    the template can switch it. A generation keeps them."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sleeprl.consolidation.imitation_reward import semantic
 from sleeprl.plugins import create
+from sleeprl.pretrained import load_encoder, load_tokenizer
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import NO, SAME_MEANING, YES
 from sleeprl.trainer.batching import TrainingExample
@@ -58,10 +59,8 @@ class Embedding:
                 embedding is the mean of its last hidden states.
             threshold: Minimum cosine similarity.
         """
-        from transformers import AutoModel, AutoTokenizer
-
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        self.model: Any = AutoModel.from_pretrained(model).eval()
+        self.tokenizer: Any = load_tokenizer(model)
+        self.model: Any = load_encoder(model).eval()
         self.threshold = threshold
 
     def __call__(self, pairs: Pairs) -> list[float]:

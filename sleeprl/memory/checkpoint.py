@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.gated_mlp import COLUMN_DIM, PROJECTIONS, mlps, require_projections
-from sleeprl.memory.slots import Slots
-from sleeprl.utils.files import atomic_directory
+from sleeprl.memory.slots import Slots, padding_of
+from sleeprl.pretrained import load_model, load_tokenizer, save_model, save_tensors
+from sleeprl.utils.files import atomic_directory, write_json_atomic
 
 WEIGHTS = "model.safetensors"
 EXPERT = "expert.safetensors"
@@ -46,30 +47,43 @@ def widen(
     Returns:
         The slot layout of ``target``.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     existing = Slots.load(source)
     with atomic_directory(target, overwrite=True) as directory:
         if existing is not None:
             shutil.copytree(source, directory, dirs_exist_ok=True)
             (directory / "manifest.json").unlink(missing_ok=True)
             return existing
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        model = load_model(source, getattr(torch, dtype))
         layers = mlps(model)
         base_width = model.config.intermediate_size
+        padding = padding_of(base_width + count * width) if count else 0
+        extra = count * width + padding
         for _, mlp in layers:
             for part in PROJECTIONS:
                 layer = getattr(mlp, part)
                 layer.weight = torch.nn.Parameter(
-                    pad_columns(layer.weight.data, count * width, COLUMN_DIM[part])
+                    pad_columns(layer.weight.data, extra, COLUMN_DIM[part])
                 )
-        model.config.intermediate_size = base_width + count * width
-        model.save_pretrained(directory, max_shard_size="1TB")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        tokenizer.save_pretrained(directory)
-        slots = Slots(base_width=base_width, width=width, count=count, pools=tuple(pools))
+        model.config.intermediate_size = base_width + extra
+        save_model(model, load_tokenizer(source), directory)
+        slots = Slots(base_width, width, count, pools=tuple(pools), padding=padding)
         slots.save(directory)
     return slots
+
+
+def stop_at(directory: Path, token: int) -> None:
+    """Make engines stop at a token: the end of a turn, which need not be the checkpoint's own stop.
+
+    Args:
+        directory: The checkpoint.
+        token: Id of the token, added to those of ``generation_config.json``.
+    """
+    path = directory / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stops = settings.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if token not in stops:
+        write_json_atomic(path, {**settings, "eos_token_id": [*stops, token]})
 
 
 def scatter_columns(name: str, tensor: Tensor, slots: Slots) -> Tensor:
@@ -193,7 +207,7 @@ def write_grown(checkpoint: Path, target: Path, slots: Slots, update: ExpertUpda
     shutil.copytree(checkpoint, target, dirs_exist_ok=True)
     tensors = load_file(checkpoint / WEIGHTS)
     tensors.update(fold(checkpoint, slots, update))
-    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, target / WEIGHTS, metadata={"format": "pt"})
     grown.save(target)
     return grown
 
@@ -201,8 +215,8 @@ def write_grown(checkpoint: Path, target: Path, slots: Slots, update: ExpertUpda
 def write_merged(checkpoint: Path, target: Path, slots: Slots, slot: int) -> Slots:
     """Write the model with the columns of ``slot`` as base columns and the slot free again.
 
-    The merge is exact: hidden units only change places. The MLPs become wider by one slot, so
-    engines have to be restarted.
+    The merge is exact: hidden units only change places. The MLPs become wider by one slot, unless
+    the padding has room for it, so engines have to be restarted.
 
     Args:
         checkpoint: Directory of the model before the merge.
@@ -217,14 +231,15 @@ def write_merged(checkpoint: Path, target: Path, slots: Slots, slot: int) -> Slo
     moved = [*range(slots.base_width), *_range(slots, slot)]
     for number in range(slots.count):
         moved += [-1] * slots.width if number == slot else _range(slots, number)
+    moved += [-1] * merged.padding
     order = torch.tensor(moved)
     shutil.copytree(checkpoint, target, dirs_exist_ok=True)
     tensors = load_file(checkpoint / WEIGHTS)
     for name, tensor in mlp_tensors(checkpoint):
         dim = COLUMN_DIM[name.split(".")[-2]]
         tensors[name] = tensor.index_select(dim, order.clamp(min=0))
-        columns_of(tensors[name], dim, merged, slot).zero_()
-    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        tensors[name].index_fill_(dim, (order < 0).nonzero().flatten(), 0)
+    save_tensors(tensors, target / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config["intermediate_size"] = merged.total_width
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sleeprl.memory.slots import Slots
+from sleeprl.pretrained import load_model
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 COLUMN_DIM = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
@@ -359,10 +360,8 @@ def load_training_form(
         ValueError: One of ``teacher_only_slots`` is not in use.
         UnsupportedModel: The model has no gated MLPs.
     """
-    from transformers import AutoModelForCausalLM
-
     slots.require_used(teacher_only_slots)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    model: nn.Module = load_model(directory, dtype)
     cut = {
         slot: [(name, _cut(mlp, slots.columns(slot))) for name, mlp in mlps(model)]
         for slot in sorted(teacher_only_slots)

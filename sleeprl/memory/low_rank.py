@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sleeprl.memory.checkpoint import WAKE, WEIGHTS, columns_of, mlp_tensors
@@ -31,6 +31,7 @@ from sleeprl.memory.gated_mlp import (
     require_projections,
 )
 from sleeprl.memory.slots import FILE, LOW_RANK, Slots
+from sleeprl.pretrained import load_model, load_tokenizer, save_model, save_tensors
 from sleeprl.utils.files import atomic_directory
 
 ADAPTER = "adapter"
@@ -62,15 +63,13 @@ class LowRankGrowth:
     def add_slots(
         self, source: Path, target: Path, pools: Sequence[int], width: int, dtype: str
     ) -> Slots:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         existing = Slots.load(source)
         with atomic_directory(target, overwrite=True) as directory:
             if existing is not None:
                 shutil.copytree(source, directory, dirs_exist_ok=True)
                 (directory / "manifest.json").unlink(missing_ok=True)
                 return existing
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+            model = load_model(source, getattr(torch, dtype))
             slots = Slots(0, width, sum(pools), (), tuple(pools), LOW_RANK)
             empty: dict[str, Tensor] = {}
             for name, mlp in mlps(model):
@@ -81,8 +80,7 @@ class LowRankGrowth:
                         ("lora_B", (weight.shape[0], slots.total_width)),
                     ):
                         empty[f"{name}.{part}.{factor}.weight"] = weight.new_zeros(shape)
-            model.save_pretrained(directory, max_shard_size="1TB")
-            AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+            save_model(model, load_tokenizer(source), directory)
             _write_adapter(directory / ADAPTER, empty)
             slots.save(directory)
         return slots
@@ -95,10 +93,8 @@ class LowRankGrowth:
         teacher_only_slots: Collection[int] = (),
         wake_gradients: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
         slots.require_used(teacher_only_slots)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model: nn.Module = load_model(directory, dtype)
         apply_in_larger_self(model, wake_gradients or {})
         factors = _read_adapter(directory)
         for slot in slots.used:
@@ -255,7 +251,7 @@ def _merge(
 def _write_weights(checkpoint: Path, target: Path, changed: Iterator[tuple[str, Tensor]]) -> None:
     tensors = load_file(checkpoint / WEIGHTS)
     tensors.update(changed)
-    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, target / WEIGHTS, metadata={"format": "pt"})
 
 
 def _read_adapter(checkpoint: Path) -> dict[str, Tensor]:
@@ -284,4 +280,4 @@ def _write_adapter(directory: Path, factors: Mapping[str, Tensor]) -> None:
         json.dumps(config, indent=2) + "\n", encoding="utf-8"
     )
     named = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in factors.items()}
-    save_file(named, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_tensors(named, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -19,11 +19,21 @@ from pathlib import Path
 from sleeprl.utils.files import read_record
 
 FILE = "slots.json"
+MULTIPLE, NARROW = 256, 1024
+"""Grown MLPs have a multiple of so many hidden units, unless they have fewer than ``NARROW``."""
 GATED_MLP, LOW_RANK = "gated_mlp", "low_rank"
 
 
 class PoolFull(RuntimeError):
     """A level without a free slot; one has to be emptied before the level can take another expert."""
+
+
+def padding_of(width: int) -> int:
+    """Return how many columns an MLP lacks to a width that quantisers and FP8 kernels take.
+
+    Models with narrow MLPs, such as the embedded one, are not padded.
+    """
+    return -width % MULTIPLE if width >= NARROW else 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,8 @@ class Slots:
     contiguous. By default one level has them all."""
     growth: str = GATED_MLP
     """Kind of expert in the slots: the name of a ``growth.Growth``."""
+    padding: int = 0
+    """Zero columns behind the last slot, which nothing is ever written to (``padding_of``)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pools", self.pools or (self.count,))
@@ -57,8 +69,8 @@ class Slots:
 
     @property
     def total_width(self) -> int:
-        """Number of columns, or ranks, of the base and all slots."""
-        return self.base_width + self.count * self.width
+        """Number of columns, or ranks, of the base, all slots, and the padding."""
+        return self.base_width + self.count * self.width + self.padding
 
     # --- levels -------------------------------------------------------------------
 
@@ -141,8 +153,11 @@ class Slots:
         Hidden units of a gated MLP become base columns, so the pool moves up by the width of a
         slot. A low-rank expert is added to the base weights, whose size does not change.
         """
-        grown = self.width if self.growth == GATED_MLP else 0
-        return replace(self.freed([slot]), base_width=self.base_width + grown)
+        if self.growth != GATED_MLP:
+            return self.freed([slot])
+        base = self.base_width + self.width
+        padding = padding_of(base + self.count * self.width)
+        return replace(self.freed([slot]), base_width=base, padding=padding)
 
     def require_used(self, slots: Collection[int]) -> None:
         """Raise ValueError unless all of ``slots`` are in use."""
@@ -153,7 +168,11 @@ class Slots:
 
     def save(self, directory: Path) -> None:
         """Write the layout into a checkpoint's directory."""
-        (directory / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        values = asdict(self)
+        if not self.padding:
+            del values["padding"]
+        text = json.dumps(values, indent=2) + "\n"
+        (directory / FILE).write_text(text, encoding="utf-8")
 
     @staticmethod
     def load(directory: Path) -> Slots | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sleeprl.memory.gated_mlp import COLUMN_DIM, PROJECTIONS, mlps, projection
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import GATED_MLP, Slots
+from sleeprl.pretrained import load_model
 
 Tensors = Mapping[str, Tensor]
 
@@ -44,10 +45,8 @@ def wake_gradient(
     Returns:
         Float32 tensors of the MLP projections by checkpoint name, on the CPU.
     """
-    from transformers import AutoModelForCausalLM
-
     device = torch.device("cuda" if gpu else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device)
+    model = load_model(checkpoint, torch.float32).to(device)
     slots = Slots.load(checkpoint)
     if slots is not None:  # low-rank experts are stored beside the weights, not in them
         dense = dict(growth_of(slots).tensors(checkpoint, slots))

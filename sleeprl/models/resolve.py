@@ -1,17 +1,16 @@
-"""Find the checkpoint of ``model.name``, check it, and choose its number format."""
+"""Find the checkpoint of ``model.name``, and choose its number format."""
 
 from __future__ import annotations
 
 import difflib
-import textwrap
+import os
 from pathlib import Path
 
 from sleeprl.config.schema import ConfigError, NightConfig, ResourcesConfig
 from sleeprl.lineage import LineageError, LineageStore
 from sleeprl.models.catalogue import CATALOGUE, cached, fetch
-from sleeprl.text.chat import ChatFormatter
-
-EMBEDDED = Path(__file__).parents[1] / "worlds" / "embedded"
+from sleeprl.models.check import EMBEDDED
+from sleeprl.models.hub import fetch_description, fetch_model, require_format
 
 
 def find_model(config: NightConfig) -> Path:
@@ -29,16 +28,18 @@ def find_model(config: NightConfig) -> Path:
         return here
     if name in CATALOGUE:
         return fetch(CATALOGUE[name])
-    from huggingface_hub import snapshot_download
+    return fetch_model(name)
 
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-        )
-    except Exception as error:
-        raise ConfigError(
-            f"model.name={name!r} cannot be fetched from the Hugging Face hub: {error}"
-        ) from None
+
+def describe_model(config: NightConfig) -> Path | None:
+    """Find what describes a model on the hub, all but its weights; None for any other model.
+
+    Raises:
+        ConfigError: The hub has no such model, or cannot be reached (``HubUnreachable``).
+    """
+    if local_model(config) is not None or config.model.name in CATALOGUE:
+        return None
+    return fetch_description(config.model.name)
 
 
 def local_model(config: NightConfig) -> Path | None:
@@ -52,10 +53,10 @@ def local_model(config: NightConfig) -> Path | None:
         return EMBEDDED
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ConfigError(
-                f"model.name={name!r} is a directory without config.json; give a checkpoint"
-            )
+            require_format(f"model.name={name!r}", os.listdir(name))
         return Path(name)
+    if Path(name).is_file():
+        require_format(f"model.name={name!r}", [Path(name).name])
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ConfigError(
             f"model.name={name!r}: no such directory; give that of a checkpoint, written out"
@@ -76,44 +77,6 @@ def local_model(config: NightConfig) -> Path | None:
                 f"directory, a Hugging Face id (organisation/name), or a generation, but: {error}"
             ) from None
     return None
-
-
-def check_model(config: NightConfig, directory: Path) -> None:
-    """Check that a checkpoint can sleep: its architecture and its chat template.
-
-    It is built without weights (on the meta device), which takes seconds, most of them to
-    import torch. The embedded model is known to be good, and so is one that has slept.
-
-    Raises:
-        ConfigError: If it cannot.
-    """
-    from sleeprl.memory.slots import Slots
-
-    if directory == EMBEDDED or Slots.load(directory) is not None:
-        return
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from sleeprl.memory.gated_mlp import FAMILIES, UnsupportedModel, mlps
-
-    name = f"model.name={config.model.name!r}"
-    try:
-        shape = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        with torch.device("meta"):
-            mlps(AutoModelForCausalLM.from_config(shape, trust_remote_code=False))
-    except UnsupportedModel as error:
-        raise ConfigError(f"{name}: {error}") from None
-    except Exception as error:  # of many kinds, and with a list of all that transformers knows
-        reason = textwrap.shorten(str(error), 200)
-        raise ConfigError(
-            f"{name}: transformers cannot build this model architecture: {reason}; "
-            f"supported families: {FAMILIES}"
-        ) from None
-    try:
-        ChatFormatter(directory)
-    except Exception as error:
-        reason = textwrap.shorten(str(error), 200)
-        raise ConfigError(f"{name} has no usable tokenizer: {reason}") from None
 
 
 def device_dtype(dtype: str, resources: ResourcesConfig) -> str:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sleeprl.config.schema import NightConfig
 from sleeprl.data.lake import Lake
-from sleeprl.memory.checkpoint import EXPERT, WAKE, widen
+from sleeprl.memory.checkpoint import EXPERT, WAKE, stop_at, widen
 from sleeprl.memory.expert_update import ExpertUpdate
 from sleeprl.memory.growth import engine_extra_tensors, growth_named, growth_of, update
 from sleeprl.memory.slots import LOW_RANK, Slots
@@ -28,9 +28,10 @@ from sleeprl.memory.wake_learning import wake_gradient
 from sleeprl.models.resolve import find_model
 from sleeprl.night import schedule
 from sleeprl.night.run_dir import RunDirectory
+from sleeprl.pretrained import save_tensors
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
-from sleeprl.text.chat import ChatFormatter
+from sleeprl.text.chat import ChatFormatter, store_template_kwargs
 from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.publish import publish_from_gpu
 from sleeprl.utils.files import atomic_directory, atomic_path
@@ -102,7 +103,7 @@ class ModelStages:
         """
         config, manifest = self.config, schedule.parent(self.config)
         source = find_model(config)
-        chat = ChatFormatter(source)
+        chat = ChatFormatter(source, config.model.chat_template_kwargs)
         slots = Slots.load(source)
         if slots is not None:
             schedule.require_layout(config, slots)
@@ -112,6 +113,8 @@ class ModelStages:
         steps = schedule.steps_of(config, slots or schedule.new_slots(config), boundaries)
         growth, empty = growth_named(config.memory.growth), schedule.new_slots(config)
         growth.add_slots(source, self._directory(0), empty.pools, empty.width, self.dtype)
+        store_template_kwargs(self._directory(0), config.model.chat_template_kwargs)
+        stop_at(self._directory(0), chat.end)
         return {
             "parent": manifest.id if manifest else None,
             "clock": clock.state_dict(),
@@ -210,7 +213,7 @@ class ModelStages:
             gpu=resources.learner_gpus > 0,
         )
         with atomic_path(self.run.dir / WAKE) as path:
-            save_file(ray.get(total), path)
+            save_tensors(ray.get(total), path)
         due = any(map(self.applies_wake_gradients, range(len(self.steps))))
         return {"applied": due, "told": "applied tonight" if due else "kept for level 1's boundary"}
 

@@ -91,7 +91,8 @@ class Phase:
 def meet_day(night: Night) -> Result:
     """Record the day into the lake, and save its documents, long ones in parts, and its questions."""
     day = build_day(night.config, night.lake)
-    day, _ = split_day(day, night.config, ChatFormatter(find_model(night.config)))
+    chat = ChatFormatter(find_model(night.config), night.config.model.chat_template_kwargs)
+    day, _ = split_day(day, night.config, chat)
     day.save(night.run.dir / DAY)
     return day.counts()
 

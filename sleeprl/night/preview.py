@@ -62,7 +62,7 @@ def preview_night(config: NightConfig, model: Path | None) -> DayInTokens | None
     day, sources = preview_day(config)
     if model is None:
         return _guess(day)
-    chat = ChatFormatter(model)
+    chat = ChatFormatter(model, config.model.chat_template_kwargs)
     day, parts = split_day(day, config, chat)
     sources = [
         name if count == 1 else f"{name} (part {number} of {count})"

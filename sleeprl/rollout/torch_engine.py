@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sleeprl.pretrained import load_model
 from sleeprl.rollout.base_engine import BaseEngine
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.types import EMPTY, RUNNING, Completion, SamplingParams
@@ -43,13 +44,11 @@ class TorchEngine(BaseEngine):
 
     async def start(self) -> float:
         """Load the model; return the seconds that took."""
-        from transformers import AutoModelForCausalLM
-
         began = time.monotonic()
         if not self.options.gpu:
             torch.set_num_threads(self.options.threads)
         dtype = getattr(torch, self.options.dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype)
+        model: Any = load_model(self.options.model, dtype)
         self.model = model.to(self.device).eval().requires_grad_(False)
         stop_ids = model.generation_config.eos_token_id
         self._stop_ids = set(stop_ids) if isinstance(stop_ids, list) else {stop_ids}

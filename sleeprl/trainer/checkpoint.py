@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from sleeprl.pretrained import save_tensors
 from sleeprl.trainer.trainer import Trainer
 
 _STATE, _TEACHER_CACHE = "learner.safetensors", "taught-{rank}.safetensors"
@@ -27,11 +28,11 @@ class TrainerCheckpoint:
 
     def save_state(self, state: Mapping[str, Tensor]) -> None:
         """Write what ``Trainer.state_dict`` returned."""
-        save_file(dict(state), self.directory / _STATE)
+        save_tensors(state, self.directory / _STATE)
 
     def save_teacher_cache(self, trainer: Trainer) -> None:
         """Write what this rank remembers of its teacher."""
-        save_file(trainer.smaller_self.cache.state_dict(), self._teacher_cache(trainer.rank))
+        save_tensors(trainer.smaller_self.cache.state_dict(), self._teacher_cache(trainer.rank))
 
     def restore(self, trainer: Trainer) -> None:
         """Load the state and the teacher's cache into a trainer of any world size. Collective."""

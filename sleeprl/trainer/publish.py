@@ -8,12 +8,12 @@ from typing import Any
 
 import ray
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sleeprl.cluster.actor_group import ActorGroup
 from sleeprl.cluster.waits import WAITS
 from sleeprl.memory.checkpoint import EXPERT, WEIGHTS
+from sleeprl.pretrained import save_tensors
 from sleeprl.rollout.engine_pool import LIVENESS_TIMEOUT_S, EnginePool
 from sleeprl.trainer.trainer import Trainer
 from sleeprl.utils.files import atomic_path
@@ -103,4 +103,4 @@ def save_trained(learner: Trainer, directory: Path, canary: list[int]) -> None:
     if learner.rank == 0:
         expected.save(directory / CANARY)
         with atomic_path(directory / (EXPERT if grown else WEIGHTS)) as path:
-            save_file(tensors, path)
+            save_tensors(tensors, path)

@@ -178,6 +178,16 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def apply_umask(path: str | Path) -> None:
+    """Give a file the permissions of a newly created one, whatever its writer chose."""
+    path = Path(path)
+    probe = _sibling(path)
+    probe.touch()  # the umask itself can only be read by setting it, for all threads
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    path.chmod(mode)
+
+
 def sha256_file(path: str | Path) -> str:
     """Compute the hexadecimal SHA-256 of a file, without reading it into memory at once."""
     with open(path, "rb") as file:

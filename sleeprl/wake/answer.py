@@ -68,7 +68,7 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
 
     settings = cfg.load(None, [f"model.name={model}"])
     source = find_model(settings)
-    chat = ChatFormatter(source)
+    chat = ChatFormatter(source, settings.model.chat_template_kwargs)
     documents = [e.as_text() for e in experiences(lake.read("experience"))]
     length, reply = settings.model.max_length, settings.evaluation.max_tokens
     prompts = []

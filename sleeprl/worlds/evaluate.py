@@ -15,8 +15,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from sleeprl.pretrained import load_model, load_tokenizer
 from sleeprl.text import prompts
 from sleeprl.worlds.checker import (
     UNKNOWN,
@@ -275,8 +276,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = load_model(args.model, "auto").to(device)
+    tokenizer = load_tokenizer(args.model)
     print(json.dumps(Examiner(model, tokenizer, args.n, args.seed).examine(), indent=1))
 
 

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
+from sleeprl.pretrained import load_model, load_tokenizer, save_model
 from sleeprl.worlds.card import read_card, write_card
 from sleeprl.worlds.dataset import ROLE_WEIGHTS, Rows, make_rows
 from sleeprl.worlds.evaluate import Examiner
@@ -245,7 +244,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
 
     if args.init:
-        tokenizer = AutoTokenizer.from_pretrained(args.init)
+        tokenizer = load_tokenizer(args.init)
     else:
         tokenizer = train_tokenizer(tokenizer_texts("tokenizer", TOKENIZER_LESSONS))
     rows = make_rows(
@@ -256,7 +255,7 @@ def main() -> None:
           f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
 
     if args.init:
-        model = AutoModelForCausalLM.from_pretrained(args.init, dtype=torch.float32).to(device)
+        model = load_model(args.init, torch.float32).to(device)
     else:
         model = new_model(tokenizer, args.width, args.layers, args.mlp, args.head_dim).to(device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -266,13 +265,12 @@ def main() -> None:
     training = time.monotonic() - training
 
     args.out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.backend_tokenizer.no_padding()  # the exams left it on
-    tokenizer.save_pretrained(args.out)
+    save_model(model.to(torch.bfloat16), tokenizer, args.out)
 
     # Evaluate the saved bfloat16 checkpoint, not the float32 model in memory.
-    saved = AutoModelForCausalLM.from_pretrained(args.out, dtype="auto").to(device)
-    exam = Examiner(saved, AutoTokenizer.from_pretrained(args.out), args.final_n, seed=1).examine()
+    saved = load_model(args.out, "auto").to(device)
+    exam = Examiner(saved, load_tokenizer(args.out), args.final_n, seed=1).examine()
     run = {
         "arguments": {k: v for k, v in vars(args).items() if k != "out"},
         "parameters": parameters,

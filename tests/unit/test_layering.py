@@ -20,7 +20,7 @@ TOO_LONG = {"dreaming/pipeline.py": 310, "rollout/engine.py": 520, "trainer/trai
 # From the ground up. A room imports from its own storey and those below.
 STOREYS = [
     {"_version", "utils"},
-    {"plugins", "text"},
+    {"plugins", "pretrained", "text"},
     {"config", "data", "losses", "algorithms", "weight_sync"},
     {"cluster", "memory", "lineage"},
     {"rollout", "models"},

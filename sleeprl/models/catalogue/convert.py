@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from sleeprl.models.catalogue.table import CatalogueError
+from sleeprl.pretrained import (
+    build_model,
+    load_architecture,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
 
 
 def from_gguf(
@@ -23,15 +30,14 @@ def from_gguf(
         chat_template: Chat template in Jinja, where the file has none.
         end: Token that ends a turn, where it is not the file's.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import GgufConfig
 
-    where: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = load_tokenizer(gguf.parent, gguf_file=gguf.name)
     # Asked for this way the model is a plain one afterwards, with no quantisation in its config:
     # an engine would believe that.
     plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=getattr(torch, dtype), quantization_config=plain
+    model = load_model(
+        gguf.parent, getattr(torch, dtype), gguf_file=gguf.name, quantization_config=plain
     )
     if end is not None:
         tokenizer.eos_token = end
@@ -49,13 +55,11 @@ def from_onnx(package: Path, member: str, target: Path, dtype: str) -> None:
         target: Directory of the checkpoint.
         dtype: Number format of the checkpoint.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    config = AutoConfig.from_pretrained(package)
+    config = load_architecture(package)
     tensors = dequantised(package / member)
     if config.tie_word_embeddings:  # exported twice; the input side is the one that stays
         tensors.pop("lm_head.weight", None)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model = build_model(config, dtype=getattr(torch, dtype))
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     left = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     if left or unexpected:
@@ -64,7 +68,7 @@ def from_onnx(package: Path, member: str, target: Path, dtype: str) -> None:
             f"with unknown {sorted(unexpected)[:3]}"
         )
     model.tie_weights()
-    _write(model, AutoTokenizer.from_pretrained(package), target, None)
+    _write(model, load_tokenizer(package), target, None)
 
 
 def dequantised(onnx_file: Path) -> dict[str, Tensor]:
@@ -106,5 +110,4 @@ def _write(model: Any, tokenizer: Any, target: Path, chat_template: str | None) 
     if not tokenizer.chat_template:
         tokenizer.chat_template = chat_template
     tokenizer.model_max_length = model.config.max_position_embeddings
-    model.save_pretrained(target, max_shard_size="1TB")
-    tokenizer.save_pretrained(target)
+    save_model(model, tokenizer, target)

@@ -141,7 +141,11 @@ _SPECS = (
         dtype="float32",
         licence="Apache-2.0",
         note="Chinese and English chat; small, learns and forgets fast",
-        night=_night(consolidation={"learning_rate": 1e-3}),
+        night=_night(
+            # Its template takes the switch but it never thinks, and would be shown an empty thought.
+            model={"chat_template_kwargs": {"enable_thinking": True}},
+            consolidation={"learning_rate": 1e-3},
+        ),
     ),
     Spec(
         name="gemma-3-270m",

