@@ -335,15 +335,14 @@ def _run(
 
 def _make_console(progress: ProgressStyle) -> Console:
     """Make the console that shows a night's progress."""
-    from rich.console import Console
-
     from sleeprl.reporting.terminal import make_console
+    from sleeprl.utils.shown_text import PlainConsole
 
     if progress not in _PROGRESS_STYLES:
         raise ValueError(f"progress={progress!r} must be one of {', '.join(_PROGRESS_STYLES)}")
     if progress == "auto":
         return make_console()
-    return Console(force_interactive=False, quiet=progress == "none")
+    return PlainConsole(force_interactive=False, quiet=progress == "none")
 
 
 def _prepare_process() -> None:

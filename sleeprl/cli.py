@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from sleeprl import api
 from sleeprl._version import __version__
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.reporting.terminal import make_console, print_message
+from sleeprl.utils.shown_text import Text
 
 app = typer.Typer(
     help="""sleepRL: let a language model sleep on what it met, and wake up knowing it.

@@ -13,7 +13,8 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.text import Text
+
+from sleeprl.utils.shown_text import Text
 
 TRACE_LINES, LOG_LINES = 6, 6
 MESSAGE_CHARACTERS, LINE_CHARACTERS = 380, 180
