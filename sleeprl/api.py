@@ -193,12 +193,14 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
         ConfigError: A setting cannot work.
         PluginError: A plug-in cannot be found or called.
     """
+    from sleeprl.cluster.preflight import refuse_unusable_places
     from sleeprl.night.schedule import describe_levels
     from sleeprl.utils.machine import available_cpus
 
     if read_inputs:
         config = loader.validated(config)
     validate_plugins(config)
+    refuse_unusable_places(config)
     if read_inputs:
         _read_inputs(config)
     have = config.resources
@@ -246,9 +248,11 @@ def run_night(
     config = name_plugins_by_path(loader.validated(config))
     refuse_existing(config)
     validate_plugins(config)
+    from sleeprl.cluster.preflight import refuse_unusable_places
     from sleeprl.cluster.runtime import require_gpus
     from sleeprl.models.resolve import check_model, find_model
 
+    refuse_unusable_places(config)
     require_gpus(config.resources)
     verify_parent(config)
     check_model(config, find_model(config))  # a model is fetched before anything starts
@@ -284,8 +288,10 @@ def resume_night(
     validate_plugins(config)
     if "plan" not in read_state(config.run_dir).get("results", {}):
         verify_parent(config)
+    from sleeprl.cluster.preflight import refuse_unusable_places
     from sleeprl.cluster.runtime import require_gpus
 
+    refuse_unusable_places(config)
     require_gpus(config.resources)
     return _run(config, progress, callbacks)
 
@@ -378,12 +384,15 @@ def _read_inputs(config: NightConfig) -> None:
 
 def _find_lacks(config: NightConfig) -> list[str]:
     """Say what this machine lacks for a night."""
+    from sleeprl.cluster.preflight import describe_scarce_places
+
+    lacks = describe_scarce_places(config)
     if not config.resources.gpus:
-        return []
+        return lacks
     from sleeprl.cluster.runtime import ResourceError, require_gpus
 
     try:
         require_gpus(config.resources)
     except ResourceError as error:
-        return [str(error)]
-    return []
+        lacks.append(str(error))
+    return lacks
