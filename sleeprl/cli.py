@@ -219,7 +219,7 @@ def rollback(generation: Generation, root: Root = Path("generations")) -> None:
     store = LineageStore(root)
     try:
         before = store.head()
-    except LineageError as error:  # this command mends it
+    except LineageError as error:  # this command repairs it
         print_message(errors, str(error), "warning:", "yellow")
         before = None
     now = store.rollback(generation)
@@ -319,7 +319,7 @@ def main() -> None:
 
 
 def _print_error(error: Exception) -> int | None:
-    """Print an error that a user can mend, and how to go on; returns the exit code.
+    """Print an error that a user can resolve, and how to go on; returns the exit code.
 
     Returns None for any other: a traceback is right there.
     """

@@ -100,7 +100,9 @@ def describe_system_error(error: BaseException) -> str | None:
             words = os.strerror(number)
         else:
             lines = str(each).splitlines()
-            found = next(((w, n) for w, n in _ERRORS_IN_WORDS.items() if _says(lines, w)), None)
+            found = next(
+                ((w, n) for w, n in _ERRORS_IN_WORDS.items() if _has_error(lines, w)), None
+            )
             if found is None:
                 continue
             (words, number), where = found, _path_in(lines, found[0])
@@ -113,7 +115,7 @@ def describe_system_error(error: BaseException) -> str | None:
     return None
 
 
-def _says(lines: list[str], words: str) -> bool:
+def _has_error(lines: list[str], words: str) -> bool:
     """Return whether a line is the system's error, and not a sentence with the same words."""
     sign = re.compile(rf"(\[Errno \d+\]|os error|Error|error).*{words}|{words} \(os error|^{words}")
     return any(sign.search(line) for line in lines)

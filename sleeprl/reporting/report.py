@@ -114,15 +114,7 @@ def write_report(run_dir: str | Path) -> Path:
         DamagedFile: ``summary.json`` cannot be read; the message names it.
     """
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise NotADirectoryError(f"{run_dir} is not a run directory")
-    if not any((run_dir / name).is_file() for name in _PARTS):
-        raise NotADirectoryError(
-            f"{run_dir} is not a run directory: it has none of {', '.join(_PARTS)}"
-        )
-    path = run_dir / "report.html"
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        raise FileExistsError(f"{path} is not a report of sleepRL; move it away")
+    path = _own_page(run_dir)
     summary_path = run_dir / "summary.json"
     summary: Summary = read_record(summary_path, dict) if summary_path.exists() else {}
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -158,6 +150,20 @@ def write_report(run_dir: str | Path) -> Path:
         config=_read_text(run_dir / "config.yaml"),
     )
     write_text_atomic(path, page)
+    return path
+
+
+def _own_page(run_dir: Path) -> Path:
+    """Return the path of a run's page; refuse other directories, and pages of somebody else."""
+    if not run_dir.is_dir():
+        raise NotADirectoryError(f"{run_dir} is not a run directory")
+    if not any((run_dir / name).is_file() for name in _PARTS):
+        raise NotADirectoryError(
+            f"{run_dir} is not a run directory: it has none of {', '.join(_PARTS)}"
+        )
+    path = run_dir / "report.html"
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(f"{path} is not a report of sleepRL; move it away")
     return path
 
 

@@ -22,7 +22,7 @@ _MARKER = ".sleeprl.lock"
 _PREFIX = "sleeprl-"
 SHM = Path("/dev/shm")
 """Where Linux keeps named semaphores."""
-_held: list[TextIOWrapper] = []
+_markers: list[TextIOWrapper] = []
 """The markers of this process; they are locked until it ends."""
 
 
@@ -31,7 +31,7 @@ def mark(directory: Path) -> None:
     with suppress(OSError):
         marker = (directory / _MARKER).open("w", encoding="utf-8")
         fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _held.append(marker)
+        _markers.append(marker)
 
 
 def own_scratch() -> Path:

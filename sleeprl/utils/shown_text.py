@@ -29,7 +29,7 @@ AnyText = rich_text.Text
 """What rich's functions return: a type to annotate with, not to build texts with."""
 
 
-class Text(rich_text.Text):
+class Text(AnyText):
     """Rich's text, with what cannot be seen written out. Markup in it is not interpreted."""
 
     def __init__(self, text: str = "", style: str | Style = "", **layout: Any) -> None:
