@@ -195,12 +195,14 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
         ConfigError: A setting cannot work.
         PluginError: A plug-in cannot be found or called.
     """
+    from sleeprl.cluster.preflight import refuse_unusable_places
     from sleeprl.night.schedule import describe_levels
     from sleeprl.utils.machine import available_cpus
 
     if read_inputs:
         config = loader.validated(config)
     validate_plugins(config)
+    refuse_unusable_places(config)
     costs, warnings = list[tuple[str, str]](), list[str]()
     if read_inputs:
         warnings = _read_inputs(config)
@@ -252,11 +254,13 @@ def run_night(
     config = name_plugins_by_path(loader.validated(config))
     refuse_existing(config)
     validate_plugins(config)
+    from sleeprl.cluster.preflight import refuse_unusable_places
     from sleeprl.cluster.runtime import require_gpus
     from sleeprl.models.check import check_model
     from sleeprl.models.resolve import describe_model, find_model
     from sleeprl.night.preview import preview_night
 
+    refuse_unusable_places(config)
     require_gpus(config.resources)
     verify_parent(config)
     if (described := describe_model(config)) is not None:  # before gigabytes are fetched
@@ -295,8 +299,10 @@ def resume_night(
     validate_plugins(config)
     if "plan" not in read_state(config.run_dir).get("results", {}):
         verify_parent(config)
+    from sleeprl.cluster.preflight import refuse_unusable_places
     from sleeprl.cluster.runtime import require_gpus
 
+    refuse_unusable_places(config)
     require_gpus(config.resources)
     return _run(config, progress, callbacks)
 
@@ -346,15 +352,14 @@ def _run(
 
 def _make_console(progress: ProgressStyle) -> Console:
     """Make the console that shows a night's progress."""
-    from rich.console import Console
-
     from sleeprl.reporting.terminal import make_console
+    from sleeprl.utils.shown_text import PlainConsole
 
     if progress not in _PROGRESS_STYLES:
         raise ValueError(f"progress={progress!r} must be one of {', '.join(_PROGRESS_STYLES)}")
     if progress == "auto":
         return make_console()
-    return Console(force_interactive=False, quiet=progress == "none")
+    return PlainConsole(force_interactive=False, quiet=progress == "none")
 
 
 def _prepare_process() -> None:
@@ -436,12 +441,15 @@ def _estimate(config: NightConfig) -> tuple[list[tuple[str, str]], list[str]]:
 
 def _find_lacks(config: NightConfig) -> list[str]:
     """Say what this machine lacks for a night."""
+    from sleeprl.cluster.preflight import describe_scarce_places
+
+    lacks = describe_scarce_places(config)
     if not config.resources.gpus:
-        return []
+        return lacks
     from sleeprl.cluster.runtime import ResourceError, require_gpus
 
     try:
         require_gpus(config.resources)
     except ResourceError as error:
-        return [str(error)]
-    return []
+        lacks.append(str(error))
+    return lacks

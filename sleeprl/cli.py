@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from sleeprl import api
 from sleeprl._version import __version__
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.reporting.terminal import make_console, print_message
+from sleeprl.utils.shown_text import Text
 
 app = typer.Typer(
     help="""sleepRL: let a language model sleep on what it met, and wake up knowing it.
@@ -220,7 +220,7 @@ def rollback(generation: Generation, root: Root = Path("generations")) -> None:
     store = LineageStore(root)
     try:
         before = store.head()
-    except LineageError as error:  # this command mends it
+    except LineageError as error:  # this command repairs it
         print_message(errors, str(error), "warning:", "yellow")
         before = None
     now = store.rollback(generation)
@@ -321,18 +321,35 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SLEEPRL_TRACEBACK"):
             raise
-        from sleeprl.cluster.failures import failure_panel
-
-        panel = failure_panel(error)
-        if panel is not None:
-            errors.print(panel)
-            errors.print("SLEEPRL_TRACEBACK=1 shows the whole traceback.", style="dim")
-            sys.exit(1)
-        # Every error that names a setting or an input is one of these.
-        if not isinstance(error, ValueError | NotADirectoryError):
+        if (code := _print_error(error)) is None:
             raise
-        print_message(errors, str(error), "error:", "bold red")
-        sys.exit(2)
+        sys.exit(code)
+
+
+def _print_error(error: Exception) -> int | None:
+    """Print an error that a user can resolve, and how to go on; returns the exit code.
+
+    Returns None for any other: a traceback is right there.
+    """
+    from sleeprl.cluster.failures import describe_system_error, failure_panel
+
+    code = 1
+    if (line := describe_system_error(error)) is not None:
+        print_message(errors, line, "error:", "bold red")
+        # A path that was given is bad input; a full disk is not.
+        code = 2 if isinstance(error, OSError) and error.filename is not None else 1
+    elif (panel := failure_panel(error)) is not None:
+        errors.print(panel)
+        errors.print("SLEEPRL_TRACEBACK=1 shows the whole traceback.", style="dim")
+    elif isinstance(error, ValueError | OSError):
+        # Every error that names a setting or an input is one of these.
+        print_message(errors, str(error) or type(error).__name__, "error:", "bold red")
+        code = 2
+    else:
+        return None
+    for note in getattr(error, "__notes__", ()):
+        print_message(errors, note)
+    return code
 
 
 if __name__ == "__main__":

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import secrets
+import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group
 from ray.util.placement_group import remove_placement_group as ray_remove_placement_group
 
+from sleeprl.cluster.failures import ray_temporary_directory
 from sleeprl.cluster.waits import WAITS, Watchdog, to_stderr
 from sleeprl.cluster.warm import WARM
 from sleeprl.config.schema import ConfigError, ResourcesConfig
+from sleeprl.utils.leftovers import clear_leftovers, mark
 from sleeprl.utils.machine import available_cpus
 
 LEARNER_RESOURCE = "sleeprl_learner"
@@ -74,11 +79,61 @@ def _point_to_own_ray() -> None:
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
+def _session_of(pid: int, sessions: Path) -> Path:
+    """Return the directory of the Ray that a process has started last; its name ends in the pid."""
+    return max(sessions.glob(f"session_2*_{pid}"), default=sessions / "none")
+
+
+class ClusterUnreachable(ConfigError):
+    """The Ray cluster at ``resources.address`` cannot be joined."""
+
+
+def _join_ray(address: str) -> None:
+    """Join a Ray cluster.
+
+    Raises:
+        ClusterUnreachable: There is none, or it wants another token.
+    """
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except Exception as error:  # of many kinds, by version and by what is wrong
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ClusterUnreachable(
+            f"resources.address={address!r}: no Ray cluster could be joined there: "
+            f"{textwrap.shorten(reason, 200, placeholder=' …')}. Check that `ray status --address "
+            f"{address}` works from here. A cluster with token authentication needs "
+            "RAY_AUTH_MODE=token and the token of its head in RAY_AUTH_TOKEN_PATH or "
+            "~/.ray/auth_token (cluster/README.md)"
+        ) from None
+
+
+def protect_token() -> None:
+    """Let nobody but its owner read the token of this account's Ray: Ray makes it with the umask's mode."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):  # Ray itself reports a home that cannot be written
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(path, "x", opener=_open_private) as file:
+            file.write(secrets.token_hex(32))
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def _start_ray(resources: ResourcesConfig, state_api: bool) -> None:
     """Start a local Ray, or join the cluster at ``resources.address``."""
     if resources.address is not None:
-        ray.init(address=resources.address, log_to_driver=False, logging_level="error")
+        _join_ray(resources.address)
         return
+    protect_token()
+    sessions = ray_temporary_directory() / "ray"
+    clear_leftovers(sessions)
     # Threads that spin while they wait would take the core from whoever has work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ray.init(
@@ -89,6 +144,7 @@ def _start_ray(resources: ResourcesConfig, state_api: bool) -> None:
         logging_level="error",
         runtime_env={"worker_process_setup_hook": _point_to_own_ray} if state_api else None,
     )
+    mark(_session_of(os.getpid(), sessions))
 
 
 @contextmanager
@@ -109,6 +165,7 @@ def cluster(
 
     Raises:
         ResourceError: a local Ray would lack GPUs, or nodes have no room for the learner.
+        ClusterUnreachable: no cluster can be joined at ``resources.address``.
     """
     require_gpus(resources)
     with WAITS.on("Ray", what="ray.init", kind="start"):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self, get_args
 
+from sleeprl.utils.shown_text import show
+
 WaitKind = Literal["generate", "sync", "data", "gate", "train", "score", "start"]
 WAIT_KINDS: tuple[WaitKind, ...] = get_args(WaitKind)
 
@@ -192,7 +194,7 @@ WAITS = Waits()
 
 
 def to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(show(message), file=sys.stderr, flush=True)
 
 
 class Watchdog:

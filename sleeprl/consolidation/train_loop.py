@@ -10,10 +10,9 @@ import json
 import random
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow.compute as pc
 import torch.distributed as dist
@@ -22,9 +21,10 @@ from sleeprl.cluster.actor_group import ActorGroup
 from sleeprl.config.methods import METHODS
 from sleeprl.config.schema import ConsolidationConfig, FixedCapacityConfig
 from sleeprl.consolidation import student_rollouts as rollouts
+from sleeprl.consolidation.backend import TrainLoopBackend
 from sleeprl.consolidation.data_mix import DataMix, trained_tokens
 from sleeprl.consolidation.judges import make_judge
-from sleeprl.consolidation.messages import EarlierSteps, JobEnd, Report, StepReport
+from sleeprl.consolidation.messages import EarlierSteps, JobEnd, StepReport
 from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import Trajectory, from_batch, to_batch
 from sleeprl.losses.off_policy import ImportanceWeight
@@ -81,22 +81,6 @@ def load_data_mix(job: Job) -> DataMix:
     table = Lake(job.lake).read(TRAJECTORIES)
     texts = from_batch(table.filter(pc.field("purpose").isin(["self_study", "replay"])))
     return DataMix(method, texts, job.passages, method.objective(job.config), job.seed)
-
-
-class TrainLoopBackend(Protocol):
-    """Storage of the loop's checkpoints, and receiver of its reports. Called on every rank."""
-
-    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """Return the last checkpoint as a directory to read from, or None."""
-        ...
-
-    def save_checkpoint(self, step: int, directory: Path) -> None:
-        """Copy the directories of all ranks into one checkpoint, taken after ``step``."""
-        ...
-
-    def report(self, report: Report) -> None:
-        """Forward a report: a step, or the end of the job."""
-        ...
 
 
 def learn(

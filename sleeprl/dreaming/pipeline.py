@@ -72,9 +72,7 @@ class Pipeline:
     failures: dict[int, Failure] = field(default_factory=dict)
     """The failure of each group that was lost in this tick."""
     needs_recovery: bool = False
-
-    def __post_init__(self) -> None:
-        self.reward_watch = RewardWatch(self.config, self.recovery.on_restart)
+    reward_watch: RewardWatch = field(default_factory=RewardWatch)
 
     @property
     def checkpoint(self) -> DreamingCheckpoint:
@@ -244,14 +242,12 @@ class Pipeline:
         self.stale = []
         self.curriculum.call("observe", outcomes=result.outcomes)
         checkpoint.curriculum_state = self.curriculum.call("state_dict")[0]
-        checkpoint.version += 1
         checkpoint.num_finished += self.store.counts.learning
-        self.step = []
+        checkpoint.version, self.step = checkpoint.version + 1, []
         redrawn = self.store.finish_step(self.step_groups)
         sent |= {"groups": self.step_groups, "redrawn": redrawn, "age_seconds": latency.last_ages}
-        # Before the checkpoint: after a kill in between the update is recorded twice, never not.
-        on_step(checkpoint.version, {**result.metrics, **sent})
-        self.reward_watch.check(checkpoint.version, result.all_unscored)
+        on_step(checkpoint.version, {**result.metrics, **sent})  # repeated after a kill, not lost
+        self.reward_watch.check(self.config, result.all_unscored, self.recovery.on_restart)
         checkpoint.save()
 
     def _snapshot(self) -> dict[str, Any]:

@@ -15,17 +15,15 @@ LIMIT = 3
 class RewardWatch:
     """Warns of an update without a reward, and stops dreaming after ``LIMIT`` of them in a row."""
 
-    config: DreamingConfig
-    warn: Callable[[str], None]
-    """Receives a message for each such update."""
     in_a_row: int = 0
 
-    def check(self, update: int, failure: str) -> None:
+    def check(self, config: DreamingConfig, failure: str, warn: Callable[[str], None]) -> None:
         """Look at an update.
 
         Args:
-            update: Its number, from 1.
+            config: The settings of dreaming.
             failure: Why its first dream has no reward, if none of its dreams has one; else empty.
+            warn: Receives a message for each such update.
 
         Raises:
             ConfigError: It is the last of too many.
@@ -33,12 +31,12 @@ class RewardWatch:
         self.in_a_row = self.in_a_row + 1 if failure else 0
         if not failure:
             return
-        problem = f"none of the dreams of update {update} could be scored: {failure}"
-        limit = min(LIMIT, self.config.steps)
+        problem = f"none of the dreams of this update could be scored: {failure}"
+        limit = min(LIMIT, config.steps)
         if self.in_a_row >= limit:
             raise ConfigError(
-                f"dreaming.reward={self.config.reward!r}: {problem}. It was so for {self.in_a_row} "
-                "update(s) in a row, and nothing is learned like this; mend the reward and resume, "
+                f"dreaming.reward={config.reward!r}: {problem}. It was so for {self.in_a_row} "
+                "update(s) in a row, and nothing is learned like this; correct the reward and resume, "
                 "or go on without dreams: dreaming.enabled: false in the run's config.yaml"
             )
-        self.warn(f"{problem}; dreaming stops after {limit} such updates in a row")
+        warn(f"{problem}; dreaming stops after {limit} such updates in a row")

@@ -6,13 +6,15 @@ died in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
+from sleeprl.cluster.preflight import describe_scarce_places
 from sleeprl.cluster.runtime import cluster
 from sleeprl.config.schema import NightConfig
 from sleeprl.night.context import Night
@@ -71,8 +73,10 @@ def run_night(
     phases = phases_of(config)
     with quiet_libraries(), NightProgress(rows_of(phases), console) as progress:
         run = RunDirectory(config, progress)
+        for line in describe_scarce_places(config):
+            progress.warn(line)
         try:
-            with cluster(config.resources, on_stall=progress.warn):
+            with describe_resume(run), cluster(config.resources, on_stall=progress.warn):
                 run_phases(Night(run), phases, on_phase)
         finally:
             run.close()
@@ -80,6 +84,16 @@ def run_night(
     write_json_atomic(run.dir / SUMMARY, summary)
     write_report(run.dir)
     return summary
+
+
+@contextmanager
+def describe_resume(run: RunDirectory) -> Iterator[None]:
+    """Add to every error how to finish the night."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"Nothing finished is lost; go on with: sleeprl night --resume {run.dir}")
+        raise
 
 
 def run_phases(

@@ -236,14 +236,12 @@ def refuse_existing(config: NightConfig) -> None:
     """
     path = config.run_dir / CONFIG
     if path.is_file():
-        done = (config.run_dir / SUMMARY).is_file()
+        here = f"name={config.name!r}: {config.run_dir} holds"
+        if (config.run_dir / SUMMARY).is_file():
+            raise RunTaken(f"{here} a finished run; give this night another name=...")
         raise RunTaken(
-            f"name={config.name!r}: {config.run_dir} holds a{' finished' if done else 'n unfinished'} run; "
-            + (
-                "give this night another name=..."
-                if done
-                else f"finish it with `sleeprl night --resume {config.run_dir}` or give another name=..."
-            )
+            f"{here} an unfinished run; finish it with `sleeprl night --resume {config.run_dir}` "
+            "or give another name=..."
         )
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow.compute as pc
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import Trajectory, from_batch
 from sleeprl.text.chat import ChatFormatter
+from sleeprl.utils.shown_text import Text
 
 _UID_WIDTH = 24
 """Columns of a longest uid that is not wrapped."""

@@ -10,7 +10,6 @@ from typing import Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 from rich.tree import Tree
 
 from sleeprl.lineage.store import LineageStore, Manifest, Node
@@ -24,6 +23,7 @@ from sleeprl.reporting.summary_view import (
     read_figure,
 )
 from sleeprl.reporting.terminal import Flow
+from sleeprl.utils.shown_text import Text
 
 _NAMES_SHOWN = 3
 

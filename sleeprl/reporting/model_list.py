@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from sleeprl.models.catalogue import CATALOGUE, cached
+from sleeprl.utils.shown_text import Text
 
 
 def model_list() -> RenderableType:

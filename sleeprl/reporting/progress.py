@@ -17,10 +17,10 @@ from rich.live import Live
 from rich.padding import Padding
 from rich.spinner import Spinner
 from rich.table import Table
-from rich.text import Text
 
 from sleeprl.reporting.summary_view import format_number
 from sleeprl.reporting.terminal import GAP, Flow, make_console
+from sleeprl.utils.shown_text import AnyText, Text
 
 State = Literal["waiting", "running", "done", "failed", "skipped"]
 _MARKS: dict[State, tuple[str, str]] = {
@@ -277,7 +277,7 @@ class NightProgress:
     def _details(self, phase: _Phase) -> Flow:
         """Return the pace, the metrics and the note of a phase."""
         style = "red" if phase.state == "failed" else "dim"
-        items: list[str | Text] = [*phase.metric_items(), *phase.note.split(GAP)]
+        items: list[str | AnyText] = [*phase.metric_items(), *phase.note.split(GAP)]
         if phase.state == "running":
             eta = phase.eta_s(self._clock())
             left = "" if eta is None else f"{_clock_text(eta)} left"
@@ -286,7 +286,7 @@ class NightProgress:
         return Flow.of(items, style)
 
 
-def _bar(share: float) -> Text:
+def _bar(share: float) -> AnyText:
     done = round(_BAR_WIDTH * min(1.0, max(0.0, share)))
     return Text.assemble(("━" * done, "cyan"), ("━" * (_BAR_WIDTH - done), "bright_black"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +28,16 @@ from sleeprl.reporting.summary_view import (
     read_figure,
     read_rates,
 )
-from sleeprl.utils.files import write_text_atomic
+from sleeprl.utils.files import read_record, write_text_atomic
 
 IMPORTANT = ("loss", "diverg", "jsd", "reward", "recall", "retention", "accuracy", "perplexity")
 """Parts of the metric names that get large charts, the most important first."""
 MAX_LARGE = 6
 """Large charts of one phase."""
+_PARTS = ("config.yaml", "metrics.jsonl", "summary.json")
+"""Files of a run; one of them is enough for a report."""
+_MARK = "a night of sleepRL</title>"
+"""What the page of every report has, and hardly another page."""
 _NOT_METRICS = frozenset({"time", "phase", "step", "not_finite"})
 
 
@@ -107,11 +110,13 @@ def write_report(run_dir: str | Path) -> Path:
 
     Raises:
         NotADirectoryError: There is no such run.
+        FileExistsError: ``report.html`` is another page.
+        DamagedFile: ``summary.json`` cannot be read; the message names it.
     """
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise NotADirectoryError(f"{run_dir} is not a run directory")
-    summary: Summary = json.loads(_read_text(run_dir / "summary.json") or "{}")
+    path = _own_page(run_dir)
+    summary_path = run_dir / "summary.json"
+    summary: Summary = read_record(summary_path, dict) if summary_path.exists() else {}
     rows = read_metrics(run_dir / "metrics.jsonl")
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -144,8 +149,21 @@ def write_report(run_dir: str | Path) -> Path:
         environment=_flatten(summary.get("environment") or {}),
         config=_read_text(run_dir / "config.yaml"),
     )
-    path = run_dir / "report.html"
     write_text_atomic(path, page)
+    return path
+
+
+def _own_page(run_dir: Path) -> Path:
+    """Return the path of a run's page; refuse other directories, and pages of somebody else."""
+    if not run_dir.is_dir():
+        raise NotADirectoryError(f"{run_dir} is not a run directory")
+    if not any((run_dir / name).is_file() for name in _PARTS):
+        raise NotADirectoryError(
+            f"{run_dir} is not a run directory: it has none of {', '.join(_PARTS)}"
+        )
+    path = run_dir / "report.html"
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(f"{path} is not a report of sleepRL; move it away")
     return path
 
 

@@ -11,7 +11,6 @@ from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
-from rich.text import Text
 
 from sleeprl.reporting.summary_view import (
     Figure,
@@ -24,6 +23,7 @@ from sleeprl.reporting.summary_view import (
     read_rates,
 )
 from sleeprl.reporting.terminal import Flow
+from sleeprl.utils.shown_text import Text
 
 PERPLEXITY = "perplexity"
 _LOST_SHOWN = 5

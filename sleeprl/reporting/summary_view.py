@@ -5,6 +5,7 @@ Everything is read from ``summary.json``, of which any part may still be missing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +81,8 @@ def format_percent(rate: float, digits: int = 1) -> str:
 
 def format_number(value: float) -> str:
     """Format a number in about six characters or fewer."""
-    if value == 0:
-        return "0"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
     if not 1e-3 <= abs(value) < 1e6:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}"

@@ -20,7 +20,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
+
+from sleeprl.utils.shown_text import AnyText, PlainConsole, Text
 
 GAP = "  "
 
@@ -33,8 +34,10 @@ def make_console(*, stderr: bool = False) -> Console:
     FORCE_COLOR asks for them; a live display would be unreadable there even so.
     """
     stream = sys.stderr if stderr else sys.stdout
+    if hasattr(stream, "reconfigure"):  # a locale that lacks a character shows its code instead
+        stream.reconfigure(errors="backslashreplace")
     watched = stream.isatty() and os.environ.get("CI", "").lower() in ("", "0", "false")
-    return Console(stderr=stderr, force_interactive=None if watched else False)
+    return PlainConsole(stderr=stderr, force_interactive=None if watched else False)
 
 
 def print_message(console: Console, text: str, label: str = "", style: str = "") -> None:
@@ -91,17 +94,17 @@ class Flow:
     Where lines must not wrap, as in a file, all items stand on one line.
     """
 
-    items: Sequence[Text]
+    items: Sequence[AnyText]
 
     @classmethod
-    def of(cls, items: Iterable[str | Text], style: str = "") -> Flow:
+    def of(cls, items: Iterable[str | AnyText], style: str = "") -> Flow:
         """Take the items that are not empty; ``style`` is for those without a style of their own."""
-        texts = (item if isinstance(item, Text) else Text(item, style) for item in items)
+        texts = (Text(item, style) if isinstance(item, str) else item for item in items)
         return cls([text for text in texts if text.plain])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width
-        lines: list[Text] = []
+        lines: list[AnyText] = []
         for item in self.items:
             fits = lines and lines[-1].cell_len + len(GAP) + item.cell_len <= width
             if lines and (fits or options.no_wrap):

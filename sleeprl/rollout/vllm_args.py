@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sleeprl.rollout.engine import EngineOptions
+from sleeprl.utils.leftovers import own_scratch
 from sleeprl.weight_sync.vllm_plugin import BACKEND
 
 WORKER_EXTENSION = "sleeprl.weight_sync.vllm_receiver.FaultReport"
@@ -32,6 +33,9 @@ def set_environment(options: EngineOptions, of_transport: Mapping[str, str]) -> 
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # Eager anyway; without this the first batch waits 16 s for stray compilations.
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    # vLLM leaves its sockets behind: in a folder of their own the next start finds and clears them.
+    if "VLLM_RPC_BASE_PATH" not in os.environ:
+        os.environ["VLLM_RPC_BASE_PATH"] = str(own_scratch())
     # A partial update warns once per module that was not sent; the canary is what checks it.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from sleeprl.models.catalogue import packages
 from sleeprl.models.catalogue.table import CatalogueError, PipGguf, Spec
 from sleeprl.utils.files import atomic_directory, locked, sha256_file, write_json_atomic
+from sleeprl.utils.shown_text import PlainConsole
 
 SOURCE = "source.json"
 _MB = 1_000_000
@@ -58,7 +59,7 @@ def fetch(spec: Spec, console: Console | None = None) -> Path:
     """
     if (there := cached(spec)) is not None:
         return there
-    say = console or Console(stderr=True, soft_wrap=True, highlight=False)
+    say = console or PlainConsole(stderr=True, soft_wrap=True)
     root = cache_root()
     with _disk_errors(spec, root), locked(root / f".{spec.name}.lock"):
         if (there := cached(spec)) is not None:
