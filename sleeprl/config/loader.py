@@ -6,13 +6,14 @@ Imports neither torch nor ray.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import reduce
+from functools import cache, reduce
 from operator import getitem
 from pathlib import Path
 from types import NoneType, UnionType
@@ -122,7 +123,7 @@ def _build(
     except OmegaConfBaseException as error:  # a value that is no plain data
         raise ConfigError(_explain(error)) from None
     below = (of_model or {}).get(config.model.name)
-    return _merge([("", OmegaConf.create(dict(below))), *layers]) if below else config
+    return _merge([("", dict(below)), *layers]) if below else config
 
 
 def _read(path: str | Path) -> Any:
@@ -209,19 +210,28 @@ def _with_present_keys(layers: Sequence[Layer]) -> list[Layer]:
     present, old_keys = list[Layer](), dict[str, None]()
     for where, layer in layers:
         values, found = rename_old_keys(cast(dict[str, Any], OmegaConf.to_container(layer)))
-        present.append((where, OmegaConf.create(values)))
+        if values:
+            present.append((where, values))
         old_keys |= dict.fromkeys(found)
     if old_keys:
         logger.warning(describe_renames(list(old_keys)))
     return present
 
 
+@cache
+def _defaults() -> Any:
+    """Make the typed form of the defaults, which takes a while."""
+    return OmegaConf.structured(NightConfig)
+
+
 def _merge(layers: Sequence[Layer]) -> NightConfig:
-    merged = OmegaConf.structured(NightConfig)
-    for where, layer in layers:
+    merged, default = copy.deepcopy(_defaults()), NightConfig()
+    for where, values in layers:
+        layer = None
         try:
-            _check_shape(OmegaConf.to_container(layer), NightConfig())
-            merged = OmegaConf.merge(merged, layer)
+            _check_shape(values, default)
+            layer = OmegaConf.create(values)
+            merged = OmegaConf.unsafe_merge(merged, layer)  # it may share nodes with the copies
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
         except OmegaConfBaseException as error:
