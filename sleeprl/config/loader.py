@@ -159,7 +159,7 @@ def _parse_words(words: Sequence[str]) -> list[Layer]:
         name, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(
-                f"{word!r} is neither a config file nor key=value; write for example seed=1"
+                f"{_short(repr(word))} is neither a config file nor key=value; write for example seed=1"
             )
         if not is_key(name) and name not in ALIASES:
             raise ConfigError(_unknown_key(name))
@@ -169,7 +169,8 @@ def _parse_words(words: Sequence[str]) -> list[Layer]:
                 OmegaConf.update(layer, name, text)  # a generation's id may look like 3e85
             layers.append(("", layer))
         except Exception as error:
-            raise ConfigError(f"{word!r} is not readable: {str(error).splitlines()[0]}") from None
+            reason = _short(str(error).splitlines()[0])
+            raise ConfigError(f"{_short(repr(word))} is not readable: {reason}") from None
     return layers
 
 
@@ -251,22 +252,25 @@ def _check_shape(values: Any, default: Any, prefix: str = "") -> None:
     """Raise ConfigError for a plain value where a section, a list or named values must be."""
     for name, value in values.items():
         wanted, key = getattr(default, str(name), None), f"{prefix}{name}"
+        given = f"{key}={_short(value)}"
         _refuse_missing(key, value)
         if value is None:
             continue
         if is_dataclass(wanted):
             if not isinstance(value, dict):
-                suggestion = f"{key}.{fields(wanted)[0].name}={value}"
-                raise ConfigError(f"{key}={value}: {key} is a section; did you mean {suggestion}?")
+                suggestion = f"{key}.{fields(wanted)[0].name}={_short(value)}"
+                raise ConfigError(f"{given}: {key} is a section; did you mean {suggestion}?")
             _check_shape(value, wanted, f"{key}.")
         elif isinstance(wanted, bool):
             _check_truth(key, value, wanted)
         elif isinstance(wanted, list) and not isinstance(value, list):
-            raise ConfigError(f"{key}={value}: {key} is a list; write {key}=[{value}]")
+            raise ConfigError(f"{given}: {key} is a list; write {key}=[{_short(value)}]")
         elif isinstance(wanted, list):
             _check_items(key, value)
         elif isinstance(wanted, dict) and not isinstance(value, dict):
-            raise ConfigError(f"{key}={value}: {key} holds named values; write {key}.NAME={value}")
+            raise ConfigError(
+                f"{given}: {key} holds named values; write {key}.NAME={_short(value)}"
+            )
 
 
 def _refuse_missing(key: str, value: Any) -> None:
@@ -289,21 +293,27 @@ def _check_truth(key: str, value: Any, default: bool) -> None:
         return  # OmegaConf knows the words
     if number not in (0, 1) or isinstance(value, float):
         example = f"{key}={str(default).lower()}"
-        raise ConfigError(f"{key}={value} is {_TYPE_PROBLEMS[bool]}; write for example {example}")
+        raise ConfigError(f"{key}={_short(value)} is {_TYPE_PROBLEMS[bool]}; write for example {example}")
 
 
 def _check_items(key: str, items: list[Any]) -> None:
     """Refuse lists, and named values but the levels of the memory, as items of a list."""
     if any(isinstance(each, list) for each in items):
-        raise ConfigError(f"{key}={items}: {key} has no lists in it; write {key}=[A, B]")
+        raise ConfigError(f"{key}={_short(items)}: {key} has no lists in it; write {key}=[A, B]")
     if key == "memory.levels":
         for each in items:
             if not isinstance(each, dict):
                 raise ConfigError(
-                    f"{key}={items}: {each!r} is no level; write {key}=[{{period: 5, slots: 5}}]"
+                    f"{key}={_short(items)}: {_short(each)} is no level; write {key}=[{{period: 5, slots: 5}}]"
                 )
     elif any(each is None or isinstance(each, dict) for each in items):
-        raise ConfigError(f"{key}={items}: {key} is a list of texts; write {key}=[A, B]")
+        raise ConfigError(f"{key}={_short(items)}: {key} is a list of texts; write {key}=[A, B]")
+
+
+def _short(value: Any) -> str:
+    """Write a value for a message; of a long one its beginning."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:80]}..."
 
 
 def _explain(error: OmegaConfBaseException, layer: Any = None) -> str:
@@ -311,12 +321,12 @@ def _explain(error: OmegaConfBaseException, layer: Any = None) -> str:
     key = str(error.full_key or error.key or "the configuration")
     if isinstance(error, ConfigKeyError):
         return _unknown_key(key)
-    default = OmegaConf.select(OmegaConf.structured(NightConfig), key)
+    default = OmegaConf.select(_defaults(), key)
     kind = _type_of(key)
     if layer is None or not isinstance(error, ValidationError) or kind not in _TYPE_PROBLEMS:
-        return f"{key}: {str(error).splitlines()[0]}"
+        return f"{key}: {_short(str(error).splitlines()[0])}"
     value = OmegaConf.select(layer, key)
-    problem = f"{key}={'null' if value is None else repr(value)} is {_TYPE_PROBLEMS[kind]}"
+    problem = f"{key}={'null' if value is None else _short(repr(value))} is {_TYPE_PROBLEMS[kind]}"
     if default is None:
         return f"{problem}; write {_TYPE_PROBLEMS[kind].removeprefix('not ')}, or null"
     example = str(default).lower() if isinstance(default, bool) else default

@@ -44,7 +44,10 @@ VALUES = st.recursive(
     ),
     max_leaves=4,
 )  # fmt: skip
-CHANGES = st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2)
+CHANGES = st.one_of(
+    st.dictionaries(st.sampled_from(KEYS), PLAIN, min_size=1, max_size=1),
+    st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2),
+)
 
 
 @pytest.fixture(scope="module")
