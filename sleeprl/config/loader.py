@@ -64,7 +64,7 @@ def load(
     Raises:
         ConfigError: For a file that cannot be read, an unknown key, or a value that cannot work.
     """
-    layers = [] if path is None else [(f"config file {_shown(path)}: ", _read(path))]
+    layers = [] if path is None else [(f"config file {_quote(path)}: ", _read(path))]
     return _build(layers, overrides, of_model, settings)
 
 
@@ -131,23 +131,23 @@ def _read(path: str | Path) -> Any:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            f"config file {_shown(path)} does not exist; give the path of a YAML file"
+            f"config file {_quote(path)} does not exist; give the path of a YAML file"
         ) from None
     except (OSError, TypeError, ValueError) as error:  # no file, no path, or no UTF-8
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
-            f"config file {_shown(path)} cannot be read: {reason}; give the path of a YAML file"
+            f"config file {_quote(path)} cannot be read: {reason}; give the path of a YAML file"
         ) from None
     try:
         layer = OmegaConf.load(io.StringIO(text))
     except Exception as error:
-        raise ConfigError(f"config file {_shown(path)} is not readable YAML: {error}") from None
+        raise ConfigError(f"config file {_quote(path)} is not readable YAML: {error}") from None
     if not OmegaConf.is_dict(layer):
-        raise ConfigError(f"config file {_shown(path)} holds a list; write key: value lines")
+        raise ConfigError(f"config file {_quote(path)} holds a list; write key: value lines")
     return layer
 
 
-def _shown(path: object) -> str:
+def _quote(path: object) -> str:
     """Quote a path for a message; of a very long one its beginning."""
     text = repr(path if isinstance(path, str) else str(path))
     return text if len(text) <= 200 else f"{text[:80]}...'"
@@ -276,7 +276,9 @@ def _check_shape(values: Any, default: Any, prefix: str = "") -> None:
 def _refuse_missing(key: str, value: Any) -> None:
     """Refuse OmegaConf's mark for a missing value, wherever it is in a value."""
     if value == "???":
-        raise ConfigError(f"{key}=??? stands for a missing value; write one, or leave the setting out")
+        raise ConfigError(
+            f"{key}=??? stands for a missing value; write one, or leave the setting out"
+        )
     if isinstance(value, dict):
         for name, item in value.items():
             _refuse_missing(f"{key}.{name}", item)
@@ -293,7 +295,9 @@ def _check_truth(key: str, value: Any, default: bool) -> None:
         return  # OmegaConf knows the words
     if number not in (0, 1) or isinstance(value, float):
         example = f"{key}={str(default).lower()}"
-        raise ConfigError(f"{key}={_short(value)} is {_TYPE_PROBLEMS[bool]}; write for example {example}")
+        raise ConfigError(
+            f"{key}={_short(value)} is {_TYPE_PROBLEMS[bool]}; write for example {example}"
+        )
 
 
 def _check_items(key: str, items: list[Any]) -> None:
@@ -304,7 +308,8 @@ def _check_items(key: str, items: list[Any]) -> None:
         for each in items:
             if not isinstance(each, dict):
                 raise ConfigError(
-                    f"{key}={_short(items)}: {_short(each)} is no level; write {key}=[{{period: 5, slots: 5}}]"
+                    f"{key}={_short(items)}: {_short(each)} is no level; "
+                    f"write {key}=[{{period: 5, slots: 5}}]"
                 )
     elif any(each is None or isinstance(each, dict) for each in items):
         raise ConfigError(f"{key}={_short(items)}: {key} is a list of texts; write {key}=[A, B]")

@@ -32,7 +32,7 @@ def check_texts(config: NightConfig) -> None:
         ConfigError: A text cannot be stored, or is no name or path where one belongs.
     """
     for key, _, value in iter_fields(config):
-        plain = isinstance(value, str) or isinstance(value, list)
+        plain = isinstance(value, str | list)
         for text in _texts_in(value):
             _check_characters(key, text, strict=plain and key not in _FREE)
             if key in _PATHS:
@@ -51,7 +51,9 @@ def path_exists(key: str, text: str) -> bool:
     try:
         return Path(text).exists()
     except OSError as error:
-        raise ConfigError(f"{key}: {text!r}: {error.strerror}; give a path that can be read") from None
+        raise ConfigError(
+            f"{key}: {text!r}: {error.strerror}; give a path that can be read"
+        ) from None
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -105,9 +107,7 @@ def _check_run_name(name: str) -> None:
             "lies"
         )
     if (size := len(os.fsencode(name))) > _RUN_NAME_BYTES:
-        raise ConfigError(
-            f"{given} has {size} bytes; write a name of at most {_RUN_NAME_BYTES}"
-        )
+        raise ConfigError(f"{given} has {size} bytes; write a name of at most {_RUN_NAME_BYTES}")
 
 
 def _check_directory(key: str, text: str) -> None:

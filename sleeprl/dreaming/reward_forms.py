@@ -34,7 +34,7 @@ def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
 def _call(function: Callable[..., Any], form: str, dream: Dream, options: Mapping[str, Any]) -> Any:
     """Call a reward function with those of its form's arguments that it takes."""
     answers = [answer for _, answer in dream.task.probes]
-    known: dict[str, Any] = {
+    by_form: dict[str, dict[str, Any]] = {
         "dream": {"dream": dream},
         "completions": {
             "prompts": [dream.task.message],
@@ -45,12 +45,16 @@ def _call(function: Callable[..., Any], form: str, dream: Dream, options: Mappin
             "data_source": "sleeprl",
             "solution_str": dream.text,
             "ground_truth": answers,
-            "extra_info": {"prompt": dream.task.message, "parsed": dream.parsed, "gain": dream.gain},
+            "extra_info": {
+                "prompt": dream.task.message,
+                "parsed": dream.parsed,
+                "gain": dream.gain,
+            },
         },
-    }[form]
+    }
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    given = {key: value for key, value in known.items() if takes_all or key in parameters}
+    given = {key: value for key, value in by_form[form].items() if takes_all or key in parameters}
     value = function(**given, **options)
     if form != "completions":
         return value

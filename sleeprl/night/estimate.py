@@ -165,10 +165,10 @@ class NightEstimate:
         memory = f"{highest:.1f} GiB at most" if highest else "memory not known without the model"
         if self.timed:
             seconds = _START + sum(phase.seconds or 0.0 for phase in phases)
-            told = f"{_minutes(seconds)} and {memory}: estimates from nights on two cores"
+            cost = f"{_minutes(seconds)} and {memory}: estimates from nights on two cores"
         else:
-            told = f"{memory}, an estimate; minutes are not estimated for GPUs or an unknown model"
-        return [*lines, ("in all", told)]
+            cost = f"{memory}, an estimate; minutes are not estimated for GPUs or an unknown model"
+        return [*lines, ("in all", cost)]
 
     def warnings(self) -> list[str]:
         """Say what a person may not want.
@@ -194,12 +194,12 @@ class NightEstimate:
     def _measurements(self) -> PhaseCost:
         day, config = self.day, self.config.evaluation
         own = 0 if day.texts else config.retention_questions
-        asked = len(day.questions) + own
+        num_asked = len(day.questions) + own
         states = 3 + len(self.config.baselines)
         read = (states - 1) * sum(day.questions) + sum(day.with_context)
         read += states * (own * _QUESTION + config.perplexity_texts * config.max_tokens)
-        written = states * asked * config.max_tokens * _RESPONSE
-        return self._inference("measurements", f"{states} x {asked:,} questions", read, written)
+        written = states * num_asked * config.max_tokens * _RESPONSE
+        return self._inference("measurements", f"{states} x {num_asked:,} questions", read, written)
 
     def _inference(self, title: str, what: str, read: float, written: float) -> PhaseCost:
         have = self.config.resources
@@ -270,8 +270,10 @@ class NightEstimate:
         have, size = self.config.resources, self.size
         if size is None:
             return 0.0
-        kept = have.micro_batch_tokens * size.layers * size.hidden * _ACTIVATIONS * self.bytes
-        each = self._weights + _PROCESS + kept / _GIB
+        activations = (
+            have.micro_batch_tokens * size.layers * size.hidden * _ACTIVATIONS * self.bytes
+        )
+        each = self._weights + _PROCESS + activations / _GIB
         return have.learner_workers * each + 16 * parameters / _GIB
 
     def _memory(
@@ -364,7 +366,14 @@ def _minutes(seconds: float) -> str:
 
 def _si(value: float) -> str:
     """Write a number with two digits and a prefix, such as ``1.2 M``."""
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, prefix in (
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
         if value >= factor:
             return f"{value / factor:.3g} {prefix}"
     return f"{value:.0f} "

@@ -26,7 +26,7 @@ KEYS = [*keys(), "model", "memory", "dreaming.loss", "gate.perplexity", "dreamin
 TEXTS = [
     "", " ", "???", "${nothing}", "${seed}", "/etc", "../x", ".", "..", "a/b", "n" * 300, "[/x]",
     "[red]x", "[bold", "afile", "afile/x", "folder", "s3://bucket/x", "a\0b", "a\x1b[31mb", "a\nb",
-    "\ud83d", "\udcff", "\ufeffx", "-rf", "~", "é" * 150, "x/" * 3000, "auto", "null", "true", "off",
+    "\ud83d", "\udcff", "\ufeffx", "-rf", "~", "é" * 150, "x/" * 2200, "auto", "null", "true", "off",
     "-1", "1e-300", "3e85", "0x10", "0123", "1_0", "{", "[", "a: b", "!!python/x", "&a", "*a", "%",
     "embedded", "HEAD", "grpo", "vllm", "seeding", "float32", "nights", "ewc", "likelihood_gain",
 ]  # fmt: skip
@@ -63,15 +63,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+def written(value: Any) -> str:
+    """Write a value as a word of the command has it."""
+    if isinstance(value, str):
+        return value
+    return str(yaml.safe_dump(value, default_flow_style=True)).strip().removesuffix("...").strip()
+
+
 def load(changes: dict[str, Any], way: str, place: Path) -> NightConfig:
     """Give changes as words of the command, as a file, or as values in Python."""
     if way == "values":
         return cfg.load(settings=changes)
     if way == "words":
-        words = [
-            f"{key}={value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
-            for key, value in changes.items()
-        ]
+        words = [f"{key}={written(value)}" for key, value in changes.items()]
         return cfg.load(None, words)
     nested: dict[str, Any] = {}
     for key, value in changes.items():
@@ -98,7 +102,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 def require_sense(config: NightConfig) -> None:
     """Fail for an accepted configuration that no night could have."""
-    assert cfg.from_dict(cfg.to_dict(config)) == config
+    assert cfg.validated(config) == config
     assert config.run_dir.name == config.name and config.run_dir.parent == Path(config.runs)
     assert 0 < len(config.name.encode()) <= 200 and config.name not in (".", "..")
     assert isinstance(config.dreaming.enabled, bool) and config.gate.max_perplexity_ratio >= 1
@@ -124,14 +128,17 @@ def require_sense(config: NightConfig) -> None:
 def test_a_mutated_configuration_is_refused_in_words_or_makes_sense(
     place: Path, changes: dict[str, Any], way: str
 ) -> None:
+    message = ""
     try:
         config = load(changes, way, place)
         validation.validate_plugins(config)
         describe_levels(config)
     except (ConfigError, PluginError) as error:
-        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-        print_message(Console(file=out, width=80), str(error), "error:", "bold red")
-        out.flush()
-        assert 10 < len(str(error)) < 8000
-    else:
+        message = str(error)
+    if not message:
         require_sense(config)
+        return
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    print_message(Console(file=out, width=80), message, "error:", "bold red")
+    out.flush()
+    assert len(message) < 8000
