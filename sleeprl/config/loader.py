@@ -226,19 +226,20 @@ def _defaults() -> Any:
 
 
 def _merge(layers: Sequence[Layer]) -> NightConfig:
-    merged, default = copy.deepcopy(_defaults()), NightConfig()
+    merged, default = None, NightConfig()
     for where, values in layers:
         layer = None
         try:
             _check_shape(values, default)
             layer = OmegaConf.create(values)
+            merged = copy.deepcopy(_defaults()) if merged is None else merged
             merged = OmegaConf.unsafe_merge(merged, layer)  # it may share nodes with the copies
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
         except OmegaConfBaseException as error:
             raise ConfigError(where + _explain(error, layer)) from None
     try:
-        config = cast(NightConfig, OmegaConf.to_object(merged))
+        config = cast(NightConfig, OmegaConf.to_object(merged or _defaults()))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from None
     if config.dreaming.importance_weight.level == "False":  # YAML reads a bare `off` as false

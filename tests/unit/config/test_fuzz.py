@@ -102,7 +102,6 @@ def texts_in(value: Any) -> Iterator[str]:
 
 def require_sense(config: NightConfig) -> None:
     """Fail for an accepted configuration that no night could have."""
-    assert cfg.validated(config) == config
     assert config.run_dir.name == config.name and config.run_dir.parent == Path(config.runs)
     assert 0 < len(config.name.encode()) <= 200 and config.name not in (".", "..")
     assert isinstance(config.dreaming.enabled, bool) and config.gate.max_perplexity_ratio >= 1
@@ -137,6 +136,8 @@ def test_a_mutated_configuration_is_refused_in_words_or_makes_sense(
         message = str(error)
     if not message:
         require_sense(config)
+        if way == "file":  # it takes as long as loading
+            assert cfg.validated(config) == config
         return
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     print_message(Console(file=out, width=80), message, "error:", "bold red")
