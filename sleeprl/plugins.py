@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -76,6 +77,11 @@ ADDED_ARGUMENTS: Mapping[str, Collection[str]] = {
 }
 """The keyword arguments that the program adds to the configured options, by kind."""
 
+REWARD_FORMS = ("dream", "completions", "solution_str")
+"""A reward may be a plain function instead of a class: of a dream, or in the form of TRL
+(``completions, **columns``) or of verl (``data_source, solution_str, ground_truth, extra_info``).
+These parameters tell."""
+
 _registered: dict[tuple[str, str], Callable[..., Any]] = {}
 _being_imported: list[str] = []
 
@@ -124,6 +130,8 @@ def importable_name(name: str, kind: str) -> str:
         PluginError: If a registered plug-in cannot be imported elsewhere: it is defined in a
             function, or in a script that is not below the working directory.
     """
+    if file := _file_of(name):
+        return f"{file.resolve()}:{name.rpartition(':')[2]}"
     factory = _registered.get((kind, name))
     if factory is None or name in BUILTIN[kind]:
         return name
@@ -160,14 +168,35 @@ def check(name: str, kind: str, options: Mapping[str, Any]) -> None:
     except ValueError:  # a builtin of Python's may have none
         return
     try:
-        signature.bind(**{**options, **dict.fromkeys(added)})
+        if kind == "reward" and (form := reward_form(factory)):
+            signature.bind_partial(**{**options, form: None})
+        else:
+            signature.bind(**{**options, **dict.fromkeys(added)})
     except TypeError as error:
         takes = ", ".join(signature.parameters) or "nothing"
         adds = f", and every {kind} is given {', '.join(added)}" if added else ""
+        if kind == "reward":
+            adds = (
+                "; a reward is a class whose objects take a dream, or a function of `dream`, of "
+                "`completions, **columns` (TRL) or of `data_source, solution_str, ground_truth, "
+                "extra_info` (verl)"
+            )
         raise PluginError(
             f"{kind} {name!r} with options {dict(options)}: {error}; it takes {takes}{adds}. "
             f"Fix the options, or name another {kind}"
         ) from None
+
+
+def reward_form(factory: Any) -> str:
+    """Return which parameter a reward function gets its dream by; empty for a class or a factory."""
+    if not inspect.isfunction(factory):
+        return ""
+    required = [
+        name
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    return next((form for form in REWARD_FORMS if form in required), "")
 
 
 def resolve(name: str, kind: str) -> Callable[..., Any]:
@@ -175,8 +204,8 @@ def resolve(name: str, kind: str) -> Callable[..., Any]:
 
     Args:
         name: A short name in ``BUILTIN[kind]`` or of ``register``, the name of an entry point in
-            the group ``sleeprl.KIND``, or ``package.module.Thing``. The working directory counts
-            as importable, so a plug-in may be a file there.
+            the group ``sleeprl.KIND``, ``package.module.Thing``, or ``path/to/file.py:Thing``. The
+            working directory counts as importable, so a plug-in may be a file there.
         kind: A key of ``BUILTIN``.
 
     Raises:
@@ -190,6 +219,8 @@ def resolve(name: str, kind: str) -> Callable[..., Any]:
     installed = {point.name: point for point in entry_points(group=f"sleeprl.{kind}")}
     if name in installed:
         return installed[name].load()
+    if (file := _file_of(name)) is not None:
+        return _import_file(file, name, kind)
     if "." in name:
         return _import(name, kind)
     known = sorted({*builtin, *installed, *(n for k, n in _registered if k == kind)})
@@ -229,6 +260,35 @@ def _import(path: str, kind: str) -> Callable[..., Any]:
     if not hasattr(module, attribute):
         raise PluginError(f"{kind} {path!r}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+def _file_of(name: str) -> Path | None:
+    """Return the file in ``path/to/file.py:Thing``; None for another name."""
+    path, colon, _ = name.rpartition(":")
+    return Path(path) if colon and path.endswith(".py") else None
+
+
+def _import_file(file: Path, name: str, kind: str) -> Callable[..., Any]:
+    """Import a plug-in from its file; the file's own directory counts as importable."""
+    attribute, path = name.rpartition(":")[2], file.resolve()
+    module_name = f"sleeprl_file_{path.as_posix().replace('/', '_')}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
+        sys.modules[module_name] = module
+        try:
+            with _importing(module_name):
+                spec.loader.exec_module(module)
+        except Exception as error:  # a fault of the plug-in's own code, too
+            del sys.modules[module_name]
+            raise PluginError(f"{kind} {name!r}: {file} cannot be imported: {error}") from error
+    if not hasattr(sys.modules[module_name], attribute):
+        raise PluginError(f"{kind} {name!r}: {file} has no {attribute!r}")
+    found: Callable[..., Any] = getattr(sys.modules[module_name], attribute)
+    return found
 
 
 @contextmanager

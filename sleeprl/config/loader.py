@@ -6,13 +6,14 @@ Imports neither torch nor ray.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import reduce
+from functools import cache, reduce
 from operator import getitem
 from pathlib import Path
 from types import NoneType, UnionType
@@ -63,7 +64,7 @@ def load(
     Raises:
         ConfigError: For a file that cannot be read, an unknown key, or a value that cannot work.
     """
-    layers = [] if path is None else [(f"config file {_shown(path)}: ", _read(path))]
+    layers = [] if path is None else [(f"config file {_quote(path)}: ", _read(path))]
     return _build(layers, overrides, of_model, settings)
 
 
@@ -122,7 +123,7 @@ def _build(
     except OmegaConfBaseException as error:  # a value that is no plain data
         raise ConfigError(_explain(error)) from None
     below = (of_model or {}).get(config.model.name)
-    return _merge([("", OmegaConf.create(dict(below))), *layers]) if below else config
+    return _merge([("", dict(below)), *layers]) if below else config
 
 
 def _read(path: str | Path) -> Any:
@@ -130,23 +131,23 @@ def _read(path: str | Path) -> Any:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            f"config file {_shown(path)} does not exist; give the path of a YAML file"
+            f"config file {_quote(path)} does not exist; give the path of a YAML file"
         ) from None
     except (OSError, TypeError, ValueError) as error:  # no file, no path, or no UTF-8
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
-            f"config file {_shown(path)} cannot be read: {reason}; give the path of a YAML file"
+            f"config file {_quote(path)} cannot be read: {reason}; give the path of a YAML file"
         ) from None
     try:
         layer = OmegaConf.load(io.StringIO(text))
     except Exception as error:
-        raise ConfigError(f"config file {_shown(path)} is not readable YAML: {error}") from None
+        raise ConfigError(f"config file {_quote(path)} is not readable YAML: {error}") from None
     if not OmegaConf.is_dict(layer):
-        raise ConfigError(f"config file {_shown(path)} holds a list; write key: value lines")
+        raise ConfigError(f"config file {_quote(path)} holds a list; write key: value lines")
     return layer
 
 
-def _shown(path: object) -> str:
+def _quote(path: object) -> str:
     """Quote a path for a message; of a very long one its beginning."""
     text = repr(path if isinstance(path, str) else str(path))
     return text if len(text) <= 200 else f"{text[:80]}...'"
@@ -158,7 +159,7 @@ def _parse_words(words: Sequence[str]) -> list[Layer]:
         name, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(
-                f"{word!r} is neither a config file nor key=value; write for example seed=1"
+                f"{_short(repr(word))} is neither a config file nor key=value; write for example seed=1"
             )
         if not is_key(name) and name not in ALIASES:
             raise ConfigError(_unknown_key(name))
@@ -168,7 +169,8 @@ def _parse_words(words: Sequence[str]) -> list[Layer]:
                 OmegaConf.update(layer, name, text)  # a generation's id may look like 3e85
             layers.append(("", layer))
         except Exception as error:
-            raise ConfigError(f"{word!r} is not readable: {str(error).splitlines()[0]}") from None
+            reason = _short(str(error).splitlines()[0])
+            raise ConfigError(f"{_short(repr(word))} is not readable: {reason}") from None
     return layers
 
 
@@ -209,25 +211,35 @@ def _with_present_keys(layers: Sequence[Layer]) -> list[Layer]:
     present, old_keys = list[Layer](), dict[str, None]()
     for where, layer in layers:
         values, found = rename_old_keys(cast(dict[str, Any], OmegaConf.to_container(layer)))
-        present.append((where, OmegaConf.create(values)))
+        if values:
+            present.append((where, values))
         old_keys |= dict.fromkeys(found)
     if old_keys:
         logger.warning(describe_renames(list(old_keys)))
     return present
 
 
+@cache
+def _defaults() -> Any:
+    """Make the typed form of the defaults, which takes a while."""
+    return OmegaConf.structured(NightConfig)
+
+
 def _merge(layers: Sequence[Layer]) -> NightConfig:
-    merged = OmegaConf.structured(NightConfig)
-    for where, layer in layers:
+    merged, default = None, NightConfig()
+    for where, values in layers:
+        layer = None
         try:
-            _check_shape(OmegaConf.to_container(layer), NightConfig())
-            merged = OmegaConf.merge(merged, layer)
+            _check_shape(values, default)
+            layer = OmegaConf.create(values)
+            merged = copy.deepcopy(_defaults()) if merged is None else merged
+            merged = OmegaConf.unsafe_merge(merged, layer)  # it may share nodes with the copies
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
         except OmegaConfBaseException as error:
             raise ConfigError(where + _explain(error, layer)) from None
     try:
-        config = cast(NightConfig, OmegaConf.to_object(merged))
+        config = cast(NightConfig, OmegaConf.to_object(merged or _defaults()))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from None
     if config.dreaming.importance_weight.level == "False":  # YAML reads a bare `off` as false
@@ -241,22 +253,25 @@ def _check_shape(values: Any, default: Any, prefix: str = "") -> None:
     """Raise ConfigError for a plain value where a section, a list or named values must be."""
     for name, value in values.items():
         wanted, key = getattr(default, str(name), None), f"{prefix}{name}"
+        given = f"{key}={_short(value)}"
         _refuse_missing(key, value)
         if value is None:
             continue
         if is_dataclass(wanted):
             if not isinstance(value, dict):
-                suggestion = f"{key}.{fields(wanted)[0].name}={value}"
-                raise ConfigError(f"{key}={value}: {key} is a section; did you mean {suggestion}?")
+                suggestion = f"{key}.{fields(wanted)[0].name}={_short(value)}"
+                raise ConfigError(f"{given}: {key} is a section; did you mean {suggestion}?")
             _check_shape(value, wanted, f"{key}.")
         elif isinstance(wanted, bool):
             _check_truth(key, value, wanted)
         elif isinstance(wanted, list) and not isinstance(value, list):
-            raise ConfigError(f"{key}={value}: {key} is a list; write {key}=[{value}]")
+            raise ConfigError(f"{given}: {key} is a list; write {key}=[{_short(value)}]")
         elif isinstance(wanted, list):
             _check_items(key, value)
         elif isinstance(wanted, dict) and not isinstance(value, dict):
-            raise ConfigError(f"{key}={value}: {key} holds named values; write {key}.NAME={value}")
+            raise ConfigError(
+                f"{given}: {key} holds named values; write {key}.NAME={_short(value)}"
+            )
 
 
 def _refuse_missing(key: str, value: Any) -> None:
@@ -281,21 +296,30 @@ def _check_truth(key: str, value: Any, default: bool) -> None:
         return  # OmegaConf knows the words
     if number not in (0, 1) or isinstance(value, float):
         example = f"{key}={str(default).lower()}"
-        raise ConfigError(f"{key}={value} is {_TYPE_PROBLEMS[bool]}; write for example {example}")
+        raise ConfigError(
+            f"{key}={_short(value)} is {_TYPE_PROBLEMS[bool]}; write for example {example}"
+        )
 
 
 def _check_items(key: str, items: list[Any]) -> None:
     """Refuse lists, and named values but the levels of the memory, as items of a list."""
     if any(isinstance(each, list) for each in items):
-        raise ConfigError(f"{key}={items}: {key} has no lists in it; write {key}=[A, B]")
+        raise ConfigError(f"{key}={_short(items)}: {key} has no lists in it; write {key}=[A, B]")
     if key == "memory.levels":
         for each in items:
             if not isinstance(each, dict):
                 raise ConfigError(
-                    f"{key}={items}: {each!r} is no level; write {key}=[{{period: 5, slots: 5}}]"
+                    f"{key}={_short(items)}: {_short(each)} is no level; "
+                    f"write {key}=[{{period: 5, slots: 5}}]"
                 )
     elif any(each is None or isinstance(each, dict) for each in items):
-        raise ConfigError(f"{key}={items}: {key} is a list of texts; write {key}=[A, B]")
+        raise ConfigError(f"{key}={_short(items)}: {key} is a list of texts; write {key}=[A, B]")
+
+
+def _short(value: Any) -> str:
+    """Write a value for a message; of a long one its beginning."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:80]}..."
 
 
 def _explain(error: OmegaConfBaseException, layer: Any = None) -> str:
@@ -303,12 +327,12 @@ def _explain(error: OmegaConfBaseException, layer: Any = None) -> str:
     key = str(error.full_key or error.key or "the configuration")
     if isinstance(error, ConfigKeyError):
         return _unknown_key(key)
-    default = OmegaConf.select(OmegaConf.structured(NightConfig), key)
+    default = OmegaConf.select(_defaults(), key)
     kind = _type_of(key)
     if layer is None or not isinstance(error, ValidationError) or kind not in _TYPE_PROBLEMS:
-        return f"{key}: {str(error).splitlines()[0]}"
+        return f"{key}: {_short(str(error).splitlines()[0])}"
     value = OmegaConf.select(layer, key)
-    problem = f"{key}={'null' if value is None else repr(value)} is {_TYPE_PROBLEMS[kind]}"
+    problem = f"{key}={'null' if value is None else _short(repr(value))} is {_TYPE_PROBLEMS[kind]}"
     if default is None:
         return f"{problem}; write {_TYPE_PROBLEMS[kind].removeprefix('not ')}, or null"
     example = str(default).lower() if isinstance(default, bool) else default

@@ -32,7 +32,7 @@ def check_texts(config: NightConfig) -> None:
         ConfigError: A text cannot be stored, or is no name or path where one belongs.
     """
     for key, _, value in iter_fields(config):
-        plain = isinstance(value, (str, list))
+        plain = isinstance(value, str | list)
         for text in _texts_in(value):
             _check_characters(key, text, strict=plain and key not in _FREE)
             if key in _PATHS:

@@ -31,6 +31,8 @@ from sleeprl.utils.machine import available_cpus, available_memory
 
 RATE = Bounds(gt=0, le=100)
 """Bounds of a learning rate."""
+GROUPS_PER_ENGINE = 250
+"""Groups of dreams that one engine can have at once and still answer whether it is alive."""
 PROCESS_GB = 0.25
 """Memory in GiB that each process takes before it has loaded a model: Python, torch and Ray."""
 
@@ -55,6 +57,7 @@ def validate(config: NightConfig) -> None:
     check_algorithms(config, builtin_only=True)
     _check_baselines(config.baselines, config.fixed_capacity.learning_rates)
     _check_resources(config.resources)
+    _check_in_flight(config)
 
 
 def _check_bounds(config: NightConfig) -> None:
@@ -200,6 +203,7 @@ def _check_resources(resources: ResourcesConfig) -> None:
             f"resources.offload={resources.offload} moves what a GPU holds to the host, but "
             "resources.learner_gpus=0: there is nothing to move; set offload=none, or give a GPU"
         )
+    _check_shares(resources)
     _check_elastic(resources)
     if resources.address is None:
         _check_cores(resources)
@@ -306,6 +310,40 @@ def _check_tensor_parallel(resources: ResourcesConfig) -> None:
         raise ConfigError(
             f"{given} takes a core for each process, but resources.engine_cpus={cpus}; "
             f"set resources.engine_cpus={ranks}, or engine_tensor_parallel=1"
+        )
+
+
+def _check_shares(resources: ResourcesConfig) -> None:
+    """Check that each process of the learner has one GPU of its own, or none."""
+    gpus, workers = resources.learner_gpus, resources.learner_workers
+    for key in ("learner_gpus", "teacher_gpus", "scorer_gpus"):
+        if getattr(resources, key) > 1:
+            raise ConfigError(
+                f"resources.{key}={getattr(resources, key):g}, but a process computes on one GPU; set "
+                "it to 1" + (", and raise learner_workers" if key == "learner_gpus" else "")
+            )
+    if 0 < gpus < 1 and workers > 1:
+        raise ConfigError(
+            f"resources.learner_gpus={gpus:g} with resources.learner_workers={workers}: two workers "
+            "may come to share a GPU, which NCCL refuses; set learner_gpus=1 or learner_workers=1"
+        )
+    if resources.transport == "ipc" and (resources.engines > 1 or workers > 1):
+        raise ConfigError(
+            f"resources.transport=ipc stays within one GPU, but resources.engines={resources.engines} "
+            f"and resources.learner_workers={workers} are on several; set resources.transport=nccl or "
+            "shared_memory"
+        )
+
+
+def _check_in_flight(config: NightConfig) -> None:
+    """Check that an engine can answer for all groups of dreams that it may have at once."""
+    dreaming, engines = config.dreaming, config.resources.engines
+    groups = (dreaming.max_staleness + 2) * dreaming.tasks_per_step
+    if dreaming.enabled and groups > GROUPS_PER_ENGINE * engines:
+        raise ConfigError(
+            f"dreaming.tasks_per_step={dreaming.tasks_per_step} and dreaming.max_staleness="
+            f"{dreaming.max_staleness} let {groups} groups be in flight, and {engines} engine(s) take "
+            f"{GROUPS_PER_ENGINE * engines}; lower one of the two, or raise resources.engines"
         )
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
+from sleeprl.dreaming.reward_forms import make_reward
 from sleeprl.dreaming.types import Dream, Reward
-from sleeprl.plugins import PluginError, create
+from sleeprl.plugins import PluginError
 
 Judgement = tuple[float | None, str | None]
 """A reward, or the reason why there is none."""
@@ -136,7 +137,7 @@ def _begin(name: str, options: dict[str, Any], parent: int) -> None:
     if os.getppid() != parent:  # the actor died before prctl
         os._exit(1)
     try:
-        _reward = create(name, "reward", options)
+        _reward = make_reward(name, options)
     except PluginError as error:
         _fault = error
     except BaseException as error:

@@ -165,10 +165,10 @@ class NightEstimate:
         memory = f"{highest:.1f} GiB at most" if highest else "memory not known without the model"
         if self.timed:
             seconds = _START + sum(phase.seconds or 0.0 for phase in phases)
-            told = f"{_minutes(seconds)} and {memory}: estimates from nights on two cores"
+            cost = f"{_minutes(seconds)} and {memory}: estimates from nights on two cores"
         else:
-            told = f"{memory}, an estimate; minutes are not estimated for GPUs or an unknown model"
-        return [*lines, ("in all", told)]
+            cost = f"{memory}, an estimate; minutes are not estimated for GPUs or an unknown model"
+        return [*lines, ("in all", cost)]
 
     def _tell_split(self) -> str:
         longer = self.day.split
@@ -202,12 +202,12 @@ class NightEstimate:
     def _measurements(self) -> PhaseCost:
         day, config = self.day, self.config.evaluation
         own = 0 if day.texts else config.retention_questions
-        asked = len(day.questions) + own
+        num_asked = len(day.questions) + own
         states = 3 + len(self.config.baselines)
         read = (states - 1) * sum(day.questions) + sum(day.with_context)
         read += states * (own * _QUESTION + config.perplexity_texts * config.max_tokens)
-        written = states * asked * config.max_tokens * _RESPONSE
-        return self._inference("measurements", f"{states} x {asked:,} questions", read, written)
+        written = states * num_asked * config.max_tokens * _RESPONSE
+        return self._inference("measurements", f"{states} x {num_asked:,} questions", read, written)
 
     def _inference(self, title: str, what: str, read: float, written: float) -> PhaseCost:
         have = self.config.resources
@@ -278,8 +278,10 @@ class NightEstimate:
         have, size = self.config.resources, self.size
         if size is None:
             return 0.0
-        kept = have.micro_batch_tokens * size.layers * size.hidden * _ACTIVATIONS * self.bytes
-        each = self._weights + _PROCESS + kept / _GIB
+        activations = (
+            have.micro_batch_tokens * size.layers * size.hidden * _ACTIVATIONS * self.bytes
+        )
+        each = self._weights + _PROCESS + activations / _GIB
         return have.learner_workers * each + 16 * parameters / _GIB
 
     def _memory(

@@ -52,6 +52,8 @@ def print_message(console: Console, text: str, label: str = "", style: str = "")
         label: What stands before it, such as ``error:``.
         style: Style of the label or, without one, of the message.
     """
+    # A word of the shell that is no UTF-8 cannot be printed as it is.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     lines = (f"{label} {text}" if label else text).split("\n")
     if console.is_terminal:
         wrap = partial(

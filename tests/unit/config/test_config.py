@@ -679,7 +679,12 @@ def test_a_model_that_does_not_chat_is_told_before_anything_starts(
         "sleeprl.night.orchestrator.run_night", lambda *_: pytest.fail("it was started")
     )
     shutil.copytree(tiny_model, "mine")
-    assert CliRunner().invoke(cli.app, ["night", "--dry-run", "--model=./mine"]).exit_code == 0
+    assert (
+        CliRunner()
+        .invoke(cli.app, ["night", "--dry-run", "--model=./mine", "wake.people_per_document=1"])
+        .exit_code
+        == 0
+    )
     Path("mine/chat_template.jinja").unlink()
     for words in (["--dry-run"], []):
         told = error("night", *words, "--model=./mine")
