@@ -116,7 +116,10 @@ def protect_token() -> None:
     path = Path.home() / ".ray" / "auth_token"
     with suppress(OSError):  # Ray itself reports a home that cannot be written
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with suppress(FileExistsError), open(path, "x", opener=_open_private) as file:
+        with (
+            suppress(FileExistsError),
+            open(path, "x", encoding="utf-8", opener=_open_private) as file,
+        ):
             file.write(secrets.token_hex(32))
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)

@@ -73,6 +73,8 @@ def _check_characters(key: str, text: str, *, strict: bool) -> None:
     """Refuse what UTF-8 or the system cannot hold and, if ``strict``, an empty text and control
     characters."""
     given = f"{key}={_shorten(text)}"
+    if text == "???":
+        raise ConfigError(f"{given} stands for a missing value; write one, or leave it out")
     if strict and not text.strip():
         raise ConfigError(f"{given} is empty; write a value, or leave the setting out")
     for place, character in enumerate(text):

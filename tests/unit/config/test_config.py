@@ -618,7 +618,7 @@ def test_a_dry_run_refuses_a_plug_in_that_cannot_be_called_so(
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("notes.pdf", "text", "cannot tell its format"),
+        ("notes.pdf", "text", "cannot read this format"),
         ("notes.jsonl", "", "hold no experience"),
         ("notes.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "notes.jsonl:2: neither field 'text'"),
     ],
@@ -634,7 +634,7 @@ def test_a_dry_run_reads_the_questions(error: Callable[..., str]) -> None:
     Path("notes.txt").write_text("Mara lives in Oslo.")
     Path("questions.jsonl").write_text('{"question": "Where?"}\n')
     words = ("wake.inputs=[notes.txt]", "evaluation.questions=questions.jsonl")
-    assert "questions.jsonl:1: not a question" in error("night", "--dry-run", *words)
+    assert "questions.jsonl:1: the field 'answer' is missing" in error("night", "--dry-run", *words)
     assert not Path("runs").exists()
 
 
