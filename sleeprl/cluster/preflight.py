@@ -20,20 +20,11 @@ DISK_BYTES = 2**30
 
 
 def refuse_unusable_places(config: NightConfig) -> None:
-    """Refuse directories in which a night cannot write, and a temporary one that Ray cannot use.
+    """Refuse a temporary directory that Ray cannot use.
 
     Raises:
         ConfigError: The message names the setting or the variable, its value, and a fix.
     """
-    for key, path in (("runs", config.runs), ("generations", config.generations)):
-        there = _existing_part(Path(path))
-        if not there.is_dir():
-            raise ConfigError(f"{key}={path!r}: {there} is a file; give a directory")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"{key}={path!r}: nothing can be written in {there} (read-only, or not yours); give "
-                f"another directory with {key}=..."
-            )
     if config.resources.address is not None:
         return  # that Ray has its directory
     temporary, name = ray_temporary_directory(), _temporary_variable()

@@ -58,8 +58,8 @@ def test_directories_in_which_nothing_can_be_written(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=rf"{key}='file/x': .*/file'? is a file"):
-        refuse_unusable_places(config_of(f"{key}=file/x"))
+    with pytest.raises(ConfigError, match=rf"{key}='file/x': .*/file' is a file"):
+        config_of(f"{key}=file/x")
     locked = tmp_path / "locked"
     locked.mkdir()
 
@@ -67,10 +67,8 @@ def test_directories_in_which_nothing_can_be_written(
         return Path(path) != locked
 
     monkeypatch.setattr(os, "access", access)
-    with pytest.raises(
-        ConfigError, match=rf"{key}='locked/a/b': nothing can be written in .*locked"
-    ):
-        refuse_unusable_places(config_of(f"{key}=locked/a/b"))
+    with pytest.raises(ConfigError, match=rf"{key}='locked/a/b': no permission .*locked"):
+        config_of(f"{key}=locked/a/b")
     refuse_unusable_places(config_of())
     monkeypatch.setenv("TMPDIR", str(locked))
     monkeypatch.setattr(preflight, "SOCKET_BYTES", 1000)
