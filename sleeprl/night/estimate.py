@@ -219,9 +219,9 @@ class NightEstimate:
 
     def _consolidation(self) -> PhaseCost:
         config = self.config.consolidation
-        what = f"learns {self.learned:,} of about {self.new_texts:,} new texts"
+        what = f"learns {self.learned:,} texts of about {self.new_texts:,} new ones"
         if self.new_texts:
-            what += f" ({self.learned / self.new_texts:.1f} passes)"
+            what = f"{self.learned / self.new_texts:.1f} passes over about {self.new_texts:,} new texts"
         learner = self._trained(self._slot_parameters)
         tokens = config.steps * self._tokens_per_step()
         return self._training("consolidation", what, tokens, learner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,15 +13,36 @@ import pytest
 
 from sleeprl.data.lake import Lake
 from sleeprl.dreaming.checkpoint import DreamingCheckpoint
+from sleeprl.models.resolve import EMBEDDED
+from tests.support.hub import publish, serve
 from tests.support.nights import SMALL, kill_when, night, sleeprl, steps, summary, wait_until
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture
+def from_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The id of a model that has to be fetched, in shards, from a hub on this machine."""
+    publish(EMBEDDED, tmp_path / "hub" / "org" / "model", "2MB")
+    with serve(tmp_path / "hub") as hub:
+        for name, value in hub.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        yield "org/model"
+
+
 @pytest.mark.timeout(1200)
-def test_ctrl_c_ends_everything_and_a_night_killed_in_its_dreams_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_ends_everything_and_a_night_killed_in_its_dreams_goes_on(
+    tmp_path: Path, from_hub: str
+) -> None:
     updates, groups, size = 4, 2, 4
-    words = [*SMALL, "wake.people=2", "name=cut", "baselines=[]", f"dreaming.steps={updates}"]
+    words = [
+        *SMALL,
+        f"model.name={from_hub}",
+        "wake.people=2",
+        "name=cut",
+        "baselines=[]",
+        f"dreaming.steps={updates}",
+    ]
     run = tmp_path / "runs" / "cut"
     process = night(tmp_path, *words)
     wait_until(lambda: len(steps(run)) > 20, process)

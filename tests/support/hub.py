@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoModelForCausalLM
 
 from tests.support.paths import ROOT
 
@@ -106,11 +109,9 @@ class Hub(ThreadingHTTPServer):
         """Method and path of each request."""
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
-    def run(self, *words: str, cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
-        """Run a command in a process that knows this hub and no other."""
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
+    def environment(self, home: Path) -> dict[str, str]:
+        """Variables of a process that knows this hub and no other, with its cache in ``home``."""
+        return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -118,10 +119,24 @@ class Hub(ThreadingHTTPServer):
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
+
+    def run(self, *words: str, cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
+        """Run a command in a process that knows this hub and no other."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **self.environment(home)}
         return subprocess.run(
             [sys.executable, *words],
             cwd=cwd, env=environment, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
+
+
+def publish(model: Path, target: Path, shard_size: str) -> None:
+    """Copy a model into a hub's directory in the layout of a current one: several shards, and the chat
+    template in a file."""
+    shutil.copytree(model, target)
+    (target / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(target, max_shard_size=shard_size)
+    assert len(list(target.glob("model-*-of-*.safetensors"))) > 1
+    assert (target / "chat_template.jinja").is_file()
 
 
 @contextmanager

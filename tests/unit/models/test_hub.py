@@ -9,26 +9,21 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM
 
 from sleeprl import api
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.models.check import check_model
 from sleeprl.models.resolve import find_model
 from sleeprl.text.chat import ChatFormatter
-from tests.support.hub import Hub, serve
+from tests.support.hub import Hub, publish, serve
 
 
 @pytest.fixture(scope="module")
 def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in the layout of a current one: several shards, and the chat template in a file."""
+    """A model as hubs have them, with files beside it that no night reads."""
     root = tmp_path_factory.mktemp("hub")
     target = root / "org" / "model"
-    shutil.copytree(tiny_model, target)
-    (target / "model.safetensors").unlink()
-    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(target, max_shard_size="200KB")
-    assert len(list(target.glob("model-*-of-*.safetensors"))) > 1
-    assert (target / "chat_template.jinja").is_file()
+    publish(tiny_model, target, "200KB")
     (target / "consolidated.safetensors").write_bytes(b"the same weights once more")
     (target / "original").mkdir()
     (target / "original" / "params.json").write_text("{}")
