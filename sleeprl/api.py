@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sleeprl import plugins
 from sleeprl.config import loader
 from sleeprl.config.describe import to_annotated_yaml
-from sleeprl.config.schema import ConfigError, NightConfig
+from sleeprl.config.schema import NightConfig
 from sleeprl.config.validation import name_plugins_by_path, validate_plugins
 
 if TYPE_CHECKING:
@@ -205,8 +205,8 @@ def plan_night(config: NightConfig, *, read_inputs: bool = True) -> NightPlan:
     refuse_unusable_places(config)
     costs, warnings = list[tuple[str, str]](), list[str]()
     if read_inputs:
-        warnings = _read_inputs(config)
-        costs, more = _estimate(config)
+        model, warnings = _look_at_model(config)
+        costs, more = _estimate(config, model)
         warnings += more + _name_left_out(config)
     have = config.resources
     learner = f"{have.learner_workers} x ({have.learner_cpus} cores, {have.learner_gpus:g} GPUs)"
@@ -248,7 +248,7 @@ def run_night(
         KeyboardInterrupt: The night was interrupted; ``resume_night`` finishes it.
     """
     from sleeprl.night.run_dir import claim, refuse_existing
-    from sleeprl.night.schedule import verify_parent
+    from sleeprl.night.schedule import describe_levels, verify_parent
 
     _prepare_process()
     config = name_plugins_by_path(loader.validated(config))
@@ -263,12 +263,14 @@ def run_night(
     refuse_unusable_places(config)
     require_gpus(config.resources)
     verify_parent(config)
+    describe_levels(config)  # refuses a layout that the model does not have
     if (described := describe_model(config)) is not None:  # before gigabytes are fetched
         check_model(config, described, weights=False)
+        preview_night(config, described)
     check_model(config, model := find_model(config))  # fetched before anything starts
-    preview_night(config, model)
+    _, warnings = _estimate(config, model)
     claim(config)
-    return _run(config, progress, callbacks)
+    return _run(config, progress, callbacks, [*warnings, *_name_left_out(config)])
 
 
 def resume_night(
@@ -339,6 +341,7 @@ def _run(
     config: NightConfig,
     progress: ProgressStyle,
     callbacks: Sequence[Callable[[FinishedPhase], None]],
+    warnings: Sequence[str] = (),
 ) -> NightResult:
     from sleeprl.night import orchestrator
 
@@ -346,7 +349,7 @@ def _run(
         for callback in callbacks:
             callback(phase)
 
-    summary = orchestrator.run_night(config, _make_console(progress), on_phase)
+    summary = orchestrator.run_night(config, _make_console(progress), on_phase, warnings)
     return NightResult.from_summary(config, summary)
 
 
@@ -373,37 +376,28 @@ def _prepare_process() -> None:
         os.environ.setdefault(name, value)
 
 
-def _read_inputs(config: NightConfig) -> list[str]:
-    """Read what a night would: the inputs, the questions, the model. No weights are fetched.
+def _look_at_model(config: NightConfig) -> tuple[Path | None, list[str]]:
+    """Check a night's model, as far as that needs no weights that are not on this machine.
 
     Returns:
-        What this machine lacks.
+        The checkpoint, None where it is not on this machine; and what this machine lacks.
     """
-    from sleeprl.evaluation.metrics import metrics_of
-    from sleeprl.evaluation.questions import read_questions
     from sleeprl.models.check import check_model
     from sleeprl.models.hub import HubUnreachable
     from sleeprl.models.resolve import describe_model, local_model
     from sleeprl.night.schedule import verify_parent
-    from sleeprl.wake.ingest import read_experience
 
     verify_parent(config)
     model = local_model(config)
-    inputs = config.wake.inputs
-    if inputs and "-" not in inputs and not sum(1 for _ in read_experience(inputs)):
-        raise ConfigError(f"wake.inputs={inputs} hold no experience; there is nothing to sleep on")
-    if config.evaluation.questions is not None:
-        kinds = [metric.key for metric in metrics_of(config)]
-        read_questions(Path(config.evaluation.questions), kinds)
     if model is not None:
         check_model(config, model)
-        return []
+        return model, []
     try:
         if (described := describe_model(config)) is not None:
             check_model(config, described, weights=False)
     except HubUnreachable as error:
-        return [str(error)]
-    return []
+        return None, [str(error)]
+    return None, []
 
 
 def _name_left_out(config: NightConfig) -> list[str]:
@@ -417,20 +411,24 @@ def _name_left_out(config: NightConfig) -> list[str]:
     return [f"not data, left out of wake.inputs: {', '.join(left_out[:5])}{more}"]
 
 
-def _estimate(config: NightConfig) -> tuple[list[tuple[str, str]], list[str]]:
-    """Estimate what a night costs, and find what cannot work with its day.
+def _estimate(config: NightConfig, model: Path | None) -> tuple[list[tuple[str, str]], list[str]]:
+    """Read the day, estimate what a night costs, and find what cannot work.
+
+    Args:
+        config: The settings.
+        model: The checkpoint; None where it is not on this machine.
 
     Returns:
         Lines of the plan, and warnings.
 
     Raises:
-        ConfigError: A prompt is too long, or the model too large.
+        ConfigError: An input or a question cannot be read, a prompt is too long, or the model is
+            too large.
     """
-    from sleeprl.models.resolve import device_dtype, local_model
+    from sleeprl.models.resolve import device_dtype
     from sleeprl.night.estimate import ModelSize, NightEstimate
     from sleeprl.night.preview import preview_night
 
-    model = local_model(config)
     day = preview_night(config, model)
     if day is None:
         return [("the day", "comes from stdin; its cost is not known before")], []

@@ -52,6 +52,7 @@ def run_night(
     config: NightConfig,
     console: Console | None = None,
     on_phase: Callable[[FinishedPhase], None] = ignore_phase,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run or resume a night.
 
@@ -59,6 +60,7 @@ def run_night(
         config: The validated settings; ``config.run_dir`` may have an unfinished run of them.
         console: Where the progress is displayed; by default the standard output.
         on_phase: Called with each phase that finishes, but not with those of an earlier attempt.
+        warnings: Lines to show before the first phase.
 
     Returns:
         The content of ``summary.json``.
@@ -73,7 +75,7 @@ def run_night(
     phases = phases_of(config)
     with quiet_libraries(), NightProgress(rows_of(phases), console) as progress:
         run = RunDirectory(config, progress)
-        for line in describe_scarce_places(config):
+        for line in (*warnings, *describe_scarce_places(config)):
             progress.warn(line)
         try:
             with describe_resume(run), cluster(config.resources, on_stall=progress.warn):

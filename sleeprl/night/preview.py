@@ -18,7 +18,7 @@ from sleeprl.night.parts import prompts_about, response_length, split_day
 from sleeprl.self_study.sampler import build_qa_prompt
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import FREE_QA, STUDY_QA, with_experience
-from sleeprl.wake.day import preview_day
+from sleeprl.wake.day import preview_day, read_own_questions
 
 _EXAMINED = 64
 """How many of the longest documents and questions are put into every prompt that they will be in."""
@@ -58,6 +58,7 @@ def preview_night(config: NightConfig, model: Path | None) -> DayInTokens | None
         ConfigError: A prompt would be too long; the message names the document or the question.
     """
     if "-" in config.wake.inputs:
+        read_own_questions(config)  # refuses bad ones
         return None
     day, sources = preview_day(config)
     if model is None:

@@ -46,7 +46,7 @@ def build_day(config: NightConfig, lake: Lake) -> Day:
     """
     metrics = metrics_of(config)
     if config.wake.inputs:
-        day = _own_day(config, lake, [metric.key for metric in metrics])
+        day = _own_day(config, lake)
     else:
         day = _embedded_day(config)
         _record(day.documents, lake)
@@ -63,29 +63,38 @@ def preview_day(config: NightConfig) -> tuple[Day, list[str]]:
         The day, and what each of its documents is called in a message.
 
     Raises:
-        ConfigError: The embedded world has too few people.
+        ConfigError: The embedded world has too few people, or the inputs hold no experience.
     """
     if not config.wake.inputs:
         day = _embedded_day(config)
         return day, [f"document {n} of the embedded world" for n in range(len(day.documents))]
     read = {e.uid: e for e in read_experience(config.wake.inputs)}
     documents = [e.as_text() for e in read.values()]
-    path = config.evaluation.questions
-    questions = (
-        read_questions(Path(path), [m.key for m in metrics_of(config)]) if path is not None else []
-    )
+    if not documents:
+        raise _no_experience(config)
+    questions = read_own_questions(config)
     return Day(documents, _with_documents(questions, documents)), [e.source for e in read.values()]
 
 
-def _own_day(config: NightConfig, lake: Lake, kinds: Sequence[str]) -> Day:
+def read_own_questions(config: NightConfig) -> list[Question]:
+    """Read the questions that the settings name; none where they name no file."""
+    path = config.evaluation.questions
+    kinds = [metric.key for metric in metrics_of(config)]
+    return [] if path is None else read_questions(Path(path), kinds)
+
+
+def _no_experience(config: NightConfig) -> ConfigError:
+    given = f"wake.inputs={config.wake.inputs}"
+    return ConfigError(f"{given} hold no experience; there is nothing to sleep on")
+
+
+def _own_day(config: NightConfig, lake: Lake) -> Day:
     """Build a day from the user's documents and questions."""
     ingest(config.wake.inputs, lake)
     documents = [e.as_text() for e in experiences(lake.read(EXPERIENCE))]
     if not documents:
-        raise ConfigError("wake.inputs hold no experience; there is nothing to sleep on")
-    path = config.evaluation.questions
-    questions = read_questions(Path(path), kinds) if path is not None else []
-    return Day(documents, _with_documents(questions, documents))
+        raise _no_experience(config)
+    return Day(documents, _with_documents(read_own_questions(config), documents))
 
 
 def _with_documents(questions: Sequence[Question], documents: Sequence[str]) -> list[Question]:

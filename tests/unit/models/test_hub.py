@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from sleeprl import api
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.models.check import check_model
-from sleeprl.models.resolve import find_model
+from sleeprl.models.resolve import describe_model, find_model
 from sleeprl.text.chat import ChatFormatter
 from tests.support.hub import Hub, publish, serve
 
@@ -136,3 +136,13 @@ def test_a_hub_that_does_not_answer_is_named_by_the_dry_run(
     assert (
         "model.name='org/model' is not in the local cache" in lacks and "cannot be reached" in lacks
     )
+
+
+def test_a_model_in_the_cache_needs_no_hub(
+    published: Path, tmp_path: Path, reach: Callable[[Hub], None]
+) -> None:
+    with serve(published) as hub:
+        reach(hub)
+        fetched = find_model(settings("org/model"))
+    assert describe_model(settings("org/model")) == fetched  # and now nobody listens
+    assert find_model(settings("org/model")) == fetched
