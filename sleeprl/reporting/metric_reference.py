@@ -157,6 +157,10 @@ def _figures(state: str) -> tuple[Metric, ...]:
         _summary("figures", f"{state}.retention", "Right answers to questions on what was known "
                  "before.", "share",
                  "at most `gate.max_retention_drop` below `before.retention`" if after else ""),
+        _summary("figures", f"{state}.exact_match.*", "Answers that are a right answer and nothing "
+                 "else, by the kind of question.", "share"),
+        _summary("figures", f"{state}.f1.*", "Mean F1 of the words of an answer and of the nearest "
+                 "right one, by the kind of question.", "share"),
         _summary("figures", f"{state}.perplexity", "Perplexity per token of the held-out texts.",
                  "", "at most `gate.max_perplexity_ratio` times that of `before`" if after else ""),
         _summary("figures", f"{state}.n.*", "What the figure rests on.",
