@@ -56,7 +56,7 @@ def test_ctrl_c_ends_everything_and_a_night_killed_in_its_dreams_goes_on(
 
     kill_when(lambda: len(steps(run, "dreaming")) >= 2, tmp_path, "--resume", "runs/cut")
     kept = DreamingCheckpoint.load(run / "dreaming-state")
-    assert 2 <= kept.version < updates
+    assert 1 <= kept.version < updates  # an update is recorded before it is kept
     finished = sleeprl("night", "--resume", "runs/cut", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     learnt = steps(run)
