@@ -77,10 +77,14 @@ ADDED_ARGUMENTS: Mapping[str, Collection[str]] = {
 }
 """The keyword arguments that the program adds to the configured options, by kind."""
 
-REWARD_FORMS = ("dream", "completions", "solution_str")
+REWARD_FORMS: Mapping[str, Collection[str]] = {
+    "dream": ("dream",),
+    "completions": ("prompts", "completions", "completion_ids"),
+    "solution_str": ("data_source", "solution_str", "ground_truth", "extra_info"),
+}
 """A reward may be a plain function instead of a class: of a dream, or in the form of TRL
 (``completions, **columns``) or of verl (``data_source, solution_str, ground_truth, extra_info``).
-These parameters tell."""
+The parameter that tells, and all that the program has for such a function."""
 
 _registered: dict[tuple[str, str], Callable[..., Any]] = {}
 _being_imported: list[str] = []
@@ -158,6 +162,7 @@ def check(name: str, kind: str, options: Mapping[str, Any]) -> None:
         PluginError: If it could not.
     """
     factory, added = resolve(name, kind), ADDED_ARGUMENTS.get(kind, ())
+    form = reward_form(factory) if kind == "reward" else ""
     if not callable(factory):
         raise PluginError(
             f"{kind} {name!r} is a {type(factory).__name__} and cannot be called; name a class, or a "
@@ -168,14 +173,16 @@ def check(name: str, kind: str, options: Mapping[str, Any]) -> None:
     except ValueError:  # a builtin of Python's may have none
         return
     try:
-        if kind == "reward" and (form := reward_form(factory)):
-            signature.bind_partial(**{**options, form: None})
+        if form:
+            signature.bind(**{**dict.fromkeys(form_arguments(factory, form)), **options})
         else:
             signature.bind(**{**options, **dict.fromkeys(added)})
     except TypeError as error:
         takes = ", ".join(signature.parameters) or "nothing"
         adds = f", and every {kind} is given {', '.join(added)}" if added else ""
-        if kind == "reward":
+        if form:
+            adds = f", and a function of {form!r} is given {', '.join(REWARD_FORMS[form])}"
+        elif kind == "reward":
             adds = (
                 "; a reward is a class whose objects take a dream, or a function of `dream`, of "
                 "`completions, **columns` (TRL) or of `data_source, solution_str, ground_truth, "
@@ -197,6 +204,18 @@ def reward_form(factory: Any) -> str:
         if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
     ]
     return next((form for form in REWARD_FORMS if form in required), "")
+
+
+def form_arguments(function: Callable[..., Any], form: str) -> list[str]:
+    """List those arguments of a form of rewards that a function takes.
+
+    Args:
+        function: The reward function.
+        form: Its form, a key of ``REWARD_FORMS``.
+    """
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return [name for name in REWARD_FORMS[form] if takes_all or name in parameters]
 
 
 def resolve(name: str, kind: str) -> Callable[..., Any]:

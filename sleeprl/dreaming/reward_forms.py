@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sleeprl.dreaming.types import Dream, Reward
-from sleeprl.plugins import create, resolve, reward_form
+from sleeprl.plugins import create, form_arguments, resolve, reward_form
 
 
 def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
@@ -34,28 +34,18 @@ def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
 def _call(function: Callable[..., Any], form: str, dream: Dream, options: Mapping[str, Any]) -> Any:
     """Call a reward function with those of its form's arguments that it takes."""
     answers = [answer for _, answer in dream.task.probes]
-    by_form: dict[str, dict[str, Any]] = {
-        "dream": {"dream": dream},
-        "completions": {
-            "prompts": [dream.task.message],
-            "completions": [dream.text],
-            "completion_ids": [dream.token_ids],
-        },
-        "solution_str": {
-            "data_source": "sleeprl",
-            "solution_str": dream.text,
-            "ground_truth": answers,
-            "extra_info": {
-                "prompt": dream.task.message,
-                "parsed": dream.parsed,
-                "gain": dream.gain,
-            },
-        },
+    values = {
+        "dream": dream,
+        "prompts": [dream.task.message],
+        "completions": [dream.text],
+        "completion_ids": [dream.token_ids],
+        "data_source": "sleeprl",
+        "solution_str": dream.text,
+        "ground_truth": answers,
+        "extra_info": {"prompt": dream.task.message, "parsed": dream.parsed, "gain": dream.gain},
     }
-    parameters = inspect.signature(function).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    given = {key: value for key, value in by_form[form].items() if takes_all or key in parameters}
-    value = function(**given, **options)
+    given = {name: values[name] for name in form_arguments(function, form)}
+    value = function(**{**given, **options})
     if form != "completions":
         return value
     rewards = _finish(value)

@@ -42,7 +42,7 @@ def is_correct(
     golds = [gold] if isinstance(gold, str) else gold
     return all(
         any(_contains(piece, each, rivals, question) for each in golds)
-        for piece in _alternatives(answer, golds)
+        for piece in _alternatives(answer, golds, question)
     )
 
 
@@ -55,17 +55,16 @@ def _contains(answer: str, gold: str, rivals: Collection[str], question: str) ->
         return False
     if _DENIAL.search(answer) and not _DENIAL.search(gold):
         return False
-    spans = range(len(found) - len(wanted) + 1)
-    return any(found[i : i + len(wanted)] == wanted for i in spans)
+    return _has_run(found, wanted)
 
 
-def _alternatives(answer: str, golds: Sequence[str]) -> list[str]:
+def _alternatives(answer: str, golds: Sequence[str], question: str) -> list[str]:
     """Split an answer into the alternatives that it names; one piece where it names none.
 
     A right answer that has such a separator itself is not split at it.
     """
     if not any(_OR.search(gold) for gold in golds):
-        pieces = [piece for piece in _OR.split(answer) if has_word(piece)]
+        pieces = [piece for piece in _split(answer, golds, question) if has_word(piece)]
         if len(pieces) > 1:
             return pieces
     if any(_LIST.search(gold) for gold in golds):
@@ -75,6 +74,38 @@ def _alternatives(answer: str, golds: Sequence[str]) -> list[str]:
     longest = 1 + max((sum(map(weigh, words(gold))) for gold in golds), default=0)
     short = all(sum(map(weigh, words(item))) <= longest for item in items[1:])
     return items if len(items) >= MANY and short else [answer]
+
+
+def _split(answer: str, golds: Sequence[str], question: str) -> list[str]:
+    """Split an answer at what stands between alternatives in it."""
+    pieces, start = [], 0
+    for found in _OR.finditer(answer):
+        if _separates(found, [words(gold) for gold in golds], words(question)):
+            pieces.append(answer[start : found.start()])
+            start = found.end()
+    return [*pieces, answer[start:]]
+
+
+def _separates(found: re.Match[str], golds: Sequence[list[str]], question: list[str]) -> bool:
+    """Decide whether a separator stands between alternatives.
+
+    It does not in what the answer repeats of the question ("War or Peace"), unless the question
+    names the right answer, as one that offers a choice does. A slash without spaces does only
+    beside a right answer ("Porto/Lisbon"), not in "he/she" or "km/h".
+    """
+    before, behind = words(found.string[: found.start()]), words(found.string[found.end() :])
+    run = [*before[-1:], *words(found[0]), *behind[:1]]
+    named = {word for gold in golds for word in gold} - _ARTICLES
+    if _has_run(question, run) and not named.intersection(question):
+        return False
+    if found[0] != "/":
+        return True
+    return any(before[-len(gold) :] == gold or behind[: len(gold)] == gold for gold in golds)
+
+
+def _has_run(text: list[str], run: list[str]) -> bool:
+    """Decide whether words stand in a text in one piece."""
+    return any(text[i : i + len(run)] == run for i in range(len(text) - len(run) + 1))
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:

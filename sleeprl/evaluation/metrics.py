@@ -34,17 +34,25 @@ METRICS = (
 )
 """The metrics of every night: the day, the day combined with earlier knowledge, earlier knowledge."""
 
+RESERVED = ("exact_match", "f1", "perplexity", "n")
+"""Other figures beside the metrics, which no metric may have for its key."""
+
 
 def metrics_of(config: NightConfig) -> tuple[Metric, ...]:
     """List the metrics of a night: ``METRICS`` and the plug-ins of ``evaluation.metrics``.
 
     Raises:
-        ConfigError: Two metrics have the same key.
+        ConfigError: Two metrics have the same key, or one has that of another figure.
     """
     plugins: list[Metric] = [create(name, "metric", {}) for name in config.evaluation.metrics]
     metrics = (*METRICS, *plugins)
     keys = [metric.key for metric in metrics]
     for key in keys:
+        if key in RESERVED:
+            raise ConfigError(
+                f"evaluation.metrics: a metric has the key {key!r}, which is another figure of the "
+                "report; rename the metric"
+            )
         if keys.count(key) > 1:
             raise ConfigError(
                 f"evaluation.metrics: more than one metric has the key {key!r}; rename one"

@@ -18,6 +18,8 @@ from sleeprl.text.chat import ChatFormatter
 EMBEDDED = Path(__file__).parents[1] / "worlds" / "embedded"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LFS = b"version https://git-lfs"
+_SCALED = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
+"""Kinds of RoPE scaling whose factor ``max_position_embeddings`` has already, as vLLM takes it."""
 
 
 def check_model(config: NightConfig, directory: Path, *, weights: bool = True) -> None:
@@ -88,12 +90,16 @@ def _positions(settings: dict[str, Any]) -> int | None:
     if not isinstance(given, int):
         return None
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kinds = [scaling, *scaling.values()] if isinstance(scaling, dict) else []
+    if "gemma3" in f"{settings.get('model_type')} {text.get('model_type')}" or not isinstance(
+        scaling, dict
+    ):
+        return given
     longest = given
-    for kind in kinds:
-        if isinstance(kind, dict) and isinstance(kind.get("factor"), int | float):
-            original = kind.get("original_max_position_embeddings") or given
-            longest = max(longest, int(original * kind["factor"]))
+    for kind in (scaling, *scaling.values()):
+        if not isinstance(kind, dict) or kind.get("rope_type", kind.get("type")) in _SCALED:
+            continue
+        if isinstance(kind.get("factor"), int | float):
+            longest = max(longest, int(given * kind["factor"]))
     return longest
 
 

@@ -55,9 +55,8 @@ def local_model(config: NightConfig) -> Path | None:
         if not (Path(name) / "config.json").is_file():
             require_format(f"model.name={name!r}", os.listdir(name))
         return Path(name)
-    if Path(name).is_file():
-        require_format(f"model.name={name!r}", [Path(name).name])
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        _refuse_file(name)
         raise ConfigError(
             f"model.name={name!r}: no such directory; give that of a checkpoint, written out"
         )
@@ -67,6 +66,7 @@ def local_model(config: NightConfig) -> Path | None:
     try:
         return store.path(store.resolve(name))
     except LineageError as error:
+        _refuse_file(name)
         if "/" not in name:
             names = ["embedded", *CATALOGUE]
             near = difflib.get_close_matches(name.lower(), names, n=1)
@@ -77,6 +77,12 @@ def local_model(config: NightConfig) -> Path | None:
                 f"directory, a Hugging Face id (organisation/name), or a generation, but: {error}"
             ) from None
     return None
+
+
+def _refuse_file(name: str) -> None:
+    """Refuse a name that is a file's, with what the file is instead of a checkpoint."""
+    if Path(name).is_file():
+        require_format(f"model.name={name!r}", [Path(name).name])
 
 
 def device_dtype(dtype: str, resources: ResourcesConfig) -> str:

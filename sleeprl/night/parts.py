@@ -132,15 +132,22 @@ def split_day(day: Day, config: NightConfig, chat: ChatFormatter) -> tuple[Day, 
     texts = dict.fromkeys([*day.documents, *questions_of])
     parts = {text: room.split(text, questions_of.get(text, ())) for text in texts}
     documents = [part for text in day.documents for part in parts[text]]
-    probes = [_with_part(probe, parts) for probe in day.probes]
     return (
-        replace(day, documents=documents, probes=probes),
+        replace(day, documents=documents, probes=_with_parts(day.probes, parts)),
         [len(parts[text]) for text in day.documents],
     )
 
 
-def _with_part(probe: Question, parts: dict[str, list[str]]) -> Question:
-    found = parts.get(probe.experience or "", [])
-    if len(found) < 2:
-        return probe
-    return replace(probe, experience=most_similar([probe], found)[0])
+def _with_parts(probes: Sequence[Question], parts: dict[str, list[str]]) -> list[Question]:
+    """Give the questions about a document in parts the part that fits each best."""
+    about: dict[str, list[int]] = {}
+    for n, probe in enumerate(probes):
+        if len(parts.get(probe.experience or "", ())) > 1:
+            about.setdefault(probe.experience or "", []).append(n)
+    result = list(probes)
+    for text, numbers in about.items():
+        # All of a document at once: comparing reads each of its parts.
+        best = most_similar([probes[n] for n in numbers], parts[text])
+        for n, part in zip(numbers, best, strict=True):
+            result[n] = replace(probes[n], experience=part)
+    return result

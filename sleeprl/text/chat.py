@@ -114,7 +114,9 @@ class ChatFormatter:
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
-        tokens = {str(token) for token in self.tokenizer.all_special_tokens}
+        # Neither list is whole: of <|start_header_id|> only the tokens themselves say it.
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {*self.tokenizer.all_special_tokens, *(str(t) for t in added if t.special)}
         longest_first = sorted(map(re.escape, filter(None, tokens)), key=len, reverse=True)
         own = re.escape(_HIDDEN[0])  # a placeholder in a message is no placeholder
         return re.compile("|".join([*longest_first, own]))

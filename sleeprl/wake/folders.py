@@ -116,7 +116,8 @@ def _inside(directory: Path) -> tuple[list[Path], list[Path]]:
             f"{directory}: no file ending in {', '.join(FORMATS)} in it that is data; "
             "a file that is given by its own name is read whatever it is called"
         )
-    return data, [file for file in inside if file not in data]
+    known = set(data)
+    return data, [file for file in inside if file not in known]
 
 
 def _saved_files(state: Path) -> set[str]:
@@ -133,7 +134,10 @@ def _saved_files(state: Path) -> set[str]:
 def _has_records(file: Path) -> bool:
     """Decide whether a JSON file is data: a list, lines, or an object in one of the forms."""
     try:
+        with open(file, "rb") as start:
+            if start.read(64).lstrip().startswith(b"["):
+                return True  # a list, which may be long, is parsed where it is read
         place, first = next(iter(read_records(file)), ("", None))
-    except RecordError:
+    except (RecordError, OSError):
         return True  # the error is reported when it is read
     return place != str(file) or not isinstance(first, dict) or is_experience(first)

@@ -51,6 +51,14 @@ def too_many(completions: list[str]) -> list[float]:
     return [1.0, 2.0]
 
 
+def of_columns(completions: list[str], ground_truth: list[str], **columns: Any) -> list[float]:
+    return [1.0 if ground_truth else 0.0]
+
+
+def of_a_solution_and_more(solution_str: str, tokenizer: Any) -> float:
+    return float(bool(tokenizer))
+
+
 def of_something(answer: str) -> float:
     return 1.0
 
@@ -66,6 +74,8 @@ def of_something(answer: str) -> float:
         ("of_completions", {}, 10.0),
         ("of_completions_alone", {}, 1.0),
         ("of_a_solution", {}, 1.0),
+        ("of_columns", {"ground_truth": ["Oslo"]}, 1.0),
+        ("of_a_solution_and_more", {"tokenizer": "t"}, 1.0),
     ],
 )
 def test_every_form_is_checked_and_scores_a_dream(
@@ -83,6 +93,18 @@ def test_what_has_no_form_is_refused_with_those_that_work() -> None:
         plugins.check(f"{__name__}.of_a_dream", "reward", {"wait": 1})
     with pytest.raises(TypeError, match="return a list of one reward"):
         make_reward(f"{__name__}.too_many", {})(DREAM)
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks", "given"),
+    [
+        ("of_columns", "ground_truth", "prompts, completions, completion_ids"),
+        ("of_a_solution_and_more", "tokenizer", "data_source, solution_str, ground_truth, extra"),
+    ],
+)
+def test_what_a_function_lacks_is_told_before_a_dream(name: str, lacks: str, given: str) -> None:
+    with pytest.raises(PluginError, match=f"missing a required .*'{lacks}'.* is given {given}"):
+        plugins.check(f"{__name__}.{name}", "reward", {})
 
 
 def test_a_file_of_a_plug_in_is_named_with_its_fault(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from sleeprl.evaluation.measure import (
     measure_perplexity,
     write_own_texts,
 )
-from sleeprl.evaluation.metrics import METRICS
+from sleeprl.evaluation.metrics import METRICS, Metric, metrics_of
 from sleeprl.evaluation.questions import (
     Day,
     Question,
@@ -401,3 +402,14 @@ def test_the_day_asks_a_model_what_it_can_know(tmp_path: Path) -> None:
     store.set_head(store.commit(lambda d: (d / "x").write_text("y"), later))
     assert kinds("model.name=HEAD") == kinds(f"model.name={store.head()}") == native
     assert kinds(f"model.name={other}")["retention"] == 0
+
+
+@pytest.mark.parametrize("key", ["exact_match", "f1", "perplexity", "n", "recall"])
+def test_a_metric_cannot_have_the_key_of_another_figure(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sleeprl.evaluation.metrics.create", lambda *_: Metric(key, "Mine"))
+    config = cfg.load(None, [])
+    config = replace(config, evaluation=replace(config.evaluation, metrics=["mine.Metric"]))
+    with pytest.raises(ConfigError, match=f"the key '{key}'"):
+        metrics_of(config)

@@ -109,6 +109,30 @@ def test_what_differs_and_what_guesses_is_wrong(answer: str, gold: str) -> None:
     assert grade([answer], [Question("q", gold, "recall")]) == [False]
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold", "question", "right"),
+    [
+        ("He drives 50 km/h", "50", "How fast does he drive?", True),
+        ("50 km/h", "50", "How fast does he drive?", True),
+        ("He/she lives in Porto", "Porto", "Where?", True),
+        ("War or Peace was written by Tolstoy", "Tolstoy", "Who wrote War or Peace?", True),
+        ("War or Peace is by Tolstoy or Gogol", "Tolstoy", "Who wrote War or Peace?", False),
+        ("AC/DC was led by Young", "Young", "Who led AC/DC?", True),
+        ("Porto or Lisbon", "Porto", "Does she live in Porto or Lisbon?", False),
+        ("in Porto or in Lisbon", "Porto", "Does she live in Porto or in Lisbon?", False),
+        ("Porto or Lisbon or Braga", "Porto", "Where?", False),
+        ("She lives in Porto/Lisbon", "Porto", "Where?", False),
+        ("Lisbon/Braga/Porto", "Porto", "Where?", False),
+        ("Lisbon / in Porto", "Porto", "Where?", False),
+        ("Porto and/or Lisbon", "Porto", "Where?", False),
+    ],
+)
+def test_not_every_or_and_slash_stands_between_alternatives(
+    answer: str, gold: str, question: str, right: bool
+) -> None:
+    assert is_correct(answer, gold, question=question) is right
+
+
 def test_any_of_several_right_answers_will_do() -> None:
     probe = Question("Where?", "Porto", "recall", alternatives=("Oporto", "Invicta"))
     said = ["Oporto", "In Invicta.", "Porto or Oporto", "Porto, Oporto, Invicta", "Porto or Braga"]

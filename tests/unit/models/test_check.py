@@ -147,6 +147,29 @@ def test_positions_count_what_their_scaling_adds(model: Path) -> None:
         check(model, max_length=513)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "llama3", "factor": 32.0, "rope_theta": 1e4,
+                             "original_max_position_embeddings": 64, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}},
+        {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+        {"model_type": "gemma3_text",
+         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}},
+        {"model_type": "gemma3", "text_config": {"max_position_embeddings": 256,
+         "rope_scaling": {"rope_type": "linear", "factor": 8.0}}},
+    ],
+)  # fmt: skip
+def test_positions_that_are_scaled_already_are_not_scaled_again(
+    changes: dict[str, Any], model: Path
+) -> None:
+    edit(model / "config.json", rope_parameters=None)
+    edit(model / "config.json", max_position_embeddings=256, **changes)
+    with pytest.raises(ConfigError, match="more than the 256 positions"):
+        check(model, max_length=257)
+
+
 def test_the_embedded_model_has_positions_too() -> None:
     config = NightConfig(model=ModelConfig(max_length=1025))
     with pytest.raises(ConfigError, match=r"max_length=1025 is more than the 1024"):

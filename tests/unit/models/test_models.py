@@ -358,6 +358,22 @@ def test_what_needs_no_network_is_known_without_one(tiny_model: Path, cache: Pat
         local_model(settings("HEAD", cache))
 
 
+def test_a_file_is_no_model_where_something_else_has_the_name(
+    tiny_model: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("HEAD", "smollm2-135m", "model.gguf"):
+        Path(name).write_text("", encoding="utf-8")
+    assert local_model(settings("smollm2-135m", cache)) is None
+    monkeypatch.setattr("sleeprl.lineage.LineageStore.resolve", lambda *_: "g1")
+    assert local_model(settings("HEAD", cache)) == cache / "g1"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.gguf", "./model.gguf"):
+        with pytest.raises(ConfigError, match="is a GGUF file"):
+            local_model(settings(name, cache))
+
+
 def test_a_cached_model_is_found_by_its_name(tiny_model: Path, cache: Path) -> None:
     wanted = CATALOGUE["smollm2-135m"]
     shutil.copytree(tiny_model, cache / wanted.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from sleeprl.night.preview import preview_night
 from sleeprl.text.chat import ChatFormatter
 from sleeprl.text.prompts import with_experience
 from sleeprl.text.split import split_text
-from sleeprl.wake.day import preview_day
+from sleeprl.wake.day import most_similar, preview_day
 
 NAMES = [f"Ann{n} Berg{n}" for n in range(90)]
 LONG = " ".join(
@@ -99,6 +100,28 @@ def test_a_long_document_is_read_in_parts_in_their_order(
     assert probe.experience in day.documents and "Ann70 Berg70 lives" in (probe.experience or "")
     seen = preview_night(config, worlds.EMBEDDED_MODEL)
     assert seen is not None and seen.split == 1 and len(seen.documents) == len(day.documents)
+
+
+def test_the_questions_about_a_document_are_matched_at_once(
+    tmp_path: Path, chat: ChatFormatter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def count(questions: Sequence[Question], documents: Sequence[str]) -> list[str]:
+        asked.append(len(questions))
+        return most_similar(questions, documents)
+
+    monkeypatch.setattr("sleeprl.night.parts.most_similar", count)
+    probes = [Question(f"How many cats has {NAMES[n]}?", str(n), "recall", LONG) for n in (80, 3)]
+    probes.insert(1, Question("Where?", "Oslo", "recall", "Ann lives in Oslo."))
+    probes.append(Question("What is it?", "a cat", "retention"))
+    config = cfg.load(None, [f"wake.inputs=[{tmp_path}]"])
+    day, _ = split_day(Day([LONG, "Ann lives in Oslo."], probes, []), config, chat)
+    assert asked == [2]
+    assert [probe.question for probe in day.probes] == [probe.question for probe in probes]
+    assert f"{NAMES[80]} lives" in (day.probes[0].experience or "")
+    assert f"{NAMES[3]} lives" in (day.probes[2].experience or "")
+    assert day.probes[1] == probes[1] and day.probes[3] == probes[3]
 
 
 def test_what_the_model_can_read_stays_as_it_is(tmp_path: Path, chat: ChatFormatter) -> None:

@@ -161,6 +161,23 @@ def test_text_never_becomes_a_control_token(text: str) -> None:
     assert chat.decode(prompt) == text * 3
 
 
+def test_a_special_token_in_no_list_of_them_is_a_control_token(
+    templated: Callable[[str], Path],
+) -> None:
+    model = templated(loop("{{ m.content }}", "{{ m.content }}<|end|>"))
+    file = model / "tokenizer.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    number = 1 + max(token["id"] for token in settings["added_tokens"])
+    number = max(number, 1 + max(settings["model"]["vocab"].values()))
+    header = {**settings["added_tokens"][0], "id": number, "content": "<|header|>"}
+    settings["added_tokens"].append({**header, "special": True})
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    chat = ChatFormatter(model)
+    assert number in chat.tokenizer.added_tokens_decoder
+    assert "<|header|>" not in chat.tokenizer.all_special_tokens
+    assert number not in chat.prompt("x <|header|> y")
+
+
 def test_other_text_is_tokenised_as_transformers_does() -> None:
     chat = ChatFormatter(EMBEDDED_MODEL)
     for text in ("Hello!", " two\n\nlines ", "", "Köln, 42 <b> | end |>"):

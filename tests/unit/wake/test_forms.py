@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sleeprl.data import Lake
+from sleeprl.data import Lake, records
 from sleeprl.data.experience import Experience
 from sleeprl.data.records import FORMATS
 from sleeprl.data.trajectory import VERSION_KEY
@@ -160,6 +160,24 @@ def test_a_folder_of_texts_is_read_without_what_is_about_it(tmp_path: Path) -> N
     files, left_out = find_files([tmp_path])
     assert [file.name for file in files] == ["a.md", "b.txt"]
     assert {file.name for file in left_out} == {"README_de.md", "licence"}
+
+
+def test_a_folder_is_searched_without_reading_its_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in (("a", ' \n[{"text": "a"}]'), ("b", '{"text": "b"}'), ("c", '{"c": 1}')):
+        (tmp_path / f"{name}.json").write_text(content, encoding="utf-8")
+    read_whole: list[str] = []
+
+    def read_records(file: Path) -> Any:
+        read_whole.append(file.name)
+        return records.read_records(file)
+
+    monkeypatch.setattr("sleeprl.wake.folders.read_records", read_records)
+    files, left_out = find_files([tmp_path])
+    assert [file.name for file in files] == ["a.json", "b.json"]
+    assert [file.name for file in left_out] == ["c.json"]
+    assert read_whole == ["b.json", "c.json"]
 
 
 def test_a_data_set_that_was_saved_on_disk(tmp_path: Path) -> None:
