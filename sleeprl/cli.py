@@ -297,6 +297,9 @@ def _run_night(
             # A night that started at the same time was faster: the next free name is this one's.
             config = api.load_config(path, overrides=overrides)
         except KeyboardInterrupt:
+            if not (config.run_dir / "config.yaml").is_file():
+                errors.print("\nStopped before the night began.")
+                raise typer.Exit(130) from None
             errors.print("\nStopped. Nothing is lost; finish with:")
             command = Text(f"sleeprl night --resume {config.run_dir}", style="bold")
             errors.print(command, soft_wrap=True)  # in one piece, to be copied
@@ -333,16 +336,19 @@ def _print_error(error: Exception) -> int | None:
     """
     from sleeprl.cluster.failures import describe_system_error, failure_panel
 
-    code = 1
-    if (line := describe_system_error(error)) is not None:
+    code, panel = 1, failure_panel(error)
+    if panel is None and isinstance(error, ValueError) and str(error):
+        # Every error that names a setting or an input is one of these, whatever is behind it.
+        print_message(errors, str(error), "error:", "bold red")
+        code = 2
+    elif (line := describe_system_error(error)) is not None:
         print_message(errors, line, "error:", "bold red")
         # A path that was given is bad input; a full disk is not.
         code = 2 if isinstance(error, OSError) and error.filename is not None else 1
-    elif (panel := failure_panel(error)) is not None:
+    elif panel is not None:
         errors.print(panel)
         errors.print("SLEEPRL_TRACEBACK=1 shows the whole traceback.", style="dim")
     elif isinstance(error, ValueError | OSError):
-        # Every error that names a setting or an input is one of these.
         print_message(errors, str(error) or type(error).__name__, "error:", "bold red")
         code = 2
     else:

@@ -70,8 +70,8 @@ _WAYS_OUT = {
     errno.ENOSPC: _FREE,
     errno.EDQUOT: _FREE,
     errno.EROFS: _WRITE_ELSEWHERE,
-    errno.EACCES: _WRITE_ELSEWHERE,
-    errno.EPERM: _WRITE_ELSEWHERE,
+    errno.EACCES: f"it may not be read or written; change its mode, or {_WRITE_ELSEWHERE}",
+    errno.EPERM: f"it may not be read or written; change its mode, or {_WRITE_ELSEWHERE}",
     errno.ENAMETOOLONG: "choose a shorter name or path",
     errno.EMFILE: "raise the limit of open files: ulimit -n 65536",
     errno.ENFILE: "the machine has too many open files",
@@ -83,8 +83,10 @@ _WAYS_OUT = {
     errno.EIO: "the disk or the network file system fails; look at the system's log",
 }
 """What a person can do about an error of the system."""
-_ERRORS_IN_WORDS = {os.strerror(number): number for number in _WAYS_OUT}
-"""Libraries pass on the words without the exception: safetensors, pyarrow, Ray."""
+_IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
+_ERRORS_IN_WORDS = {os.strerror(number): number for number in _IN_WORDS}
+"""Libraries pass on the words without the exception: safetensors, pyarrow, Ray. Those of other errors
+are in the output of any program, a compiler's for example."""
 _NEARLY_FULL = 64 * 2**20
 
 
@@ -97,7 +99,7 @@ def describe_system_error(error: BaseException) -> str | None:
     for each in _chain(error, explicit=True):
         if isinstance(each, OSError) and each.errno is not None:
             number, where = each.errno, each.filename
-            words = os.strerror(number)
+            words = os.strerror(number) if number in _WAYS_OUT else str(each.strerror)
         else:
             lines = str(each).splitlines()
             found = next(

@@ -247,7 +247,9 @@ class Pipeline:
         redrawn = self.store.finish_step(self.step_groups)
         sent |= {"groups": self.step_groups, "redrawn": redrawn, "age_seconds": latency.last_ages}
         on_step(checkpoint.version, {**result.metrics, **sent})  # repeated after a kill, not lost
-        self.reward_watch.check(self.config, result.all_unscored, self.recovery.on_restart)
+        self.reward_watch.check(
+            self.config, checkpoint.version, result.all_unscored, self.recovery.on_restart
+        )
         checkpoint.save()
 
     def _snapshot(self) -> dict[str, Any]:

@@ -5,14 +5,19 @@ Imports neither torch nor ray, so that a dry run is fast.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.lineage import LineageStore, Manifest
+from sleeprl.lineage.store import MANIFEST
 from sleeprl.memory.levels import CONTEXT, Clock, Due
 from sleeprl.memory.slots import PoolFull, Slots
 from sleeprl.memory.transfer import Merge, Step, Transfer, plan_night
+
+_ID = re.compile(r"[0-9a-f]{16}")
+"""The id of a generation, which is the name of its directory."""
 
 
 def parent(config: NightConfig) -> Manifest | None:
@@ -28,10 +33,13 @@ def verify_parent(config: NightConfig) -> None:
     """
     store, name = LineageStore(config.generations), config.model.name
     named = Path(name)
-    if named.is_dir() and named.resolve().parent == store.root.resolve():
-        manifest: Manifest | None = store.get(named.resolve().name)
-    else:
-        manifest = None if named.is_dir() else store.find(name)
+    if not named.is_dir():
+        manifest = store.find(name)
+    elif (named / MANIFEST).is_file() and _ID.fullmatch(named.resolve().name):  # of any store
+        store = LineageStore(named.resolve().parent)
+        manifest = store.get(named.resolve().name)
+    else:  # a plain checkpoint, or a copy under another name
+        manifest = None
     if manifest is not None and (problems := store.verify(manifest.id)):
         raise ConfigError(
             f"model.name={name!r}: the generation {store.root / manifest.id} is not intact: "

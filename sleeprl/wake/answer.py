@@ -8,6 +8,7 @@ from sleeprl.config import loader as cfg
 from sleeprl.data.experience import experiences
 from sleeprl.data.lake import Lake
 from sleeprl.memory.growth import engine_extra_tensors
+from sleeprl.models.catalogue import CATALOGUE
 from sleeprl.models.resolve import find_model
 from sleeprl.rollout.engine import EngineOptions
 from sleeprl.rollout.engine_pool import EnginePool
@@ -66,7 +67,8 @@ def answer(lake: Lake, questions: Sequence[str], model: str) -> list[str]:
     """
     import ray
 
-    settings = cfg.load(None, [f"model.name={model}"])
+    of_model = {spec.name: spec.night for spec in CATALOGUE.values()}
+    settings = cfg.load(None, [f"model.name={model}"], of_model)
     source = find_model(settings)
     chat = ChatFormatter(source, settings.model.chat_template_kwargs)
     documents = [e.as_text() for e in experiences(lake.read("experience"))]

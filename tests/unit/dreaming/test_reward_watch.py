@@ -38,25 +38,27 @@ def test_no_reward_is_not_a_reward_of_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "failures", "warned", "stops"),
+    ("steps", "first", "failures", "warned", "stops"),
     [
-        (8, [1, 1, 1, 1], 2, 3),
-        (8, [0, 1, 1, 0, 1, 1, 0], 4, None),
-        (8, [0, 1, 1, 1], 2, 4),
-        (2, [1, 1], 1, 2),
-        (1, [1], 0, 1),
-        (8, [0] * 8, 0, None),
+        (8, 1, [1, 1, 1, 1], 2, 3),
+        (8, 1, [0, 1, 1, 0, 1, 1, 0], 4, None),
+        (8, 1, [0, 1, 1, 1], 2, 4),
+        (2, 1, [1, 1], 1, 2),
+        (1, 1, [1], 0, 1),
+        (4, 3, [1, 1], 1, 2),  # resumed, with the count begun again
+        (8, 1, [0] * 8, 0, None),
+        (8, 1, [0] * 7 + [1], 1, None),
     ],
 )
 def test_it_warns_then_stops(
-    steps: int, failures: list[int], warned: int, stops: int | None
+    steps: int, first: int, failures: list[int], warned: int, stops: int | None
 ) -> None:
     warnings: list[str] = []
     watch, config = RewardWatch(), replace(DreamingConfig(), reward="mine", steps=steps)
     stopped, message = None, ""
     for update, failed in enumerate(failures, start=1):
         try:
-            watch.check(config, FAILURE if failed else "", warnings.append)
+            watch.check(config, first + update - 1, FAILURE if failed else "", warnings.append)
         except ConfigError as error:
             stopped, message = update, str(error)
             break
