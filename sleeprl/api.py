@@ -356,7 +356,7 @@ def _run(
 def _make_console(progress: ProgressStyle) -> Console:
     """Make the console that shows a night's progress."""
     from sleeprl.reporting.terminal import make_console
-    from sleeprl.utils.shown_text import PlainConsole
+    from sleeprl.utils.terminal_text import PlainConsole
 
     if progress not in _PROGRESS_STYLES:
         raise ValueError(f"progress={progress!r} must be one of {', '.join(_PROGRESS_STYLES)}")

@@ -16,7 +16,7 @@ from sleeprl import api
 from sleeprl._version import __version__
 from sleeprl.config.schema import ConfigError, NightConfig
 from sleeprl.reporting.terminal import make_console, print_message
-from sleeprl.utils.shown_text import Text
+from sleeprl.utils.terminal_text import Text
 
 app = typer.Typer(
     help="""sleepRL: let a language model sleep on what it met, and wake up knowing it.

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 
-from sleeprl.utils.shown_text import Text
+from sleeprl.utils.terminal_text import Text
 
 TRACE_LINES, LOG_LINES = 6, 6
 MESSAGE_CHARACTERS, LINE_CHARACTERS = 380, 180

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self, get_args
 
-from sleeprl.utils.shown_text import show
+from sleeprl.utils.terminal_text import show
 
 WaitKind = Literal["generate", "sync", "data", "gate", "train", "score", "start"]
 WAIT_KINDS: tuple[WaitKind, ...] = get_args(WaitKind)

@@ -12,7 +12,7 @@ from rich.table import Table
 from sleeprl.data.lake import TRAJECTORIES, Lake
 from sleeprl.data.trajectory import Trajectory, from_batch
 from sleeprl.text.chat import ChatFormatter
-from sleeprl.utils.shown_text import Text
+from sleeprl.utils.terminal_text import Text
 
 _UID_WIDTH = 24
 """Columns of a longest uid that is not wrapped."""

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from sleeprl.models.catalogue import CATALOGUE, cached
-from sleeprl.utils.shown_text import Text
+from sleeprl.utils.terminal_text import Text
 
 
 def model_list() -> RenderableType:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from sleeprl.reporting.summary_view import format_number
 from sleeprl.reporting.terminal import GAP, Flow, make_console
-from sleeprl.utils.shown_text import AnyText, Text
+from sleeprl.utils.terminal_text import AnyText, Text
 
 State = Literal["waiting", "running", "done", "failed", "skipped"]
 _MARKS: dict[State, tuple[str, str]] = {

@@ -23,7 +23,7 @@ from sleeprl.reporting.summary_view import (
     read_rates,
 )
 from sleeprl.reporting.terminal import Flow
-from sleeprl.utils.shown_text import Text
+from sleeprl.utils.terminal_text import Text
 
 PERPLEXITY = "perplexity"
 _LOST_SHOWN = 5

@@ -21,7 +21,7 @@ from rich.measure import Measurement
 from rich.panel import Panel
 from rich.table import Table
 
-from sleeprl.utils.shown_text import AnyText, PlainConsole, Text
+from sleeprl.utils.terminal_text import AnyText, PlainConsole, Text
 
 GAP = "  "
 

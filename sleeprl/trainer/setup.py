@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sleeprl.memory.growth import growth_of
 from sleeprl.memory.slots import Slots
-from sleeprl.models.lean_imports import import_deepspeed
 from sleeprl.trainer.cpu_tuning import count_devices_once, keep_memory, load_shared_memory_op
 from sleeprl.trainer.deepspeed_config import deepspeed_config, gather_by_layer
+from sleeprl.trainer.imports import import_deepspeed
 from sleeprl.trainer.options import TrainerOptions
 from sleeprl.trainer.response_model import ResponseModel
 

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from sleeprl.models.catalogue import packages
 from sleeprl.models.catalogue.table import CatalogueError, PipGguf, Spec
 from sleeprl.utils.files import atomic_directory, locked, sha256_file, write_json_atomic
-from sleeprl.utils.shown_text import PlainConsole
+from sleeprl.utils.terminal_text import PlainConsole
 
 SOURCE = "source.json"
 _MB = 1_000_000

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sleeprl.models.lean_imports import hide
+from sleeprl.trainer.imports import hide
 from tests.support.paths import ROOT
 
 

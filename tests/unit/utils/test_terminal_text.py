@@ -17,7 +17,7 @@ from sleeprl.cluster.failures import ActorFailure, Failure, FailureKind, failure
 from sleeprl.cluster.waits import to_stderr
 from sleeprl.reporting.progress import NightProgress
 from sleeprl.reporting.terminal import make_console, plan_panel, print_message
-from sleeprl.utils.shown_text import PlainConsole, Text, show
+from sleeprl.utils.terminal_text import PlainConsole, Text, show
 from sleeprl.wake import answer
 from tests.support.paths import ROOT
 
@@ -117,7 +117,7 @@ def test_a_locale_without_the_characters_shows_their_codes(monkeypatch: pytest.M
 # --- no other way -------------------------------------------------------------------------
 
 
-HELPER = "utils/shown_text.py"
+HELPER = "utils/terminal_text.py"
 PRINTS = {"cluster/warm.py", "cluster/waits.py"}
 """Files with a plain ``print``: a worker's log, and the helper itself."""
 
