@@ -233,7 +233,7 @@ class Pipeline:
 
         The calls before ``observe`` are repeated when an actor dies during them.
         """
-        checkpoint, latency = self.checkpoint, self.store.latency
+        checkpoint, latency, warn = self.checkpoint, self.store.latency, self.recovery.on_restart
         result: StepResult = self.learner.collect("step", self.step)[0]
         latency.end_step()
         sent = {**self._publish(), "publish_lag_seconds": latency.publish_lag()}
@@ -247,9 +247,7 @@ class Pipeline:
         redrawn = self.store.finish_step(self.step_groups)
         sent |= {"groups": self.step_groups, "redrawn": redrawn, "age_seconds": latency.last_ages}
         on_step(checkpoint.version, {**result.metrics, **sent})  # repeated after a kill, not lost
-        self.reward_watch.check(
-            self.config, checkpoint.version, result.all_unscored, self.recovery.on_restart
-        )
+        self.reward_watch.check(self.config, checkpoint.version, result.all_unscored, warn)
         checkpoint.save()
 
     def _snapshot(self) -> dict[str, Any]:

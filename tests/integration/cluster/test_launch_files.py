@@ -178,7 +178,8 @@ def test_one_node_starts_the_night_alone(tmp_path: Path) -> None:
 
 def test_further_nodes_join_without_cpus_and_gpus(tmp_path: Path) -> None:
     config = str(CLUSTER / "two-nodes.yaml")
-    head, *others, night = dry_run(config, cwd=tmp_path, NODES="3")
+    token, head, *others, night = dry_run(config, cwd=tmp_path, NODES="3")
+    assert "RAY_AUTH_MODE=token" in token and str(tmp_path / "runs") in token
     assert "-w node1 ray start --head" in head and "--num-gpus=8" in head
     assert [re.search(r"-w (\S+)", other)[1] for other in others] == ["node2", "node3"]
     assert all("--address=node1:" in o and "--num-cpus=0 --num-gpus=0" in o for o in others)

@@ -211,11 +211,17 @@ def test_another_unit_or_layout_than_the_generations_is_refused(generations: Lin
             schedule.describe_levels(after_it(generations, word))
 
 
-def test_the_dry_run_shows_the_ladder(generations: LineageStore) -> None:
-    words = [f"generations={generations.root}", "model.name=HEAD", TWO_LEVELS, "resources.cpus=2"]
+def test_the_dry_run_shows_the_ladder(tiny_model: Path, tmp_path: Path) -> None:
+    full = grown(tiny_model, tmp_path / "grown", GATED_MLP, (2, 2), (2,))
+    store = LineageStore(tmp_path / "generations")
+    manifest = Manifest("night-2", "tiny", clock={"unit": "nights", "now": 2})
+    store.set_head(store.commit(full, manifest))
+    (tmp_path / "notes.txt").write_text("Ann lives in Oslo.")
+    words = ["model.name=HEAD", TWO_LEVELS, f"memory.width={WIDTH}", "wake.inputs=[notes.txt]"]
     done = subprocess.run(
-        [sys.executable, "-m", "sleeprl.cli", "night", "--dry-run", *words],
-        cwd=ROOT, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "sleeprl.cli", "night", "--dry-run", *words, "resources.cpus=2"],
+        cwd=tmp_path, env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "every 2 nights, next at 4 (now 2)" in done.stdout
@@ -388,7 +394,10 @@ def selves(place: Path, model: Path, *words: str) -> ModelStages:
 
 def test_another_night_in_the_same_directory_is_another(tiny_model: Path, tmp_path: Path) -> None:
     run = selves(tmp_path, tiny_model).run
-    assert selves(tmp_path, tiny_model).run.state["id"] == run.state["id"]  # resumed
+    run.close()
+    again = selves(tmp_path, tiny_model).run
+    assert again.state["id"] == run.state["id"]  # resumed
+    again.close()
     shutil.rmtree(run.dir)
     assert selves(tmp_path, tiny_model).run.state["id"] != run.state["id"]
 

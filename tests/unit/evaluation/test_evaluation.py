@@ -372,7 +372,7 @@ def test_a_question_of_ones_own_is_read_with_its_document(tmp_path: Path) -> Non
 def test_a_day_without_experience_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
     config = cfg.load(None, [f"wake.inputs=[{tmp_path}/a.jsonl]"])
-    with pytest.raises(ConfigError, match=r"wake\.inputs hold no experience"):
+    with pytest.raises(ConfigError, match=r"wake\.inputs=.*a\.jsonl.* hold no experience"):
         build_day(config, Lake(tmp_path / "lake"))
 
 
